@@ -1,0 +1,46 @@
+# One environment (.venv), one stamp, short targets. Nothing is written outside this folder and the user's cache.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.specpass-installed
+
+# Two OpenMP threads that spin beside each other cost more than they compute; nothing asks the Hugging Face hub.
+export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 0
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test test-fast test-real demo lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+venv: $(STAMP)  ## make .venv with pinned dependencies and specpass itself
+
+# torch goes first: resolved with the rest, an unpinned requirement would pull another build of several GB.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "specpass needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+test: test-fast test-real  ## all tests: the fast suite, then real models (fetched once)
+
+test-fast: $(STAMP)  ## tests that need no real weights
+	$(BIN)/python -m pytest -m "not real"
+
+test-real: $(STAMP)  ## tests on real models
+	$(BIN)/python -m pytest -m real
+
+demo: $(STAMP)  ## full KV, SnapKV and SpecKV on a real pair, side by side
+	$(BIN)/specpass demo
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## remove .venv, caches and builds (the fetched models stay in the user's cache)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

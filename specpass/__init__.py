@@ -1,0 +1,42 @@
+"""specpass: a torch.compile pass pipeline that makes long prompts cheap with a small draft model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from specpass._version import __version__
+
+if TYPE_CHECKING:
+    from specpass.api import compile, restore
+    from specpass.backend import Backend
+    from specpass.cache import BudgetCache
+    from specpass.methods import Method, SnapKV, SpecKV, StreamingLLM
+    from specpass.reporting import report
+
+# Names are looked up on first use, so that `import specpass` does not import torch.
+_HOME = {
+    "compile": "specpass.api",
+    "restore": "specpass.api",
+    "Backend": "specpass.backend",
+    "BudgetCache": "specpass.cache",
+    "Method": "specpass.methods",
+    "SpecKV": "specpass.methods",
+    "SnapKV": "specpass.methods",
+    "StreamingLLM": "specpass.methods",
+    "report": "specpass.reporting",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'specpass' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,223 @@
+"""Backend: the torch.compile backend that ties capture, passes, lowering and runtime together."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from specpass import checks
+from specpass.cache import BudgetCache
+from specpass.draft_capture import DraftGraphs, capture_draft
+from specpass.errors import (
+    MethodMismatchError,
+    NoAttentionSiteError,
+    PartialGraphError,
+    SpecpassError,
+    UnsupportedCallError,
+)
+from specpass.ir import holds_cache_ops, named_inputs, restart_if_specialised, trace_aten
+from specpass.lowering.lower import lower
+from specpass.methods import Method
+from specpass.passes.base import Refusal, State
+from specpass.passes.graph import SPEC, find, is_op, module_path, output_of
+from specpass.passes.pipeline import Pipeline
+from specpass.reporting import GraphRecord, Report
+from specpass.runtime import Call, owner_of
+
+RECOMPILE_LIMIT = 64  # Dynamo's default of 8 counts all models of a process; see Backend.__call__
+
+
+class Backend:
+    """A torch.compile backend: `target.compile(backend=Backend(draft=draft, method=method), dynamic=True)`.
+
+    Args:
+        draft: a Hugging Face decoder with the target's tokenizer; None for methods without one.
+        method: e.g. SpecKV(budget=1024).
+        lowering: "inductor" compiles each distinct decoder layer once; "eager" runs the same passes uncompiled.
+        lookahead_ids: [B, L] token ids in place of the draft's.
+        skip_passes: names of passes to leave out, for experiments.
+        full_verify: propagate fake values through the whole graph after each pass.
+        keep_stages: keep copies of the graphs of these stages ("DRAFTED", "PRUNED") in `backend.stages`.
+
+    Raises:
+        MissingDraftError, GradientsError, EncoderDecoderError: see specpass.errors.
+    """
+
+    def __init__(self, draft: nn.Module | None = None, method: Method | None = None, *, lowering: str = "inductor",
+                 lookahead_ids: Any = None, skip_passes: Iterable[str] = (), full_verify: bool = False,
+                 keep_stages: Iterable[str] = ()) -> None:
+        checks.check_method(method)
+        if lookahead_ids is not None:
+            method = dataclasses.replace(method, lookahead_ids=lookahead_ids)  # type: ignore[type-var]
+        checks.check_draft(draft, method)
+        checks.check_lowering(lowering)
+        self.draft, self.method, self.lowering = draft, method, lowering
+        self.skip_passes, self.full_verify = tuple(skip_passes), full_verify
+        Pipeline(self.skip_passes)  # unknown names are an error now, not at the first call
+        self.keep_stages = tuple(keep_stages)
+        self.stages: dict[str, fx.GraphModule] = {}
+        self.report = Report(method.key, lowering)
+        self._graphs: DraftGraphs | None = None
+        self.__name__ = "specpass"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
+        # Past its limit Dynamo would run the next call uncompiled without a word, and one process may hold many
+        # models that share transformers' decorated forward (one code object).
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        if not holds_cache_ops(gm):
+            self._warn_foreign(gm)
+            return gm.forward
+        restart_if_specialised(gm, example_inputs)
+        start = time.perf_counter()
+        try:
+            call = self._compile(gm, example_inputs)
+        except SpecpassError as error:
+            # Raised by the call itself: Dynamo would wrap an error of the backend in one of its own.
+            return _raiser(error)
+        self.report.graphs[-1].seconds = time.perf_counter() - start
+        return call
+
+    def _warn_foreign(self, gm: fx.GraphModule) -> None:
+        if not self.report.foreign:
+            warnings.warn("specpass: this call does not use a BudgetCache, so the model runs exactly, unpruned. Pass "
+                          "past_key_values=specpass.BudgetCache(model.config, method).", stacklevel=2)
+        self.report.foreign += 1
+
+    def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Call:
+        start = time.perf_counter()
+        traced = trace_aten(gm)
+        trace_seconds = time.perf_counter() - start
+        writes = find(traced.graph, SPEC.fill, SPEC.append_kv)
+        inputs = traced.graph.find_nodes(op="placeholder")
+        places = {"handle": inputs.index(writes[0].args[2] if is_op(writes[0], SPEC.fill) else writes[0].args[5])}
+        cache = owner_of(example_inputs[places["handle"]])
+        self._check_cache(cache)
+        named = named_inputs(traced)
+        places |= {name: inputs.index(node) for name, node in named.items()}
+        self._check_whole(traced, writes, cache, named)
+        state = State(kind_of(writes), dataclasses.replace(cache.method), inputs=named)
+        record = GraphRecord(state.kind, trace_seconds=trace_seconds)
+        self.report.graphs.append(record)
+        try:
+            graph = self._rewrite(traced, state, cache, record)
+        except Refusal as refusal:
+            self.report.refuse(str(refusal))
+            record.exact = True
+            exact = trace_aten(gm)
+            return Call(lower(exact, "eager", record), state.kind, places, packed=False)
+        record.sites = [(site.module, site.budget) for site in state.sites]
+        run = lower(graph, self.lowering, record)
+        context = None if state.draft is None else checks.context_length(self.draft)
+        return Call(run, state.kind, places, tuple(state.lifted.values()), static_outputs(graph), context,
+                    state.lookahead, packed="attention_mask" in named and state.kind in ("prefill", "short"))
+
+    def _rewrite(self, traced: fx.GraphModule, state: State, cache: BudgetCache, record: GraphRecord) -> fx.GraphModule:
+        for index, kind in enumerate(cache.layer_types):
+            if kind != "full_attention":
+                raise Refusal(f"layer {index} is configured as {kind}; only full attention is pruned")
+        if "inputs_embeds" in state.inputs:
+            raise Refusal("the prompt came as inputs_embeds, so there are no token ids for the draft to read")
+        if state.kind == "prefill":
+            state.lookahead = cache.lookahead
+            if state.lookahead and cache.given_ids is None:
+                state.draft = self.draft_graphs(cache)
+            state.eos_ids = self._eos_ids(cache)
+        pipeline = Pipeline(self.skip_passes, self.full_verify)
+        graph = pipeline.run(traced, state, self.keep_stages)
+        if not state.sites:
+            raise NoAttentionSiteError(
+                "no attention site was found in the traced graph: load the model with attn_implementation='sdpa' (or "
+                "'eager'); other attention functions cannot be rewritten."
+            )
+        record.pass_seconds = dict(pipeline.seconds)
+        if state.kind == "prefill":
+            self.stages.update(pipeline.stages)
+        return graph
+
+    def _eos_ids(self, cache: BudgetCache) -> tuple[int, ...]:
+        source = self.draft.generation_config if self.draft is not None else cache.config
+        return checks.as_ids(source.eos_token_id)
+
+    def draft_graphs(self, cache: BudgetCache) -> DraftGraphs:
+        """The draft's two graphs, captured once."""
+        if self._graphs is None:
+            start = time.perf_counter()
+            try:
+                self._graphs = capture_draft(self.draft)
+            except Refusal as refusal:
+                raise Refusal(f"the draft cannot be captured: {refusal}") from refusal
+            self.report.draft_seconds = time.perf_counter() - start
+        method: Any = cache.method
+        return dataclasses.replace(self._graphs, temperature=method.temperature, seed=method.seed,
+                                   target_vocab=cache.config.vocab_size)
+
+    def _check_cache(self, cache: BudgetCache) -> None:
+        mine = dataclasses.replace(self.method, budget=cache.method.budget)
+        same_budget = isinstance(self.method.budget, float) or self.method.budget == cache.method.budget
+        ours, theirs = (dataclasses.replace(m, lookahead_ids=None, lookahead=None) if m.drafts else m
+                        for m in (mine, cache.method))
+        if ours != theirs or not same_budget:
+            raise MethodMismatchError(
+                f"the cache was made for {cache.method.key} and the backend for {self.method.key}: pass the same "
+                "method to both."
+            )
+
+    def _check_whole(self, traced: fx.GraphModule, writes: list[fx.Node], cache: BudgetCache, named: dict) -> None:
+        layers = len(cache.layers)
+        logits = [node for node in output_of(traced.graph).args[0] if node.meta["val"].dim() == 3
+                  and not is_op(node.args[0] if node.args else None, SPEC.fill)]
+        if len(writes) != layers or not ({"input_ids", "inputs_embeds"} & named.keys()) or not logits:
+            where = f"{module_path(writes[0])} .. {module_path(writes[-1])}"
+            raise PartialGraphError(
+                f"a graph break left specpass with {len(writes)} of {layers} layers ({where}): pruning needs the whole "
+                "forward in one graph. Find the break with TORCH_LOGS=graph_breaks and remove it."
+            )
+        if find(traced.graph, torch.ops.aten.cross_entropy_loss, torch.ops.aten.nll_loss):
+            raise UnsupportedCallError("labels= were given: a pruned prefill has no loss; call the model without them.")
+
+
+def _raiser(error: SpecpassError) -> Callable[..., Any]:
+    def fail(*args: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def kind_of(writes: list[fx.Node]) -> str:
+    """prefill, short, decode or append: said by the cache's own operators, not by the query length."""
+    first = writes[0]
+    if is_op(first, SPEC.fill):
+        return "short" if first.args[8] else "prefill"
+    size = first.args[3].meta["val"].shape[2]
+    return "decode" if isinstance(size, int) and size == 1 else "append"
+
+
+def static_outputs(gm: fx.GraphModule) -> dict[int, tuple[int, ...]]:
+    """Outputs that are the cache's storage, with the axes that decode may take as constants."""
+    axes = {0: (1, 2), 1: (1, 2), 2: (1,)}
+    found = {}
+    for index, node in enumerate(output_of(gm.graph).args[0]):
+        if isinstance(node, fx.Node) and node.args and is_op(node.args[0], SPEC.gather_kv):
+            found[index] = axes[node.args[1]]
+    return found
+
+
+def entry_point(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict | None = None, **_: Any) -> Any:
+    """torch.compile(model, backend="specpass", options={"draft": draft, "method": method}).
+
+    One Backend serves all graphs of the same draft, method and options.
+    """
+    options = dict(options or {})
+    key = (id(options.get("draft")), *sorted((k, repr(v)) for k, v in options.items() if k != "draft"))
+    if key not in _BACKENDS:
+        _BACKENDS[key] = Backend(**options)
+    return _BACKENDS[key](gm, example_inputs)
+
+
+_BACKENDS: dict[Any, Backend] = {}

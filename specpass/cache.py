@@ -1,0 +1,301 @@
+"""BudgetCache: a transformers Cache with a logical length (what generate counts) and a physical one (slots).
+
+A layer's storage is one buffer [B, K * (C + N), D] for keys and one for values, with `offsets` and `lengths` per KV
+head; `keys` and `values` are its [B, K, C + N, D] views. The slots of a head are filled from its offset without
+holes: the kept prompt positions first, then the generated tokens.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
+
+import specpass.ops  # noqa: F401  (registers the operators that update() traces to)
+from specpass.errors import BudgetError, CacheStateError, LookaheadError, UncompiledCacheError
+from specpass.methods import Method, as_id_rows
+
+ROOM_STEP = 64  # slots for generated tokens come in blocks of this many
+
+
+def round_room(tokens: int) -> int:
+    """Slots N for `tokens` generated tokens: a multiple of 64, at least 64."""
+    return max(1, -(-tokens // ROOM_STEP)) * ROOM_STEP
+
+
+class BudgetLayer(CacheLayerMixin):
+    """One layer's pruned K/V. `lengths` [B, K] counts the slots in use, `positions` [B, K, C] the prompt's part."""
+
+    is_sliding = False
+    is_croppable = False  # a crop into the pruned prompt cannot put dropped positions back
+    supports_early_init = False
+
+    def __init__(self, cache: BudgetCache, index: int, budget: int) -> None:
+        self.cache = cache
+        self.index = index
+        self.budget = budget
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.key_buffer: Tensor | None = None
+        self.value_buffer: Tensor | None = None
+        self.lengths: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.kv_heads = 0
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """[B, K, C + N, D] view of the storage, or None before the prefill."""
+        return self._view(self.key_buffer)
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self._view(self.value_buffer)
+
+    def _view(self, buffer: Tensor | None) -> Tensor | None:
+        if buffer is None:
+            return None
+        return buffer.view(buffer.shape[0], self.kv_heads, buffer.shape[1] // self.kv_heads, buffer.shape[2])
+
+    @property
+    def slots(self) -> int:
+        """Physical slots C + N of each KV head; 0 before the prefill."""
+        return 0 if self.key_buffer is None else self.key_buffer.shape[1] // self.kv_heads
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """[K + 1] int64: head k's slots are offsets[k] .. offsets[k + 1] - 1 of the storage."""
+        if self.key_buffer is None:
+            return None
+        return torch.arange(self.kv_heads + 1, device=self.key_buffer.device) * self.slots
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        # True once the prefill is over: generate then makes a mask of fixed shape for each decode step.
+        return self.is_initialized
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.key_buffer is None else self.key_buffer.shape[0]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The prefill graph makes the storage; there is nothing to prepare."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Traces to `specpass::fill` (prefill) or `specpass::append_kv` (afterwards); see `BudgetCache.update`."""
+        cache = self.cache
+        if not self.is_initialized:
+            self.kv_heads = key_states.shape[1]
+            short = cache.early_exit and bool(key_states.shape[2] <= self.budget)
+            self.key_buffer, self.value_buffer, self.lengths, self.positions = torch.ops.specpass.fill(
+                key_states, value_states, cache.handle, self.budget, cache.room, cache.lookahead,
+                self.index, len(cache.layers), short,
+            )
+            self.is_initialized = True
+            return key_states, value_states
+        torch.ops.specpass.append_kv(
+            self.key_buffer, self.value_buffer, self.lengths, key_states, value_states, cache.handle
+        )
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
+        return self.cache.seen if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if not torch.compiler.is_compiling():
+            self.cache.reserve(query_length)  # generate asks before each step: the time to make room
+        return (self.slots, 0) if self.is_initialized else (query_length, 0)
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The layer's tensors by name; empty before the prefill."""
+        names = ("key_buffer", "value_buffer", "lengths", "positions")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace each tensor t by change(t); sizes that decode takes as constants stay constants."""
+        for name, tensor in self.tensors().items():
+            new = change(tensor)
+            for axis in getattr(tensor, "_dynamo_static_indices", ()):
+                torch._dynamo.mark_static(new, axis)
+            setattr(self, name, new)
+
+    def reset(self) -> None:
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map_tensors(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map_tensors(lambda t: t[indices])
+
+    def offload(self) -> None:
+        self.map_tensors(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Layers stay where the graph made them."""
+
+    def grow(self, slots: int) -> None:
+        """Reallocate to at least `slots` more slots a KV head, keeping what is stored."""
+        extra = round_room(slots)
+
+        def widen(view: Tensor) -> Tensor:
+            return torch.nn.functional.pad(view, (0, 0, 0, extra)).flatten(1, 2)
+
+        self.key_buffer, self.value_buffer = widen(self.keys), widen(self.values)
+
+
+class BudgetCache(Cache):
+    """KV cache of fixed budget; prompts are pruned into it by a graph compiled with specpass.
+
+    Args:
+        config: the target's config (its text config is used).
+        method: the same method as the backend's.
+        max_new_tokens: tokens to be generated; sets the room N (rounded up to a multiple of 64) and, for methods with
+            `lookahead=None`, the lookahead L. Generation beyond N grows the cache.
+        prompt_length: S in tokens, needed when the method's budget is a ratio.
+        lookahead_ids: [B, L] token ids in place of the draft's.
+        early_exit: False sends prompts that fit the budget through selection and gather too (they keep everything).
+
+    Raises:
+        BudgetError: a ratio without prompt_length. LookaheadError: lookahead=None without max_new_tokens.
+    """
+
+    def __init__(self, config: Any, method: Method, max_new_tokens: int | None = None, *,
+                 prompt_length: int | None = None, lookahead_ids: Any = None, early_exit: bool = True) -> None:
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise BudgetError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
+        config = config.get_text_config(decoder=True)
+        self.config = config
+        self.layer_types: list[str] = get_layer_types_and_kwargs(config)[0]
+        self.method = method.resolve(prompt_length)
+        self.early_exit = early_exit
+        self.max_new_tokens = max_new_tokens
+        self.room = round_room(max_new_tokens or 1)
+        rows = lookahead_ids if lookahead_ids is not None else getattr(method, "lookahead_ids", None)
+        self.given_ids = None if rows is None or not method.drafts else torch.tensor(as_id_rows(rows))
+        self.lookahead = self._resolve_lookahead()
+        budgets = self.method.layer_budgets(config.num_hidden_layers)
+        super().__init__(layers=[BudgetLayer(self, index, budget) for index, budget in enumerate(budgets)])
+        # The compiled graph gets tensors only; this one leads the runtime back to its cache.
+        self.handle = torch.zeros((), dtype=torch.int64)
+        self.handle._specpass_cache = weakref.ref(self)  # type: ignore[attr-defined]
+        self._clear()
+
+    def _resolve_lookahead(self) -> int:
+        if not self.method.drafts:
+            return 0
+        if self.given_ids is not None:
+            return self.given_ids.shape[1]
+        length = self.method.lookahead  # type: ignore[attr-defined]
+        if length is None:
+            length = self.max_new_tokens
+        if length is None:
+            raise LookaheadError(
+                f"{self.method.name}(lookahead=None) drafts max_new_tokens tokens, and this cache was not told how many: "
+                "pass max_new_tokens= to BudgetCache or lookahead= to the method."
+            )
+        return length
+
+    def _clear(self) -> None:
+        self.seen: Tensor | int = 0  # logical length: tokens that generate counts
+        self.lookahead_ids: Tensor | None = None
+        self.prompt_positions: Tensor | None = None
+        self.padded = False
+        self.free_at_prefill = self.room
+        self.appended = 0  # upper bound of tokens written behind the prompt, kept on the host
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any,
+               **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store a layer's new K/V [B, K, q, D]; only inside a graph compiled with specpass.
+
+        Raises:
+            UncompiledCacheError: called uncompiled, where nothing would prune.
+        """
+        if not torch.compiler.is_compiling() and not _is_traced(key_states):
+            raise UncompiledCacheError(
+                "BudgetCache.update was called uncompiled. Compile the model first: specpass.compile(model, draft=..., "
+                "method=...) or model.compile(backend=specpass.Backend(...), dynamic=True)."
+            )
+        first = not self.layers[layer_idx].is_initialized
+        if layer_idx == 0 and first and self.lookahead > 0:
+            self.lookahead_ids = torch.ops.specpass.lookahead(key_states, self.given_ids, self.lookahead)
+        keys, values = self.layers[layer_idx].update(key_states, value_states)
+        if layer_idx == len(self.layers) - 1:
+            if first:
+                self.seen = torch.ops.specpass.size(key_states, 2)
+            else:
+                self.seen.add_(key_states.shape[2])
+        return keys, values
+
+    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
+        """Physical length: slots in use, as a 0-d tensor after the prefill (masks are in slot coordinates)."""
+        layer = self.layers[layer_idx]
+        return layer.lengths.max() if layer.is_initialized else 0
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return False
+
+    def reset(self) -> None:
+        """Forget everything; the next prompt is pruned anew."""
+        super().reset()
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `tokens_to_remove` tokens that were appended behind the pruned prompt.
+
+        Raises:
+            CacheStateError: more tokens than were appended; dropped prompt positions cannot come back.
+        """
+        if tokens_to_remove == 0 or not self.layers[0].is_initialized:
+            return
+        if not 0 < tokens_to_remove <= self.appended:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): only the {self.appended} tokens behind the pruned prompt can be removed; "
+                "call reset() to prune a prompt anew."
+            )
+        for layer in self.layers:
+            layer.lengths.sub_(tokens_to_remove)
+        self.seen.sub_(tokens_to_remove)
+        self.appended -= tokens_to_remove
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens, in blocks of 64 slots; nothing happens if there is room."""
+        if not self.layers[0].is_initialized:
+            return
+        missing = self.appended + tokens - self.free_at_prefill
+        if missing > 0:
+            for layer in self.layers:
+                layer.grow(missing)
+            self.free_at_prefill += round_room(missing)
+
+    def __deepcopy__(self, memo: dict) -> BudgetCache:
+        import copy
+
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            if name != "handle":
+                setattr(twin, name, copy.deepcopy(value, memo))
+        twin.handle = torch.zeros((), dtype=torch.int64)
+        twin.handle._specpass_cache = weakref.ref(twin)  # type: ignore[attr-defined]
+        return twin
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether make_fx is tracing (the draft is captured without Dynamo)."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None

@@ -1,0 +1,120 @@
+"""Checks of models and arguments, made before anything is changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from specpass.errors import (
+    BudgetError,
+    DeviceMismatchError,
+    DtypeMismatchError,
+    EncoderDecoderError,
+    GradientsError,
+    MissingDraftError,
+    TokenizerMismatchError,
+    UnsupportedCallError,
+)
+from specpass.methods import Method
+
+PADDING = 1024  # vocabularies that differ by less may be one tokenizer's, padded to different multiples
+
+
+def check_method(method: Any) -> None:
+    if not isinstance(method, Method):
+        raise BudgetError(f"method={method!r}: expected a method such as specpass.SpecKV(budget=1024).")
+
+
+def check_lowering(lowering: str) -> None:
+    if lowering not in ("inductor", "eager"):
+        raise UnsupportedCallError(f"lowering={lowering!r}: expected 'inductor' or 'eager'.")
+
+
+def check_draft(draft: Any, method: Method) -> None:
+    """The draft is there where the method needs it, and is a decoder in eval mode."""
+    if not method.drafts:
+        return
+    if draft is None:
+        if getattr(method, "lookahead_ids", None) is None:
+            raise MissingDraftError(
+                f"{method.name} looks ahead with a draft model and none was given: pass draft=a smaller model with the "
+                "same tokenizer (the target itself works too), lookahead_ids=[B, L] token ids, or use SnapKV."
+            )
+        return
+    check_decoder(draft, "draft")
+
+
+def check_decoder(model: Any, name: str) -> None:
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise UnsupportedCallError(f"{name}={type(model).__name__}: expected a Hugging Face model (AutoModelForCausalLM).")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise EncoderDecoderError(
+            f"the {name} {type(model).__name__} is an encoder-decoder; specpass prunes the prompt of decoder-only models."
+        )
+    if model.training:
+        raise GradientsError(f"the {name} is in training mode, and pruning has no backward: call {name}.eval() first.")
+
+
+def check_pair(target: nn.Module, draft: nn.Module | None) -> None:
+    """Draft and target agree on device, dtype and tokenizer."""
+    if draft is None or draft is target:
+        return
+    ours, theirs = (next(model.parameters()) for model in (target, draft))
+    if ours.device != theirs.device:
+        raise DeviceMismatchError(
+            f"the target is on {ours.device} and the draft on {theirs.device}: move the draft with "
+            f"draft.to('{ours.device}')."
+        )
+    if ours.dtype != theirs.dtype:
+        raise DtypeMismatchError(
+            f"the target computes in {ours.dtype} and the draft in {theirs.dtype}: load both with the same dtype=."
+        )
+    check_tokenizers(target, draft)
+
+
+def check_tokenizers(target: nn.Module, draft: nn.Module) -> None:
+    """Same tokenizer, by the tokenizer files beside the weights where there are any, else by vocabulary size.
+
+    A family pads config.vocab_size differently by model size; that alone is no mismatch.
+    """
+    sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
+    vocabularies = [_vocabulary(model) for model in (target, draft)]
+    if all(vocabularies):
+        ours, theirs = vocabularies
+        if ours == theirs:
+            return
+        unlike = sum(1 for token, index in theirs.items() if ours.get(token) != index)  # type: ignore[union-attr]
+        raise TokenizerMismatchError(
+            f"draft and target have different tokenizers: {unlike} of the draft's {len(theirs)} tokens "  # type: ignore
+            "mean something else to the target. Use a draft of the same family."
+        )
+    if abs(sizes[0] - sizes[1]) >= PADDING or 2 * min(sizes) <= max(sizes):
+        raise TokenizerMismatchError(
+            f"the target's vocabulary has {sizes[0]} tokens and the draft's {sizes[1]}: more than padding can explain, "
+            "so their tokenizers differ. Use a draft of the same family."
+        )
+
+
+def _vocabulary(model: nn.Module) -> dict[str, int] | None:
+    folder = Path(getattr(model.config, "_name_or_path", "") or "/nonexistent")
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+
+
+def context_length(model: nn.Module | None) -> int | None:
+    """Positions that the model was made for, or None if it does not say."""
+    if model is None:
+        return None
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def as_ids(ids: Any) -> tuple[int, ...]:
+    """EOS ids as a tuple, from None, one id or several."""
+    if ids is None:
+        return ()
+    return tuple(int(i) for i in ids) if isinstance(ids, (list, tuple)) else (int(ids),)

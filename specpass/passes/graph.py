@@ -1,0 +1,118 @@
+"""Small helpers that every pass uses to read and edit a graph; all new nodes carry fake values."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+_ROOT = re.compile(r"^[LG]\['\w+'\]\.?")  # how Dynamo names the module that it was called with
+
+SPEC = torch.ops.specpass
+ATEN = torch.ops.aten
+
+
+def is_op(node: Any, *packets: Any) -> bool:
+    """Whether `node` calls one of the operator packets (any overload)."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    return getattr(node.target, "overloadpacket", node.target) in packets
+
+
+def find(graph: fx.Graph, *packets: Any) -> list[fx.Node]:
+    """Nodes of the graph, in order, that call one of the packets."""
+    return [node for node in graph.nodes if is_op(node, *packets)]
+
+
+def value(argument: Any) -> Any:
+    """The fake value of a node, or the constant itself."""
+    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+
+
+def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
+    """The mode that the graph's fake values belong to."""
+    for node in gm.graph.nodes:
+        if isinstance(node.meta.get("val"), FakeTensor):
+            return node.meta["val"].fake_mode
+    raise ValueError("the graph holds no fake tensor")
+
+
+@contextlib.contextmanager
+def quiet(mode: FakeTensorMode) -> Iterator[None]:
+    """Run fake operators without adding guards to the shape environment that Dynamo will check on each call."""
+    env = mode.shape_env
+    with mode, torch.no_grad(), env.suppress_guards() if env is not None else contextlib.nullcontext():
+        yield
+
+
+class Editor:
+    """Inserts nodes with fake values. `like` gives a new node its place in the module tree (its region)."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self.mode = fake_mode_of(gm)
+
+    def call(self, target: Any, *args: Any, before: fx.Node, like: fx.Node | None = None) -> fx.Node:
+        """`target(*args)` as a node in front of `before`."""
+        target = getattr(target, "default", target)
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(target, args)
+        return self.refresh(node, like)
+
+    def refresh(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
+        """Recompute the node's fake value from its arguments."""
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+        with quiet(self.mode):
+            node.meta["val"] = node.target(*args, **kwargs)
+        if like is not None:
+            for name in ("nn_module_stack", "stack_trace"):
+                if name in like.meta:
+                    node.meta[name] = like.meta[name]
+        return node
+
+    def item(self, node: fx.Node, index: int, before: fx.Node) -> fx.Node:
+        """`node[index]`; reads the value without running an operator."""
+        import operator
+
+        with self.graph.inserting_before(before):
+            out = self.graph.call_function(operator.getitem, (node, index))
+        out.meta["val"] = node.meta["val"][index]
+        if "nn_module_stack" in node.meta:
+            out.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+        return out
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let the users of `old` read `new`, and erase `old`."""
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+
+def placeholders(graph: fx.Graph) -> dict[str, fx.Node]:
+    """Placeholders by name, in order."""
+    return {node.target: node for node in graph.nodes if node.op == "placeholder"}
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    return next(iter(reversed(graph.nodes)))
+
+
+def items_of(node: fx.Node) -> dict[int, list[fx.Node]]:
+    """getitem users of a node with several results, by index."""
+    found: dict[int, list[fx.Node]] = {}
+    for user in node.users:
+        found.setdefault(user.args[1], []).append(user)
+    return found
+
+
+def module_path(node: fx.Node) -> str:
+    """The model's own module path of a node (`model.layers.0.self_attn`), or ''."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    return _ROOT.sub("", list(stack.values())[-1][0])

@@ -1,0 +1,33 @@
+"""specialize: what is constant becomes a constant, what nobody reads goes.
+
+decode:  sdpa(q, view(keys), view(values), mask) -> attend(q, keys, values, lengths, scale); the mask's subgraph dies
+all:     the handle and unused inputs lose their readers; dead code is erased
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import fx
+
+from specpass.passes.base import Pass, State
+from specpass.passes.graph import SPEC, Editor, find
+
+
+@dataclasses.dataclass(frozen=True)
+class Specialize(Pass):
+    name: ClassVar[str] = "specialize"
+    stage: ClassVar[str] = "PRUNED"
+
+    def run(self, gm: fx.GraphModule, state: State) -> None:
+        if state.kind in ("decode", "append"):
+            editor = Editor(gm)
+            for site in state.sites:
+                new = editor.call(SPEC.attend, site.query, site.key, site.value, site.cache.args[2], site.scale,
+                                  before=site.attention, like=site.attention)
+                editor.replace(site.attention, new)
+                site.attention = new
+        for node in find(gm.graph, SPEC.append_kv):
+            node.args = (*node.args[:5], None)
+        gm.graph.eliminate_dead_code()
