@@ -19,23 +19,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
-# Spinning OpenMP threads make small operators forty times slower on few cores; both are read when torch is loaded.
+# Spinning OpenMP threads make small operators forty times slower on few cores; read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-if (
-    str(ROOT / "tests") not in sys.path
-):  # the eager reference is the tests'; benchmarks compare with the same one
+if str(ROOT / "tests") not in sys.path:  # the eager reference is the tests'; benchmarks compare with the same one
     sys.path.insert(0, str(ROOT / "tests"))
 
 
 def machine() -> dict[str, Any]:
     """CPU model, cores that this process may use, memory in GiB."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": model, "cores": cores, "memory_gib": round(memory, 1), "system": platform.system()}

@@ -1,9 +1,10 @@
 """Lookups where every line is a needle: how much of the full-KV answer each method keeps at a small budget.
 
 `--stage eager` runs the plain formulas of tests/eager_reference.py, `--stage compiled` runs specpass through
-`model.generate`, and each compiled answer is set beside its eager one: same tokens or not, share of the kept slots
-that both chose, and how far the compiled choice is from a top-k of the eager scores. In bfloat16 the two differ by
-rounding, which may flip slots of nearly equal score. Records are written one by one: a rerun goes on where it stopped.
+`model.generate`, and each compiled answer is set beside its eager one: same tokens or not, share of the kept
+slots that both chose, and how far the compiled choice is from a top-k of the eager scores. In bfloat16 the
+two differ by rounding, which may flip slots of nearly equal score. Records are written one by one: a rerun
+goes on where it stopped.
 
     python -m bench.multikey --stage all
 """
@@ -11,7 +12,11 @@ rounding, which may flip slots of nearly equal score. Records are written one by
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,18 +57,20 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        settings = {
-            k: getattr(args, k) for k in ("kind", "tokens", "budget", "window", "lookahead", "new_tokens")
-        }
+        settings = {k: getattr(args, k) for k in ("kind", "tokens", "budget", "window", "lookahead", "new_tokens")}
         settings |= {"target": Path(args.target).name, "draft": Path(args.draft).name, "dtype": "bfloat16"}
         self.store = common.Store(args.out, settings, args.restart)
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        self.scratch = Path(tempfile.gettempdir()) / "specpass-bench" / f"multikey-{key}"
+        if args.restart:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        self.latest: tuple[int, Any] | None = None
+        self.drafted: dict[int, list[int]] = {}
         self.tokenizer = common.load_tokenizer(args.target)
         self.target, self.draft = common.load_model(args.target), common.load_model(args.draft)
         self.pad = self.tokenizer.pad_token_id or 0
         self.vocab = min(self.target.config.vocab_size, self.draft.config.vocab_size)
-        self.prompts = [
-            needles.make_prompt(args.kind, seed, args.tokens, self.tokenizer) for seed in range(args.seeds)
-        ]
+        self.prompts = [needles.make_prompt(args.kind, seed, args.tokens, self.tokenizer) for seed in range(args.seeds)]
 
     def ids(self, prompt: needles.Prompt) -> Any:
         """Prompt ids, LongTensor [1, S]."""
@@ -77,9 +84,7 @@ class Bench:
         wanted = [method for method in METHODS if method in methods and method in asked]
         return [(m, p) for p in self.prompts for m in wanted if (f"{m}/{engine}", p.seed) not in self.store]
 
-    def record(
-        self, method: str, prompt: needles.Prompt, tokens: list[int], since: float, **more: Any
-    ) -> None:
+    def record(self, method: str, prompt: needles.Prompt, tokens: list[int], since: float, **more: Any) -> None:
         answer = self.tokenizer.decode(tokens, skip_special_tokens=True)
         self.store.put(
             method,
@@ -94,21 +99,36 @@ class Bench:
             **more,
         )
 
-    # -- eager -------------------------------------------------------------------------------------------------
+    # -- eager
 
-    def selection(self, method: str, prompt: needles.Prompt, lookahead: list[int] | None) -> Any:
-        """The eager kept set of a pruning method."""
+    def start(self, prompt: needles.Prompt) -> Any:
+        """The target's full prefill of the prompt, shared by all methods: on some CPUs it takes a minute."""
+        import eager_reference as eager
+
+        if self.latest is None or self.latest[0] != prompt.seed:
+            self.latest = (prompt.seed, eager.prefill(self.target, self.ids(prompt), self.args.window))
+        return self.latest[1]
+
+    def selection(self, method: str, prompt: needles.Prompt) -> Any:
+        """The eager kept set of a pruning method, kept on disk for the compiled stage."""
         import eager_reference as eager
         import torch
 
-        ids, window = self.ids(prompt), self.args.window
+        saved = self.scratch / f"{method}-{prompt.seed}.pt"
+        if saved.exists():
+            return eager.Selection(**torch.load(saved))
+        budget, window = self.args.budget, self.args.window
         if method == "streaming":
-            return eager.select_streaming(self.target, ids.shape[1], self.args.budget)
-        if method == "snapkv":
+            found = eager.select_streaming(self.target, len(prompt.ids), budget)
+        elif method == "snapkv":
             how = eager.Scoring(window=window, reduce="mean", pool="avg")
-            return eager.select(self.target, ids, self.args.budget, how=how)
-        rows = torch.tensor([lookahead])
-        return eager.select(self.target, ids, self.args.budget, rows, eager.Scoring(window=window))
+            found = eager.select_shared(self.start(prompt), budget, how=how)
+        else:
+            rows = torch.tensor([self.lookahead(method, prompt)])
+            found = eager.select_shared(self.start(prompt), budget, rows, eager.Scoring(window=window))
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        torch.save({"positions": found.positions, "scores": found.scores}, saved)
+        return found
 
     def lookahead(self, method: str, prompt: needles.Prompt) -> list[int] | None:
         """Valid lookahead ids: what the eager run drafted, or the target's own full-KV answer (oracle)."""
@@ -118,29 +138,30 @@ class Bench:
             return None
         if (f"{method}/eager", prompt.seed) in self.store:
             return self.store[f"{method}/eager", prompt.seed]["lookahead"]
-        import eager_reference as eager
+        if prompt.seed not in self.drafted:
+            import eager_reference as eager
 
-        rows, valid = eager.draft_lookahead(
-            self.draft, self.ids(prompt), self.args.lookahead, self.pad, vocab_size=self.vocab
-        )
-        return rows[0, :valid].tolist()
+            rows, valid = eager.draft_lookahead(
+                self.draft, self.ids(prompt), self.args.lookahead, self.pad, vocab_size=self.vocab
+            )
+            self.drafted[prompt.seed] = rows[0, :valid].tolist()
+        return self.drafted[prompt.seed]
 
     def run_eager(self) -> None:
         import eager_reference as eager
 
         for method, prompt in track(self.missing("eager", METHODS), "eager"):
             since, ids, more = time.perf_counter(), self.ids(prompt), {}
-            if method in ("full", "draft"):
-                model = self.target if method == "full" else self.draft
-                tokens = eager.generate_full(model, ids, self.args.new_tokens).tokens
+            if method == "draft":
+                tokens = eager.generate_full(self.draft, ids, self.args.new_tokens).tokens
             else:
+                kept = None if method == "full" else self.selection(method, prompt).positions
                 lookahead = self.lookahead(method, prompt)
                 more = {} if lookahead is None else {"lookahead": lookahead}
-                kept = self.selection(method, prompt, lookahead).positions
-                tokens = eager.generate(self.target, ids, kept, self.args.new_tokens).tokens
+                tokens = eager.generate(self.target, ids, kept, self.args.new_tokens, start=self.start(prompt)).tokens
             self.record(f"{method}/eager", prompt, tokens, since, **more)
 
-    # -- compiled ----------------------------------------------------------------------------------------------
+    # -- compiled
 
     def specpass_method(self, method: str) -> Any:
         import specpass
@@ -158,28 +179,24 @@ class Bench:
         todo = self.missing("compiled", PRUNED)
         # eager kept sets first, while the target is still the plain model
         reference = {
-            (method, prompt.seed): self.selection(method, prompt, self.lookahead(method, prompt))
-            for method, prompt in track(todo, "eager kept sets")
+            (method, prompt.seed): self.selection(method, prompt) for method, prompt in track(todo, "eager kept sets")
         }
         for name in PRUNED:
             prompts = [prompt for method, prompt in todo if method == name]
             if not prompts:
                 continue
             method = self.specpass_method(name)
-            model = specpass.compile(
-                self.target, draft=self.draft, method=method, lowering=self.args.lowering
-            )
+            model = specpass.compile(self.target, draft=self.draft, method=method, lowering=self.args.lowering)
             try:
                 for prompt in track(prompts, f"compiled {name}"):
                     self.compiled_answer(model, name, method, prompt, reference[name, prompt.seed])
             finally:
                 specpass.restore(model)
 
-    def compiled_answer(
-        self, model: Any, name: str, method: Any, prompt: needles.Prompt, reference: Any
-    ) -> None:
-        import specpass
+    def compiled_answer(self, model: Any, name: str, method: Any, prompt: needles.Prompt, reference: Any) -> None:
         import torch
+
+        import specpass
 
         since, ids, given = time.perf_counter(), self.ids(prompt), {}
         if name == "oracle":
@@ -208,7 +225,7 @@ class Bench:
         more |= compare(kept, reference, self.args.window)
         self.record(f"{name}/compiled", prompt, tokens, since, **more)
 
-    # -- summary -----------------------------------------------------------------------------------------------
+    # -- summary
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Per method: prompts, mean scores of both engines, answers that agree, mean overlap of kept sets."""
@@ -230,8 +247,8 @@ def compare(kept: list[Any], reference: Any, window: int) -> dict[str, Any]:
     """Kept sets [K, C] per layer against the eager selection.
 
     Returns:
-        overlap: per layer, the share of slots outside the window (all slots where nothing is scored) that both kept.
-        margin: smallest kept minus largest dropped eager score, the least of all layers: 0 or more is a true top-k.
+        overlap: per layer, the share of slots that both kept, the window left out where slots are scored.
+        margin: smallest kept minus largest dropped eager score, least of all layers; >= 0 is a true top-k.
     """
     import eager_reference as eager
     import torch
@@ -252,9 +269,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def show(summary: dict[str, dict[str, Any]]) -> None:
-    table = Table(
-        "method", "eager", "compiled", "answers agree", "kept-set overlap", title="share answered right"
-    )
+    table = Table("method", "eager", "compiled", "answers agree", "kept-set overlap", title="share answered right")
     for method, entry in summary.items():
         agree = f"{entry['agree']} of {entry['compiled_prompts']}" if "agree" in entry else "-"
         figures = [f"{entry[key]:.3f}" if key in entry else "-" for key in ("eager", "compiled", "overlap")]

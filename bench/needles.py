@@ -16,21 +16,27 @@ from typing import Any
 KINDS = ("single", "multikey", "multiquery")
 QUERIES = 4
 
-ADJECTIVES = (
-    "amber ancient bitter bright calm clever copper crimson curious damp distant early eager faded fierce frosty "
-    "gentle golden hasty hidden hollow humble icy idle jolly keen lively lonely lucky misty modest narrow noble "
-    "odd pale patient plain proud quick quiet rapid rough rusty scarlet shiny silent silver simple sleepy slow "
-    "smooth solid spare steady stern stormy swift tall tender tidy timid tiny vast velvet warm weary wild windy "
-    "wise woolly young zealous"
-).split()
 
-NOUNS = (
-    "acorn anchor apron arrow badge barrel basket beacon bell blanket bottle branch bridge bucket button cabin "
-    "candle canyon carpet castle chapel cliff cloud compass corner cradle crane creek desert drum engine falcon "
-    "feather fiddle forest fountain garden glacier hammer harbor island jacket kettle ladder lantern magnet "
-    "meadow mirror mountain needle oyster paddle pebble pepper pillow planet quarry ribbon river saddle shovel "
-    "signal spider table temple thunder tunnel valley violin wagon walnut window"
-).split()
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+ADJECTIVES = _words(
+    "amber ancient bitter bright calm clever copper crimson curious damp distant early eager faded fierce "
+    "frosty gentle golden hasty hidden hollow humble icy idle jolly keen lively lonely lucky misty modest "
+    "narrow noble odd pale patient plain proud quick quiet rapid rough rusty scarlet shiny silent silver "
+    "simple sleepy slow smooth solid spare steady stern stormy swift tall tender tidy timid tiny vast "
+    "velvet warm weary wild windy wise woolly young zealous"
+)
+
+NOUNS = _words(
+    "acorn anchor apron arrow badge barrel basket beacon bell blanket bottle branch bridge bucket button "
+    "cabin candle canyon carpet castle chapel cliff cloud compass corner cradle crane creek desert drum "
+    "engine falcon feather fiddle forest fountain garden glacier hammer harbor island jacket kettle "
+    "ladder lantern magnet meadow mirror mountain needle oyster paddle pebble pepper pillow planet quarry "
+    "ribbon river saddle shovel signal spider table temple thunder tunnel valley violin wagon walnut "
+    "window"
+)
 
 FILLER = (
     "The grass is green.",
@@ -40,14 +46,12 @@ FILLER = (
     "There and back again.",
 )
 
-INTRO = (
-    "Some special magic numbers are hidden within the following text. Memorize them: I will ask about them."
-)
+INTRO = "Some special magic numbers are hidden within the following text. Memorize them: I will ask about them."
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A question with its context: `ids` come from the tokenizer's chat template, generation prompt included."""
+    """A question with its context; `ids` come from the chat template, generation prompt included."""
 
     kind: str
     seed: int
@@ -60,7 +64,9 @@ def make_prompt(kind: str, seed: int, tokens: int, tokenizer: Any) -> Prompt:
     """A prompt of about `tokens` tokens (within 2 %, or half a line of text where that is more).
 
     Args:
-        kind: one of `KINDS`. seed: decides keys, numbers, order and question. tokenizer: with a chat template.
+        kind: one of `KINDS`.
+        seed: decides keys, numbers, order and question.
+        tokenizer: has a chat template.
 
     Raises:
         ValueError: an unknown kind, or a length too short for the question.
@@ -81,9 +87,7 @@ def make_prompt(kind: str, seed: int, tokens: int, tokenizer: Any) -> Prompt:
         low, high = (middle, high) if len(at(middle).ids) <= tokens else (low, middle)
     best = min(at(low), at(high), key=lambda prompt: abs(len(prompt.ids) - tokens))
     if len(best.ids) > 1.5 * tokens:
-        raise ValueError(
-            f"tokens={tokens} is too short for a {kind} question ({len(best.ids)} tokens at least)."
-        )
+        raise ValueError(f"tokens={tokens} is too short for a {kind} question ({len(best.ids)} tokens at least).")
     return best
 
 
@@ -107,9 +111,7 @@ def _text(kind: str, seed: int, lines: int) -> tuple[str, tuple[str, ...]]:
     rng.shuffle(keys)
     numbers = [str(number) for number in rng.sample(range(1_000_000, 10_000_000), len(keys))]
     depth = rng.random()  # drawn before anything that depends on the length, so that lengths compare
-    needles = [
-        f"One of the special magic numbers for {k} is: {n}." for k, n in zip(keys, numbers, strict=True)
-    ]
+    needles = [f"One of the special magic numbers for {k} is: {n}." for k, n in zip(keys, numbers, strict=True)]
     if kind == "single":
         body = [FILLER[i % len(FILLER)] for i in range(lines)]
         body.insert(int(depth * lines), needles[0])

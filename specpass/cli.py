@@ -1,7 +1,7 @@
 """The command line: thin commands over the library; torch is imported by the commands that need it.
 
-A command is a function registered on ``app`` (or on a group such as ``models_app``); errors that specpass raises on
-purpose are printed as one message by `main`, everything else keeps its traceback.
+A command is a function registered on ``app`` (or on a group such as ``models_app``). An error that specpass raises
+on purpose is printed as one message; everything else keeps its traceback.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Group(TyperGroup):
         except SpecpassError as error:
             if ctx.params.get("debug"):
                 raise
-            Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
             raise typer.Exit(1) from error
 
 
@@ -36,7 +36,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="KV caches of fixed budget for any Hugging Face decoder, through torch.compile and a small draft model.",
+    help="KV caches of fixed budget for any Hugging Face decoder, through torch.compile and a draft model.",
 )
 models_app = typer.Typer(no_args_is_help=True, help="Real models that specpass knows by name.")
 app.add_typer(models_app, name="models")

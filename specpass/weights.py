@@ -38,8 +38,8 @@ def check_weights(path: str | Path) -> None:
     """Check the safetensors files of a model folder (or one file) from headers and lengths, reading no data.
 
     Raises:
-        CorruptWeightsError: a file is truncated, too long, has a broken header, or an index names a shard or a
-            tensor that is not there. The message names the file, both values and what to do.
+        CorruptWeightsError: a file is truncated, too long, has a broken header, or an index names a shard or
+            a tensor that is not there. The message names the file, both values and what to do.
     """
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
@@ -68,9 +68,10 @@ def _check_safetensors(file: Path) -> set[str]:
     for start, stop, name in spans:
         if start != end:
             raise _corrupt(file, f"stores tensor {name!r} at byte {start:,} where {end:,} is expected")
-        width = bits[name]
-        if width is not None and (stop - start) * 8 != counts[name] * width:
-            raise _corrupt(file, f"gives tensor {name!r} {stop - start:,} bytes, its shape needs {counts[name] * width // 8:,}")
+        width = bits[name]  # None: a dtype newer than this table, its size is not checked
+        need = stop - start if width is None else counts[name] * width // 8
+        if stop - start != need:
+            raise _corrupt(file, f"gives tensor {name!r} {stop - start:,} bytes, its shape needs {need:,}")
         end = stop
     if size != 8 + length + end:
         raise _corrupt(file, f"has {size:,} bytes, its header describes {8 + length + end:,}")

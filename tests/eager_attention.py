@@ -1,7 +1,8 @@
 """Attention probabilities of a transformers decoder, layer by layer, without knowing the model.
 
-Two routes: `capture` replaces the function that transformers calls for attn_implementation="sdpa" for the time of one
-forward; `probabilities_by_output` asks transformers' eager attention for its weights. Symbols as in eager_reference.
+Two routes: `capture` replaces the function that transformers calls for attn_implementation="sdpa" for the
+time of one forward; `probabilities_by_output` asks transformers' eager attention for its weights. Symbols as
+in eager_reference.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _sdpa_replaced(function: Callable[..., Any]) -> Iterator[None]:
 def _row_probabilities(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scale: float | None, rows: int
 ) -> torch.Tensor:
-    """Softmax in float32 of the last `rows` queries [1, H, T, D] over the keys [1, K, T, D] -> [K, G * rows, T]."""
+    """Float32 softmax of the last `rows` queries [1, H, T, D] over keys [1, K, T, D] -> [K, G * rows, T]."""
     (_, heads, _, size), (_, kv_heads, length, _) = query.shape, key.shape
     last = query[0, :, -rows:].float().reshape(kv_heads, (heads // kv_heads) * rows, size)
     scores = last @ key[0].float().transpose(-1, -2) * (size**-0.5 if scale is None else scale)
@@ -50,10 +51,10 @@ def _row_probabilities(
 
 @contextmanager
 def capture(model: PreTrainedModel, rows: int) -> Iterator[list[torch.Tensor]]:
-    """Collect the float32 probabilities [K, G * rows, T] of the last `rows` queries, one per layer of a forward.
+    """Collect the float32 probabilities [K, G * rows, T] of the last `rows` queries, one tensor a layer.
 
-    Takes post-rotary queries and keys where the model hands them to SDPA: memory is [rows, T] per layer, so it
-    serves long prompts, and the softmax is float32 whatever the model's dtype.
+    Takes post-rotary queries and keys where the model hands them to SDPA: memory is [rows, T] per layer, so
+    it serves long prompts, and the softmax is float32 whatever the model's dtype.
     """
     assert model.config._attn_implementation == "sdpa", "the capture route needs attn_implementation='sdpa'"
     plain, found = ALL_ATTENTION_FUNCTIONS["sdpa"], []
@@ -79,8 +80,8 @@ def probabilities_by_capture(model: PreTrainedModel, ids: torch.Tensor, rows: in
 def probabilities_by_output(model: PreTrainedModel, ids: torch.Tensor, rows: int) -> list[torch.Tensor]:
     """As `probabilities_by_capture`, from `output_attentions` of transformers' eager attention.
 
-    The architecture-free oracle (soft caps, odd scales and sliding windows included); it makes [H, T, T] per layer
-    and computes in the model's dtype, so it is for tiny float32 models.
+    The architecture-free oracle (soft caps, odd scales and sliding windows included); it makes [H, T, T] per
+    layer and computes in the model's dtype, so it is for tiny float32 models.
     """
     cache, before = DynamicCache(), model.config._attn_implementation
     model.set_attn_implementation("eager")

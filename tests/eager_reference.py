@@ -1,12 +1,12 @@
 """SpecKV, SnapKV and StreamingLLM in plain eager PyTorch: the oracle that compiled results are compared with.
 
-It imports nothing of specpass and knows no model names: attention is read from what transformers itself offers
-(`output_attentions`, or its attention registry for the time of one forward). Batch 1, no padding: a row of a padded
-batch is compared with the row run alone. Formulas: "Draft-based Approximate Inference for LLMs" (arXiv 2506.08373),
-Algorithm 1; SnapKV (2404.14469); StreamingLLM (2309.17453).
+It imports nothing of specpass and knows no model names: attention is read from what transformers itself
+offers (`output_attentions`, or its attention registry for the time of one forward). Batch 1, no padding: a
+row of a padded batch is compared with the row run alone. Formulas: "Draft-based Approximate Inference for
+LLMs" (arXiv 2506.08373), Algorithm 1; SnapKV (2404.14469); StreamingLLM (2309.17453).
 
-Symbols: S prompt length, L lookahead tokens, H query heads, K KV heads, G = H/K, D head size, W window, C budget,
-T tokens that the scored forward reads (S + valid L).
+Symbols: S prompt length, L lookahead tokens, H query heads, K KV heads, G = H/K, D head size, W window, C
+budget, T tokens that the scored forward reads (S + valid L).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def eos_ids_of(model: PreTrainedModel) -> tuple[int, ...]:
     return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
-# -- scores and selection ----------------------------------------------------------------------------------------
+# -- scores and selection
 
 
 def pooled_scores(probabilities: torch.Tensor, prompt_length: int, how: Scoring) -> torch.Tensor:
@@ -96,7 +96,7 @@ def select(
     how: Scoring = SPECKV,
     route: str = "capture",
 ) -> Selection:
-    """SpecKV (with `lookahead` [1, valid L], no padding) or SnapKV (`lookahead=None, how=SNAPKV`) on `ids` [1, S].
+    """SpecKV (`lookahead` [1, valid L], without padding) or SnapKV (None and `how=SNAPKV`) on `ids` [1, S].
 
     Args:
         route: "capture" (long prompts, any dtype) or "output" (tiny float32 models).
@@ -142,7 +142,7 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, window: int) -> Prefilled
 def select_shared(
     start: Prefilled, budget: int, lookahead: torch.Tensor | None = None, how: Scoring = SPECKV
 ) -> Selection:
-    """As `select`, from a prefill that exists: the lookahead [1, valid L] runs behind it, on a copy of its cache.
+    """As `select`, from a prefill that exists: the lookahead [1, valid L] follows on a copy of its cache.
 
     Causality makes this the same as one forward over S + L tokens, but for rounding.
     """
@@ -187,7 +187,7 @@ def score_margin(scores: torch.Tensor, kept: torch.Tensor, window: int) -> float
     return float((low - high).min())
 
 
-# -- generation --------------------------------------------------------------------------------------------------
+# -- generation
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def _greedy(
     keep: Sequence[torch.Tensor] | None = None,
     start: Prefilled | None = None,
 ) -> Generation:
-    """Prefill `ids` [1, S] or go on from `start`, prune to `keep` (positions [K, C] per layer), decode greedily."""
+    """Prefill `ids` [1, S] or take `start`, prune to `keep` (positions [K, C] per layer), decode greedily."""
     length = ids.shape[1]
     if start is None:
         cache = DynamicCache()
@@ -238,7 +238,7 @@ def generate(
     eos_ids: Sequence[int] | None = None,
     start: Prefilled | None = None,
 ) -> Generation:
-    """Greedy decoding over the kept `positions` (one [K, C] per layer; None keeps all) of the prompt `ids` [1, S].
+    """Greedy decoding of `ids` [1, S] over the kept `positions` (one [K, C] per layer; None keeps all).
 
     The first token comes from the full prefill; the next ones see C + t slots and are numbered from S on.
 

@@ -1,4 +1,4 @@
-"""The oracle itself, checked: identities that need no second implementation, and its two routes against each other."""
+"""The oracle itself, checked by identities that need no second implementation, and route against route."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_full_budget_is_the_full_model(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_pruned_cache_equals_a_mask_over_the_dropped_positions(family: str) -> None:
-    """Decoding from a pruned cache is decoding in place with the dropped columns masked, position by position."""
+    """Decoding from a pruned cache is decoding in place with the dropped columns masked."""
     target, ids = tiny(family, layers=1, num_key_value_heads=1), prompt(40, seed=3)
     kept = select(target, ids, 16, how=SMALL).positions
     pruned = generate(target, ids, kept, 5)

@@ -1,8 +1,8 @@
 """Tiny random decoders, made from configs alone (no network), float32, seeded, in eval mode.
 
-`FULL` are the families that specpass must rewrite; `OTHERS` hold what it may refuse: sliding windows, soft caps,
-learned positions. Weights are drawn wide (initializer_range 0.25): at the usual 0.02 attention is uniform, every
-pooled score ties, and a wrong selection would go unnoticed.
+`FULL` are the families that specpass must rewrite; `OTHERS` hold what it may refuse: sliding windows, soft
+caps, learned positions. Weights are drawn wide (initializer_range 0.25): at the usual 0.02 attention is
+uniform, every pooled score ties, and a wrong selection would go unnoticed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def tiny(
         family: a key of `FULL` or `OTHERS`.
         seed: seeds the weights; the global generator is left as it was.
         eos: end-of-sequence ids; None never stops.
-        attention: attn_implementation; Gemma2 takes "eager" whatever is asked, since its soft cap has no SDPA form.
+        attention: attn_implementation; Gemma2 is always "eager", since its soft cap has no SDPA form.
         overrides: further config arguments, e.g. `num_key_value_heads=1`.
 
     Raises:
@@ -97,9 +97,7 @@ def tiny(
     return model
 
 
-def tiny_pair(
-    family: str = "llama", *, seed: int = 0, **settings: Any
-) -> tuple[PreTrainedModel, PreTrainedModel]:
+def tiny_pair(family: str = "llama", *, seed: int = 0, **settings: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     """(target of 3 layers, draft of 2 layers) of one family and vocabulary, with different weights."""
     return (
         tiny(family, seed=seed, layers=3, **settings),

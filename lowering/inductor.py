@@ -1,0 +1,145 @@
+"""Compile each distinct region once with Inductor and stitch the calls.
+
+before: embed; layer 0's 60 nodes; ...; layer 27's 60 nodes; norm; lm_head
+after:  embed; region_0(...); ...; region_0(...); norm; lm_head       one artifact, 28 calls
+
+The surrounding graph's generated code drops each value after its last use, so a layer's full K/V die with its call.
+Whole-graph compilation is no choice: it takes a minute and keeps every layer's buffers alive at once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._guards import TracingContext, tracing
+from torch._dynamo.source import ConstantSource
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from specpass.lowering.regions import Region, close, find_regions
+from specpass.reporting import GraphRecord
+
+
+class CompiledRegion(nn.Module):
+    """A compiled region as a callable that a graph can hold; equal regions share one."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, *args: Any) -> Any:
+        return self.run(*args)
+
+
+def lower_regions(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
+    """Replace each decoder layer by a call of its compiled region, in place; subgraphs (the draft) too."""
+    for name, child in list(gm.named_children()):
+        if isinstance(child, fx.GraphModule):
+            # The captured draft is shared by later graphs: lowered once, kept beside it.
+            lowered = child.meta.get("specpass_lowered")
+            if lowered is None:
+                lowered = lower_regions(_copy(child), record)
+                lowered.recompile()
+                child.meta["specpass_lowered"] = lowered
+            setattr(gm, name, lowered)
+    regions = find_regions(gm)
+    compiled: dict[str, str] = {}
+    for found in regions:
+        region = close(found.nodes)
+        key = region.key()
+        if key not in compiled:
+            compiled[key] = f"region_{len(compiled)}"
+            gm.add_submodule(compiled[key], CompiledRegion(compile_region(gm, region)))
+        stitch(gm, region, compiled[key])
+    record.regions += len(regions)
+    record.distinct_regions += len(compiled)
+    gm.graph.lint()
+    return gm
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, env))
+    for old, new in env.items():
+        new.meta = dict(old.meta)
+    return fx.GraphModule(gm, graph)
+
+
+def extract(gm: fx.GraphModule, region: Region) -> fx.GraphModule:
+    """The region as a graph of its own: its inputs are placeholders, its outputs a tuple."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(region.inputs):
+        env[node] = graph.placeholder(f"input_{index}")
+        env[node].meta = {"val": node.meta["val"]}
+    for node in region.nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+    graph.output(tuple(env[node] for node in region.outputs))
+    return fx.GraphModule(gm, graph)
+
+
+def compile_region(gm: fx.GraphModule, region: Region) -> Callable[..., Any]:
+    """Inductor's code for one region, for the symbolic sizes of its inputs."""
+    sub = extract(gm, region)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    inputs = restate([node.meta["val"] for node in region.inputs], mode)
+    with tracing(TracingContext(mode)), torch.no_grad():
+        return compile_fx(sub, inputs)
+
+
+def restate(values: list[Any], mode: FakeTensorMode) -> list[Any]:
+    """The same fake inputs in a shape environment of their own: one fresh symbol for each distinct symbolic size.
+
+    So the region's code does not depend on which graph it was met in, and what Inductor learns about sizes stays out
+    of the guards that Dynamo checks on each call.
+    """
+    env = mode.shape_env
+    known: dict[Any, torch.SymInt] = {}
+
+    def size(dim: Any) -> Any:
+        if not isinstance(dim, torch.SymInt) or not dim.node.expr.free_symbols:
+            return int(dim)
+        expr = dim.node.expr
+        if expr not in known:
+            source = ConstantSource(f"size_{len(known)}")
+            symbol = env.create_symbol(dim.node.hint, source, DimDynamic.DYNAMIC)
+            known[expr] = env.create_symintnode(symbol, hint=dim.node.hint, source=source)
+        return known[expr]
+
+    def tensor(val: torch.Tensor) -> torch.Tensor:
+        shape = [size(dim) for dim in val.shape]
+        order = sorted(range(val.dim()), key=lambda axis: val.stride(axis))
+        stride, step = [0] * val.dim(), 1
+        if any(isinstance(dim, torch.SymInt) for dim in val.stride()):
+            for axis in order:  # dense in the order of the original strides
+                stride[axis] = step
+                step = step * shape[axis]
+        else:
+            stride = list(val.stride())
+        return torch.empty_strided(shape, stride, dtype=val.dtype, device=val.device)
+
+    with mode, torch.no_grad():
+        return [tensor(val) if isinstance(val, torch.Tensor) else size(val) for val in values]
+
+
+def stitch(gm: fx.GraphModule, region: Region, name: str) -> None:
+    """Call the compiled region where its nodes stood."""
+    graph = gm.graph
+    with graph.inserting_after(region.nodes[-1]):
+        call = graph.call_module(name, tuple(region.inputs))
+    call.meta["val"] = tuple(node.meta.get("val") for node in region.outputs)
+    last = call
+    for index, node in enumerate(region.outputs):
+        with graph.inserting_after(last):
+            last = graph.call_function(operator.getitem, (call, index))
+        last.meta["val"] = node.meta.get("val")
+        inside = set(region.nodes)
+        node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(region.nodes):
+        graph.erase_node(node)
