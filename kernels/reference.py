@@ -245,7 +245,8 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
 
 def _hash_uniform(seed: int, step: int, size: int, device: torch.device) -> Tensor:
     """[size] floats in (0, 1) from a counter: splitmix64's mixing of (seed, step, index), the same on any device."""
-    counter = torch.arange(size, dtype=torch.int64, device=device) + (seed * 1_000_003 + step) * 0x9E3779B9
+    start = ((seed * 1_000_003 + step) * 0x9E3779B9 + (1 << 63)) % (1 << 64) - (1 << 63)  # wraps to int64
+    counter = torch.arange(size, dtype=torch.int64, device=device) + start
     mixed = counter * -7046029254386353131
     mixed = (mixed ^ ((mixed >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     mixed = (mixed ^ ((mixed >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685

@@ -92,7 +92,7 @@ class BudgetLayer(CacheLayerMixin):
         cache = self.cache
         if not self.is_initialized:
             self.kv_heads = key_states.shape[1]
-            short = cache.early_exit and bool(key_states.shape[2] <= self.budget)
+            short = self.fits(key_states)
             self.key_buffer, self.value_buffer, self.lengths, self.positions = torch.ops.specpass.fill(
                 key_states, value_states, cache.handle, self.budget, cache.room, cache.lookahead,
                 self.index, len(cache.layers), short,
@@ -103,6 +103,10 @@ class BudgetLayer(CacheLayerMixin):
             self.key_buffer, self.value_buffer, self.lengths, key_states, value_states, cache.handle
         )
         return self.keys, self.values
+
+    def fits(self, key_states: Tensor) -> bool:
+        """Whether a prompt's keys [B, K, S, D] are kept whole, without draft or scores."""
+        return self.cache.early_exit and bool(key_states.shape[2] <= self.budget)
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
         return self.cache.seen if self.is_initialized else 0
@@ -229,7 +233,7 @@ class BudgetCache(Cache):
                 "method=...) or model.compile(backend=specpass.Backend(...), dynamic=True)."
             )
         first = not self.layers[layer_idx].is_initialized
-        if layer_idx == 0 and first and self.lookahead > 0:
+        if layer_idx == 0 and first and self.lookahead > 0 and not self.layers[0].fits(key_states):
             self.lookahead_ids = torch.ops.specpass.lookahead(key_states, self.given_ids, self.lookahead)
         keys, values = self.layers[layer_idx].update(key_states, value_states)
         if layer_idx == len(self.layers) - 1:

@@ -22,12 +22,14 @@ import specpass
 from specpass import hub
 
 DRAFT, TARGET = "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
-FACT = 'RECOVERY_PHRASE = "amber falcon 77120 cedar lantern 48213 violet harbor"'
-EXPECTED = "amber falcon 77120 cedar lantern 48213 violet harbor"
-QUESTION = "What is the value of RECOVERY_PHRASE in the source above? Answer with the value only."
+# A value much longer than the pooling kernel: its far end looks nothing like the question, so that the question's own
+# rows (SnapKV) do not find it, while a lookahead that copies the value attends to all of it.
+EXPECTED = "9f3c71d2-5be8-4a06-b1d4-27e6c8503afd"
+FACT = f'BACKUP_KEY = "{EXPECTED}"'
+QUESTION = "What is the value of BACKUP_KEY in the source above? Answer with the value only."
 WINDOW = LOOKAHEAD = 32
 WARM_UP_TOKENS = 512  # graphs serve every length beyond the budget: a short prompt compiles for a long one
-NEW_TOKENS = 40
+NEW_TOKENS = 48
 
 _LOG = Console(stderr=True)
 

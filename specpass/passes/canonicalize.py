@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from specpass.passes.base import Pass, State
@@ -29,12 +30,25 @@ class Canonicalize(Pass):
 
     def run(self, gm: fx.GraphModule, state: State) -> None:
         editor = Editor(gm)
+        unify_sizes(gm.graph)
         for softmax in find(gm.graph, ATEN.softmax, ATEN._softmax):
             fuse_eager_attention(editor, softmax)
         for node in find(gm.graph, ATEN.scaled_dot_product_attention):
             unrepeat(node)
             unfold_query(editor, node)
         gm.graph.eliminate_dead_code()
+
+
+def unify_sizes(graph: fx.Graph) -> None:
+    """One node for each symbolic size: `sym_size(linear, 1)` deep in a layer is the prompt length known at the start."""
+    first: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        val = node.meta.get("val")
+        if isinstance(val, torch.SymInt) and val.node.expr.free_symbols:
+            known = first.setdefault(val.node.expr, node)
+            if known is not node and node.op != "placeholder":
+                node.replace_all_uses_with(known)
+                graph.erase_node(node)
 
 
 def unrepeat(node: fx.Node) -> None:

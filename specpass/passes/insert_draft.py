@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from specpass.passes.base import Pass, Refusal, State
-from specpass.passes.graph import SPEC, Editor, find, quiet, value
+from specpass.passes.graph import SPEC, Editor, find, is_op, quiet, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,6 @@ def extend_prompt(gm: fx.GraphModule, editor: Editor, state: State, ids: fx.Node
                    None)
     users = {node: [user for user in node.users if user in behind]
              for node in (ids, columns, state.inputs.get("position_ids")) if node is not None}
-    seen = [node for node in find(gm.graph, SPEC.size)]
     for node, readers in users.items():
         if node is columns:
             with editor.graph.inserting_before(anchor):
@@ -108,9 +107,5 @@ def extend_prompt(gm: fx.GraphModule, editor: Editor, state: State, ids: fx.Node
         else:
             new = editor.call(SPEC.append_positions, node, state.lengths, state.lookahead, before=anchor)
         for reader in readers:
-            if reader is not ahead and reader is not new:
+            if reader not in (ahead, new) and not is_op(reader, SPEC.size):
                 reader.replace_input_with(node, new)
-    for node in seen:  # the cache's logical length is the prompt's own
-        original = state.inputs["attention_mask"] if state.order is not None else ids
-        node.args = (original, 1)
-        editor.refresh(node)

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import fx
 
 from specpass.passes.base import Pass, State
-from specpass.passes.graph import SPEC, Editor
+from specpass.passes.graph import SPEC, Editor, find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,8 @@ class PackRows(Pass):
             site.attention = new
         gm.graph.eliminate_dead_code()
         ids, mask = state.inputs["input_ids"], state.inputs.get("attention_mask")
+        for node in find(gm.graph, SPEC.size):  # the cache's logical length: the caller's columns
+            node.args = (ids, 1)
         first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         if mask is None:
             state.lengths = editor.call(SPEC.full_lengths, ids, before=first)

@@ -1,0 +1,89 @@
+"""The operators as graphs see them: schemas, fake kernels, and the references behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import specpass.ops  # noqa: F401  (registers the operators)
+
+SPEC = torch.ops.specpass
+B, H, K, S, D, C, N, W, L = 2, 4, 2, 9, 8, 5, 3, 2, 2
+CHECKS = ("test_schema", "test_faketensor")
+
+
+def samples() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of every operator; several tuples where an argument changes the shapes."""
+    torch.manual_seed(0)
+    # [B, T, heads, D] seen as [B, heads, T, D]: how models hand them over
+    query, key, value = (torch.randn(B, S + L, *sizes).transpose(1, 2) for sizes in ((H, D), (K, D), (K, D + 1)))
+    ids = torch.randint(1, 50, (B, S))
+    ahead = torch.randint(1, 50, (B, L))
+    mask = torch.ones(B, S, dtype=torch.int64)
+    mask[0, :3] = 0
+    order, lengths = SPEC.pack_order(mask, ids)
+    rows = SPEC.score_rows(lengths, ahead, W, [7])
+    scores = torch.rand(B, K, S + L)
+    positions = SPEC.select(scores, lengths, C, W, 3, "max")
+    keys, values, used = SPEC.gather_kv(key, value, positions, N)
+    heads = [states.view(B, K, C + N, -1) for states in (keys, values)]
+    handle, step = torch.zeros((), dtype=torch.int64), (torch.randn(B, K, 2, D), torch.randn(B, K, 2, D + 1))
+    return {
+        "fill": [(key, value, handle, C, N, L, 0, 2, False), (key, value, handle, S + L + 1, N, L, 0, 2, True)],
+        "lookahead": [(key, None, L), (key, ahead, L)],
+        "size": [(key, 2)],
+        "append_kv": [(keys, values, used, *step, handle), (keys, values, used, *step, None)],
+        "pack_order": [(mask, ids)],
+        "full_lengths": [(ids,)],
+        "pack_ids": [(ids, order)],
+        "append_ids": [(ids, ahead, lengths)],
+        "append_positions": [(order, lengths, L), (order[:1], lengths, L)],
+        "expand_rows": [(ids[:1], ids), (ids, ids)],
+        "row_index": [(ids,)],
+        "unpack_index": [(order,)],
+        "take_positions": [(torch.randn(B, S, D), lengths[:, None] - 1)],
+        "score_rows": [(lengths, ahead, W, [7]), (lengths, None, W, [])],
+        "take_rows": [(query, rows)],
+        "importance": [(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.3, how) for how in ("max", "mean")],
+        "select": [(scores, lengths, C, W, 3, "max"), (scores, lengths, S + 4, W, 7, "avg")],
+        "select_recent": [(lengths, K, C, 1), (lengths, K, S + 4, 0)],
+        "keep_all": [(lengths, K, S + 4)],
+        "gather_kv": [(key, value, positions, N)],
+        "keep_kv": [(key, value, lengths, N)],
+        "attend": [(query[:, :, :q], *heads, used, 0.3) for q in (1, 3)],
+        "prefill_attention": [(query, key, value, 0.3), (query[:, :K], key, value, 0.3)],
+        "next_token": [
+            (torch.randn(B, 1, 50), torch.tensor([False, True]), 40, heat, 1, 2, [7], 0) for heat in (0.0, 1.0)
+        ],
+    }
+
+
+SAMPLES = samples()
+
+
+def registered() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("specpass::") for name in names if name.startswith("specpass::")}
+
+
+def test_every_registered_operator_has_a_sample() -> None:
+    assert registered() == set(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str) -> None:
+    """The schema tells the truth about aliasing and mutation; the fake kernel about shapes, strides and types."""
+    operator = getattr(SPEC, name).default
+    for args in SAMPLES[name]:
+        result = torch.library.opcheck(operator, args, test_utils=CHECKS)
+        assert result == dict.fromkeys(CHECKS, "SUCCESS")
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_schemas_take_plain_values_alone(name: str) -> None:
+    plain = {"Tensor", "Optional[Tensor]", "int", "float", "bool", "str", "List[int]"}
+    for argument in getattr(SPEC, name).default._schema.arguments:
+        assert str(argument.type) in plain, argument
+
