@@ -104,7 +104,7 @@ _define(
 )
 _define(
     "expand_rows(Tensor ids, Tensor like) -> Tensor",
-    lambda ids, like: ids.expand(like.shape[0], -1).contiguous(),
+    lambda ids, like: ids.expand(like.shape[0], -1).clone(memory_format=torch.contiguous_format),
     lambda ids, like: ids.new_empty(like.shape[0], ids.shape[1]),
 )
 _define(

@@ -9,12 +9,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import gc  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+import gc
+from collections.abc import Iterator
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
 # The same examples in every run: a failure seen once is seen again.
 settings.register_profile(

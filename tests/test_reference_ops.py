@@ -74,7 +74,7 @@ def test_importance_is_the_reduced_softmax_of_full_causal_attention(case: dict[s
 
 
 def naive_select(scores: list[int], length: int, budget: int, window: int, kernel: int, pool: str) -> list[int]:
-    """Scores in quarters, so that sums are exact: top C - W of [0, S - W), ties to the lower position, and the window."""
+    """Scores in quarters: exact sums. Top C - W of [0, S - W), ties to the lower position, and the window."""
     end, half = max(0, length - window), kernel // 2
     around = [scores[max(0, i - half) : min(end, i + half + 1)] for i in range(end)]
     pooled = [max(part) if pool == "max" else sum(part) for part in around]
