@@ -60,7 +60,7 @@ def compile(target: nn.Module, draft: nn.Module | None = None, method: Method | 
     checks.check_method(method)
     checks.check_decoder(target, "target")
     backend = Backend(draft, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
-    checks.check_pair(target, draft)
+    checks.check_pair(target.config, next(target.parameters()), draft)
     restore(target)
     before = {name: target.__dict__.get(name, _ABSENT) for name in ATTRIBUTES}
     target._specpass = Compiled(backend, before)  # type: ignore[assignment]
@@ -98,6 +98,7 @@ def _call(target: nn.Module, backend: Backend) -> Callable[..., Any]:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned
+        checks.check_decoder(target, "target")  # train() may have been called since compile
         kwargs.update(zip(ROLES, args, strict=False))
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, BudgetCache) or len(args) > len(ROLES):

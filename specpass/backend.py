@@ -15,8 +15,8 @@ from specpass import checks
 from specpass.cache import BudgetCache
 from specpass.draft_capture import DraftGraphs, capture_draft
 from specpass.errors import (
+    GradientsError,
     MethodMismatchError,
-    NoAttentionSiteError,
     PartialGraphError,
     SpecpassError,
     UnsupportedCallError,
@@ -25,7 +25,7 @@ from specpass.ir import holds_cache_ops, named_inputs, restart_if_specialised, t
 from specpass.lowering.lower import lower
 from specpass.methods import Method
 from specpass.passes.base import Refusal, State
-from specpass.passes.graph import SPEC, find, is_op, module_path, output_of
+from specpass.passes.graph import ATEN, SPEC, find, is_op, output_of
 from specpass.passes.pipeline import Pipeline
 from specpass.reporting import GraphRecord, Report
 from specpass.runtime import Call, owner_of
@@ -97,10 +97,12 @@ class Backend:
         inputs = traced.graph.find_nodes(op="placeholder")
         places = {"handle": inputs.index(writes[0].args[2] if is_op(writes[0], SPEC.fill) else writes[0].args[5])}
         cache = owner_of(example_inputs[places["handle"]])
+        self.report.saw(cache.config)
         self._check_cache(cache)
         named = named_inputs(traced)
         places |= {name: inputs.index(node) for name, node in named.items()}
         self._check_whole(traced, writes, cache, named)
+        self._check_call(traced, cache)
         state = State(kind_of(writes), dataclasses.replace(cache.method), inputs=named)
         record = GraphRecord(state.kind, trace_seconds=trace_seconds)
         self.report.graphs.append(record)
@@ -130,11 +132,6 @@ class Backend:
             state.eos_ids = self._eos_ids(cache)
         pipeline = Pipeline(self.skip_passes, self.full_verify)
         graph = pipeline.run(traced, state, self.keep_stages)
-        if not state.sites:
-            raise NoAttentionSiteError(
-                "no attention site was found in the traced graph: load the model with attn_implementation='sdpa' (or "
-                "'eager'); other attention functions cannot be rewritten."
-            )
         record.pass_seconds = dict(pipeline.seconds)
         if state.kind == "prefill":
             self.stages.update(pipeline.stages)
@@ -173,13 +170,22 @@ class Backend:
         logits = [node for node in output_of(traced.graph).args[0] if node.meta["val"].dim() == 3
                   and not is_op(node.args[0] if node.args else None, SPEC.fill)]
         if len(writes) != layers or not ({"input_ids", "inputs_embeds"} & named.keys()) or not logits:
-            where = f"{module_path(writes[0])} .. {module_path(writes[-1])}"
             raise PartialGraphError(
-                f"a graph break left specpass with {len(writes)} of {layers} layers ({where}): pruning needs the whole "
+                f"a graph break left specpass with {len(writes)} of {layers} layers in this graph: pruning needs the whole "
                 "forward in one graph. Find the break with TORCH_LOGS=graph_breaks and remove it."
             )
-        if find(traced.graph, torch.ops.aten.cross_entropy_loss, torch.ops.aten.nll_loss):
+        if find(traced.graph, ATEN.cross_entropy_loss, ATEN.nll_loss):
             raise UnsupportedCallError("labels= were given: a pruned prefill has no loss; call the model without them.")
+
+    def _check_call(self, traced: fx.GraphModule, cache: BudgetCache) -> None:
+        embedding = find(traced.graph, ATEN.embedding)
+        if embedding and self.method.drafts and self._graphs is None:
+            checks.check_pair(cache.config, embedding[0].args[0].meta["val"], self.draft)
+        for node in find(traced.graph, ATEN.dropout, ATEN.scaled_dot_product_attention):
+            training = node.args[2] if is_op(node, ATEN.dropout) else len(node.args) > 4 and node.args[4] > 0
+            if training:
+                raise GradientsError("the target is in training mode (dropout is on), and pruning has no backward: call "
+                                     "target.eval() first.")
 
 
 def _raiser(error: SpecpassError) -> Callable[..., Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from specpass.errors import (
     BudgetError,
@@ -57,39 +58,38 @@ def check_decoder(model: Any, name: str) -> None:
         raise GradientsError(f"the {name} is in training mode, and pruning has no backward: call {name}.eval() first.")
 
 
-def check_pair(target: nn.Module, draft: nn.Module | None) -> None:
-    """Draft and target agree on device, dtype and tokenizer."""
-    if draft is None or draft is target:
+def check_pair(config: Any, weight: Tensor, draft: nn.Module | None) -> None:
+    """A draft and a target, known by its config and one of its weights, agree on device, dtype and tokenizer."""
+    if draft is None:
         return
-    ours, theirs = (next(model.parameters()) for model in (target, draft))
-    if ours.device != theirs.device:
+    theirs = next(draft.parameters())
+    if weight.device != theirs.device:
         raise DeviceMismatchError(
-            f"the target is on {ours.device} and the draft on {theirs.device}: move the draft with "
-            f"draft.to('{ours.device}')."
+            f"the target is on {weight.device} and the draft on {theirs.device}: move the draft with "
+            f"draft.to('{weight.device}')."
         )
-    if ours.dtype != theirs.dtype:
+    if weight.dtype != theirs.dtype:
         raise DtypeMismatchError(
-            f"the target computes in {ours.dtype} and the draft in {theirs.dtype}: load both with the same dtype=."
+            f"the target computes in {weight.dtype} and the draft in {theirs.dtype}: load both with the same dtype=."
         )
-    check_tokenizers(target, draft)
+    check_tokenizers(config, draft.config)
 
 
-def check_tokenizers(target: nn.Module, draft: nn.Module) -> None:
+def check_tokenizers(target: Any, draft: Any) -> None:
     """Same tokenizer, by the tokenizer files beside the weights where there are any, else by vocabulary size.
 
     A family pads config.vocab_size differently by model size; that alone is no mismatch.
     """
-    sizes = [model.config.get_text_config().vocab_size for model in (target, draft)]
-    vocabularies = [_vocabulary(model) for model in (target, draft)]
-    if all(vocabularies):
-        ours, theirs = vocabularies
-        if ours == theirs:
-            return
-        unlike = sum(1 for token, index in theirs.items() if ours.get(token) != index)  # type: ignore[union-attr]
-        raise TokenizerMismatchError(
-            f"draft and target have different tokenizers: {unlike} of the draft's {len(theirs)} tokens "  # type: ignore
-            "mean something else to the target. Use a draft of the same family."
-        )
+    ours, theirs = (_vocabulary(config) for config in (target, draft))
+    if ours is not None and theirs is not None:
+        unlike = sum(1 for token, index in theirs.items() if ours.get(token) != index)
+        if unlike or len(ours) != len(theirs):
+            raise TokenizerMismatchError(
+                f"draft and target have different tokenizers: {unlike} of the draft's {len(theirs)} tokens mean "
+                f"something else to the target, which has {len(ours)}. Use a draft of the same family."
+            )
+        return
+    sizes = [config.get_text_config(decoder=True).vocab_size for config in (target, draft)]
     if abs(sizes[0] - sizes[1]) >= PADDING or 2 * min(sizes) <= max(sizes):
         raise TokenizerMismatchError(
             f"the target's vocabulary has {sizes[0]} tokens and the draft's {sizes[1]}: more than padding can explain, "
@@ -97,13 +97,16 @@ def check_tokenizers(target: nn.Module, draft: nn.Module) -> None:
         )
 
 
-def _vocabulary(model: nn.Module) -> dict[str, int] | None:
-    folder = Path(getattr(model.config, "_name_or_path", "") or "/nonexistent")
-    if not (folder / "tokenizer.json").is_file():
-        return None
+def _vocabulary(config: Any) -> dict[str, int] | None:
+    file = Path(getattr(config, "_name_or_path", "") or "/nonexistent") / "tokenizer.json"
+    return _read_vocabulary(file, file.stat().st_mtime_ns) if file.is_file() else None
+
+
+@functools.lru_cache(maxsize=8)
+def _read_vocabulary(file: Path, changed: int) -> dict[str, int]:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
 
 
 def context_length(model: nn.Module | None) -> int | None:

@@ -51,6 +51,7 @@ def restart_if_specialised(gm: fx.GraphModule, example_inputs: list[Any]) -> Non
     Two cases: Python floats that became 0-d tensor inputs (they are made constants), and a prompt length that became
     a constant because the caller did not say dynamic=True (it is made a symbol).
     """
+    restart = False
     floats = [node for node in gm.graph.nodes
               if node.op == "placeholder" and isinstance(_value(node), torch.SymFloat)]
     items = [node for node in gm.graph.nodes if node.op == "call_method" and node.target == "item"]
@@ -58,11 +59,10 @@ def restart_if_specialised(gm: fx.GraphModule, example_inputs: list[Any]) -> Non
         val = _value(node)
         if isinstance(val, torch.SymFloat):
             for symbol in val.node.expr.free_symbols:
-                TensorifyState.specialize(symbol.name)
-    if not TensorifyState.empty():
-        raise TensorifyScalarRestartAnalysis
+                if not TensorifyState.should_specialize(symbol.name):
+                    TensorifyState.specialize(symbol.name)
+                    restart = True
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    marked = False
     if find(gm.graph, SPEC.fill):
         for node, example in zip(inputs, example_inputs, strict=True):
             if role_of(source_name(node)) in ROLES and isinstance(example, torch.Tensor) and example.dim() == 2:
@@ -70,8 +70,8 @@ def restart_if_specialised(gm: fx.GraphModule, example_inputs: list[Any]) -> Non
                     if not getattr(example, "_specpass_marked", False):
                         torch._dynamo.maybe_mark_dynamic(example, 1)
                         example._specpass_marked = True  # type: ignore[attr-defined]
-                        marked = True
-    if marked:
+                        restart = True
+    if restart:
         raise TensorifyScalarRestartAnalysis
 
 

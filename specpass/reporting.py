@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import weakref
 from typing import Any
 
 
@@ -22,7 +24,7 @@ class GraphRecord:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Report:
     """Everything that one backend has compiled. `str(report)` is readable; the fields are the data."""
 
@@ -32,6 +34,15 @@ class Report:
     refusals: list[str] = dataclasses.field(default_factory=list)
     foreign: int = 0
     draft_seconds: float = 0.0
+    configs: list[Any] = dataclasses.field(default_factory=list, repr=False)  # of the targets seen
+    number: int = dataclasses.field(default_factory=lambda: next(_NUMBER), repr=False)
+
+    def __post_init__(self) -> None:
+        _KNOWN.add(self)
+
+    def saw(self, config: Any) -> None:
+        if not any(config is seen for seen in self.configs):
+            self.configs.append(config)
 
     def refuse(self, reason: str) -> None:
         if reason not in self.refusals:
@@ -61,44 +72,25 @@ class Report:
 
 
 def report(model: Any) -> Report:
-    """The report of a model compiled with `specpass.compile` or `model.compile(backend=specpass.Backend(...))`.
+    """The report of a model compiled with specpass, by whichever door.
 
-    Raises: UnsupportedCallError when the model is not compiled with specpass.
+    Raises: UnsupportedCallError when the model is not compiled with specpass, or was never called.
     """
     from specpass.errors import UnsupportedCallError
 
     state = model.__dict__.get("_specpass")
-    backend = state.backend if state is not None else _plain_backend(model)
-    if backend is None:
-        raise UnsupportedCallError("this model is not compiled with specpass: call specpass.compile(model, ...) first.")
-    return backend.report
+    if state is not None:
+        return state.backend.report
+    config = model.config.get_text_config(decoder=True)
+    found = [known for known in _KNOWN if any(config is seen for seen in known.configs)]
+    if not found:
+        raise UnsupportedCallError(
+            "no graph of this model was compiled with specpass: call specpass.compile(model, ...), or call the compiled "
+            "model once."
+        )
+    return max(found, key=lambda known: known.number)
 
 
-def _plain_backend(model: Any) -> Any:
-    """The Backend inside model.compile(backend=...)'s compiled call, or None."""
-    from specpass.backend import Backend
-
-    call = getattr(model, "_compiled_call_impl", None)
-    found = getattr(call, "_torchdynamo_orig_backend", None) or getattr(call, "get_compiler_config", None)
-    seen: list[Any] = [found, call, *_closure(call)]
-    for thing in seen:
-        if isinstance(thing, Backend):
-            return thing
-    return None
-
-
-def _closure(function: Any, depth: int = 4) -> list[Any]:
-    if depth == 0 or function is None:
-        return []
-    found = []
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            inner = cell.cell_contents
-        except ValueError:
-            continue
-        found.append(inner)
-        for name in ("callback", "_torchdynamo_orig_backend", "compiler_fn", "_orig_backend", "_inner_convert"):
-            if hasattr(inner, name):
-                found.append(getattr(inner, name))
-                found += _closure(getattr(inner, name), depth - 1)
-    return found
+# Reports whose backends are alive: through torch.compile's own doors a model does not know its backend.
+_KNOWN: weakref.WeakSet[Report] = weakref.WeakSet()
+_NUMBER = itertools.count()

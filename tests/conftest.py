@@ -10,6 +10,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import gc
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,9 @@ settings.register_profile(
     "specpass", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("specpass")
+
+# pytest's log capture would otherwise make torch render a trace record of everything that it compiles.
+logging.getLogger("torch.__trace").propagate = False
 
 
 def pytest_configure(config: pytest.Config) -> None:

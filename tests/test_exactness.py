@@ -35,7 +35,7 @@ class Subject:
 
     def __init__(self, family: str, name: str) -> None:
         self.name, self.method = name, METHODS[name]
-        self.twin, self.draft = tiny(family), tiny(family, seed=1000)
+        self.twin, self.draft = tiny(family), tiny(family, seed=1000, layers=1)
         self.model = compile_eager(tiny(family), self.method, self.draft if name == "speckv" else None)
         self.window = getattr(self.method, "window", 0) or C - 4
 

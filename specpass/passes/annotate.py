@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from specpass.errors import NoAttentionSiteError
 from specpass.passes.base import Pass, Refusal, Site, State
 from specpass.passes.canonicalize import VIEWS, skip_full_slices
 from specpass.passes.graph import ATEN, SPEC, find, is_op, module_path, value
@@ -35,6 +36,11 @@ class Annotate(Pass):
             site = describe(attention, owners, state, classes)
             if site is not None:
                 state.sites.append(site)
+        if not state.sites and writes:
+            raise NoAttentionSiteError(
+                "no attention site was found in the traced graph: load the model with attn_implementation='sdpa' (or "
+                "'eager'); other attention functions are not recognised."
+            )
         served = {site.cache for site in state.sites}
         for write in writes:
             if write not in served:
