@@ -112,7 +112,7 @@ def select(scores: Tensor, lengths: Tensor, budget: int, window: int, kernel: in
     Args: scores [B, K, T] float32, 0 outside the scored columns; lengths [B].
     Returns: positions [B, K, C] int64, ascending; unused slots -1.
     """
-    batch, kv_heads, columns = scores.shape
+    kv_heads, columns = scores.shape[1:]
     pad = kernel // 2
     pooled = F.max_pool1d(scores, kernel, 1, pad) if pool == "max" else F.avg_pool1d(scores, kernel, 1, pad)
     top = budget - window
@@ -231,7 +231,7 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
 
     One call per member of the GQA group, each on views, so that K and V are never repeated to H heads.
     """
-    batch, heads, columns, dim = query.shape
+    batch, heads, columns = query.shape[:3]
     group = heads // key.shape[1]
     if group == 1:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)

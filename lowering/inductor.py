@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._guards import TracingContext, tracing
 from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -134,12 +134,11 @@ def stitch(gm: fx.GraphModule, region: Region, name: str) -> None:
     with graph.inserting_after(region.nodes[-1]):
         call = graph.call_module(name, tuple(region.inputs))
     call.meta["val"] = tuple(node.meta.get("val") for node in region.outputs)
-    last = call
+    last, inside = call, set(region.nodes)
     for index, node in enumerate(region.outputs):
         with graph.inserting_after(last):
             last = graph.call_function(operator.getitem, (call, index))
         last.meta["val"] = node.meta.get("val")
-        inside = set(region.nodes)
         node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in inside)
     for node in reversed(region.nodes):
         graph.erase_node(node)

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 from specpass._version import __version__
 
 if TYPE_CHECKING:
-    from specpass.api import compile, restore
-    from specpass.backend import Backend
-    from specpass.cache import BudgetCache
-    from specpass.methods import Method, SnapKV, SpecKV, StreamingLLM
-    from specpass.reporting import report
+    from specpass.api import compile as compile
+    from specpass.api import restore as restore
+    from specpass.backend import Backend as Backend
+    from specpass.cache import BudgetCache as BudgetCache
+    from specpass.methods import Method as Method
+    from specpass.methods import SnapKV as SnapKV
+    from specpass.methods import SpecKV as SpecKV
+    from specpass.methods import StreamingLLM as StreamingLLM
+    from specpass.reporting import report as report
 
 # Names are looked up on first use, so that `import specpass` does not import torch.
 _HOME = {

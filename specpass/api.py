@@ -63,10 +63,10 @@ def compile(target: nn.Module, draft: nn.Module | None = None, method: Method | 
     checks.check_pair(target.config, next(target.parameters()), draft)
     restore(target)
     before = {name: target.__dict__.get(name, _ABSENT) for name in ATTRIBUTES}
-    target._specpass = Compiled(backend, before)  # type: ignore[assignment]
-    target._compiled_call_impl = _call(target, backend)  # type: ignore[assignment]
-    target._prepare_cache_for_generation = _cache_factory(target, backend)  # type: ignore[assignment]
-    target.create_masks_for_generate = _keep_mask  # type: ignore[assignment]
+    target._specpass = Compiled(backend, before)
+    target._compiled_call_impl = _call(target, backend)
+    target._prepare_cache_for_generation = _cache_factory(target, backend)
+    target.create_masks_for_generate = _keep_mask
     return target
 
 

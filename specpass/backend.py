@@ -16,6 +16,7 @@ from specpass.cache import BudgetCache
 from specpass.draft_capture import DraftGraphs, capture_draft
 from specpass.errors import (
     GradientsError,
+    LookaheadError,
     MethodMismatchError,
     PartialGraphError,
     SpecpassError,
@@ -52,9 +53,9 @@ class Backend:
     def __init__(self, draft: nn.Module | None = None, method: Method | None = None, *, lowering: str = "inductor",
                  lookahead_ids: Any = None, skip_passes: Iterable[str] = (), full_verify: bool = False,
                  keep_stages: Iterable[str] = ()) -> None:
-        checks.check_method(method)
+        method = checks.check_method(method)
         if lookahead_ids is not None:
-            method = dataclasses.replace(method, lookahead_ids=lookahead_ids)  # type: ignore[type-var]
+            method = with_lookahead_ids(method, lookahead_ids)
         checks.check_draft(draft, method)
         checks.check_lowering(lowering)
         self.draft, self.method, self.lowering = draft, method, lowering
@@ -171,8 +172,8 @@ class Backend:
                   and not is_op(node.args[0] if node.args else None, SPEC.fill)]
         if len(writes) != layers or not ({"input_ids", "inputs_embeds"} & named.keys()) or not logits:
             raise PartialGraphError(
-                f"a graph break left specpass with {len(writes)} of {layers} layers in this graph: pruning needs the whole "
-                "forward in one graph. Find the break with TORCH_LOGS=graph_breaks and remove it."
+                f"a graph break left specpass with {len(writes)} of {layers} layers in this graph: pruning needs the "
+                "whole forward in one graph. Find the break with TORCH_LOGS=graph_breaks and remove it."
             )
         if find(traced.graph, ATEN.cross_entropy_loss, ATEN.nll_loss):
             raise UnsupportedCallError("labels= were given: a pruned prefill has no loss; call the model without them.")
@@ -184,8 +185,17 @@ class Backend:
         for node in find(traced.graph, ATEN.dropout, ATEN.scaled_dot_product_attention):
             training = node.args[2] if is_op(node, ATEN.dropout) else len(node.args) > 4 and node.args[4] > 0
             if training:
-                raise GradientsError("the target is in training mode (dropout is on), and pruning has no backward: call "
-                                     "target.eval() first.")
+                raise GradientsError(
+                    "the target is in training mode (dropout is on), and pruning has no backward: call target.eval()."
+                )
+
+
+def with_lookahead_ids(method: Method, lookahead_ids: Any) -> Method:
+    """The method with the caller's [B, L] token ids in the draft's place."""
+    if not method.drafts:
+        raise LookaheadError(f"lookahead_ids were given, but {method.name} does not look ahead: use SpecKV.")
+    changes: dict[str, Any] = {"lookahead": None, "lookahead_ids": lookahead_ids}
+    return dataclasses.replace(method, **changes)
 
 
 def _raiser(error: SpecpassError) -> Callable[..., Any]:

@@ -50,12 +50,12 @@ class BudgetLayer(CacheLayerMixin):
         self.kv_heads = 0
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """[B, K, C + N, D] view of the storage, or None before the prefill."""
         return self._view(self.key_buffer)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         return self._view(self.value_buffer)
 
     def _view(self, buffer: Tensor | None) -> Tensor | None:
@@ -76,7 +76,7 @@ class BudgetLayer(CacheLayerMixin):
         return torch.arange(self.kv_heads + 1, device=self.key_buffer.device) * self.slots
 
     @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
+    def is_compileable(self) -> bool:
         # True once the prefill is over: generate then makes a mask of fixed shape for each decode step.
         return self.is_initialized
 
@@ -108,7 +108,7 @@ class BudgetLayer(CacheLayerMixin):
         """Whether a prompt's keys [B, K, S, D] are kept whole, without draft or scores."""
         return self.cache.early_exit and bool(key_states.shape[2] <= self.budget)
 
-    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
+    def get_seq_length(self) -> int | Tensor:
         return self.cache.seen if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -194,7 +194,7 @@ class BudgetCache(Cache):
         super().__init__(layers=[BudgetLayer(self, index, budget) for index, budget in enumerate(budgets)])
         # The compiled graph gets tensors only; this one leads the runtime back to its cache.
         self.handle = torch.zeros((), dtype=torch.int64)
-        self.handle._specpass_cache = weakref.ref(self)  # type: ignore[attr-defined]
+        self.handle._specpass_cache = weakref.ref(self)
         self._clear()
 
     def _resolve_lookahead(self) -> int:
@@ -207,13 +207,13 @@ class BudgetCache(Cache):
             length = self.max_new_tokens
         if length is None:
             raise LookaheadError(
-                f"{self.method.name}(lookahead=None) drafts max_new_tokens tokens, and this cache was not told how many: "
-                "pass max_new_tokens= to BudgetCache or lookahead= to the method."
+                f"{self.method.name}(lookahead=None) drafts max_new_tokens tokens, and this cache was not told how "
+                "many: pass max_new_tokens= to BudgetCache or lookahead= to the method."
             )
         return length
 
     def _clear(self) -> None:
-        self.seen: Tensor | int = 0  # logical length: tokens that generate counts
+        self.seen: Any = 0  # a 0-d tensor after the prefill; logical length: tokens that generate counts
         self.lookahead_ids: Tensor | None = None
         self.prompt_positions: Tensor | None = None
         self.padded = False
@@ -243,13 +243,13 @@ class BudgetCache(Cache):
                 self.seen.add_(key_states.shape[2])
         return keys, values
 
-    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
+    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
         """Physical length: slots in use, as a 0-d tensor after the prefill (masks are in slot coordinates)."""
         layer = self.layers[layer_idx]
         return layer.lengths.max() if layer.is_initialized else 0
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         return False
 
     def reset(self) -> None:
@@ -263,6 +263,7 @@ class BudgetCache(Cache):
         Raises:
             CacheStateError: more tokens than were appended; dropped prompt positions cannot come back.
         """
+        tokens_to_remove = abs(tokens_to_remove)  # transformers' own layers take it negative
         if tokens_to_remove == 0 or not self.layers[0].is_initialized:
             return
         if not 0 < tokens_to_remove <= self.appended:
@@ -294,7 +295,7 @@ class BudgetCache(Cache):
             if name != "handle":
                 setattr(twin, name, copy.deepcopy(value, memo))
         twin.handle = torch.zeros((), dtype=torch.int64)
-        twin.handle._specpass_cache = weakref.ref(twin)  # type: ignore[attr-defined]
+        twin.handle._specpass_cache = weakref.ref(twin)
         return twin
 
 

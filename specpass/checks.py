@@ -23,9 +23,10 @@ from specpass.methods import Method
 PADDING = 1024  # vocabularies that differ by less may be one tokenizer's, padded to different multiples
 
 
-def check_method(method: Any) -> None:
+def check_method(method: Any) -> Method:
     if not isinstance(method, Method):
         raise BudgetError(f"method={method!r}: expected a method such as specpass.SpecKV(budget=1024).")
+    return method
 
 
 def check_lowering(lowering: str) -> None:
@@ -49,10 +50,13 @@ def check_draft(draft: Any, method: Method) -> None:
 
 def check_decoder(model: Any, name: str) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise UnsupportedCallError(f"{name}={type(model).__name__}: expected a Hugging Face model (AutoModelForCausalLM).")
+        raise UnsupportedCallError(
+            f"{name}={type(model).__name__}: expected a Hugging Face model (AutoModelForCausalLM)."
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise EncoderDecoderError(
-            f"the {name} {type(model).__name__} is an encoder-decoder; specpass prunes the prompt of decoder-only models."
+            f"the {name} {type(model).__name__} is an encoder-decoder; specpass prunes the prompt of "
+            "decoder-only models."
         )
     if model.training:
         raise GradientsError(f"the {name} is in training mode, and pruning has no backward: call {name}.eval() first.")

@@ -23,11 +23,13 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 import specpass.ops  # noqa: F401
+from specpass.checks import as_ids
 from specpass.passes.annotate import Annotate
 from specpass.passes.base import Refusal, State
 from specpass.passes.canonicalize import Canonicalize
-from specpass.passes.graph import SPEC, Editor, is_op, output_of, quiet
-from specpass.passes.pack_rows import PackRows
+from specpass.passes.graph import SPEC, Editor, output_of, quiet
+from specpass.passes.pack_rows import attend_packed
+from specpass.passes.specialize import attend_slots
 from specpass.passes.take_last import TakeLast
 
 # Sizes while tracing: all different, so that no two dimensions are taken for one.
@@ -53,7 +55,8 @@ class _DraftLayer(CacheLayerMixin):
         keys, values, lengths = self.buffers
         SPEC.append_kv(keys, values, lengths, key_states, value_states, None)
         batch, heads = key_states.shape[:2]
-        return tuple(b.view(batch, heads, b.shape[1] // heads, b.shape[2]) for b in (keys, values))  # type: ignore
+        slots = keys.shape[1] // heads
+        return keys.view(batch, heads, slots, keys.shape[2]), values.view(batch, heads, slots, values.shape[2])
 
     def get_seq_length(self) -> Any:
         return self.lengths.max() if self.is_initialized else 0
@@ -155,8 +158,7 @@ def capture_draft(draft: nn.Module) -> DraftGraphs:
     params = {**dict(draft.named_parameters()), **dict(draft.named_buffers())}
     layers = draft.config.get_text_config(decoder=True).num_hidden_layers
     config = draft.generation_config
-    eos = config.eos_token_id
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+    eos_ids = as_ids(config.eos_token_id)
     pad = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else 0)
     capture = _Capture(draft, params, layers)
     prefill, step = capture.prefill(), capture.step()
@@ -198,12 +200,7 @@ class _Capture:
         state = State("short", None, inputs={"input_ids": inputs[0]})  # type: ignore[arg-type]
         state.lengths, state.lookahead_ids = inputs[1], inputs[1]
         self._rewrite(gm, state)
-        for site in state.sites:
-            editor = Editor(gm)
-            new = editor.call(SPEC.prefill_attention, site.query, site.key, site.value, site.scale,
-                              before=site.attention, like=site.attention)
-            editor.replace(site.attention, new)
-            site.attention = new
+        attend_packed(Editor(gm), state)
         TakeLast().run(gm, state)
         return self._finish(gm)
 
@@ -220,17 +217,13 @@ class _Capture:
         ids, position = (self._dynamic((BATCH, 1), torch.int64, (0,)) for _ in range(2))
         caches = []
         for heads, dim, value_dim in layers:
-            for shape, dtype in (((BATCH, heads * SLOTS, dim), self.dtype), ((BATCH, heads * SLOTS, value_dim), self.dtype),
-                                 ((BATCH, heads), torch.int64)):
-                caches.append(self._dynamic(shape, dtype, (0, 1) if dtype is not torch.int64 else (0,)))
+            for width in (dim, value_dim):
+                caches.append(self._dynamic((BATCH, heads * SLOTS, width), self.dtype, (0, 1)))
+            caches.append(self._dynamic((BATCH, heads), torch.int64, (0,)))
         gm = self._trace(run, ids, position, *caches)
         state = State("decode", None)  # type: ignore[arg-type]
         self._rewrite(gm, state)
-        editor = Editor(gm)
-        for site in state.sites:
-            new = editor.call(SPEC.attend, site.query, site.key, site.value, site.cache.args[2], site.scale,
-                              before=site.attention, like=site.attention)
-            editor.replace(site.attention, new)
+        attend_slots(Editor(gm), state)
         return self._finish(gm)
 
     def _rewrite(self, gm: fx.GraphModule, state: State) -> None:
@@ -239,8 +232,10 @@ class _Capture:
         if len(state.sites) != self.layers:
             raise Refusal(f"the draft has {self.layers} layers and {len(state.sites)} recognised attention sites")
         if state.kind == "short":
-            self.draft_layers = [(site.kv_heads, int(site.key.meta["val"].shape[3]), int(site.value.meta["val"].shape[3]))
-                                 for site in state.sites]
+            self.draft_layers = [
+                (site.kv_heads, *(int(node.meta["val"].shape[3]) for node in (site.key, site.value)))
+                for site in state.sites
+            ]
 
     def _finish(self, gm: fx.GraphModule) -> fx.GraphModule:
         gm.graph.eliminate_dead_code()

@@ -65,12 +65,12 @@ def restart_if_specialised(gm: fx.GraphModule, example_inputs: list[Any]) -> Non
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     if find(gm.graph, SPEC.fill):
         for node, example in zip(inputs, example_inputs, strict=True):
-            if role_of(source_name(node)) in ROLES and isinstance(example, torch.Tensor) and example.dim() == 2:
-                if isinstance(_value(node).shape[1], int) and example.shape[1] > 1:
-                    if not getattr(example, "_specpass_marked", False):
-                        torch._dynamo.maybe_mark_dynamic(example, 1)
-                        example._specpass_marked = True  # type: ignore[attr-defined]
-                        restart = True
+            prompt = role_of(source_name(node)) in ROLES and isinstance(example, torch.Tensor) and example.dim() == 2
+            constant = prompt and isinstance(_value(node).shape[1], int) and example.shape[1] > 1
+            if constant and not getattr(example, "_specpass_marked", False):
+                torch._dynamo.maybe_mark_dynamic(example, 1)
+                example._specpass_marked = True
+                restart = True
     if restart:
         raise TensorifyScalarRestartAnalysis
 

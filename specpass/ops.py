@@ -7,7 +7,6 @@ are in `specpass/kernels/reference.py`, where shapes and formulas are written do
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from specpass.kernels import reference
 

@@ -7,6 +7,8 @@ import itertools
 import weakref
 from typing import Any
 
+_NUMBER = itertools.count()
+
 
 @dataclasses.dataclass
 class GraphRecord:
@@ -56,7 +58,8 @@ class Report:
             what = "exact (refused)" if record.exact else f"{len(record.sites)} sites rewritten"
             passes = sum(record.pass_seconds.values())
             lines.append(
-                f"{record.kind} graph: {what}, {record.distinct_regions} distinct of {record.regions} regions compiled; "
+                f"{record.kind} graph: {what}, {record.distinct_regions} distinct of {record.regions} "
+                f"regions compiled; "
                 f"trace {record.trace_seconds:.1f} s, passes {passes:.2f} s, lowering {record.lower_seconds:.1f} s"
             )
             budgets = sorted({budget for _, budget in record.sites if budget})
@@ -85,12 +88,11 @@ def report(model: Any) -> Report:
     found = [known for known in _KNOWN if any(config is seen for seen in known.configs)]
     if not found:
         raise UnsupportedCallError(
-            "no graph of this model was compiled with specpass: call specpass.compile(model, ...), or call the compiled "
-            "model once."
+            "no graph of this model was compiled with specpass: call specpass.compile(model, ...), or call the "
+            "compiled model once."
         )
     return max(found, key=lambda known: known.number)
 
 
 # Reports whose backends are alive: through torch.compile's own doors a model does not know its backend.
 _KNOWN: weakref.WeakSet[Report] = weakref.WeakSet()
-_NUMBER = itertools.count()

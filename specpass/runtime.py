@@ -103,7 +103,7 @@ class Call:
 
 def owner_of(handle: Tensor) -> BudgetCache:
     """The cache that a graph input `handle` belongs to."""
-    cache = handle._specpass_cache()  # type: ignore[attr-defined]
+    cache = handle._specpass_cache()
     if cache is None:
         raise CacheStateError("the BudgetCache of this call no longer exists")
     return cache

@@ -48,7 +48,8 @@ class Annotate(Pass):
 
 
 def describe(attention: fx.Node, owners: dict, state: State, classes: dict) -> Site | None:
-    query, key, val, mask, dropout, causal = (*attention.args, *(None, 0.0, False)[len(attention.args) - 3 :])
+    given = list(attention.args)
+    query, key, val, mask, dropout, causal = given + [None, 0.0, False][len(given) - 3 :]
     module = module_path(attention)
     key, val = (node if node in owners else storage_of(node) for node in map(skip_full_slices, (key, val)))
     write = owners.get(key)

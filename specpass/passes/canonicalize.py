@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from specpass.passes.base import Pass, State
-from specpass.passes.graph import ATEN, Editor, find, is_op, value
+from specpass.passes.graph import ATEN, Editor, find, is_op, quiet, value
 
 FULL = (1 << 63) - 1
 VIEWS = (ATEN.reshape, ATEN.view, ATEN._unsafe_view)
@@ -40,7 +40,7 @@ class Canonicalize(Pass):
 
 
 def unify_sizes(graph: fx.Graph) -> None:
-    """One node for each symbolic size: `sym_size(linear, 1)` deep in a layer is the prompt length known at the start."""
+    """One node for each symbolic size: `sym_size(linear, 1)` deep in a layer is the known prompt length."""
     first: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         val = node.meta.get("val")
@@ -73,17 +73,14 @@ def unfold_query(editor: Editor, node: fx.Node) -> None:
         return
     result = value(node)
     users = list(node.users)
-    back = editor.call(ATEN.reshape, node, [*node_sizes(editor, result, node)], before=node.next, like=node)
+    sizes = [size if isinstance(size, int) else -1 for size in result.shape]  # the batch at most is symbolic
+    back = editor.call(ATEN.reshape, node, sizes, before=node.next, like=node)
     for user in users:
         user.replace_input_with(node, back)
     node.args = (source, *node.args[1:])
     node.kwargs = {**node.kwargs, "enable_gqa": True}
-    node.meta["val"] = result.reshape(batch, heads, 1, result.shape[-1])
-
-
-def node_sizes(editor: Editor, result: Any, node: fx.Node) -> list[Any]:
-    """Sizes of `result` as arguments: constants, and -1 for the batch where it is symbolic."""
-    return [size if isinstance(size, int) else -1 for size in result.shape]
+    with quiet(editor.mode):
+        node.meta["val"] = result.reshape(batch, heads, 1, result.shape[-1])
 
 
 def repeated_source(node: Any) -> fx.Node | None:

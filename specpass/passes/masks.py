@@ -43,7 +43,7 @@ def mask_class(mask: fx.Node, inputs: dict[str, fx.Node]) -> str:
         except Exception as error:  # the subgraph holds an operator that real tensors of this size cannot run
             return f"unknown: its subgraph does not evaluate ({type(error).__name__})"
         allowed = got if got.dtype == torch.bool else got > torch.finfo(got.dtype).min / 2
-        if not allowed.dim() == 4:
+        if allowed.dim() != 4:
             return f"unknown: shape {tuple(got.shape)}"
         causal = torch.ones(length, length, dtype=torch.bool).tril()
         expected = causal & (real != 0)[:, None, None, :]
@@ -87,7 +87,7 @@ def _run(mask: fx.Node, needed: list[fx.Node], feeds: dict[fx.Node, Any]) -> Ten
             env[node] = feeds[node]
             continue
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
-        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        env[node] = node.target(*args, **kwargs)
     return env[mask]
 
 

@@ -1,8 +1,8 @@
 """pack_rows: turn padding into one length per row, early.
 
 before: ids [B, S] with a 2-D mask, a [B, 1, S, S] boolean mask at every site
-after:  order, lengths = pack_order(mask); ids and position_ids packed so that row b's tokens stand at 0 .. lengths[b] - 1;
-        every site is `prefill_attention(q, k, v, scale)`, causal, without a mask (what follows a row is never seen by it)
+after:  order, lengths = pack_order(mask); ids and position_ids packed: row b's tokens stand at 0 .. lengths[b] - 1;
+        every site is `prefill_attention(q, k, v, scale)`, causal, without a mask: a row never sees what follows it
 
 With packed rows one rotary phase per column serves the whole batch, so a row computes what it computes alone.
 """
@@ -26,11 +26,7 @@ class PackRows(Pass):
 
     def run(self, gm: fx.GraphModule, state: State) -> None:
         editor = Editor(gm)
-        for site in state.sites:
-            new = editor.call(SPEC.prefill_attention, site.query, site.key, site.value, site.scale,
-                              before=site.attention, like=site.attention)
-            editor.replace(site.attention, new)
-            site.attention = new
+        attend_packed(editor, state)
         gm.graph.eliminate_dead_code()
         ids, mask = state.inputs["input_ids"], state.inputs.get("attention_mask")
         for node in find(gm.graph, SPEC.size):  # the cache's logical length: the caller's columns
@@ -49,11 +45,17 @@ class PackRows(Pass):
     @staticmethod
     def _pack(editor: Editor, source: fx.Node, order: fx.Node, first: fx.Node, state: State, name: str) -> None:
         users = [user for user in source.users if user is not order.args[0]]  # all but pack_order
-        if name == "position_ids":
-            source_rows = editor.call(SPEC.expand_rows, source, order, before=first)
-        else:
-            source_rows = source
-        new = editor.call(SPEC.pack_ids, source_rows, order, before=first)
+        rows = editor.call(SPEC.expand_rows, source, order, before=first) if name == "position_ids" else source
+        new = editor.call(SPEC.pack_ids, rows, order, before=first)
         for user in users:
             user.replace_input_with(source, new)
         state.inputs[name] = new
+
+
+def attend_packed(editor: Editor, state: State) -> None:
+    """Every site's attention becomes `prefill_attention`: causal over packed rows, without a mask."""
+    for site in state.sites:
+        new = editor.call(SPEC.prefill_attention, site.query, site.key, site.value, site.scale,
+                          before=site.attention, like=site.attention)
+        editor.replace(site.attention, new)
+        site.attention = new

@@ -26,15 +26,11 @@ class ScoreImportance(Pass):
             return
         editor = Editor(gm)
         window, reduce = state.method.window, state.method.reduce  # type: ignore[attr-defined]
-        start = gm.graph.find_nodes(op="placeholder")[-1].next
-        anchor = first_behind(state.lookahead_ids or state.lengths) or start
-        rows = editor.call(SPEC.score_rows, state.lengths, state.lookahead_ids, window, list(state.eos_ids), before=anchor)
+        anchor = (state.lookahead_ids or state.lengths).next  # type: ignore[union-attr]
+        eos = list(state.eos_ids)
+        rows = editor.call(SPEC.score_rows, state.lengths, state.lookahead_ids, window, eos, before=anchor)
         for site in state.sites:
             before = site.attention.next
             taken = editor.call(SPEC.take_rows, site.query, rows, before=before, like=site.attention)
             site.scores = editor.call(SPEC.importance, taken, site.key, rows, state.lengths, window, site.scale,
                                       reduce, before=before, like=site.attention)
-
-
-def first_behind(node: fx.Node | None) -> fx.Node | None:
-    return None if node is None else node.next

@@ -22,15 +22,19 @@ class Specialize(Pass):
 
     def run(self, gm: fx.GraphModule, state: State) -> None:
         if state.kind in ("decode", "append"):
-            editor = Editor(gm)
-            for site in state.sites:
-                new = editor.call(SPEC.attend, site.query, site.key, site.value, site.cache.args[2], site.scale,
-                                  before=site.attention, like=site.attention)
-                editor.replace(site.attention, new)
-                site.attention = new
+            attend_slots(Editor(gm), state)
         for node in find(gm.graph, SPEC.append_kv):
             node.args = (*node.args[:5], None)
         for node in gm.graph.nodes:  # bookkeeping of the cache, traced inside a layer, belongs to no layer
             if is_op(node, SPEC.size, SPEC.lookahead) or (is_op(node, ATEN.add_) and node.args[0].op == "placeholder"):
                 node.meta.pop("nn_module_stack", None)
         gm.graph.eliminate_dead_code()
+
+
+def attend_slots(editor: Editor, state: State) -> None:
+    """Every site's attention becomes `attend`: over the slots that the lengths say are in use."""
+    for site in state.sites:
+        new = editor.call(SPEC.attend, site.query, site.key, site.value, site.cache.args[2], site.scale,
+                          before=site.attention, like=site.attention)
+        editor.replace(site.attention, new)
+        site.attention = new
