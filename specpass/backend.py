@@ -113,7 +113,7 @@ class Backend:
             self.report.refuse(str(refusal))
             record.exact = True
             exact = trace_aten(gm)
-            return Call(lower(exact, "eager", record), state.kind, places, packed=False)
+            return Call(lower(exact, "eager", record), state.kind, places, refusal=str(refusal))
         record.sites = [(site.module, site.budget) for site in state.sites]
         run = lower(graph, self.lowering, record)
         context = None if state.draft is None else checks.context_length(self.draft)
@@ -124,7 +124,7 @@ class Backend:
         for index, kind in enumerate(cache.layer_types):
             if kind != "full_attention":
                 raise Refusal(f"layer {index} is configured as {kind}; only full attention is pruned")
-        if "inputs_embeds" in state.inputs:
+        if "inputs_embeds" in state.inputs and state.kind in ("prefill", "short"):
             raise Refusal("the prompt came as inputs_embeds, so there are no token ids for the draft to read")
         if state.kind == "prefill":
             state.lookahead = cache.lookahead
@@ -158,7 +158,7 @@ class Backend:
     def _check_cache(self, cache: BudgetCache) -> None:
         mine = dataclasses.replace(self.method, budget=cache.method.budget)
         same_budget = isinstance(self.method.budget, float) or self.method.budget == cache.method.budget
-        ours, theirs = (dataclasses.replace(m, lookahead_ids=None, lookahead=None) if m.drafts else m
+        ours, theirs = (dataclasses.replace(m, lookahead_ids=None, lookahead=None) if m.drafts else m  # type: ignore[call-arg]
                         for m in (mine, cache.method))
         if ours != theirs or not same_budget:
             raise MethodMismatchError(
@@ -194,8 +194,7 @@ def with_lookahead_ids(method: Method, lookahead_ids: Any) -> Method:
     """The method with the caller's [B, L] token ids in the draft's place."""
     if not method.drafts:
         raise LookaheadError(f"lookahead_ids were given, but {method.name} does not look ahead: use SpecKV.")
-    changes: dict[str, Any] = {"lookahead": None, "lookahead_ids": lookahead_ids}
-    return dataclasses.replace(method, **changes)
+    return dataclasses.replace(method, lookahead=None, lookahead_ids=lookahead_ids)  # type: ignore[call-arg]
 
 
 def _raiser(error: SpecpassError) -> Callable[..., Any]:

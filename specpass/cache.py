@@ -217,6 +217,7 @@ class BudgetCache(Cache):
         self.lookahead_ids: Tensor | None = None
         self.prompt_positions: Tensor | None = None
         self.padded = False
+        self.exact = False  # whether the prefill was refused and kept everything
         self.free_at_prefill = self.room
         self.appended = 0  # upper bound of tokens written behind the prompt, kept on the host
 

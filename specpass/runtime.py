@@ -40,6 +40,7 @@ class Call:
     context: int | None = None
     lookahead: int = 0
     packed: bool = False
+    refusal: str = ""  # why this graph runs exactly; "" where it was rewritten
 
     def __call__(self, *args: Any) -> Any:
         cache = owner_of(args[self.places["handle"]])
@@ -49,14 +50,15 @@ class Call:
             for axis in axes:
                 torch._dynamo.mark_static(out[index], axis)
         if self.kind in ("prefill", "short"):
-            cache.padded = self.packed
+            cache.padded, cache.exact = self.packed, bool(self.refusal)
         else:
             cache.appended += self._query_length(args)
             cache.reserve(1)  # so that the next token finds its slot; a full cache grows by a block
         return out
 
     def _query_length(self, args: tuple[Any, ...]) -> int:
-        return args[self.places["input_ids"]].shape[1] if "input_ids" in self.places else 1
+        place = self.places.get("input_ids", self.places.get("inputs_embeds"))
+        return 1 if place is None else args[place].shape[1]
 
     def check(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
         if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
@@ -67,6 +69,11 @@ class Call:
         if self.kind in ("prefill", "short"):
             self._check_prompt(cache, args)
             return
+        if self.refusal and not cache.exact:
+            raise CacheStateError(
+                f"the prompt was pruned, and the graph that goes on from it cannot be rewritten ({self.refusal}): the "
+                "answer would be wrong. Call specpass.restore(model), or a model whose decode step is one graph."
+            )
         if cache.padded and "position_ids" not in self.places:
             raise PositionsError(
                 "a padded batch is decoded without position_ids, so each row's next position is unknown: pass "

@@ -128,7 +128,7 @@ def refused_state(target: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        target._compiled_call_impl = None
+        del target._compiled_call_impl
 
 
 @pytest.mark.parametrize("door", ["compile", "plain"])
@@ -196,15 +196,13 @@ def test_draft_context_too_short(model: Any) -> None:
 
 
 @pytest.mark.parametrize("which", ["target", "draft"])
-def test_training_mode_at_the_call(model: Any, which: str) -> None:
+def test_training_mode_at_the_call(which: str) -> None:
+    pair = {"target": tiny(), "draft": tiny(seed=1)}
+    model = compile_eager(pair["target"], METHOD, pair["draft"])
     cache = new_cache(model)
-    trained = model if which == "target" else model._specpass.backend.draft
-    trained.train()
-    try:
-        with refused(model, errors.GradientsError, "train", "eval()"):
-            call(model, prompt(40), cache)
-    finally:
-        trained.eval()
+    pair[which].train()
+    with refused(model, errors.GradientsError, which, "eval()"):
+        call(model, prompt(40), cache)
     assert untouched(cache)
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from specpass.passes.base import Pass, State
+from specpass.passes.base import Pass, Refusal, State
 from specpass.passes.graph import SPEC, Editor, find
 
 
@@ -35,6 +35,8 @@ class PackRows(Pass):
         if mask is None:
             state.lengths = editor.call(SPEC.full_lengths, ids, before=first)
             return
+        if mask.users:
+            raise Refusal(f"attention_mask is read outside attention (by {next(iter(mask.users)).target})")
         packed = editor.call(SPEC.pack_order, mask, ids, before=first)
         state.order, state.lengths = (editor.item(packed, index, first) for index in (0, 1))
         for name in ("input_ids", "position_ids"):
