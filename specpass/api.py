@@ -100,6 +100,7 @@ def _call(target: nn.Module, backend: Backend) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned
         checks.check_decoder(target, "target")  # train() may have been called since compile
+        checks.check_draft(backend.draft, backend.method)
         kwargs.update(zip(ROLES, args, strict=False))
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, BudgetCache) or len(args) > len(ROLES):
@@ -111,14 +112,14 @@ def _call(target: nn.Module, backend: Backend) -> Callable[..., Any]:
                 )
                 warned = True
             return target._call_impl(*args[len(ROLES):], **kwargs)
-        prepare(cache, kwargs, exact=bool(backend.report.refusals))
+        prepare(cache, kwargs)
         with torch._dynamo.config.patch(specialize_float=True):
             return compiled(**kwargs)
 
     return call
 
 
-def prepare(cache: BudgetCache, kwargs: dict[str, Any], exact: bool) -> None:
+def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
     """Bring a call into the form with the fewest graphs: no mask where none is needed, room for the new tokens."""
     mask = kwargs.get("attention_mask")
     if not cache.layers[0].is_initialized:
@@ -130,7 +131,7 @@ def prepare(cache: BudgetCache, kwargs: dict[str, Any], exact: bool) -> None:
         return
     ids = kwargs.get("input_ids")
     cache.reserve(ids.shape[1] if ids is not None else 1)
-    if not exact:
+    if not cache.exact:
         kwargs.pop("attention_mask", None)  # lengths say which slots are in use
 
 

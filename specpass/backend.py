@@ -110,7 +110,8 @@ class Backend:
         try:
             graph = self._rewrite(traced, state, cache, record)
         except Refusal as refusal:
-            self.report.refuse(str(refusal))
+            if not (cache.exact and state.kind in ("decode", "append")):  # the prefill's reason says it all
+                self.report.refuse(str(refusal))
             record.exact = True
             exact = trace_aten(gm)
             return Call(lower(exact, "eager", record), state.kind, places, refusal=str(refusal))
@@ -124,6 +125,8 @@ class Backend:
         for index, kind in enumerate(cache.layer_types):
             if kind != "full_attention":
                 raise Refusal(f"layer {index} is configured as {kind}; only full attention is pruned")
+        if state.kind in ("decode", "append") and cache.exact:
+            raise Refusal("the prompt was kept whole")
         if "inputs_embeds" in state.inputs and state.kind in ("prefill", "short"):
             raise Refusal("the prompt came as inputs_embeds, so there are no token ids for the draft to read")
         if state.kind == "prefill":
@@ -145,6 +148,7 @@ class Backend:
     def draft_graphs(self, cache: BudgetCache) -> DraftGraphs:
         """The draft's two graphs, captured once."""
         if self._graphs is None:
+            checks.check_draft(self.draft, self.method)  # train() may have been called since
             start = time.perf_counter()
             try:
                 self._graphs = capture_draft(self.draft)

@@ -100,7 +100,8 @@ class BudgetLayer(CacheLayerMixin):
             self.is_initialized = True
             return key_states, value_states
         torch.ops.specpass.append_kv(
-            self.key_buffer, self.value_buffer, self.lengths, key_states, value_states, cache.handle
+            self.key_buffer, self.value_buffer, self.lengths, key_states, value_states, cache.handle,
+            bool(cache.exact),  # a prompt that was kept whole goes on with the model's own mask
         )
         return self.keys, self.values
 

@@ -65,15 +65,15 @@ _define(
 )
 
 
-def _append_kv(keys, values, lengths, key, value, handle):
+def _append_kv(keys, values, lengths, key, value, handle, exact=False):
     reference.append_kv(keys, values, lengths, key, value)
 
 
 _define(
-    "append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, Tensor? handle) "
-    "-> ()",
+    "append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, Tensor? handle, "
+    "bool exact=False) -> ()",
     _append_kv,
-    lambda keys, values, lengths, key, value, handle: None,
+    lambda keys, values, lengths, key, value, handle, exact=False: None,
 )
 
 # Rows: packing, appending, taking ------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def describe(attention: fx.Node, owners: dict, state: State, classes: dict) -> S
         label = "causal" if causal else "none"
     if label not in ("causal", "lengths"):
         raise Refusal(f"attention mask: {label}", module)
-    heads, kv_heads = value(query).shape[1], value(write.args[-3 if label == "lengths" else 0]).shape[1]
+    heads, kv_heads = value(query).shape[1], value(write.args[3 if label == "lengths" else 0]).shape[1]
     if heads % kv_heads:
         raise Refusal(f"{heads} query heads are no multiple of {kv_heads} KV heads", module)
     layer = int(write.args[6]) if is_op(write, SPEC.fill) else len(state.sites)

@@ -18,11 +18,11 @@ from torch import fx
 
 from specpass.passes.base import Pass, Refusal, State
 from specpass.passes.canonicalize import FULL
-from specpass.passes.graph import ATEN, SPEC, Editor, is_op, output_of
+from specpass.passes.graph import ATEN, SPEC, Editor, find, is_op, output_of
 
 POINTWISE_TAGS = torch.Tag.pointwise
 ROW_OPS = (ATEN.linear, ATEN.to, ATEN._to_copy, ATEN.matmul, ATEN.layer_norm, ATEN.rms_norm, ATEN.dropout,
-           ATEN.contiguous, ATEN.clone, ATEN.silu, ATEN.gelu)
+           ATEN.contiguous, ATEN.clone, ATEN.silu, ATEN.gelu, ATEN.addmm, ATEN.mm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,7 @@ class TakeLast(Pass):
                 taken[source] = editor.call(SPEC.take_positions, source, every_row(editor, state, source),
                                             before=output, like=source)
             output.replace_input_with(source, taken[source])
+        refuse_mixed_rows(gm, columns)
 
     @staticmethod
     def _take(editor: Editor, state: State, node: fx.Node, source: fx.Node, columns: object) -> None:
@@ -66,6 +67,16 @@ class TakeLast(Pass):
         node.replace_input_with(source, new)
         if "val" in node.meta:
             editor.refresh(node)
+
+
+def refuse_mixed_rows(gm: fx.GraphModule, columns: object) -> None:
+    """Behind a take, rows are in the caller's layout: nothing there may also read packed rows from in front of it."""
+    takes = set(find(gm.graph, SPEC.take_positions))
+    after = set().union(*(behind(take) for take in takes)) if takes else set()
+    for node in after - takes - {output_of(gm.graph)}:
+        for source in node.all_input_nodes:
+            if source not in after and source not in takes and has_rows(source, columns):
+                raise Refusal(f"{node.target} reads rows from in front of the last attention site")
 
 
 def every_row(editor: Editor, state: State, before: fx.Node) -> fx.Node:
@@ -88,8 +99,14 @@ def behind(node: fx.Node) -> set[fx.Node]:
 
 
 def has_rows(node: fx.Node, columns: object) -> bool:
+    """Whether the value has the sequence axis, alone or flattened with the batch (B * T)."""
     val = node.meta.get("val")
-    return isinstance(val, torch.Tensor) and any(_same(dim, columns) for dim in val.shape)
+    return isinstance(val, torch.Tensor) and any(_holds(dim, columns) for dim in val.shape)
+
+
+def _holds(dim: object, columns: object) -> bool:
+    symbolic = isinstance(dim, torch.SymInt) and isinstance(columns, torch.SymInt)
+    return symbolic and columns.node.expr.free_symbols <= dim.node.expr.free_symbols  # type: ignore[attr-defined]
 
 
 def _same(dim: object, columns: object) -> bool:
