@@ -179,15 +179,13 @@ def keep_kv(key: Tensor, value: Tensor, lengths: Tensor, room: int) -> tuple[Ten
     return keys, values, lengths[:, None].repeat(1, kv_heads)
 
 
-def fill(key: Tensor, value: Tensor, budget: int, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fill(key: Tensor, value: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keep every KV pair: what the traced graph says before any pass, and what a refused graph runs.
 
-    Returns: as `gather_kv`, and positions [B, K, max(S, C)].
+    Returns: as `gather_kv`, and positions [B, K, S].
     """
     batch, kv_heads, size = key.shape[:3]
-    slots = max(size, budget)
-    positions = torch.arange(slots, device=key.device)
-    positions = positions.masked_fill(positions >= size, -1).expand(batch, kv_heads, -1).contiguous()
+    positions = torch.arange(size, device=key.device).expand(batch, kv_heads, -1).contiguous()
     return *gather_kv(key, value, positions, room), positions
 
 
@@ -206,6 +204,11 @@ def append_kv(keys: Tensor, values: Tensor, lengths: Tensor, key: Tensor, value:
     write(keys, key)
     write(values, value)
     lengths.add_(count)
+
+
+def extend_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Storage of a cache that keeps everything, one step on: [B, K, n, D] and [B, K, q, D] -> [B, K * (n + q), D]."""
+    return torch.cat([keys, key], 2).flatten(1, 2), torch.cat([values, value], 2).flatten(1, 2)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:

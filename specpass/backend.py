@@ -71,6 +71,8 @@ class Backend:
         # Past its limit Dynamo would run the next call uncompiled without a word, and one process may hold many
         # models that share transformers' decorated forward (one code object).
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        if find(gm.graph, SPEC.extend_kv):  # goes on from a prompt that was kept whole
+            return gm.forward
         if not holds_cache_ops(gm):
             self._warn_foreign(gm)
             return gm.forward
@@ -110,10 +112,11 @@ class Backend:
         try:
             graph = self._rewrite(traced, state, cache, record)
         except Refusal as refusal:
-            if not (cache.exact and state.kind in ("decode", "append")):  # the prefill's reason says it all
-                self.report.refuse(str(refusal))
+            self.report.refuse(str(refusal))
             record.exact = True
             exact = trace_aten(gm)
+            for node in find(exact.graph, SPEC.fill):  # everything is kept and nothing else: no free slots
+                node.args = (*node.args[:4], 0, *node.args[5:])
             return Call(lower(exact, "eager", record), state.kind, places, refusal=str(refusal))
         record.sites = [(site.module, site.budget) for site in state.sites]
         run = lower(graph, self.lowering, record)
@@ -125,8 +128,6 @@ class Backend:
         for index, kind in enumerate(cache.layer_types):
             if kind != "full_attention":
                 raise Refusal(f"layer {index} is configured as {kind}; only full attention is pruned")
-        if state.kind in ("decode", "append") and cache.exact:
-            raise Refusal("the prompt was kept whole")
         if "inputs_embeds" in state.inputs and state.kind in ("prefill", "short"):
             raise Refusal("the prompt came as inputs_embeds, so there are no token ids for the draft to read")
         if state.kind == "prefill":

@@ -45,7 +45,7 @@ class BudgetLayer(CacheLayerMixin):
         self.is_initialized = False
         self.key_buffer: Tensor | None = None
         self.value_buffer: Tensor | None = None
-        self.lengths: Tensor | None = None
+        self.lengths: Any = None  # a tensor after the prefill
         self.positions: Tensor | None = None
         self.kv_heads = 0
 
@@ -78,7 +78,7 @@ class BudgetLayer(CacheLayerMixin):
     @property
     def is_compileable(self) -> bool:
         # True once the prefill is over: generate then makes a mask of fixed shape for each decode step.
-        return self.is_initialized
+        return self.is_initialized and not self.cache.exact
 
     @property
     def batch_size(self) -> int:
@@ -99,9 +99,14 @@ class BudgetLayer(CacheLayerMixin):
             )
             self.is_initialized = True
             return key_states, value_states
+        if cache.exact:  # kept whole, without free slots: goes on like transformers' DynamicCache
+            self.key_buffer, self.value_buffer = torch.ops.specpass.extend_kv(
+                self.keys, self.values, key_states, value_states
+            )
+            self.lengths.add_(key_states.shape[2])
+            return self.keys, self.values
         torch.ops.specpass.append_kv(
-            self.key_buffer, self.value_buffer, self.lengths, key_states, value_states, cache.handle,
-            bool(cache.exact),  # a prompt that was kept whole goes on with the model's own mask
+            self.key_buffer, self.value_buffer, self.lengths, key_states, value_states, cache.handle
         )
         return self.keys, self.values
 
@@ -113,6 +118,8 @@ class BudgetLayer(CacheLayerMixin):
         return self.cache.seen if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.cache.exact:
+            return self.slots + query_length, 0
         if not torch.compiler.is_compiling():
             self.cache.reserve(query_length)  # generate asks before each step: the time to make room
         return (self.slots, 0) if self.is_initialized else (query_length, 0)
@@ -280,7 +287,7 @@ class BudgetCache(Cache):
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens, in blocks of 64 slots; nothing happens if there is room."""
-        if not self.layers[0].is_initialized:
+        if not self.layers[0].is_initialized or self.exact:
             return
         missing = self.appended + tokens - self.free_at_prefill
         if missing > 0:

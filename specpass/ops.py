@@ -25,12 +25,12 @@ def _define(schema: str, run, fake) -> None:
 
 
 def _fill(key, value, handle, budget, room, lookahead, layer, layers, short):
-    return reference.fill(key, value, budget, room)
+    return reference.fill(key, value, room)
 
 
 def _fill_fake(key, value, handle, budget, room, lookahead, layer, layers, short):
     batch, heads, size, dim = key.shape
-    slots = (size if not short else budget) + room
+    slots = size + room
     return (
         key.new_empty(batch, heads * slots, dim),
         value.new_empty(batch, heads * slots, value.shape[3]),
@@ -65,15 +65,23 @@ _define(
 )
 
 
-def _append_kv(keys, values, lengths, key, value, handle, exact=False):
+def _append_kv(keys, values, lengths, key, value, handle):
     reference.append_kv(keys, values, lengths, key, value)
 
 
 _define(
-    "append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, Tensor? handle, "
-    "bool exact=False) -> ()",
+    "append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, Tensor? handle) "
+    "-> ()",
     _append_kv,
-    lambda keys, values, lengths, key, value, handle, exact=False: None,
+    lambda keys, values, lengths, key, value, handle: None,
+)
+
+_define(
+    "extend_kv(Tensor keys, Tensor values, Tensor key, Tensor value) -> (Tensor, Tensor)",
+    reference.extend_kv,
+    lambda keys, values, key, value: tuple(
+        torch.cat([states, new], 2).flatten(1, 2) for states, new in ((keys, key), (values, value))
+    ),
 )
 
 # Rows: packing, appending, taking ------------------------------------------------------------------------------------

@@ -88,8 +88,8 @@ def report(model: Any) -> Report:
     found = [known for known in _KNOWN if any(config is seen for seen in known.configs)]
     if not found:
         raise UnsupportedCallError(
-            "no graph of this model was compiled with specpass: call specpass.compile(model, ...), or call the "
-            "compiled model once."
+            "this model is not compiled with specpass, or was not called yet: use specpass.compile(model, ...) or call "
+            "the compiled model once."
         )
     return max(found, key=lambda known: known.number)
 

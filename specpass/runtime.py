@@ -67,7 +67,8 @@ class Call:
                 "the model under torch.no_grad() or torch.inference_mode()."
             )
         if self.kind in ("prefill", "short"):
-            self._check_prompt(cache, args)
+            if not self.refusal:
+                self._check_prompt(cache, args)
             return
         if self.refusal and not cache.exact:
             raise CacheStateError(

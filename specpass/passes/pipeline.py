@@ -101,6 +101,7 @@ class Dump:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         gm.recompile()
+        type(gm).__name__ = f"{self.kind}_{name}"  # each GraphModule has a class of its own; the dump names it
         path = self.folder / f"{Dump.count:03d}_{self.kind}_{name}.py"
         partial = path.with_suffix(".tmp")
         partial.write_text(gm.print_readable(print_output=False))

@@ -1,0 +1,142 @@
+"""Real weights: SmolLM2-135M in float32 as its own draft, and the Qwen pair in bfloat16 as users run it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import eager_reference as eager
+import pytest
+import torch
+from support import Run, call, check_answer, check_rules, check_selection, compile_eager, kept, padded, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import specpass
+from bench import needles
+from specpass import hub
+
+pytestmark = pytest.mark.real
+
+C, W, L = 128, 32, 8
+
+
+def load(name: str, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(hub.model_path(name), dtype=dtype).eval().requires_grad_(False)
+
+
+@dataclasses.dataclass
+class Smol:
+    """A compiled model, an uncompiled twin, and real prompts of about 600 and 400 tokens."""
+
+    model: Any
+    twin: Any
+    long: torch.Tensor
+    middle: torch.Tensor
+    short: torch.Tensor
+    method: specpass.SpecKV
+
+
+@pytest.fixture(scope="module")
+def smol() -> Smol:
+    model, twin = (load("smollm2-135m", torch.float32) for _ in range(2))
+    tokenizer = AutoTokenizer.from_pretrained(hub.model_path("smollm2-135m"))
+    prompts = [torch.tensor([needles.make_prompt("multikey", seed, tokens, tokenizer).ids])
+               for seed, tokens in ((0, 600), (1, 400), (2, 110))]
+    method = specpass.SpecKV(budget=C, window=W, lookahead=L)
+    assert abs(prompts[0].shape[1] - 600) < 30
+    assert prompts[2].shape[1] <= C
+    return Smol(compile_eager(model, method, draft=model), twin, *prompts, method)
+
+
+@pytest.fixture(scope="module")
+def alone(smol: Smol) -> Run:
+    """The long prompt run alone, drafted by the model itself."""
+    return run(smol.model, smol.long, L)
+
+
+def test_all_thirty_layers_are_rewritten(smol: Smol, alone: Run) -> None:
+    report = specpass.report(smol.model)
+    assert not report.refusals
+    assert {record.kind: len(record.sites) for record in report.graphs} == {"prefill": 30, "decode": 30}
+
+
+def test_kept_sets_and_tokens_are_the_eager_ones(smol: Smol, alone: Run) -> None:
+    lookahead, valid = eager.draft_lookahead(smol.twin, smol.long, L, smol.twin.generation_config.pad_token_id)
+    assert torch.equal(alone.cache.lookahead_ids, lookahead)
+    reference = eager.select(smol.twin, smol.long, C, lookahead[:, :valid], eager.Scoring(window=W))
+    check_rules(kept(alone.cache), smol.long.shape[1], C, W)
+    check_selection(kept(alone.cache), reference, W)
+    check_answer(alone, smol.twin, smol.long, kept(alone.cache), tolerance=1e-3)
+
+
+def test_the_self_draft_is_the_oracle(smol: Smol, alone: Run) -> None:
+    answer = run(smol.twin, smol.long, L).tokens
+    assert alone.cache.lookahead_ids.tolist() == answer
+    cache = specpass.BudgetCache(smol.model.config, smol.method, max_new_tokens=L, lookahead_ids=answer)
+    call(smol.model, smol.long, cache)
+    for ours, theirs in zip(kept(alone.cache), kept(cache), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("early_exit", [True, False])
+def test_a_budget_that_holds_the_prompt_is_exact(smol: Smol, early_exit: bool) -> None:
+    cache = specpass.BudgetCache(smol.model.config, smol.method, max_new_tokens=12, early_exit=early_exit)
+    ours, full = run(smol.model, smol.short, 12, past_key_values=cache), run(smol.twin, smol.short, 12)
+    assert ours.tokens == full.tokens
+    torch.testing.assert_close(ours.logits, full.logits, atol=1e-3, rtol=1e-3)
+
+
+def test_a_padded_batch_of_two(smol: Smol, alone: Run) -> None:
+    ids, mask = padded([smol.long, smol.middle])
+    together = run(smol.model, ids, L, mask)
+    for row, (own, one) in enumerate(((smol.long, alone), (smol.middle, run(smol.model, smol.middle, L)))):
+        for ours, theirs in zip(kept(together.cache, row), kept(one.cache), strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(together.cache.lookahead_ids[row], one.cache.lookahead_ids[0])
+        assert together.tokens[row] == one.tokens[0]
+        check_rules(kept(together.cache, row), own.shape[1], C, W)
+
+
+def test_snapkv(smol: Smol) -> None:
+    ours = run(compile_eager(smol.model, specpass.SnapKV(budget=C, window=W)), smol.long, 4)
+    compile_eager(smol.model, smol.method, draft=smol.model)
+    reference = eager.select(smol.twin, smol.long, C, how=dataclasses.replace(eager.SNAPKV, window=W))
+    check_selection(kept(ours.cache), reference, W)
+    check_answer(ours, smol.twin, smol.long, kept(ours.cache), tolerance=1e-3)
+
+
+# -- the pair
+
+
+def test_the_qwen_pair_answers_lookups_from_96_slots() -> None:
+    """Every line is a needle, 1.7k tokens: full KV finds it, and SpecKV gives the eager formulas' own right answer."""
+    budget, lookahead, new = 96, 32, 24
+    target, draft = load("qwen2.5-coder-1.5b", torch.bfloat16), load("qwen2.5-coder-0.5b", torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(hub.model_path("qwen2.5-coder-1.5b"))
+    prompts = [needles.make_prompt("multikey", seed, 1700, tokenizer) for seed in (0, 1)]
+    vocab = min(target.config.vocab_size, draft.config.vocab_size)
+
+    def score(tokens: list[int], prompt: needles.Prompt) -> float:
+        return needles.score(tokenizer.decode(tokens, skip_special_tokens=True), prompt.answers)
+
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt.ids])
+        start = eager.prefill(target, ids, W)
+        assert score(eager.generate(target, ids, None, new, start=start).tokens, prompt) == 1.0
+        drafted, valid = eager.draft_lookahead(draft, ids, lookahead, tokenizer.pad_token_id, vocab_size=vocab)
+        chosen = eager.select_shared(start, budget, drafted[:, :valid], eager.Scoring(window=W))
+        expected.append((drafted, eager.generate(target, ids, chosen.positions, new, start=start).tokens))
+
+    model = specpass.compile(target, draft=draft, lowering="inductor",
+                             method=specpass.SpecKV(budget=budget, window=W, lookahead=lookahead))
+    for prompt, (drafted, tokens) in zip(prompts, expected, strict=True):
+        ids = torch.tensor([prompt.ids])
+        ours = run(model, ids, new, repetition_penalty=1.0)
+        check_rules(kept(ours.cache), ids.shape[1], budget, W)
+        assert torch.equal(ours.cache.lookahead_ids, drafted)
+        assert ours.tokens[0] == tokens
+        assert score(tokens, prompt) == 1.0
+    report = specpass.report(model)
+    assert not report.refusals
+    assert {record.kind: len(record.sites) for record in report.graphs} == {"prefill": 28, "decode": 28}
