@@ -152,13 +152,11 @@ def test_gather_kv_compacts_the_kept_positions(data: st.DataObject) -> None:
 def test_fill_and_keep_kv_keep_everything(batch: int, size: int, room: int, seed: int) -> None:
     torch.manual_seed(seed)
     key, value = torch.randn(batch, 2, size, 4), torch.randn(batch, 2, size, 3)
-    for budget in (size + 2, max(1, size - 2)):
-        keys, values, lengths, positions = reference.fill(key, value, budget, room)
-        slots = max(size, budget)
-        assert positions.tolist() == [[[*range(size), *[-1] * (slots - size)]] * 2] * batch
-        assert torch.equal(keys.view(batch, 2, slots + room, 4)[:, :, :size], key)
-        assert torch.equal(values.view(batch, 2, slots + room, 3)[:, :, :size], value)
-        assert lengths.tolist() == [[size, size]] * batch
+    keys, values, lengths, positions = reference.fill(key, value, room)
+    assert positions.tolist() == [[[*range(size)]] * 2] * batch
+    assert torch.equal(keys.view(batch, 2, size + room, 4)[:, :, :size], key)
+    assert torch.equal(values.view(batch, 2, size + room, 3)[:, :, :size], value)
+    assert lengths.tolist() == [[size, size]] * batch
     real = torch.randint(1, size + 1, (batch,))
     keys, values, lengths = reference.keep_kv(key, value, real, room)
     assert torch.equal(keys.view(batch, 2, size + room, 4)[:, :, :size], key)

@@ -39,21 +39,20 @@ class TakeLast(Pass):
         columns = hidden.meta["val"].shape[2]
         output = output_of(gm.graph)
         tail = behind(hidden)
-        taken: dict[fx.Node, fx.Node] = {}
+        done: set[fx.Node] = set()  # behind a take, in the caller's layout already
         for node in [n for n in gm.graph.nodes if n in tail]:
-            if node is output or keeps_rows(node, columns):
+            if node is output or node in done or keeps_rows(node, columns):
                 continue
-            for source in [n for n in node.all_input_nodes if n in tail and has_rows(n, columns)]:
-                self._take(editor, state, node, source, columns)
-        for source in [n for n in output.all_input_nodes if n in tail and has_rows(n, columns)]:
-            if source not in taken:
-                taken[source] = editor.call(SPEC.take_positions, source, every_row(editor, state, source),
-                                            before=output, like=source)
-            output.replace_input_with(source, taken[source])
+            for source in [n for n in node.all_input_nodes if n in tail - done and has_rows(n, columns)]:
+                done |= behind(self._take(editor, state, node, source, columns))
+        for source in [n for n in output.all_input_nodes if n in tail - done and has_rows(n, columns)]:
+            index = every_row(editor, state, output)
+            new = editor.call(SPEC.take_positions, source, index, before=output, like=source)
+            output.replace_input_with(source, new)
         refuse_mixed_rows(gm, columns)
 
     @staticmethod
-    def _take(editor: Editor, state: State, node: fx.Node, source: fx.Node, columns: object) -> None:
+    def _take(editor: Editor, state: State, node: fx.Node, source: fx.Node, columns: object) -> fx.Node:
         if source.meta["val"].dim() != 3 or source.meta["val"].shape[1] != columns:
             raise Refusal(f"{node.target} mixes positions behind the last attention site")
         last_only = (is_op(node, ATEN.slice) and tuple(node.args[1:]) == (1, -1, FULL)) or (
@@ -67,6 +66,7 @@ class TakeLast(Pass):
         node.replace_input_with(source, new)
         if "val" in node.meta:
             editor.refresh(node)
+        return new
 
 
 def refuse_mixed_rows(gm: fx.GraphModule, columns: object) -> None:
