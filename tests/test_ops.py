@@ -34,7 +34,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "fill": [(key, value, handle, C, N, L, 0, 2, False), (key, value, handle, S + L + 1, N, L, 0, 2, True)],
         "lookahead": [(key, None, L), (key, ahead, L)],
         "size": [(key, 2)],
-        "extend_kv": [(torch.randn(2, 2, 6, 4), torch.randn(2, 2, 6, 3), torch.randn(2, 2, 1, 4), torch.randn(2, 2, 1, 3))],
+        "extend_kv": [(*heads, *step)],
         "append_kv": [(keys, values, used, *step, handle), (keys, values, used, *step, None)],
         "pack_order": [(mask, ids)],
         "full_lengths": [(ids,)],
