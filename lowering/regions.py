@@ -15,6 +15,7 @@ from torch import fx
 
 from specpass.passes.graph import module_path
 
+_SYMBOL = re.compile(r"\b[su]\d+\b")
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 
 
@@ -29,7 +30,7 @@ class Region:
     def key(self) -> str:
         """Equal keys, equal computations."""
         number: dict[fx.Node, str] = {node: f"i{index}" for index, node in enumerate(self.inputs)}
-        lines = [_describe(node) for node in self.inputs]
+        lines = _rename([_describe(node) for node in self.inputs])
         for index, node in enumerate(self.nodes):
             number[node] = f"n{index}"
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: _Name(number[n]))
@@ -41,6 +42,12 @@ class Region:
 class _Name(str):
     __slots__ = ()
     __repr__ = str.__str__
+
+
+def _rename(lines: list[str]) -> list[str]:
+    """Symbols numbered by first appearance: layers differ in the names of sizes that nothing relates."""
+    names: dict[str, str] = {}
+    return [_SYMBOL.sub(lambda found: names.setdefault(found.group(), f"size{len(names)}"), line) for line in lines]
 
 
 def _describe(node: fx.Node) -> str:

@@ -119,9 +119,10 @@ class Backend:
                 node.args = (*node.args[:4], 0, *node.args[5:])
             return Call(lower(exact, "eager", record), state.kind, places, refusal=str(refusal))
         record.sites = [(site.module, site.budget) for site in state.sites]
+        static = static_outputs(graph)  # before lowering replaces the operators that say so
         run = lower(graph, self.lowering, record)
         context = None if state.draft is None else checks.context_length(self.draft)
-        return Call(run, state.kind, places, tuple(state.lifted.values()), static_outputs(graph), context,
+        return Call(run, state.kind, places, tuple(state.lifted.values()), static, context,
                     state.lookahead, packed="attention_mask" in named and state.kind in ("prefill", "short"))
 
     def _rewrite(self, traced: fx.GraphModule, state: State, cache: BudgetCache, record: GraphRecord) -> fx.GraphModule:
