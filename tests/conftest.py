@@ -23,6 +23,9 @@ settings.register_profile(
 )
 settings.load_profile("specpass")
 
+# Tracing makes millions of small objects that die young: fewer collections, a tenth less time.
+gc.set_threshold(50_000, 20, 20)
+
 # pytest's log capture would otherwise make torch render a trace record of everything that it compiles.
 logging.getLogger("torch.__trace").propagate = False
 

@@ -201,15 +201,15 @@ def test_an_uncompiled_model_refuses_the_cache(twin: Any) -> None:
         twin.generate(prompt(60), past_key_values=new_cache(twin), max_new_tokens=3)
 
 
-@pytest.mark.parametrize("family", ["mistral-sliding", "gemma2", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "opt"])  # test_refusals has a sliding window
 def test_what_cannot_be_pruned_runs_exactly_and_says_why(family: str) -> None:
     """Sliding windows, soft caps, learned positions: pruned rightly or refused with a reason, never wrong."""
-    twin, model = tiny(family), compile_eager(tiny(family), SNAP)
+    twin, model = tiny(family, layers=1), compile_eager(tiny(family, layers=1), SNAP)
     rows = [prompt(60, seed=3), prompt(43, seed=4)]
     ids, mask = padded(rows)
     alone, together = run(model, rows[0]), run(model, ids, mask=mask)
     report = specpass.report(model)
-    if "sliding" in family or family == "gemma2":
+    if family == "gemma2":
         assert any("sliding" in reason for reason in report.refusals)
         assert "runs exactly" in str(report)
     if report.refusals:
@@ -228,7 +228,7 @@ def test_many_models_never_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> No
     torch._dynamo.reset()
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     method = specpass.StreamingLLM(budget=C)
-    for seed in range(4):
+    for seed in range(3):
         for door in ("compile", "plain"):
             model = tiny(seed=seed, layers=1)
             if door == "compile":

@@ -114,13 +114,11 @@ def test_padding_on_both_sides_of_the_budget_in_one_batch(model: Any, twin: Any)
         check_answer(ours, twin, own, kept(ours.cache, row), row)
 
 
-@pytest.mark.parametrize("ratio", [0.5, 1.0])
-def test_a_ratio_is_a_share_of_the_prompt(ratio: float, twin: Any) -> None:
-    model, ids = compile_eager(tiny(), specpass.SnapKV(budget=ratio, window=W)), prompt(200, seed=7)
+def test_a_ratio_is_a_share_of_the_prompt(twin: Any) -> None:
+    model, ids = compile_eager(tiny(), specpass.SnapKV(budget=0.5, window=W)), prompt(200, seed=7)
     ours = run(model, ids, 4)
-    slots = {0.5: 128, 1.0: 256}[ratio]
-    assert ours.cache.method.budget == slots
-    assert kept(ours.cache)[0].shape == (2, min(slots, 200))
+    assert ours.cache.method.budget == 128  # 100 slots, rounded up
+    assert kept(ours.cache)[0].shape == (2, 128)
     check_answer(ours, twin, ids, kept(ours.cache))
 
 

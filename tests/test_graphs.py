@@ -57,7 +57,9 @@ class Record:
             patch.setattr(pipeline, "verify", self.verify)
             patch.setattr(specpass.backend, "lower", self.lower)
             call(self.model, ids, cache, **kwargs)
-            call(self.model, prompt(1, batch=len(ids)), cache, position_ids=torch.full((len(ids), 1), ids.shape[1]))
+            if len(ids) > 1:
+                position = torch.full((len(ids), 1), ids.shape[1])
+                call(self.model, prompt(1, batch=len(ids)), cache, position_ids=position)
         return cache
 
     def verify(self, gm: fx.GraphModule, stage: str, name: str, **options: Any) -> None:
@@ -126,36 +128,33 @@ def test_what_each_pass_does(record: Record, kind: str, name: str) -> None:
     assert {operator_name: found[operator_name] for operator_name in there} == there
 
 
-def test_passes_that_only_look_change_nothing(record: Record) -> None:
-    assert record.after["prefill", "annotate"] == record.after["prefill", "canonicalize"]
-    assert record.after["decode", "annotate"] == record.after["decode", "canonicalize"]
-
-
 def test_every_pass_ran_in_the_order_of_the_pipeline(record: Record) -> None:
     names = [item.name for item in pipeline.PASSES]
     assert [name for kind, name in record.after if kind == "prefill"] == names
     assert [name for kind, name in record.after if kind == "decode"] == [
         item.name for item in pipeline.PASSES if "decode" in item.kinds
     ]
+    for kind in ("prefill", "decode"):  # annotate only looks
+        assert record.after[kind, "annotate"] == record.after[kind, "canonicalize"]
 
 
 def test_methods_without_scores_or_draft_insert_neither() -> None:
-    record = Record(specpass.StreamingLLM(budget=C))
+    record = Record(specpass.StreamingLLM(budget=C), layers=1)
     record(prompt(60))
     found = record.after["prefill", "specialize"]
-    assert found["specpass.select_recent"] == found["specpass.gather_kv"] == LAYERS
+    assert found["specpass.select_recent"] == found["specpass.gather_kv"] == 1
     assert not {"specpass.importance", "specpass.select", "specpass.next_token", "draft_prefill"} & set(found)
 
 
 def test_eager_attention_becomes_one_operator() -> None:
     """attn_implementation="eager" spells matmul, softmax, matmul; the kept sets are those of SDPA."""
     method = specpass.SnapKV(budget=C, window=W)
-    record = Record(method, attention="eager")
+    record = Record(method, layers=1, attention="eager")
     cache = record(prompt(60, seed=4))
     found = record.after["prefill", "canonicalize"]
-    assert found["aten.scaled_dot_product_attention"] == LAYERS
+    assert found["aten.scaled_dot_product_attention"] == 1
     assert found["aten.softmax"] == 0
-    chosen = eager.select(tiny(), prompt(60, seed=4), C, None, eager.Scoring(W, reduce="mean", pool="avg"))
+    chosen = eager.select(tiny(layers=1), prompt(60, seed=4), C, None, eager.Scoring(W, reduce="mean", pool="avg"))
     for scores, positions in zip(chosen.scores, kept(cache), strict=True):
         assert eager.score_margin(scores, positions, W) >= -1e-6
 
@@ -296,10 +295,10 @@ def test_dumps_are_numbered_readable_python(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_pass_can_be_skipped_by_name(draft: Any) -> None:
     """Without its draft SpecKV is SnapKV with its own reductions."""
-    record = Record(METHOD, draft, skip_passes=["insert_draft"])
+    record = Record(METHOD, draft, layers=1, skip_passes=["insert_draft"])
     cache = record(prompt(60, seed=5))
     assert not {"draft_prefill", "specpass.append_ids"} & set(record.after["prefill", "specialize"])
-    chosen = eager.select(tiny(), prompt(60, seed=5), C, None, eager.Scoring(W))
+    chosen = eager.select(tiny(layers=1), prompt(60, seed=5), C, None, eager.Scoring(W))
     for scores, positions in zip(chosen.scores, kept(cache), strict=True):
         assert eager.score_margin(scores, positions, W) >= -1e-6
     with pytest.raises(ValueError, match=r"insert_drift.*insert_draft"):

@@ -121,11 +121,13 @@ def test_embeddings_in_place_of_ids(twin: Any) -> None:
 
 def test_a_refused_model_serves_padded_batches_and_second_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    model, twin = (tiny("mistral-sliding") for _ in range(2))
+    model, twin = (tiny("mistral-sliding", layers=1) for _ in range(2))
     compile_eager(model, METHOD)
     ids, mask = padded([prompt(60, seed=4), prompt(31, seed=5)])
     ours, full = run(model, ids, 5, mask), run(twin, ids, 5, mask)
+    assert any("sliding_attention" in reason for reason in specpass.report(model).refusals)
     assert ours.tokens == full.tokens
+    torch.testing.assert_close(ours.logits, full.logits, atol=1e-4, rtol=1e-4)
     first = torch.tensor(ours.tokens)
     turn = torch.cat([ids, first, prompt(9, seed=6, batch=2)], 1)
     longer = torch.cat([mask, torch.ones(2, 14, dtype=torch.int64)], 1)
@@ -152,7 +154,7 @@ def test_one_graph_for_each_kind_and_batch_class(door: str) -> None:
         mask = torch.ones_like(ids)
         if pad:
             mask[0, : length // 3] = 0
-        run(model, ids, 4, mask, past_key_values=new_cache(model, method))
+        run(model, ids, 2, mask, past_key_values=new_cache(model, method))
 
     kinds = [(1, False), (2, False), (2, True)]
     for length in (60, 97, 21, 15):
@@ -168,6 +170,15 @@ def test_one_graph_for_each_kind_and_batch_class(door: str) -> None:
     assert found["prefill"] <= len(kinds)
     assert found["short"] <= len(kinds)
     assert found["decode"] <= 2  # lengths, not masks, say what a step reads
+
+
+def test_a_mask_of_ones_is_no_mask(model: Any) -> None:
+    ids, graphs = prompt(60, batch=2), specpass.report(model).graphs
+    call(model, ids, new_cache(model))
+    before = len(graphs)
+    call(model, ids, new_cache(model), attention_mask=torch.ones_like(ids))
+    call(model, ids, new_cache(model), attention_mask=torch.ones_like(ids, dtype=torch.bool))
+    assert len(graphs) == before
 
 
 def test_appends_of_any_length_are_one_graph(model: Any) -> None:

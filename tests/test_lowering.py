@@ -1,0 +1,60 @@
+"""lowering="inductor" computes what lowering="eager" computes, and compiles alike layers once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import Run, check_answer, compile_eager, kept, padded, run
+from tiny import prompt, tiny
+
+import specpass
+
+C, W, L, LAYERS = 24, 8, 4, 3
+METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    """The same pair, lowered by Inductor and not at all."""
+    draft = tiny(seed=1, layers=2)
+    return (specpass.compile(tiny(layers=LAYERS), draft=draft, method=METHOD, lowering="inductor"),
+            compile_eager(tiny(layers=LAYERS), METHOD, draft))
+
+
+@pytest.fixture(scope="module")
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return padded([prompt(60, seed=1), prompt(33, seed=2)])
+
+
+@pytest.fixture(scope="module")
+def runs(models: tuple[Any, Any], batch: tuple[torch.Tensor, torch.Tensor]) -> list[Run]:
+    return [run(model, batch[0], 6, batch[1]) for model in models]
+
+
+def test_inductor_equals_eager(runs: list[Run], batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ours, theirs = runs
+    assert ours.tokens == theirs.tokens
+    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(ours.cache.lookahead_ids, theirs.cache.lookahead_ids)
+    for row, mask in enumerate(batch[1].bool()):
+        for a, b in zip(kept(ours.cache, row), kept(theirs.cache, row), strict=True):
+            assert torch.equal(a, b)
+        check_answer(ours, tiny(layers=LAYERS), batch[0][[row]][:, mask], kept(ours.cache, row), row)
+
+
+def test_layers_are_one_region(models: tuple[Any, Any], runs: list[Run]) -> None:
+    """Three target layers, two draft layers of the prefill and two of the step: one region of each kind."""
+    report = specpass.report(models[0])
+    assert not report.refusals
+    found = {record.kind: (record.regions, record.distinct_regions) for record in report.graphs}
+    assert found == {"prefill": (LAYERS + 2 + 2, 3), "decode": (LAYERS, 1)}
+
+
+def test_another_length_compiles_nothing(models: tuple[Any, Any], runs: list[Run]) -> None:
+    ids, mask = padded([prompt(71, seed=3), prompt(C, seed=4)])
+    graphs = len(specpass.report(models[0]).graphs)
+    ours, theirs = (run(model, ids, 6, mask) for model in models)
+    assert ours.tokens == theirs.tokens
+    assert len(specpass.report(models[0]).graphs) == graphs
