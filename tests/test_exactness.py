@@ -75,6 +75,7 @@ def test_kept_sets_and_tokens_are_the_eager_ones(subject: Subject, length: int) 
     """C = S - 1, where one slot is dropped, and long prompts of one graph."""
     ids = prompt(length, seed=length)
     ours = run(subject.model, ids)
+    assert ours.cache.get_seq_length() == length + 5  # the sixth token is not stored yet
     check_rules(kept(ours.cache), length, C, subject.window)
     check_selection(kept(ours.cache), subject.select(ids), subject.window)
     check_answer(ours, subject.twin, ids, kept(ours.cache))
@@ -112,7 +113,7 @@ def test_the_first_logits_are_those_of_the_full_prefill(subject: Subject) -> Non
     ids = prompt(60, seed=60)
     full = call(subject.twin, ids, None, logits_to_keep=0)
     torch.testing.assert_close(call(subject.model, ids, subject.cache()), full[:, -1:], atol=1e-4, rtol=1e-4)
-    for count in (0, 3):  # of all positions, of the last three
+    for count in (0, 3) if subject.name == "speckv" else (0,):  # of all positions, of the last three
         ours = call(subject.model, ids, subject.cache(), logits_to_keep=count)
         torch.testing.assert_close(ours, full[:, -count:], atol=1e-4, rtol=1e-4)
 
@@ -131,7 +132,7 @@ def test_all_logits_of_a_padded_batch_stand_where_the_caller_put_the_tokens(subj
 @pytest.mark.parametrize("name", METHODS)
 def test_families(family: str, name: str) -> None:
     torch._dynamo.reset()
-    subject, ids, cache = Subject(family, name), prompt(57, seed=3), None
+    subject, ids = Subject(family, name, layers=2 if name == "speckv" else 1), prompt(57, seed=3)
     if name == "speckv":  # decoding is the same graph for all methods
         ours = run(subject.model, ids, 4)
         cache = ours.cache

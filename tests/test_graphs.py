@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from specpass.passes.stages import StageError, verify
 
 C, W, L, LAYERS = 24, 8, 4, 2
 METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)
-ATEN, SPEC = "aten.", "specpass."
 
 
 def count(gm: fx.GraphModule) -> Counter[str]:
@@ -122,8 +121,7 @@ EXPECTED: dict[tuple[str, str], tuple[list[str], dict[str, int]]] = {
 
 @pytest.mark.parametrize(("kind", "name"), EXPECTED, ids=["-".join(key) for key in EXPECTED])
 def test_what_each_pass_does(record: Record, kind: str, name: str) -> None:
-    gone, there = EXPECTED[kind, name]
-    found = record.after[kind, name]
+    (gone, there), found = EXPECTED[kind, name], record.after[kind, name]
     assert {operator_name: found[operator_name] for operator_name in gone} == dict.fromkeys(gone, 0)
     assert {operator_name: found[operator_name] for operator_name in there} == there
 
@@ -149,8 +147,7 @@ def test_methods_without_scores_or_draft_insert_neither() -> None:
 def test_eager_attention_becomes_one_operator() -> None:
     """attn_implementation="eager" spells matmul, softmax, matmul; the kept sets are those of SDPA."""
     method = specpass.SnapKV(budget=C, window=W)
-    record = Record(method, layers=1, attention="eager")
-    cache = record(prompt(60, seed=4))
+    cache = (record := Record(method, layers=1, attention="eager"))(prompt(60, seed=4))
     found = record.after["prefill", "canonicalize"]
     assert found["aten.scaled_dot_product_attention"] == 1
     assert found["aten.softmax"] == 0
@@ -162,10 +159,8 @@ def test_eager_attention_becomes_one_operator() -> None:
 # -- invariants of the graphs themselves
 
 
-def graphs_of(gm: fx.GraphModule) -> Iterator[fx.Graph]:
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            yield module.graph
+def graphs_of(gm: fx.GraphModule) -> list[fx.Graph]:
+    return [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
 
 
 def test_the_drafted_graph_alone_yields_the_lookahead(record: Record, draft: Any) -> None:
@@ -184,9 +179,9 @@ def test_the_pruned_graph_runs_on_fake_tensors(record: Record) -> None:
     assert all(isinstance(a, (torch.Tensor, int)) for a in inputs)
     with mode:
         results = fx.Interpreter(record.backend.stages["PRUNED"]).run(*inputs)
-    shapes = [tuple(out.shape) for out in results]
-    assert (2, 1, 128) in shapes
-    assert shapes.count((2, 2 * (C + 64), 16)) == 2 * LAYERS
+    shapes = Counter(tuple(out.shape) for out in results)
+    assert shapes[2, 1, 128] == 1
+    assert shapes[2, 2 * (C + 64), 16] == 2 * LAYERS
 
 
 def test_no_operator_takes_an_object(record: Record) -> None:
@@ -216,7 +211,6 @@ def test_the_draft_is_dead_before_the_targets_first_layer(record: Record) -> Non
 
 
 def test_each_layers_kv_dies_in_that_layer(record: Record) -> None:
-    """The last reader of a layer's full K and V stands before the next layer's attention."""
     nodes = list(record.backend.stages["PRUNED"].graph.nodes)
     sites = [i for i, node in enumerate(nodes) if "prefill_attention" in str(node.target)]
     for index, site in enumerate(sites):
