@@ -9,7 +9,9 @@ Whole-graph compilation is no choice: it takes a minute and keeps every layer's 
 
 from __future__ import annotations
 
+import functools
 import operator
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import fx, nn
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -36,8 +39,20 @@ class CompiledRegion(nn.Module):
         return self.run(*args)
 
 
+@functools.cache
+def compiler_probe() -> threading.Thread:
+    """Inductor's dry runs of the C++ compiler (which vector instructions work?), started once, in the background.
+
+    On a new machine they take eight seconds of subprocesses, which pass while the target is traced.
+    """
+    thread = threading.Thread(target=valid_vec_isa_list, name="specpass-compiler-probe", daemon=True)
+    thread.start()
+    return thread
+
+
 def lower_regions(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
     """Replace each decoder layer by a call of its compiled region, in place; subgraphs (the draft) too."""
+    compiler_probe().join()
     for name, child in list(gm.named_children()):
         if isinstance(child, fx.GraphModule):
             # The captured draft is shared by later graphs: lowered once, kept beside it.

@@ -11,6 +11,14 @@ from torch import fx
 from specpass.reporting import GraphRecord
 
 
+def prepare(lowering: str) -> None:
+    """Start what can be made ready while the target is traced."""
+    if lowering == "inductor":
+        from specpass.lowering.inductor import compiler_probe
+
+        compiler_probe()
+
+
 def lower(gm: fx.GraphModule, lowering: str, record: GraphRecord) -> Callable[..., Any]:
     """`lowering="eager"` runs the operators' references one by one; "inductor" compiles the decoder layers' regions."""
     start = time.perf_counter()

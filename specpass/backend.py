@@ -23,7 +23,7 @@ from specpass.errors import (
     UnsupportedCallError,
 )
 from specpass.ir import holds_cache_ops, named_inputs, restart_if_specialised, trace_aten
-from specpass.lowering.lower import lower
+from specpass.lowering.lower import lower, prepare
 from specpass.methods import Method
 from specpass.passes.base import Refusal, State
 from specpass.passes.graph import ATEN, SPEC, find, is_op, output_of
@@ -66,6 +66,7 @@ class Backend:
         self.report = Report(method.key, lowering)
         self._graphs: DraftGraphs | None = None
         self.__name__ = "specpass"
+        prepare(lowering)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
         # Past its limit Dynamo would run the next call uncompiled without a word, and one process may hold many
