@@ -47,7 +47,11 @@ class BudgetLayer(CacheLayerMixin):
         self.value_buffer: Tensor | None = None
         self.lengths: Any = None  # a tensor after the prefill
         self.positions: Tensor | None = None
-        self.kv_heads = 0
+
+    @property
+    def kv_heads(self) -> int:
+        """K, from the tensors: as a Python int, Dynamo would make it a symbol of its own for each layer."""
+        return 0 if self.lengths is None else self.lengths.shape[1]
 
     @property
     def keys(self) -> Tensor | None:
@@ -91,7 +95,6 @@ class BudgetLayer(CacheLayerMixin):
         """Traces to `specpass::fill` (prefill) or `specpass::append_kv` (afterwards); see `BudgetCache.update`."""
         cache = self.cache
         if not self.is_initialized:
-            self.kv_heads = key_states.shape[1]
             short = self.fits(key_states)
             self.key_buffer, self.value_buffer, self.lengths, self.positions = torch.ops.specpass.fill(
                 key_states, value_states, cache.handle, self.budget, cache.room, cache.lookahead,
