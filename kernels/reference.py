@@ -81,11 +81,12 @@ def take_rows(query: Tensor, rows: Tensor) -> Tensor:
     return query.gather(2, index)
 
 
-def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window: int, scale: float,
-               reduce: str) -> Tensor:
+def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window: int, scale: float, reduce: str,
+               weights: Tensor | None = None) -> Tensor:
     """Attention probability that each prompt column gets from the query rows, reduced over the rows of a KV head.
 
-    Args: query [B, H, R, D]; key [B, K, T, D]; rows [B, R] positions (-1: left out); lengths [B] prompt lengths.
+    Args: query [B, H, R, D]; key [B, K, T, D]; rows [B, R] positions (-1: left out); lengths [B] prompt lengths;
+    reduce "max", "mean" or "sum"; weights [R] float32 of the rows, or None.
     Returns: scores [B, K, T] float32; columns outside [0, lengths - W) are 0.
     """
     batch, heads, count, dim = query.shape
@@ -99,10 +100,14 @@ def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window
     probabilities = torch.softmax(logits, dim=-1)
     live = rows >= 0
     probabilities = probabilities.masked_fill(~live[:, None, None, :, None], 0.0)
+    if weights is not None:
+        probabilities = probabilities * weights[:, None]
     if reduce == "max":
         scores = probabilities.amax(dim=(2, 3))
     else:
-        scores = probabilities.sum(dim=(2, 3)) / (group * live.sum(1).clamp(min=1))[:, None, None]
+        scores = probabilities.sum(dim=(2, 3))
+    if reduce == "mean":
+        scores = scores / (group * live.sum(1).clamp(min=1))[:, None, None]
     return scores.masked_fill((column >= (lengths - window)[:, None])[:, None], 0.0)
 
 
