@@ -101,3 +101,8 @@ def told_positions(position_ids: Tensor, shift: Tensor) -> Tensor:
 def told_length(seen: Tensor, shift: Tensor) -> Tensor:
     """The same for the cache's 0-d length: without padding all rows have one shift [B]."""
     return seen - shift[0]
+
+
+def last_index(lengths: Tensor, count: int) -> Tensor:
+    """[B, n] packed columns of each row's last n tokens; column 0 where a row has fewer."""
+    return (lengths[:, None] - torch.arange(count, 0, -1, device=lengths.device)).clamp(min=0)

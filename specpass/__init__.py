@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from specpass.backend import Backend as Backend
     from specpass.cache import BudgetCache as BudgetCache
     from specpass.methods import Method as Method
+    from specpass.methods import PyramidKV as PyramidKV
     from specpass.methods import SnapKV as SnapKV
     from specpass.methods import SpecKV as SpecKV
     from specpass.methods import StreamingLLM as StreamingLLM
+    from specpass.prompt_methods import SpecKVPC as SpecKVPC
+    from specpass.prompt_methods import SpecPC as SpecPC
     from specpass.reporting import report as report
 
 # Names are looked up on first use, so that `import specpass` does not import torch.
@@ -28,6 +31,9 @@ _HOME = {
     "SpecKV": "specpass.methods",
     "SnapKV": "specpass.methods",
     "StreamingLLM": "specpass.methods",
+    "PyramidKV": "specpass.methods",
+    "SpecPC": "specpass.prompt_methods",
+    "SpecKVPC": "specpass.prompt_methods",
     "report": "specpass.reporting",
 }
 

@@ -13,7 +13,8 @@ from torch import fx, nn
 
 from specpass import checks
 from specpass.cache import BudgetCache
-from specpass.draft_capture import DraftGraphs, capture_draft
+from specpass.draft_capture import capture_draft
+from specpass.draft_graphs import DraftGraphs
 from specpass.errors import (
     GradientsError,
     LookaheadError,
@@ -154,7 +155,7 @@ class Backend:
             checks.check_draft(self.draft, self.method)  # train() may have been called since
             start = time.perf_counter()
             try:
-                self._graphs = capture_draft(self.draft)
+                self._graphs = capture_draft(self.draft, self.method.prompt)
             except Refusal as refusal:
                 raise Refusal(f"the draft cannot be captured: {refusal}") from refusal
             self.report.draft_seconds = time.perf_counter() - start
@@ -165,7 +166,7 @@ class Backend:
     def _check_cache(self, cache: BudgetCache) -> None:
         mine = dataclasses.replace(self.method, budget=cache.method.budget)
         same_budget = isinstance(self.method.budget, float) or self.method.budget == cache.method.budget
-        ours, theirs = (dataclasses.replace(m, lookahead_ids=None, lookahead=None) if m.drafts else m  # type: ignore[call-arg]
+        ours, theirs = (dataclasses.replace(m, lookahead_ids=None, lookahead=None) if m.appends else m  # type: ignore[call-arg]
                         for m in (mine, cache.method))
         if ours != theirs or not same_budget:
             raise MethodMismatchError(
@@ -199,8 +200,9 @@ class Backend:
 
 def with_lookahead_ids(method: Method, lookahead_ids: Any) -> Method:
     """The method with the caller's [B, L] token ids in the draft's place."""
-    if not method.drafts:
-        raise LookaheadError(f"lookahead_ids were given, but {method.name} does not look ahead: use SpecKV.")
+    if not method.appends or method.prompt is not None:
+        raise LookaheadError(f"lookahead_ids were given, but {method.name} cannot use them in the draft's place: use "
+                             "SpecKV.")
     return dataclasses.replace(method, lookahead=None, lookahead_ids=lookahead_ids)  # type: ignore[call-arg]
 
 

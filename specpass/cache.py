@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
 
-import specpass.ops  # noqa: F401  (registers the operators that update() traces to)
+import specpass.ops_prompt  # noqa: F401  (registers the operators that update() traces to, specpass.ops' too)
 from specpass.errors import BudgetError, CacheStateError, LookaheadError, UncompiledCacheError
 from specpass.methods import Method, as_id_rows
 
@@ -95,7 +95,7 @@ class BudgetLayer(CacheLayerMixin):
         """Traces to `specpass::fill` (prefill) or `specpass::append_kv` (afterwards); see `BudgetCache.update`."""
         cache = self.cache
         if not self.is_initialized:
-            short = self.fits(key_states)
+            short = cache.fits(key_states)
             self.key_buffer, self.value_buffer, self.lengths, self.positions = torch.ops.specpass.fill(
                 key_states, value_states, cache.handle, self.budget, cache.room, cache.lookahead,
                 self.index, len(cache.layers), short,
@@ -112,10 +112,6 @@ class BudgetLayer(CacheLayerMixin):
             self.key_buffer, self.value_buffer, self.lengths, key_states, value_states, cache.handle
         )
         return self.keys, self.values
-
-    def fits(self, key_states: Tensor) -> bool:
-        """Whether a prompt's keys [B, K, S, D] are kept whole, without draft or scores."""
-        return self.cache.early_exit and bool(key_states.shape[2] <= self.budget)
 
     def get_seq_length(self) -> int | Tensor:
         return self.cache.seen if self.is_initialized else 0
@@ -199,9 +195,13 @@ class BudgetCache(Cache):
         self.max_new_tokens = max_new_tokens
         self.room = round_room(max_new_tokens or 1)
         rows = lookahead_ids if lookahead_ids is not None else getattr(method, "lookahead_ids", None)
+        if lookahead_ids is not None and method.prompt is not None:
+            raise LookaheadError(f"{method.name} needs the draft's attention, so lookahead_ids cannot take its place.")
         self.given_ids = None if rows is None or not method.drafts else torch.tensor(as_id_rows(rows))
         self.lookahead = self._resolve_lookahead()
+        self.compresses = method.prompt is not None
         budgets = self.method.layer_budgets(config.num_hidden_layers)
+        self.whole = min(budgets)  # a prompt of so many tokens is kept whole
         super().__init__(layers=[BudgetLayer(self, index, budget) for index, budget in enumerate(budgets)])
         # The compiled graph gets tensors only; this one leads the runtime back to its cache.
         self.handle = torch.zeros((), dtype=torch.int64)
@@ -227,6 +227,7 @@ class BudgetCache(Cache):
         self.seen: Any = 0  # a 0-d tensor after the prefill; logical length: tokens that generate counts
         self.lookahead_ids: Tensor | None = None
         self.prompt_positions: Tensor | None = None
+        self.shift: Tensor | None = None  # [B] what generate counts less what the target was told (SpecPC)
         self.padded = False
         self.exact = False  # whether the prefill was refused and kept everything
         self.free_at_prefill = self.room
@@ -245,15 +246,22 @@ class BudgetCache(Cache):
                 "method=...) or model.compile(backend=specpass.Backend(...), dynamic=True)."
             )
         first = not self.layers[layer_idx].is_initialized
-        if layer_idx == 0 and first and self.lookahead > 0 and not self.layers[0].fits(key_states):
-            self.lookahead_ids = torch.ops.specpass.lookahead(key_states, self.given_ids, self.lookahead)
+        if layer_idx == 0 and first:
+            if self.lookahead > 0 and not self.fits(key_states):
+                self.lookahead_ids = torch.ops.specpass.lookahead(key_states, self.given_ids, self.lookahead)
+            if self.compresses:
+                self.prompt_positions, self.shift = torch.ops.specpass.read_prompt(key_states)
         keys, values = self.layers[layer_idx].update(key_states, value_states)
         if layer_idx == len(self.layers) - 1:
             if first:
                 self.seen = torch.ops.specpass.size(key_states, 2)
             else:
-                self.seen.add_(key_states.shape[2])
+                torch.ops.specpass.advance(self.seen, self.shift, key_states.shape[2])
         return keys, values
+
+    def fits(self, key_states: Tensor) -> bool:
+        """Whether a prompt's keys [B, K, S, D] are kept whole, without draft or scores."""
+        return self.early_exit and bool(key_states.shape[2] <= self.whole)
 
     def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
         """Physical length: slots in use, as a 0-d tensor after the prefill (masks are in slot coordinates)."""
@@ -268,6 +276,24 @@ class BudgetCache(Cache):
         """Forget everything; the next prompt is pruned anew."""
         super().reset()
         self._clear()
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch to what the cache itself holds of each row."""
+        for name in ("lookahead_ids", "prompt_positions", "shift"):
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.map_rows(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.map_rows(lambda t: t[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `tokens_to_remove` tokens that were appended behind the pruned prompt.

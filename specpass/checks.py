@@ -13,6 +13,7 @@ from specpass.errors import (
     DeviceMismatchError,
     DtypeMismatchError,
     EncoderDecoderError,
+    FirstLayerError,
     GradientsError,
     MissingDraftError,
     TokenizerMismatchError,
@@ -40,12 +41,27 @@ def check_draft(draft: Any, method: Method) -> None:
         return
     if draft is None:
         if getattr(method, "lookahead_ids", None) is None:
+            instead = "" if method.prompt is not None else "lookahead_ids=[B, L] token ids, "
             raise MissingDraftError(
                 f"{method.name} looks ahead with a draft model and none was given: pass draft=a smaller model with the "
-                "same tokenizer (the target itself works too), lookahead_ids=[B, L] token ids, or use SnapKV."
+                f"same tokenizer (the target itself works too), {instead}or use SnapKV."
             )
         return
     check_decoder(draft, "draft")
+    check_first_layer(draft, method)
+
+
+def check_first_layer(draft: nn.Module, method: Method) -> None:
+    """The draft layers that score prompt tokens exist."""
+    if method.prompt is None:
+        return
+    layers = draft.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[union-attr]
+    first = method.prompt.first_layer
+    if first is not None and first >= layers:
+        raise FirstLayerError(
+            f"first_layer={first}, but the draft has {layers} layers, 0 to {layers - 1}: no layer would score. Lower "
+            "first_layer, or leave it out for min(8, layers // 3)."
+        )
 
 
 def check_decoder(model: Any, name: str) -> None:

@@ -7,11 +7,9 @@ lifted to inputs, sizes are symbolic, rows are packed (see pack_rows).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import sympy
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx, nn
@@ -22,15 +20,18 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-import specpass.ops  # noqa: F401
+import specpass.ops_prompt  # noqa: F401
 from specpass.checks import as_ids
+from specpass.draft_graphs import DraftGraphs
 from specpass.passes.annotate import Annotate
 from specpass.passes.base import Refusal, State
 from specpass.passes.canonicalize import Canonicalize
 from specpass.passes.graph import SPEC, Editor, output_of, quiet
 from specpass.passes.pack_rows import attend_packed
+from specpass.passes.score_prompt import score_prefill, score_step
 from specpass.passes.specialize import attend_slots
 from specpass.passes.take_last import TakeLast
+from specpass.prompt_methods import SpecPC
 
 # Sizes while tracing: all different, so that no two dimensions are taken for one.
 BATCH, PROMPT, ROOM, SLOTS = 3, 1021, 31, 1087
@@ -70,88 +71,8 @@ class _DraftLayer(CacheLayerMixin):
         return -1
 
 
-@dataclasses.dataclass
-class DraftGraphs:
-    """`prefill(ids, lengths, room, *params)` and `step(ids, position, *caches, *params)`, with the draft's tensors."""
-
-    prefill: fx.GraphModule
-    step: fx.GraphModule
-    params: dict[str, Tensor]
-    layers: int
-    vocab: int
-    eos_ids: tuple[int, ...]
-    pad_id: int
-    temperature: float = 0.0
-    seed: int = 0
-    target_vocab: int | None = None
-
-    def insert(self, editor: Editor, state: State, ids: fx.Node, anchor: fx.Node) -> fx.Node:
-        """Insert prefill and L - 1 steps in front of `anchor`; returns the lookahead ids [B, L]."""
-        gm, graph = editor.gm, editor.graph
-        params = self._lift(editor, state)
-        gm.add_submodule("draft_prefill", self.prefill)
-        gm.add_submodule("draft_step", self.step)
-        batch, size = ids.meta["val"].shape
-        lengths = state.lengths
-        room = state.lookahead
-        with graph.inserting_before(anchor):
-            out = graph.call_module("draft_prefill", (ids, lengths, room, *params))
-        with quiet(editor.mode):
-            out.meta["val"] = self._values(self.prefill, (batch, size, room))
-            ended = editor.call(torch.ops.aten.zeros_like, lengths, before=anchor)
-            ended = editor.call(torch.ops.aten.to.dtype, ended, torch.bool, before=anchor)
-        caches = [editor.item(out, index + 1, anchor) for index in range(3 * self.layers)]
-        logits = editor.item(out, 0, anchor)
-        tokens: list[fx.Node] = []
-        vocab = min(self.vocab, self.target_vocab or self.vocab)
-        for index in range(state.lookahead):
-            if index:
-                position = editor.call(torch.ops.aten.add.Tensor, lengths, index - 1, before=anchor)
-                position = editor.call(torch.ops.aten.unsqueeze, position, 1, before=anchor)
-                with graph.inserting_before(anchor):
-                    logits = graph.call_module("draft_step", (tokens[-1], position, *caches, *params))
-                with quiet(editor.mode):
-                    logits.meta["val"] = self._values(self.step, (batch, 0, 0))
-            pair = editor.call(SPEC.next_token, logits, ended, vocab, self.temperature, self.seed, index,
-                               list(self.eos_ids), self.pad_id, before=anchor)
-            token, ended = editor.item(pair, 0, anchor), editor.item(pair, 1, anchor)
-            tokens.append(token)
-        return editor.call(torch.ops.aten.cat, tokens, 1, before=anchor)
-
-    def _lift(self, editor: Editor, state: State) -> list[fx.Node]:
-        nodes = []
-        last = editor.graph.find_nodes(op="placeholder")[-1]
-        for name, tensor in self.params.items():
-            with editor.graph.inserting_after(last):
-                last = editor.graph.placeholder("draft_" + name.replace(".", "_"))
-            with quiet(editor.mode):
-                last.meta["val"] = editor.mode.from_tensor(tensor, static_shapes=True)
-            state.lifted[last.target] = tensor
-            nodes.append(last)
-        return nodes
-
-    @staticmethod
-    def _values(gm: fx.GraphModule, sizes: tuple[Any, ...]) -> Any:
-        """The subgraph's results for other sizes, from its own symbolic shapes."""
-        symbols = gm.meta["specpass_symbols"]
-
-        def restate(node: Any) -> Tensor:
-            val = node.meta["val"]
-            shape = [_evaluate(dim, symbols, sizes) for dim in val.shape]
-            return torch.empty(shape, dtype=val.dtype, device=val.device)
-
-        result = output_of(gm.graph).args[0]
-        return tuple(restate(node) for node in result) if isinstance(result, (tuple, list)) else restate(result)
-
-
-def _evaluate(dim: Any, symbols: list[sympy.Symbol], sizes: tuple[Any, ...]) -> Any:
-    if isinstance(dim, int):
-        return dim
-    return sympy.lambdify(symbols, dim.node.expr, modules=[{}])(*sizes)
-
-
-def capture_draft(draft: nn.Module) -> DraftGraphs:
-    """Trace `draft` (a Hugging Face decoder in eval mode) into its two graphs.
+def capture_draft(draft: nn.Module, prompt: SpecPC | None = None) -> DraftGraphs:
+    """Trace `draft` (a Hugging Face decoder in eval mode) into its two graphs; with `prompt` they score its tokens.
 
     Raises: Refusal when an attention site of the draft is not understood.
     """
@@ -160,15 +81,17 @@ def capture_draft(draft: nn.Module) -> DraftGraphs:
     config = draft.generation_config
     eos_ids = as_ids(config.eos_token_id)
     pad = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else 0)
-    capture = _Capture(draft, params, layers)
+    capture = _Capture(draft, params, layers, prompt)
     prefill, step = capture.prefill(), capture.step()
-    vocab = int(output_of(step.graph).args[0].meta["val"].shape[-1])
-    return DraftGraphs(prefill, step, {n: p.detach() for n, p in params.items()}, layers, vocab, eos_ids, int(pad))
+    result = output_of(step.graph).args[0]
+    logits = result[0] if isinstance(result, (tuple, list)) else result
+    return DraftGraphs(prefill, step, {n: p.detach() for n, p in params.items()}, layers,
+                       int(logits.meta["val"].shape[-1]), eos_ids, int(pad), prompt=prompt)
 
 
 class _Capture:
-    def __init__(self, draft: nn.Module, params: dict[str, Tensor], layers: int) -> None:
-        self.draft, self.layers = draft, layers
+    def __init__(self, draft: nn.Module, params: dict[str, Tensor], layers: int, prompt: SpecPC | None) -> None:
+        self.draft, self.layers, self.prompt = draft, layers, prompt
         self.names = list(params)
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self.params = [self.mode.from_tensor(p.detach(), static_shapes=True) for p in params.values()]
@@ -202,20 +125,26 @@ class _Capture:
         self._rewrite(gm, state)
         attend_packed(Editor(gm), state)
         TakeLast().run(gm, state)
+        if self.prompt is not None:
+            score_prefill(gm, state, self.prompt)
         return self._finish(gm)
 
     def step(self) -> fx.GraphModule:
         layers = self.draft_layers
         count = len(layers)
 
+        first = 0 if self.prompt is None else 2  # rows and lengths: read by what score_step inserts
+
         def run(ids: Tensor, position: Tensor, *rest: Tensor) -> Tensor:
-            caches, params = rest[: 3 * count], rest[3 * count :]
+            caches, params = rest[first : first + 3 * count], rest[first + 3 * count :]
             groups = [caches[i : i + 3] for i in range(0, 3 * count, 3)]
             cache = Cache(layers=[_DraftLayer(group[2], buffers=group) for group in groups])
             return self._forward(params, ids, cache, position_ids=position)
 
         ids, position = (self._dynamic((BATCH, 1), torch.int64, (0,)) for _ in range(2))
         caches = []
+        if self.prompt is not None:
+            caches = [self._dynamic((BATCH, 1), torch.int64, (0,)), self.lengths]
         for heads, dim, value_dim in layers:
             for width in (dim, value_dim):
                 caches.append(self._dynamic((BATCH, heads * SLOTS, width), self.dtype, (0, 1)))
@@ -224,6 +153,8 @@ class _Capture:
         state = State("decode", None)  # type: ignore[arg-type]
         self._rewrite(gm, state)
         attend_slots(Editor(gm), state)
+        if self.prompt is not None:
+            score_step(gm, state, self.prompt)
         return self._finish(gm)
 
     def _rewrite(self, gm: fx.GraphModule, state: State) -> None:

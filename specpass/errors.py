@@ -14,6 +14,14 @@ class BudgetError(SpecpassError, ValueError):
     """A budget, window, kernel or lookahead that no graph can be compiled for."""
 
 
+class PromptBudgetError(BudgetError):
+    """A prompt budget or window that does not fit the KV budget or window behind it."""
+
+
+class FirstLayerError(SpecpassError, ValueError):
+    """The draft has no layer of this number."""
+
+
 class MissingDraftError(SpecpassError, ValueError):
     """The method needs a draft model (or lookahead ids) and has none."""
 

@@ -1,23 +1,32 @@
 """Methods: who supplies the query rows, how scores become indices, how the budget is spread.
 
 A method is a frozen dataclass: its fields are its hyperparameters, checked when it is made. Names and defaults:
-"Draft-based Approximate Inference for LLMs" (arXiv 2506.08373), SnapKV (2404.14469), StreamingLLM (2309.17453).
+"Draft-based Approximate Inference for LLMs" (arXiv 2506.08373), SnapKV (2404.14469), StreamingLLM (2309.17453),
+PyramidKV (2406.02069). Methods that shorten the prompt itself are in `prompt_methods`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from specpass.errors import BudgetError, LookaheadError
+
+if TYPE_CHECKING:
+    from specpass.prompt_methods import SpecPC
 
 BUDGET_STEP = 64  # ratios are resolved to multiples of this, so that near prompt lengths share one decode graph
 
 
-def _check_count(name: str, value: Any, low: int) -> None:
+def check_count(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise BudgetError(f"{name}={value!r}: expected an integer >= {low}.")
+
+
+def check_temperature(temperature: float) -> None:
+    if not temperature >= 0.0:
+        raise BudgetError(f"temperature={temperature}: expected 0.0 (greedy) or more.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +42,8 @@ class Method:
     scored: ClassVar[bool] = False  # whether query rows are scored against the keys
     window: ClassVar[int] = 0
     sinks: ClassVar[int] = 0
-    drafts: ClassVar[bool] = False  # whether lookahead tokens supply query rows
+    drafts: ClassVar[bool] = False  # whether a draft (or given ids) looks ahead of the prompt
+    appends: ClassVar[bool] = False  # whether the target reads the lookahead tokens, which then supply query rows
 
     def __post_init__(self) -> None:
         self._check_budget()
@@ -52,6 +62,11 @@ class Method:
                 f"budget={budget} is not larger than {part}={least}: nothing would be selected; "
                 f"raise budget above {least} or lower {part}."
             )
+
+    def _check_reductions(self) -> None:
+        for name, allowed in (("reduce", ("max", "mean")), ("pool", ("max", "avg"))):
+            if getattr(self, name) not in allowed:
+                raise BudgetError(f"{name}={getattr(self, name)!r}: expected one of {allowed}.")
 
     def resolve(self, prompt_length: int | None) -> Method:
         """This method with its budget as a count for a prompt of `prompt_length` tokens.
@@ -73,6 +88,11 @@ class Method:
         if not isinstance(self.budget, int):
             raise BudgetError(f"budget={self.budget} is a ratio: call resolve(prompt_length) first.")
         return (self.budget,) * num_layers
+
+    @property
+    def prompt(self) -> SpecPC | None:
+        """How the prompt itself is compressed before the target reads it; None where it is read whole."""
+        return None
 
     @property
     def name(self) -> str:
@@ -97,14 +117,11 @@ class _Scored(Method):
     scored: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_count("window", self.window, 1)
-        _check_count("kernel", self.kernel, 1)
+        check_count("window", self.window, 1)
+        check_count("kernel", self.kernel, 1)
         if self.kernel % 2 == 0:
             raise BudgetError(f"kernel={self.kernel}: pooling keeps the length only for odd kernels, e.g. kernel=7.")
-        for name in ("reduce", "pool"):
-            allowed = ("max", "mean") if name == "reduce" else ("max", "avg")
-            if getattr(self, name) not in allowed:
-                raise BudgetError(f"{name}={getattr(self, name)!r}: expected one of {allowed}.")
+        self._check_reductions()
         self._check_budget()
 
 
@@ -128,12 +145,14 @@ class SpecKV(_Scored):
     seed: int = 0
     lookahead_ids: tuple[tuple[int, ...], ...] | None = None
 
+    drafts: ClassVar[bool] = True
+    appends: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lookahead is not None:
-            _check_count("lookahead", self.lookahead, 1)
-        if not self.temperature >= 0.0:
-            raise BudgetError(f"temperature={self.temperature}: expected 0.0 (greedy) or more.")
+            check_count("lookahead", self.lookahead, 1)
+        check_temperature(self.temperature)
         if self.lookahead_ids is not None:
             rows = as_id_rows(self.lookahead_ids)
             object.__setattr__(self, "lookahead_ids", rows)
@@ -142,10 +161,6 @@ class SpecKV(_Scored):
                     f"lookahead={self.lookahead} but lookahead_ids has {len(rows[0])} tokens a row; leave one out."
                 )
             object.__setattr__(self, "lookahead", len(rows[0]))
-
-    @property
-    def drafts(self) -> bool:  # type: ignore[override]
-        return True
 
 
 def as_id_rows(ids: Any) -> tuple[tuple[int, ...], ...]:
@@ -172,11 +187,36 @@ class SnapKV(_Scored):
 
 
 @dataclasses.dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """SnapKV with a budget that falls linearly with depth, C on average. Source: arXiv 2406.02069.
+
+    Args:
+        beta: the last layer selects (C - W) / beta positions, the first as many more than C - W.
+    """
+
+    beta: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("beta", self.beta, 1)
+
+    def layer_budgets(self, num_layers: int) -> tuple[int, ...]:
+        """Falling budgets whose sum is num_layers * C."""
+        (mean, *_), window = super().layer_budgets(num_layers), self.window
+        free = mean - window
+        least = max(free / self.beta, 1.0)
+        step = 2 * (free - least) / max(num_layers - 1, 1)
+        ideal = [2 * free - least - index * step for index in range(num_layers)] if num_layers > 1 else [free]
+        ends = [round(sum(ideal[: index + 1])) for index in range(num_layers)]  # rounding never drifts
+        return tuple(window + end - start for start, end in zip([0, *ends], ends, strict=False))
+
+
+@dataclasses.dataclass(frozen=True)
 class StreamingLLM(Method):
     """The first `sinks` positions and the last C - sinks. Source: arXiv 2309.17453."""
 
     sinks: int = 4  # type: ignore[misc]
 
     def __post_init__(self) -> None:
-        _check_count("sinks", self.sinks, 0)
+        check_count("sinks", self.sinks, 0)
         self._check_budget()

@@ -14,7 +14,8 @@ NAMESPACE = "specpass"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def _define(schema: str, run, fake) -> None:
+def define(schema: str, run, fake) -> None:
+    """Register one operator: its schema, its aten reference for any device, its fake kernel."""
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
@@ -39,7 +40,7 @@ def _fill_fake(key, value, handle, budget, room, lookahead, layer, layers, short
     )
 
 
-_define(
+define(
     "fill(Tensor key, Tensor value, Tensor handle, int budget, int room, int lookahead, int layer, int layers, "
     "bool short) -> (Tensor, Tensor, Tensor, Tensor)",
     _fill,
@@ -53,12 +54,12 @@ def _lookahead(key, given, length):
     return torch.full((key.shape[0], length), -1, dtype=torch.int64, device=key.device)
 
 
-_define(
+define(
     "lookahead(Tensor key, Tensor? given, int length) -> Tensor",
     _lookahead,
     lambda key, given, length: key.new_empty(key.shape[0], length, dtype=torch.int64),
 )
-_define(
+define(
     "size(Tensor x, int dim) -> Tensor",
     lambda x, dim: torch.full((), x.shape[dim], dtype=torch.int64, device=x.device),
     lambda x, dim: x.new_empty((), dtype=torch.int64),
@@ -69,14 +70,14 @@ def _append_kv(keys, values, lengths, key, value, handle):
     reference.append_kv(keys, values, lengths, key, value)
 
 
-_define(
+define(
     "append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, Tensor? handle) "
     "-> ()",
     _append_kv,
     lambda keys, values, lengths, key, value, handle: None,
 )
 
-_define(
+define(
     "extend_kv(Tensor keys, Tensor values, Tensor key, Tensor value) -> (Tensor, Tensor)",
     reference.extend_kv,
     lambda keys, values, key, value: tuple(
@@ -86,55 +87,55 @@ _define(
 
 # Rows: packing, appending, taking ------------------------------------------------------------------------------------
 
-_define(
+define(
     "pack_order(Tensor attention_mask, Tensor ids) -> (Tensor, Tensor)",
     lambda mask, ids: reference.pack_order(mask),
     lambda mask, ids: (ids.new_empty(ids.shape, dtype=torch.int64), ids.new_empty(ids.shape[0], dtype=torch.int64)),
 )
-_define(
+define(
     "full_lengths(Tensor ids) -> Tensor",
     lambda ids: torch.full((ids.shape[0],), ids.shape[1], dtype=torch.int64, device=ids.device),
     lambda ids: ids.new_empty(ids.shape[0], dtype=torch.int64),
 )
-_define(
+define(
     "pack_ids(Tensor ids, Tensor order) -> Tensor", reference.pack_ids, lambda ids, order: ids.new_empty(order.shape)
 )
-_define(
+define(
     "append_ids(Tensor ids, Tensor extra, Tensor lengths) -> Tensor",
     reference.append_ids,
     lambda ids, extra, lengths: ids.new_empty(ids.shape[0], ids.shape[1] + extra.shape[1]),
 )
-_define(
+define(
     "append_positions(Tensor positions, Tensor lengths, int length) -> Tensor",
     reference.append_positions,
     lambda positions, lengths, length: positions.new_empty(lengths.shape[0], positions.shape[1] + length),
 )
-_define(
+define(
     "expand_rows(Tensor ids, Tensor like) -> Tensor",
     lambda ids, like: ids.expand(like.shape[0], -1).clone(memory_format=torch.contiguous_format),
     lambda ids, like: ids.new_empty(like.shape[0], ids.shape[1]),
 )
-_define(
+define(
     "row_index(Tensor ids) -> Tensor",
     lambda ids: torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous(),
     lambda ids: ids.new_empty(ids.shape),
 )
-_define(
+define(
     "unpack_index(Tensor order) -> Tensor", reference.unpack_index, lambda order: order.new_empty(order.shape)
 )
-_define(
+define(
     "take_positions(Tensor hidden, Tensor index) -> Tensor",
     reference.take_positions,
     lambda hidden, index: hidden.new_empty(hidden.shape[0], index.shape[1], hidden.shape[2]),
 )
-_define(
+define(
     "score_rows(Tensor lengths, Tensor? lookahead_ids, int window, int[] eos_ids) -> Tensor",
     reference.score_rows,
     lambda lengths, ids, window, eos_ids: lengths.new_empty(
         lengths.shape[0], window + (0 if ids is None else ids.shape[1])
     ),
 )
-_define(
+define(
     "take_rows(Tensor query, Tensor rows) -> Tensor",
     reference.take_rows,
     lambda query, rows: query.new_empty(query.shape[0], query.shape[1], rows.shape[1], query.shape[3]),
@@ -142,19 +143,20 @@ _define(
 
 # Scores, indices, compact K and V ------------------------------------------------------------------------------------
 
-_define(
-    "importance(Tensor query, Tensor key, Tensor rows, Tensor lengths, int window, float scale, str reduce) -> Tensor",
+define(
+    "importance(Tensor query, Tensor key, Tensor rows, Tensor lengths, int window, float scale, str reduce, "
+    "Tensor? weights=None) -> Tensor",
     reference.importance,
-    lambda query, key, rows, lengths, window, scale, reduce: key.new_empty(key.shape[:3], dtype=torch.float32),
+    lambda query, key, *rest: key.new_empty(key.shape[:3], dtype=torch.float32),
 )
-_define(
+define(
     "select(Tensor scores, Tensor lengths, int budget, int window, int kernel, str pool) -> Tensor",
     reference.select,
     lambda scores, lengths, budget, window, kernel, pool: scores.new_empty(
         scores.shape[0], scores.shape[1], budget, dtype=torch.int64
     ),
 )
-_define(
+define(
     "select_recent(Tensor lengths, int kv_heads, int budget, int sinks) -> Tensor",
     reference.select_recent,
     lambda lengths, kv_heads, budget, sinks: lengths.new_empty(lengths.shape[0], kv_heads, budget),
@@ -171,18 +173,18 @@ def _gather_kv_fake(key, value, positions, room):
     )
 
 
-_define(
+define(
     "keep_all(Tensor lengths, int kv_heads, int budget) -> Tensor",
     reference.keep_all,
     lambda lengths, kv_heads, budget: lengths.new_empty(lengths.shape[0], kv_heads, budget),
 )
-_define(
+define(
     "gather_kv(Tensor key, Tensor value, Tensor positions, int room) -> (Tensor, Tensor, Tensor)",
     reference.gather_kv,
     _gather_kv_fake,
 )
 
-_define(
+define(
     "keep_kv(Tensor key, Tensor value, Tensor lengths, SymInt room) -> (Tensor, Tensor, Tensor)",
     reference.keep_kv,
     lambda key, value, lengths, room: (
@@ -199,7 +201,7 @@ def _attend_fake(query, keys, values, lengths, scale):
     return query.new_empty(query.shape[0], query.shape[1], query.shape[2], values.shape[3])
 
 
-_define(
+define(
     "attend(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale) -> Tensor",
     reference.attend,
     _attend_fake,
@@ -217,12 +219,12 @@ def _prefill_attention(query, key, value, scale):
     return out if out.transpose(1, 2).is_contiguous() else out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-_define(
+define(
     "prefill_attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor",
     _prefill_attention,
     _prefill_attention_fake,
 )
-_define(
+define(
     "next_token(Tensor logits, Tensor ended, int vocab, float temperature, int seed, int step, int[] eos_ids, "
     "int pad_id) -> (Tensor, Tensor)",
     reference.next_token,

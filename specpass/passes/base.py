@@ -58,7 +58,10 @@ class State:
     inputs: dict[str, fx.Node] = dataclasses.field(default_factory=dict)  # input_ids, attention_mask, position_ids
     lengths: fx.Node | None = None  # [B] prompt lengths without padding
     order: fx.Node | None = None  # [B, S] packing order, None without a padding mask
+    anchor: fx.Node | None = None  # the target's first own node: what is inserted ahead of the target stands before it
     lookahead_ids: fx.Node | None = None
+    prompt_scores: fx.Node | None = None  # [B, S] the draft's attention to each prompt token
+    prompt_positions: fx.Node | None = None  # [B, C] prompt tokens that the target reads; None where it reads all
     lifted: dict[str, Any] = dataclasses.field(default_factory=dict)  # placeholder -> draft tensor
     notes: list[str] = dataclasses.field(default_factory=list)
 

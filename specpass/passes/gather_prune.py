@@ -31,8 +31,12 @@ class GatherPrune(Pass):
             site.positions = self._positions(editor, state, site, before)
             key, value, _, _, room = site.cache.args[:5]
             kept = editor.call(SPEC.gather_kv, key, value, site.positions, room, before=before, like=site.attention)
+            numbered = site.positions  # by the caller's prompt, where the target read a part of it
+            if state.prompt_positions is not None:
+                numbered = editor.call(SPEC.map_positions, site.positions, state.prompt_positions, before=before,
+                                       like=site.attention)
             for index, users in items_of(site.cache).items():
-                new = site.positions if index == 3 else editor.item(kept, index, before)
+                new = numbered if index == 3 else editor.item(kept, index, before)
                 for user in users:
                     editor.replace(user, new)
             gm.graph.erase_node(site.cache)
@@ -41,7 +45,7 @@ class GatherPrune(Pass):
     @staticmethod
     def _positions(editor: Editor, state: State, site: Site, before: fx.Node) -> fx.Node:
         method, like = state.method, site.attention
-        if state.kind == "short":
+        if state.kind == "short" or (state.prompt_positions is not None and not method.scored):
             return editor.call(SPEC.keep_all, state.lengths, site.kv_heads, site.budget, before=before, like=like)
         if site.scores is None:
             return editor.call(SPEC.select_recent, state.lengths, site.kv_heads, site.budget, method.sinks,

@@ -6,7 +6,8 @@ after:  caches, logits = draft_prefill(ids, lengths, L); token = next_token(logi
         logits = target(append_ids(ids, lookahead, lengths) [B, S + L])[last prompt position]
 
 The target's own nodes are not touched: the symbol that meant S in them now means S + L, so only the inputs' shapes
-are restated as (symbol - L).
+are restated as (symbol - L). Where the prompt is compressed (SpecPC), the draft also yields scores [B, S] of the
+prompt's tokens, and what the target reads is left to gather_prompt and resize_prompt.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ class InsertDraft(Pass):
         size = ids.meta["val"].shape[1]
         if not isinstance(size, torch.SymInt):
             raise Refusal("the prompt length is a constant of the graph; compile with dynamic=True")
-        target_nodes = [node for node in gm.graph.nodes if node.op != "placeholder"]
-        restate_prompt_length(gm, editor, size, state.lookahead)
-        anchor = first_target_use(target_nodes, state)
+        compresses = state.method.prompt is not None
+        if not compresses:
+            restate_prompt_length(gm, editor, size, state.lookahead)
+        anchor = state.anchor = first_target_use(gm)
         lookahead = find(gm.graph, SPEC.lookahead)[0]
         if state.draft is None:  # the caller's ids
             ahead = editor.call(SPEC.lookahead, ids, lookahead.args[1], state.lookahead, before=anchor)
         else:
-            ahead = state.draft.insert(editor, state, ids, anchor)
+            ahead, state.prompt_scores = state.draft.insert(editor, state, ids, anchor)
         editor.replace(lookahead, ahead)
         state.lookahead_ids = ahead
-        extend_prompt(gm, editor, state, ids, ahead, anchor, size)
+        if not compresses:
+            extend_prompt(gm, editor, state, ids, ahead, anchor, size)
 
 
 def restate_prompt_length(gm: fx.GraphModule, editor: Editor, size: torch.SymInt, length: int) -> None:
@@ -83,9 +86,9 @@ def _is(dim: object, expr: object) -> bool:
     return isinstance(dim, torch.SymInt) and dim.node.expr == expr
 
 
-def first_target_use(nodes: list[fx.Node], state: State) -> fx.Node:
+def first_target_use(gm: fx.GraphModule) -> fx.Node:
     """The first node of the target proper, behind the packing."""
-    return next(node for node in nodes if not is_pack(node))
+    return next(node for node in gm.graph.nodes if node.op != "placeholder" and not is_pack(node))
 
 
 def extend_prompt(gm: fx.GraphModule, editor: Editor, state: State, ids: fx.Node, ahead: fx.Node, anchor: fx.Node,

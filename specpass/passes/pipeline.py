@@ -14,10 +14,13 @@ from torch import fx
 from specpass.passes.annotate import Annotate
 from specpass.passes.base import Pass, State
 from specpass.passes.canonicalize import Canonicalize
+from specpass.passes.gather_prompt import GatherPrompt
 from specpass.passes.gather_prune import GatherPrune
 from specpass.passes.insert_draft import InsertDraft
 from specpass.passes.pack_rows import PackRows
+from specpass.passes.resize_prompt import ResizePrompt
 from specpass.passes.score_importance import ScoreImportance
+from specpass.passes.shift_positions import ShiftPositions
 from specpass.passes.specialize import Specialize
 from specpass.passes.stages import verify
 from specpass.passes.take_last import TakeLast
@@ -26,10 +29,13 @@ PASSES: tuple[Pass, ...] = (
     Canonicalize(),  # one spelling, so that annotate has one pattern
     Annotate(),  # refuses before anything is changed
     PackRows(),  # before the draft, which reads packed rows
-    InsertDraft(),  # S becomes S + L
-    TakeLast(),  # the logits of position S - 1, in the caller's layout
+    InsertDraft(),  # S becomes S + L, unless the prompt is compressed
+    GatherPrompt(),  # needs the draft's scores; from here on lengths count the tokens that the target reads
+    TakeLast(),  # the logits of the last position; needs the sequence axis to be a symbol still
+    ResizePrompt(),  # S becomes the constant C (+ L) where the prompt is compressed
     ScoreImportance(),  # needs the lookahead's rows
     GatherPrune(),  # needs the scores
+    ShiftPositions(),  # decode: what generate counts becomes what the target was told
     Specialize(),  # last: masks die, constants stay
 )
 

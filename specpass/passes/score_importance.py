@@ -26,7 +26,8 @@ class ScoreImportance(Pass):
             return
         editor = Editor(gm)
         window, reduce = state.method.window, state.method.reduce  # type: ignore[attr-defined]
-        anchor = (state.lookahead_ids or state.lengths).next  # type: ignore[union-attr]
+        sources = [node for node in (state.lookahead_ids, state.lengths) if node is not None]
+        anchor = max(sources).next  # behind both
         eos = list(state.eos_ids)
         rows = editor.call(SPEC.score_rows, state.lengths, state.lookahead_ids, window, eos, before=anchor)
         for site in state.sites:

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import fx
 
 from specpass.passes.base import Pass, State
-from specpass.passes.graph import ATEN, SPEC, Editor, find, is_op
+from specpass.passes.graph import SPEC, Editor, find, is_op
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Specialize(Pass):
         for node in find(gm.graph, SPEC.append_kv):
             node.args = (*node.args[:5], None)
         for node in gm.graph.nodes:  # bookkeeping of the cache, traced inside a layer, belongs to no layer
-            if is_op(node, SPEC.size, SPEC.lookahead) or (is_op(node, ATEN.add_) and node.args[0].op == "placeholder"):
+            if is_op(node, SPEC.size, SPEC.lookahead, SPEC.advance):
                 node.meta.pop("nn_module_stack", None)
         gm.graph.eliminate_dead_code()
 
