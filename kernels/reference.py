@@ -102,10 +102,7 @@ def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window
     probabilities = probabilities.masked_fill(~live[:, None, None, :, None], 0.0)
     if weights is not None:
         probabilities = probabilities * weights[:, None]
-    if reduce == "max":
-        scores = probabilities.amax(dim=(2, 3))
-    else:
-        scores = probabilities.sum(dim=(2, 3))
+    scores = probabilities.amax(dim=(2, 3)) if reduce == "max" else probabilities.sum(dim=(2, 3))
     if reduce == "mean":
         scores = scores / (group * live.sum(1).clamp(min=1))[:, None, None]
     return scores.masked_fill((column >= (lengths - window)[:, None])[:, None], 0.0)

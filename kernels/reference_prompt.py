@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specpass.kernels.reference import keep_all
+
 
 def row_weights(lengths: Tensor, window: int) -> Tensor:
     """[W] float32 weights of the window's rows, linspace(0, 1, W): later rows count more; one row counts fully."""
@@ -103,6 +105,9 @@ def told_length(seen: Tensor, shift: Tensor) -> Tensor:
     return seen - shift[0]
 
 
-def last_index(lengths: Tensor, count: int) -> Tensor:
-    """[B, n] packed columns of each row's last n tokens; column 0 where a row has fewer."""
-    return (lengths[:, None] - torch.arange(count, 0, -1, device=lengths.device)).clamp(min=0)
+def keep_short_rows(positions: Tensor, lengths: Tensor, budget: int) -> Tensor:
+    """Positions [B, K, C_l] of a layer with a budget of its own -> [B, K, max(C_l, C)]: rows that fit C keep all."""
+    kv_heads, own = positions.shape[1:]
+    wide = max(own, budget)
+    every = keep_all(lengths, kv_heads, wide)
+    return torch.where((lengths <= budget)[:, None, None], every, F.pad(positions, (0, wide - own), value=-1))

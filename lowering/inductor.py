@@ -155,5 +155,21 @@ def stitch(gm: fx.GraphModule, region: Region, name: str) -> None:
             last = graph.call_function(operator.getitem, (call, index))
         last.meta["val"] = node.meta.get("val")
         node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in inside)
+    for node in outside_readers(region, call):
+        last.append(node)
+        last = node
     for node in reversed(region.nodes):
         graph.erase_node(node)
+
+
+def outside_readers(region: Region, call: fx.Node) -> list[fx.Node]:
+    """Nodes of no region that stood between the region's nodes and read its results: they follow the call now."""
+    inside, moved = set(region.nodes), {call, *call.users}
+    found = []
+    node = region.nodes[0]
+    while node is not call:
+        if node not in inside and any(source in moved for source in node.all_input_nodes):
+            moved.add(node)
+            found.append(node)
+        node = node.next
+    return found

@@ -121,7 +121,9 @@ class Backend:
                 node.args = (*node.args[:4], 0, *node.args[5:])
             return Call(lower(exact, "eager", record), state.kind, places, refusal=str(refusal))
         record.sites = [(site.module, site.budget) for site in state.sites]
-        static = static_outputs(graph)  # before lowering replaces the operators that say so
+        # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
+        alike = len({budget for _, budget in record.sites}) == 1
+        static = static_outputs(graph) if alike else {}
         run = lower(graph, self.lowering, record)
         context = None if state.draft is None else checks.context_length(self.draft)
         return Call(run, state.kind, places, tuple(state.lifted.values()), static, context,

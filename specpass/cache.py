@@ -96,8 +96,9 @@ class BudgetLayer(CacheLayerMixin):
         cache = self.cache
         if not self.is_initialized:
             short = cache.fits(key_states)
+            budget = cache.whole if short else self.budget
             self.key_buffer, self.value_buffer, self.lengths, self.positions = torch.ops.specpass.fill(
-                key_states, value_states, cache.handle, self.budget, cache.room, cache.lookahead,
+                key_states, value_states, cache.handle, budget, cache.room, cache.lookahead,
                 self.index, len(cache.layers), short,
             )
             self.is_initialized = True
@@ -111,7 +112,12 @@ class BudgetLayer(CacheLayerMixin):
         torch.ops.specpass.append_kv(
             self.key_buffer, self.value_buffer, self.lengths, key_states, value_states, cache.handle
         )
-        return self.keys, self.values
+        if cache.widest is None:
+            return self.keys, self.values
+        slots = cache.layers[cache.widest].slots  # the model makes one mask for all layers
+        return tuple(
+            torch.ops.specpass.widen(buffer, self.kv_heads, slots) for buffer in (self.key_buffer, self.value_buffer)
+        )
 
     def get_seq_length(self) -> int | Tensor:
         return self.cache.seen if self.is_initialized else 0
@@ -121,7 +127,8 @@ class BudgetLayer(CacheLayerMixin):
             return self.slots + query_length, 0
         if not torch.compiler.is_compiling():
             self.cache.reserve(query_length)  # generate asks before each step: the time to make room
-        return (self.slots, 0) if self.is_initialized else (query_length, 0)
+        widest = self if self.cache.widest is None else self.cache.layers[self.cache.widest]
+        return (widest.slots, 0) if self.is_initialized else (query_length, 0)
 
     def get_max_length(self) -> int:
         return -1
@@ -201,7 +208,8 @@ class BudgetCache(Cache):
         self.lookahead = self._resolve_lookahead()
         self.compresses = method.prompt is not None
         budgets = self.method.layer_budgets(config.num_hidden_layers)
-        self.whole = min(budgets)  # a prompt of so many tokens is kept whole
+        self.widest = None if len(set(budgets)) == 1 else budgets.index(max(budgets))
+        self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole
         super().__init__(layers=[BudgetLayer(self, index, budget) for index, budget in enumerate(budgets)])
         # The compiled graph gets tensors only; this one leads the runtime back to its cache.
         self.handle = torch.zeros((), dtype=torch.int64)

@@ -55,7 +55,7 @@ def check_first_layer(draft: nn.Module, method: Method) -> None:
     """The draft layers that score prompt tokens exist."""
     if method.prompt is None:
         return
-    layers = draft.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[union-attr]
+    layers = draft.config.get_text_config(decoder=True).num_hidden_layers
     first = method.prompt.first_layer
     if first is not None and first >= layers:
         raise FirstLayerError(

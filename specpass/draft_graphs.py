@@ -53,25 +53,26 @@ class DraftGraphs:
         logits = editor.item(out, 0, anchor)
         scores = None if self.prompt is None else editor.item(out, 3 * self.layers + 1, anchor)
         tokens: list[fx.Node] = []
+        over = ended
         vocab = min(self.vocab, self.target_vocab or self.vocab)
         for index in range(state.lookahead):
             if index:
                 position = editor.call(torch.ops.aten.add.Tensor, lengths, index - 1, before=anchor)
                 position = editor.call(torch.ops.aten.unsqueeze, position, 1, before=anchor)
-                extra = self._rows(editor, position, before, lengths, anchor)
+                extra = self._rows(editor, position, over, lengths, anchor)
                 with graph.inserting_before(anchor):
                     out = logits = graph.call_module("draft_step", (tokens[-1], position, *extra, *caches, *params))
                 with quiet(editor.mode):
                     out.meta["val"] = self._values(self.step, (batch, size, room))
                     if self.prompt is not None:  # its slots are a symbol of the step alone
-                        slots = torch.empty(batch, size + room, device=lengths.meta["val"].device)
+                        slots = torch.empty(batch, size + room, device=ids.meta["val"].device)
                         out.meta["val"] = (out.meta["val"], slots)
                 if self.prompt is not None:
                     logits, new = (editor.item(out, i, anchor) for i in (0, 1))
                     scores = editor.call(SPEC.merge_step, scores, new, self.reduce, before=anchor)
             pair = editor.call(SPEC.next_token, logits, ended, vocab, self.temperature, self.seed, index,
                                list(self.eos_ids), self.pad_id, before=anchor)
-            before = ended  # whether a row had ended before this token, which is then none of its own
+            over = ended  # whether a row had ended in front of this token, which is then none of its own
             token, ended = editor.item(pair, 0, anchor), editor.item(pair, 1, anchor)
             tokens.append(token)
         return editor.call(torch.ops.aten.cat, tokens, 1, before=anchor), scores

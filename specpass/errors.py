@@ -22,6 +22,10 @@ class FirstLayerError(SpecpassError, ValueError):
     """The draft has no layer of this number."""
 
 
+class MethodHookError(SpecpassError, ValueError):
+    """A user's own `score` or `select` that cannot become part of the graph."""
+
+
 class MissingDraftError(SpecpassError, ValueError):
     """The method needs a draft model (or lookahead ids) and has none."""
 

@@ -8,7 +8,7 @@ PyramidKV (2406.02069). Methods that shorten the prompt itself are in `prompt_me
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from specpass.errors import BudgetError, LookaheadError
@@ -44,6 +44,13 @@ class Method:
     sinks: ClassVar[int] = 0
     drafts: ClassVar[bool] = False  # whether a draft (or given ids) looks ahead of the prompt
     appends: ClassVar[bool] = False  # whether the target reads the lookahead tokens, which then supply query rows
+
+    # A method of one's own replaces these by methods; None stands for the operators `importance` and `select`.
+    # score(query [B, H, R, D], key [B, K, T, D], value [B, K, T, Dv], rows [B, R], lengths [B], scale)
+    #   -> [B, K, T] float32 >= 0; rows are the positions of the R = W + L queries, -1 where there is none
+    # select(scores [B, K, T], lengths [B], budget) -> positions [B, K, C] int64, ascending; unused slots last, -1
+    score: ClassVar[Callable[..., Any] | None] = None
+    select: ClassVar[Callable[..., Any] | None] = None
 
     def __post_init__(self) -> None:
         self._check_budget()

@@ -26,6 +26,18 @@ define(
 )
 
 
+def _widen(storage, kv_heads, slots):
+    view = storage.unflatten(1, (kv_heads, -1))
+    return torch.nn.functional.pad(view, (0, 0, 0, slots - view.shape[2]))
+
+
+define(  # what the model's own attention would read where layers have unlike budgets; specialize reads the storage
+    "widen(Tensor storage, int kv_heads, SymInt slots) -> Tensor",
+    _widen,
+    lambda storage, kv_heads, slots: storage.new_empty(storage.shape[0], kv_heads, slots, storage.shape[2]),
+)
+
+
 def _advance(seen, shift, count):
     seen.add_(count)
 
@@ -94,7 +106,7 @@ define(
     lambda positions, prompt_positions: torch.empty_like(positions),
 )
 define(
-    "last_index(Tensor lengths, int count) -> Tensor",
-    reference.last_index,
-    lambda lengths, count: lengths.new_empty(lengths.shape[0], count),
+    "keep_short_rows(Tensor positions, Tensor lengths, int budget) -> Tensor",
+    reference.keep_short_rows,
+    lambda positions, lengths, budget: positions.new_empty(*positions.shape[:2], max(positions.shape[2], budget)),
 )

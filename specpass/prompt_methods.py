@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from specpass.errors import BudgetError, PromptBudgetError
+from specpass.errors import BudgetError, LookaheadError, PromptBudgetError
 from specpass.methods import Method, SpecKV, check_count, check_temperature
 
 POSITIONS = ("renumber", "original")
@@ -97,7 +97,7 @@ class SpecKVPC(SpecKV):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.lookahead_ids is not None:
-            raise BudgetError("SpecKVPC needs the draft's attention, so lookahead_ids cannot take its place: use SpecKV.")
+            raise LookaheadError("SpecKVPC needs the draft's attention, which lookahead_ids cannot give: use SpecKV.")
         check_count("prompt_budget", self.prompt_budget, 1)
         if isinstance(self.budget, int) and self.prompt_budget < self.budget:
             raise PromptBudgetError(
@@ -106,8 +106,8 @@ class SpecKVPC(SpecKV):
             )
         if self.window > self.prompt_window:
             raise PromptBudgetError(
-                f"window={self.window} is larger than prompt_window={self.prompt_window}, so the window would not be read "
-                "whole: raise prompt_window."
+                f"window={self.window} is larger than prompt_window={self.prompt_window}: the window might not be read "
+                "whole; raise prompt_window."
             )
         self.prompt  # its own checks  # noqa: B018
 

@@ -87,7 +87,7 @@ def choose(scores: torch.Tensor, budget: int, how: PromptScoring) -> list[int]:
         offsets += [sign * distance for sign in (-1, 1) if low <= sign * distance <= high]
     listed = list(range(length - how.window, length))
     listed += [min(max(peak + offset, 0), length - 1) for peak in peaks for offset in offsets]
-    return sorted(dict.fromkeys(listed).keys() if len(set(listed)) <= budget else list(dict.fromkeys(listed))[:budget])
+    return sorted(list(dict.fromkeys(listed))[:budget])
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def answer(
     numbers = torch.arange(len(read)) if positions == "renumber" else chosen
     following = len(read) if positions == "renumber" else ids.shape[1]
     cache = DynamicCache()
-    logits = target(input_ids=ids[:, chosen], position_ids=numbers[None], past_key_values=cache, logits_to_keep=1).logits
+    logits = target(input_ids=ids[:, chosen], position_ids=numbers[None], past_key_values=cache).logits[:, -1:]
     tokens: list[int] = []
     seen: list[torch.Tensor] = []
     while True:

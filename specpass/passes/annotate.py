@@ -87,7 +87,7 @@ def describe(attention: fx.Node, owners: dict, state: State, classes: dict) -> S
 def storage_of(node: Any) -> Any:
     """The cache tensor behind views of it."""
     node = skip_full_slices(node)
-    while is_op(node, *VIEWS):
+    while is_op(node, *VIEWS, SPEC.widen):
         node = node.args[0]
     return node
 

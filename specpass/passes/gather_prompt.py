@@ -11,7 +11,7 @@ that fits the budget ("short") is read whole.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -31,13 +31,13 @@ class GatherPrompt(Pass):
             return
         editor = Editor(gm)
         read = find(gm.graph, SPEC.read_prompt)[0]
-        prompt_lengths = state.lengths
+        prompt_lengths: Any = state.lengths
+        before: Any = state.anchor
         if state.kind == "short":
-            before = prompt_lengths.next  # type: ignore[union-attr]
+            before = prompt_lengths.next
             kept = editor.call(SPEC.keep_all, prompt_lengths, 1, how.budget, before=before)
             positions = editor.call(ATEN.select.int, kept, 1, 0, before=before)
         else:
-            before = state.anchor  # type: ignore[assignment]
             positions = editor.call(SPEC.select_prompt, state.prompt_scores, prompt_lengths, how.budget, how.window,
                                     how.kernel, how.neighbours, how.pool, before=before)
             state.prompt_positions = positions

@@ -33,7 +33,8 @@ class ResizePrompt(Pass):
         length = state.lookahead if state.method.appends else 0
         ids = state.inputs["input_ids"]
         symbol = value(ids).shape[1].node.expr
-        columns = state.method.prompt.budget + length  # type: ignore[union-attr]
+        how: Any = state.method.prompt
+        columns = how.budget + length
         nodes = [node for node in gm.graph.nodes if node >= anchor]
         target_reads(editor, nodes, ids, gathered_ids(editor, state, ids, length))
         for node, new in told(editor, state, nodes, symbol, length):
@@ -94,7 +95,7 @@ def resize(editor: Editor, nodes: list[fx.Node], symbol: Any, columns: int) -> N
         if node.op == "call_function" and not is_op(node, SPEC.size) and _depends(node.meta.get("val"), symbol):
             with quiet(editor.mode):
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+                node.meta["val"] = node.target(*args, **kwargs)
             if isinstance(node.meta["val"], int):
                 for user in list(node.users):
                     _replace_constant(user, node, node.meta["val"])

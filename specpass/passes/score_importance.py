@@ -2,17 +2,22 @@
 
 before: out = prefill_attention(q, k, v, scale)
 after:  the same, and scores [B, K, S + L] = importance(take_rows(q, rows), k, rows, lengths)     never [S, S]
+
+A method with its own `score` has that function's nodes in the operator's place.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+import functools
+from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from specpass.passes.base import Pass, State
 from specpass.passes.graph import SPEC, Editor
+from specpass.passes.inline import Inline, check_result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +27,25 @@ class ScoreImportance(Pass):
     kinds: ClassVar[tuple[str, ...]] = ("prefill",)
 
     def run(self, gm: fx.GraphModule, state: State) -> None:
-        if not state.method.scored or not state.sites:
+        method: Any = state.method
+        if not method.scored or not state.sites:
             return
         editor = Editor(gm)
-        window, reduce = state.method.window, state.method.reduce  # type: ignore[attr-defined]
         sources = [node for node in (state.lookahead_ids, state.lengths) if node is not None]
         anchor = max(sources).next  # behind both
-        eos = list(state.eos_ids)
-        rows = editor.call(SPEC.score_rows, state.lengths, state.lookahead_ids, window, eos, before=anchor)
+        rows = editor.call(SPEC.score_rows, state.lengths, state.lookahead_ids, method.window, list(state.eos_ids),
+                           before=anchor)
+        own: dict[float, Inline] = {}  # by scale, which is a constant of the site
         for site in state.sites:
-            before = site.attention.next
-            taken = editor.call(SPEC.take_rows, site.query, rows, before=before, like=site.attention)
-            site.scores = editor.call(SPEC.importance, taken, site.key, rows, state.lengths, window, site.scale,
-                                      reduce, before=before, like=site.attention)
+            before, like = site.attention.next, site.attention
+            taken = editor.call(SPEC.take_rows, site.query, rows, before=before, like=like)
+            if method.score is None:
+                site.scores = editor.call(SPEC.importance, taken, site.key, rows, state.lengths, method.window,
+                                          site.scale, method.reduce, before=before, like=like)
+                continue
+            name = f"{method.name}.score"
+            function = functools.partial(method.score, scale=site.scale)
+            inline = own.setdefault(site.scale, Inline(editor, function, name))
+            scores = inline(taken, site.key, site.value, rows, state.lengths, before=before, like=like)
+            shape = tuple(site.key.meta["val"].shape[:3])
+            site.scores = check_result(scores, shape, torch.float32, name, "scores [B, K, T]")

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from specpass.passes.base import Pass, State
-from specpass.passes.graph import SPEC, Editor, find, is_op
+from specpass.passes.base import Pass, Site, State
+from specpass.passes.graph import ATEN, SPEC, Editor, find, is_op
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,16 @@ class Specialize(Pass):
 def attend_slots(editor: Editor, state: State) -> None:
     """Every site's attention becomes `attend`: over the slots that the lengths say are in use."""
     for site in state.sites:
+        site.key, site.value = (own_slots(editor, node, site) for node in (site.key, site.value))
         new = editor.call(SPEC.attend, site.query, site.key, site.value, site.cache.args[2], site.scale,
                           before=site.attention, like=site.attention)
         editor.replace(site.attention, new)
         site.attention = new
+
+
+def own_slots(editor: Editor, node: fx.Node, site: Site) -> fx.Node:
+    """The layer's own slots [B, K, P, D] where the model was shown those of the widest layer."""
+    if not is_op(node, SPEC.widen):
+        return node
+    return editor.call(ATEN.unflatten.int, node.args[0], 1, [node.args[1], -1], before=site.attention,
+                       like=site.attention)

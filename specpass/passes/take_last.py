@@ -56,11 +56,11 @@ class TakeLast(Pass):
     def _take(editor: Editor, state: State, node: fx.Node, source: fx.Node, columns: object) -> fx.Node:
         if source.meta["val"].dim() != 3 or source.meta["val"].shape[1] != columns:
             raise Refusal(f"{node.target} mixes positions behind the last attention site")
-        count = last_rows(node)
-        if count == 1 or (count and state.prompt_positions is not None):
-            if state.prompt_positions is not None and count > state.method.prompt.window:  # type: ignore[union-attr]
-                raise unread(state)
-            index = editor.call(SPEC.last_index, state.lengths, count, before=node, like=node)
+        last_only = (is_op(node, ATEN.slice) and tuple(node.args[1:]) == (1, -1, FULL)) or (
+            is_op(node, ATEN.select) and tuple(node.args[1:]) == (1, -1))
+        if last_only:
+            less = editor.call(ATEN.sub.Tensor, state.lengths, 1, before=node, like=node)
+            index = editor.call(ATEN.unsqueeze, less, 1, before=node, like=node)
         else:
             index = every_row(editor, state, node)
         new = editor.call(SPEC.take_positions, source, index, before=node, like=node)
@@ -68,24 +68,6 @@ class TakeLast(Pass):
         if "val" in node.meta:
             editor.refresh(node)
         return new
-
-
-def last_rows(node: fx.Node) -> int | None:
-    """n where the node takes the last n positions, x[:, -n:] or x[:, -1]."""
-    if is_op(node, ATEN.select) and tuple(node.args[1:]) == (1, -1):
-        return 1
-    if is_op(node, ATEN.slice) and len(node.args) == 4 and node.args[1] == 1 and node.args[3] == FULL:
-        start = node.args[2]
-        return -start if isinstance(start, int) and start < 0 else None
-    return None
-
-
-def unread(state: State) -> UnsupportedCallError:
-    how = state.method.prompt
-    return UnsupportedCallError(
-        f"logits of more than the last {how.window} prompt positions were asked for, and {state.method.name} reads only "  # type: ignore[union-attr]
-        f"{how.budget} tokens of the prompt: pass logits_to_keep=1 (generate() does)."  # type: ignore[union-attr]
-    )
 
 
 def refuse_mixed_rows(gm: fx.GraphModule, columns: object) -> None:
@@ -104,7 +86,10 @@ def every_row(editor: Editor, state: State, before: fx.Node) -> fx.Node:
     Raises: UnsupportedCallError where the target does not read them all.
     """
     if state.prompt_positions is not None:
-        raise unread(state)
+        raise UnsupportedCallError(
+            f"more than the last position's logits (or hidden states) were asked for, and {state.method.name} reads "
+            "only a part of the prompt: pass logits_to_keep=1 (generate() does)."
+        )
     if state.order is not None:
         return editor.call(SPEC.unpack_index, state.order, before=before)
     return editor.call(SPEC.row_index, state.inputs["input_ids"], before=before)
