@@ -14,11 +14,6 @@ from specpass.methods import Method, SpecKV, check_count, check_temperature
 POSITIONS = ("renumber", "original")
 
 
-def check_positions(positions: str) -> None:
-    if positions not in POSITIONS:
-        raise BudgetError(f"positions={positions!r}: expected one of {POSITIONS}.")
-
-
 @dataclasses.dataclass(frozen=True)
 class SpecPC(Method):
     """The target reads the C prompt tokens that the draft's own attention shows to matter, and no others.
@@ -51,9 +46,12 @@ class SpecPC(Method):
     drafts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("window", "lookahead"):
+        for name in ("window", "lookahead", "kernel", "neighbours"):
             check_count(name, getattr(self, name), 1)
-        check_prompt_options(self.kernel, self.neighbours, self.first_layer, self.positions)
+        if self.first_layer is not None:
+            check_count("first_layer", self.first_layer, 0)
+        if self.positions not in POSITIONS:
+            raise BudgetError(f"positions={self.positions!r}: expected one of {POSITIONS}.")
         check_temperature(self.temperature)
         self._check_reductions()
         self._check_budget()
@@ -66,14 +64,6 @@ class SpecPC(Method):
         """The draft's layers that score, of `layers`."""
         first = min(8, layers // 3) if self.first_layer is None else self.first_layer
         return range(first, layers)
-
-
-def check_prompt_options(kernel: int, neighbours: int, first_layer: int | None, positions: str) -> None:
-    check_count("kernel", kernel, 1)
-    check_count("neighbours", neighbours, 1)
-    if first_layer is not None:
-        check_count("first_layer", first_layer, 0)
-    check_positions(positions)
 
 
 @dataclasses.dataclass(frozen=True)
