@@ -8,7 +8,7 @@ Glossary
     BLOCK_G     rows of a tile of queries: G rounded up to 16, the least that tensor cores take
     BLOCK_N     slots read at a time
     WRITE       the new token's K/V goes into its slot in the same launch, and `lengths` is advanced by one
-    UPCAST      as in importance.py
+    UPCAST, PRECISION: as in importance.py
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def attend_slots(query, keys, values, lengths, key, value, out, partial, lse, scale, G: tl.constexpr, D: tl.constexpr,
                  DV: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_G: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WRITE: tl.constexpr,
-                 UPCAST: tl.constexpr):
+                 UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """One split of one KV head; grid (B * K, SPLITS).
 
     query [B, H, D]; keys [B, K, P, D], values [B, K, P, DV]; lengths [B, K] int64; key [B, K, D], value [B, K, DV]:
@@ -62,13 +62,13 @@ def attend_slots(query, keys, values, lengths, key, value, out, partial, lse, sc
                     other=0.0)  # [BLOCK_N, BLOCK_DV]
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
-        scores = tl.dot(q, k, input_precision="ieee") * (scale * LOG2E)  # [BLOCK_G, BLOCK_N]
+        scores = tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_G, BLOCK_N]
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new = tl.maximum(best, tl.max(scores, 1))  # finite: a tile is entered for its first slot at least
         weights = tl.exp2(scores - new[:, None])
         shrink = tl.exp2(best - new)
         total = total * shrink + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         best = new
     if SPLITS == 1:
         rows = out + (head * G + g)[:, None] * DV + dv[None, :]

@@ -7,8 +7,9 @@ Glossary
     W           the last W prompt columns are kept anyway and get no score
     tile        BLOCK_N columns of one KV head; a program holds its keys and walks over the M rows, BLOCK_M at a time
     BLOCK_D     D rounded up to a power of two, as tensor cores and tl.arange want it; the rest is masked
-    UPCAST      operands become float32 before each dot: float32 models, and bfloat16 in Triton's interpreter, whose
+    UPCAST      operands become float32 before each dot: for bfloat16 in Triton's interpreter, whose
                 bfloat16 arithmetic is wrong
+    PRECISION   of float32 dots: "tf32x3" is float32 in three tensor-core products, "ieee" has no tensor cores on CUDA
 
 Three launches: `tile_lse` (a log-sum-exp for each row and tile), `combine_lse` (one for each row), `column_scores`
 (the reduction over rows). Keys are the left operand, so that each warp keeps its own columns' keys in registers and
@@ -41,7 +42,7 @@ def load_keys(key, tile, head, T, stride_b, stride_k, stride_t, K: tl.constexpr,
 @triton.jit
 def tile_scores(keys, query, rows, tile, head, first, scale, K: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
                 D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                UPCAST: tl.constexpr):
+                UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """Base-2 scores of rows first .. first + BLOCK_M - 1 of M [BLOCK_N, BLOCK_M]; -inf where the row may not look.
 
     A row that is left out stands at position -1 and so sees no column.
@@ -54,7 +55,7 @@ def tile_scores(keys, query, rows, tile, head, first, scale, K: tl.constexpr, G:
     if UPCAST:
         q = q.to(tl.float32)  # [BLOCK_D, BLOCK_M]
     position = tl.load(rows + (head // K) * R + row % R, mask=row < M, other=-1)  # [BLOCK_M]
-    scores = tl.dot(keys, q, input_precision="ieee") * (scale * LOG2E)
+    scores = tl.dot(keys, q, input_precision=PRECISION) * (scale * LOG2E)
     return tl.where(column[:, None] <= position[None, :], scores, float("-inf"))
 
 
@@ -68,7 +69,7 @@ def last_row(rows, head, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr
 @triton.jit(do_not_specialize=["T"])
 def tile_lse(query, key, rows, partial, T, stride_b, stride_k, stride_t, scale, K: tl.constexpr, G: tl.constexpr,
              R: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_R: tl.constexpr, UPCAST: tl.constexpr):
+             BLOCK_R: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """partial [B * K, tiles, M] float32: base-2 log-sum-exp of each row over one tile; grid (tiles, B * K)."""
     tl.static_assert(BLOCK_D >= D, "a tile holds whole keys")
     tl.static_assert(BLOCK_R >= R, "a tile holds all positions")
@@ -81,7 +82,8 @@ def tile_lse(query, key, rows, partial, T, stride_b, stride_k, stride_t, scale, 
         keys = keys.to(tl.float32)
     out = partial + (head.to(tl.int64) * tl.num_programs(0) + tile) * M
     for first in tl.range(0, M, BLOCK_M):
-        scores = tile_scores(keys, query, rows, tile, head, first, scale, K, G, R, D, BLOCK_N, BLOCK_M, BLOCK_D, UPCAST)
+        scores = tile_scores(keys, query, rows, tile, head, first, scale, K, G, R, D, BLOCK_N, BLOCK_M, BLOCK_D, UPCAST,
+                             PRECISION)
         best = tl.max(scores, 0)  # [BLOCK_M]
         base = tl.where(best == float("-inf"), 0.0, best)  # -inf minus -inf is not a number
         total = tl.sum(tl.exp2(scores - base[None, :]), 0)
@@ -120,7 +122,7 @@ def combine_lse(partial, rows, lse, tiles, K: tl.constexpr, G: tl.constexpr, R: 
 def column_scores(query, key, rows, lengths, lse, scores, T, stride_b, stride_k, stride_t, scale, K: tl.constexpr,
                   G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, W: tl.constexpr, MEAN: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-                  UPCAST: tl.constexpr):
+                  UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """scores [B, K, T] float32: probabilities of each column, reduced over M rows; 0 from lengths - W on.
 
     lse [B * K, M] float32, natural. Grid (tiles, B * K).
@@ -141,7 +143,8 @@ def column_scores(query, key, rows, lengths, lse, scores, T, stride_b, stride_k,
         keys = keys.to(tl.float32)
     reduced = tl.full([BLOCK_N], 0.0 if MEAN else float("-inf"), tl.float32)
     for first in tl.range(0, M, BLOCK_M):
-        part = tile_scores(keys, query, rows, tile, head, first, scale, K, G, R, D, BLOCK_N, BLOCK_M, BLOCK_D, UPCAST)
+        part = tile_scores(keys, query, rows, tile, head, first, scale, K, G, R, D, BLOCK_N, BLOCK_M, BLOCK_D, UPCAST,
+                             PRECISION)
         row = first + tl.arange(0, BLOCK_M)
         norm = tl.load(lse + head * M + row, mask=row < M, other=0.0) * LOG2E  # [BLOCK_M]
         part -= tl.where(norm == float("-inf"), 0.0, norm)[None, :]  # a row that is left out stays at -inf

@@ -9,6 +9,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from specpass.kernels.shapes import Shapes, block_of, power_of_two
 from specpass.kernels.tiles import Tile
@@ -28,7 +29,7 @@ class Launch:
 
     function: str
     arguments: dict[str, str]
-    constants: dict[str, int]
+    constants: dict[str, Any]
     warps: int
     stages: int
     dot: bool = False
@@ -61,9 +62,9 @@ def _column_launch(shapes: Shapes, tile: Tile) -> Launch:
     return Launch("column_scores", arguments, constants, tile.warps, tile.stages, True, ("T",))
 
 
-def _score_constants(shapes: Shapes, tile: Tile) -> dict[str, int]:
+def _score_constants(shapes: Shapes, tile: Tile) -> dict[str, Any]:
     return {"K": shapes.kv_heads, "G": shapes.group, "R": shapes.rows, "D": shapes.dim, "BLOCK_N": tile.block_n,
-            "BLOCK_M": tile.block_m, "BLOCK_D": block_of(shapes.dim), "BLOCK_R": power_of_two(shapes.rows), "UPCAST": 0}
+            "BLOCK_M": tile.block_m, "BLOCK_D": block_of(shapes.dim), "BLOCK_R": power_of_two(shapes.rows), "UPCAST": 0, "PRECISION": tile.precision}
 
 
 @functools.lru_cache(maxsize=256)
@@ -105,7 +106,7 @@ def _plan_decode(shapes: Shapes, tile: Tile, write: bool) -> tuple[Launch, ...]:
                  "partial": "*fp32", "lse": "*fp32", "scale": "fp32"}
     constants = {"G": shapes.group, "D": shapes.dim, "DV": shapes.value_dim, "P": shapes.slots, "SPLITS": splits,
                  "SPLIT": split, "BLOCK_G": 16, "BLOCK_N": tile.block_n, "BLOCK_D": block_of(shapes.dim),
-                 "BLOCK_DV": block_of(shapes.value_dim), "WRITE": int(write), "UPCAST": 0}
+                 "BLOCK_DV": block_of(shapes.value_dim), "WRITE": int(write), "UPCAST": 0, "PRECISION": tile.precision}
     attend = Launch("attend_slots", arguments, constants, tile.warps, tile.stages, True)
     if splits == 1:
         return (attend,)

@@ -69,6 +69,8 @@ def refuse(kernel: str, shapes: Shapes) -> str | None:
     for name, dim in (("head dimension", shapes.dim), ("value dimension", shapes.value_dim)):
         if dim > 256 or dim % 8:
             return f"{name} {dim}: at most 256 and a multiple of 8"
+    if kernel.startswith("importance") and shapes.dtype == "float32" and shapes.dim > 128:
+        return f"float32 with head dimension {shapes.dim}: no tile of three-product tensor-core dots is free of spills"
     if kernel.startswith("decode") and shapes.group > 16:
         return f"group of {shapes.group} query heads: at most 16"
     if kernel.startswith("importance") and shapes.group * shapes.rows > 16384:

@@ -19,6 +19,7 @@ class Tile:
     Args:
         block_n: columns, slots or storage rows of a program's step. block_m: query rows of a step (importance).
         splits: programs that share a KV head's slots (decode). warps, stages: of the launch.
+        precision: of dots of float32 operands; 16-bit ones are exact in any.
     """
 
     block_n: int
@@ -26,6 +27,7 @@ class Tile:
     splits: int = 1
     warps: int = 4
     stages: int = 2
+    precision: str = "ieee"
 
 
 def splits_for(shapes: Shapes, arch: Arch, block_n: int) -> int:
@@ -34,10 +36,22 @@ def splits_for(shapes: Shapes, arch: Arch, block_n: int) -> int:
     return max(1, min(wanted, -(-shapes.slots // block_n), 64))
 
 
+def precision_for(shapes: Shapes, arch: Arch) -> str:
+    """float32 on CUDA takes tensor cores three times; plain multiply-adds spill. AMD has float32 matrix cores."""
+    return "tf32x3" if shapes.dtype == "float32" and arch.backend == "cuda" else "ieee"
+
+
 def default_tile(kernel: str, shapes: Shapes, arch: Arch) -> Tile:
     """The tile where the store has none: it compiles without spills and fits shared memory on every ARCH."""
+    tile = _default_tile(kernel, shapes, arch)
+    return dataclasses.replace(tile, precision=precision_for(shapes, arch))
+
+
+def _default_tile(kernel: str, shapes: Shapes, arch: Arch) -> Tile:
     wide, small = block_of(max(shapes.dim, shapes.value_dim)) * shapes.itemsize // 2, arch.shared <= 64 * 1024
     if kernel.startswith("importance"):
+        if shapes.itemsize == 4:  # each operand is split in three: anything larger spills
+            return Tile(64, 32 if wide <= 128 else 16, warps=8, stages=2)
         block_n = 128 if wide <= 128 else 64
         return Tile(block_n, 32 if wide > 128 or small else 64, warps=4, stages=2)
     if kernel == "gather":
@@ -45,7 +59,8 @@ def default_tile(kernel: str, shapes: Shapes, arch: Arch) -> Tile:
     block_n = 64 if wide <= 128 and not small else 32
     if wide > 256:
         block_n = 16
-    return Tile(block_n, splits=splits_for(shapes, arch, block_n), warps=4, stages=2 if small or wide > 256 else 3)
+    warps = 8 if wide > 256 else 4
+    return Tile(block_n, splits=splits_for(shapes, arch, block_n), warps=warps, stages=2 if small or wide > 256 else 3)
 
 
 def candidate_tiles(kernel: str, shapes: Shapes, arch: Arch) -> Iterator[Tile]:
@@ -54,7 +69,7 @@ def candidate_tiles(kernel: str, shapes: Shapes, arch: Arch) -> Iterator[Tile]:
     yield default
     if kernel.startswith("importance"):
         choices = [Tile(n, m, warps=w, stages=s) for n, m, w, s in
-                   itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3))]
+                   itertools.product((64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3))]
     elif kernel == "gather":
         choices = [Tile(n, warps=w, stages=1) for n, w in itertools.product((8, 16, 32, 64, 128), (2, 4, 8))]
     else:
@@ -62,4 +77,5 @@ def candidate_tiles(kernel: str, shapes: Shapes, arch: Arch) -> Iterator[Tile]:
         counts = sorted({max(1, most // part) for part in (1, 2, 4)})
         choices = [Tile(n, splits=p, warps=w, stages=s) for n, p, w, s in
                    itertools.product((16, 32, 64, 128), counts, (2, 4, 8), (2, 3, 4))]
+    choices = [dataclasses.replace(tile, precision=default.precision) for tile in choices]
     yield from (tile for tile in choices if tile != default)
