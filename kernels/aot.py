@@ -69,8 +69,15 @@ def inspect(compiled: Any, launch: Launch) -> Built:
         text = compiled.asm["ptx"]
     else:
         text = compiled.asm["amdgcn"]
-        regs, spills = (int(found.group(1)) if (found := _CDNA[name].search(text)) else 0 for name in ("regs", "spills"))
+        regs, spills = (_number(_CDNA[name], text) for name in ("regs", "spills"))
     return Built(launch.function, regs, spills, int(compiled.metadata.shared), bool(_MATMUL.search(text)))
+
+
+def _number(pattern: re.Pattern[str], text: str) -> int:
+    found = pattern.search(text)
+    if found is None:
+        raise RuntimeError(f"the compiler's output does not say {pattern.pattern}")
+    return int(found.group(1))
 
 
 @functools.cache
@@ -85,12 +92,14 @@ def _read_cubin(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
-        found = _USAGE.search(usage.stdout + usage.stderr)
+        found = _USAGE.search(_run("cuobjdump", "-res-usage", file.name))
         if found is None:
-            raise RuntimeError(f"cuobjdump said nothing about registers: {usage.stdout[:200]!r}")
+            raise RuntimeError("cuobjdump said nothing about registers")
         regs, stack = int(found.group(1)), int(found.group(2))
         if stack == 0:
             return regs, 0
-        code = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
-        return regs, len(re.findall(r"\b(?:LDL|STL)\b", code))
+        return regs, len(re.findall(r"\b(?:LDL|STL)\b", _run("nvdisasm", "-c", file.name)))
+
+
+def _run(tool: str, *args: str) -> str:
+    return subprocess.run([_tool(tool), *args], capture_output=True, text=True, check=True).stdout

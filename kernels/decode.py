@@ -3,7 +3,9 @@
 Glossary
     B, K, G     batch, key/value heads, query heads of a KV head (1 .. 16; H = K * G)
     D, DV       head dimension of keys and of values
-    P           slots of each KV head, C + N; constants of the graph. How many are in use is read from the device
+    P           a bound on the slots of each KV head, C + N rounded up; a constant, and how many are in use is read from
+                the device. `stride` is the exact number: a draft that keeps its whole prompt has another one for each
+                prompt, and must not compile anew for it
     SPLITS      programs that share a KV head's slots, SPLIT slots each; few heads would leave most of a GPU idle
     BLOCK_G     rows of a tile of queries: G rounded up to 16, the least that tensor cores take
     BLOCK_N     slots read at a time
@@ -19,15 +21,15 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
-def attend_slots(query, keys, values, lengths, key, value, out, partial, lse, scale, G: tl.constexpr, D: tl.constexpr,
-                 DV: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_G: tl.constexpr,
-                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, WRITE: tl.constexpr,
-                 UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+@triton.jit(do_not_specialize=["stride"])
+def attend_slots(query, keys, values, lengths, key, value, out, partial, lse, stride, scale, G: tl.constexpr,
+                 D: tl.constexpr, DV: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
+                 BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                 WRITE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """One split of one KV head; grid (B * K, SPLITS).
 
-    query [B, H, D]; keys [B, K, P, D], values [B, K, P, DV]; lengths [B, K] int64; key [B, K, D], value [B, K, DV]:
-    the new token's, read where WRITE, and then lengths does not count it yet.
+    query [B, H, D]; keys [B, K, stride, D], values [B, K, stride, DV]; lengths [B, K] int64; key [B, K, D] and
+    value [B, K, DV]: the new token's, read where WRITE, and then lengths does not count it yet.
     SPLITS = 1 writes out [B, H, DV]; more write partial [B * K, SPLITS, G, DV] and lse [B * K, SPLITS, G] float32.
     """
     tl.static_assert(BLOCK_G >= G, "a tile holds the whole group")
@@ -44,7 +46,7 @@ def attend_slots(query, keys, values, lengths, key, value, out, partial, lse, sc
     best = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
-    slots = head.to(tl.int64) * P
+    slots = head.to(tl.int64) * stride
     if WRITE and split == used // SPLIT:  # the new token's slot is this split's; it is attended from registers
         new_k = tl.load(key + head * D + d, mask=d < D, other=0.0)
         new_v = tl.load(value + head * DV + dv, mask=dv < DV, other=0.0)

@@ -1,10 +1,11 @@
-"""Host side of the kernels: tensors in, tensors out, with the operators' own arguments. Triton is imported on first use.
+"""Host side of the kernels: tensors in, tensors out, with the operators' own arguments.
 
-Shapes as in reference.py. `tile` overrides what the store or the tile table says.
+Triton is imported on first use. Shapes as in reference.py. `tile` overrides what the store or the tile table says.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from types import ModuleType
 from typing import Any
@@ -38,7 +39,8 @@ def launch(kernel: str, step: Launch, grid: tuple[int, ...], *args: Any) -> None
     if "UPCAST" in constants and knobs.runtime.interpret:
         constants["UPCAST"] = first.dtype == torch.bfloat16  # the interpreter's bfloat16 arithmetic is wrong
     function = getattr(code_of(kernel), step.function)
-    function[grid](*args, **constants, num_warps=step.warps, num_stages=step.stages)
+    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+        function[grid](*args, **constants, num_warps=step.warps, num_stages=step.stages)
 
 
 def rows_contiguous(states: Tensor) -> Tensor:
@@ -101,8 +103,13 @@ def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int,
 
 
 def decode_shapes(query: Tensor, keys: Tensor, values: Tensor) -> Shapes:
-    """Shapes of `attend` for query [B, H, 1, D], keys [B, K, P, D], values [B, K, P, Dv]; P counts as the budget."""
+    """Shapes of `attend` for query [B, H, 1, D], keys [B, K, P, D], values [B, K, P, Dv]; P counts as the budget.
+
+    P is rounded up, by an eighth at most: a draft's storage differs from prompt to prompt.
+    """
     batch, kv_heads, slots, dim = keys.shape
+    step = max(64, power_of_two(slots) // 16)
+    slots = -(-slots // step) * step
     return Shapes(str(keys.dtype)[6:], batch, kv_heads, query.shape[1] // kv_heads, dim, values.shape[3], budget=slots)
 
 
@@ -123,7 +130,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: 
     splits, members = plan[0].constants["SPLITS"], shapes.group
     partial = out if splits == 1 else out.new_empty(shapes.heads, splits, members, values.shape[3], dtype=torch.float32)
     lse = partial if splits == 1 else out.new_empty(shapes.heads, splits, members, dtype=torch.float32)
-    launch(kernel, plan[0], (shapes.heads, splits), query, keys, values, lengths, key, value, out, partial, lse, scale)
+    launch(kernel, plan[0], (shapes.heads, splits), query, keys, values, lengths, key, value, out, partial, lse,
+           keys.shape[2], scale)
     if splits > 1:
         launch(kernel, plan[1], (shapes.heads, members), partial, lse, lengths, out)
     return out

@@ -64,7 +64,8 @@ def _column_launch(shapes: Shapes, tile: Tile) -> Launch:
 
 def _score_constants(shapes: Shapes, tile: Tile) -> dict[str, Any]:
     return {"K": shapes.kv_heads, "G": shapes.group, "R": shapes.rows, "D": shapes.dim, "BLOCK_N": tile.block_n,
-            "BLOCK_M": tile.block_m, "BLOCK_D": block_of(shapes.dim), "BLOCK_R": power_of_two(shapes.rows), "UPCAST": 0, "PRECISION": tile.precision}
+            "BLOCK_M": tile.block_m, "BLOCK_D": block_of(shapes.dim), "BLOCK_R": power_of_two(shapes.rows),
+            "UPCAST": 0, "PRECISION": tile.precision}
 
 
 @functools.lru_cache(maxsize=256)
@@ -103,11 +104,11 @@ def _plan_decode(shapes: Shapes, tile: Tile, write: bool) -> tuple[Launch, ...]:
     split = -(-shapes.slots // step) * tile.block_n  # a multiple of block_n, so that no slot is read twice
     splits = -(-shapes.slots // split)
     arguments = {"query": x, "keys": x, "values": x, "lengths": "*i64", "key": x, "value": x, "out": x,
-                 "partial": "*fp32", "lse": "*fp32", "scale": "fp32"}
+                 "partial": "*fp32", "lse": "*fp32", "stride": "i32", "scale": "fp32"}
     constants = {"G": shapes.group, "D": shapes.dim, "DV": shapes.value_dim, "P": shapes.slots, "SPLITS": splits,
                  "SPLIT": split, "BLOCK_G": 16, "BLOCK_N": tile.block_n, "BLOCK_D": block_of(shapes.dim),
                  "BLOCK_DV": block_of(shapes.value_dim), "WRITE": int(write), "UPCAST": 0, "PRECISION": tile.precision}
-    attend = Launch("attend_slots", arguments, constants, tile.warps, tile.stages, True)
+    attend = Launch("attend_slots", arguments, constants, tile.warps, tile.stages, True, ("stride",))
     if splits == 1:
         return (attend,)
     combine = {"G": shapes.group, "DV": shapes.value_dim, "SPLITS": splits, "BLOCK_S": power_of_two(splits),

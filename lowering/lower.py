@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from specpass.lowering.choose import choose_sites
 from specpass.reporting import GraphRecord
 
 
@@ -22,6 +23,7 @@ def prepare(lowering: str) -> None:
 def lower(gm: fx.GraphModule, lowering: str, record: GraphRecord) -> Callable[..., Any]:
     """`lowering="eager"` runs the operators' references one by one; "inductor" compiles the decoder layers' regions."""
     start = time.perf_counter()
+    record.choices = choose_sites(gm)
     if lowering == "inductor":
         from specpass.lowering.inductor import lower_regions
 

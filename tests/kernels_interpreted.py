@@ -1,6 +1,7 @@
-"""Every Triton kernel, run by Triton's interpreter on the CPU, against its reference; test_kernels_interpreter starts it.
+"""Every Triton kernel, run by Triton's interpreter on the CPU, against its reference.
 
-A process of its own: TRITON_INTERPRET is read when Triton is imported, and changes it for good.
+test_kernels_interpreter.py starts it, as a process of its own: TRITON_INTERPRET is read when Triton is
+imported, and changes it for good.
 Run by hand: TRITON_INTERPRET=1 python -m pytest tests/kernels_interpreted.py
 """
 
