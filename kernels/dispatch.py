@@ -74,10 +74,15 @@ def _facts(operator: str, args: tuple[Any, ...]) -> Shapes:
     return Shapes(str(keys.dtype)[6:], 0, 0, query.shape[1] // keys.shape[1], keys.shape[3], values.shape[3])
 
 
+def triton_installed() -> bool:
+    """Whether Triton can be imported, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
 @functools.lru_cache(maxsize=256)
 def _choose(operator: str, facts: Shapes, device: int) -> Choice:
     kernel = KERNELS[operator]
-    if importlib.util.find_spec("triton") is None:
+    if not triton_installed():
         return Choice(operator, None, "Triton is not installed: pip install triton")
     arch = device_arch(device)
     if arch is not None and arch.startswith("sm_") and int(arch[3:]) < 80:

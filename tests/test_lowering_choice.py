@@ -27,7 +27,7 @@ B, H, K, T, R, C, N, W = 2, 8, 2, 90, 12, 20, 64, 4
 @pytest.fixture(autouse=True)
 def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton counts as installed, whatever this machine has."""
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
     dispatch._choose.cache_clear()
     yield
     dispatch._choose.cache_clear()
@@ -113,7 +113,7 @@ def test_old_devices_and_a_missing_triton_take_aten(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dispatch, "device_arch", lambda index: "sm_75")
     assert choose("gather_kv", arguments).reason == "sm_75 is older than sm_80"
     dispatch._choose.cache_clear()
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: False)
     assert "pip install triton" in choose("gather_kv", arguments).reason
     assert archs.nearest("sm_75").name == "sm_80"  # the tile table still answers; the table above does not ask it
 
