@@ -6,6 +6,7 @@ Triton is imported on first use. Shapes as in reference.py. `tile` overrides wha
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specpass.kernels import store
 from specpass.kernels.archs import device_arch, nearest
 from specpass.kernels.registry import REGISTRY, Launch
 from specpass.kernels.shapes import Shapes, power_of_two
@@ -25,9 +27,14 @@ def code_of(kernel: str) -> ModuleType:
 
 
 def find_tile(kernel: str, shapes: Shapes, device: torch.device) -> Tile:
-    """The default tile for the device's architecture."""
-    arch = device_arch(device.index or 0) if device.type == "cuda" else None
-    return default_tile(kernel, shapes, nearest(arch))
+    """The tuned tile for the device's architecture, or the table's."""
+    return _find_tile(kernel, shapes, device_arch(device.index or 0) if device.type == "cuda" else None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _find_tile(kernel: str, shapes: Shapes, arch: str | None) -> Tile:
+    tuned = None if arch is None else store.lookup(kernel, shapes, arch)
+    return tuned or default_tile(kernel, shapes, nearest(arch))
 
 
 def launch(kernel: str, step: Launch, grid: tuple[int, ...], *args: Any) -> None:
