@@ -40,6 +40,7 @@ def tune(
     tiles: Annotated[int, typer.Option(min=1, help="Tiles of each kernel to compile.")] = 8,
     jobs: Annotated[int, typer.Option(help="Compiler processes; 0: one for each core.")] = 0,
     json_path: Annotated[str, typer.Option("--json", help="Write the winners to this file.")] = "",
+    emit_path: Annotated[str, typer.Option("--emit", help="Write each kernel as a readable module here.")] = "",
     show: Annotated[bool, typer.Option("--list", help="List what is in the store.")] = False,
     clear: Annotated[bool, typer.Option("--clear", help="Empty the store.")] = False,
 ) -> None:
@@ -61,6 +62,9 @@ def tune(
         raise typer.BadParameter("--target is missing: a model's name or folder")
     work, aten = plan(target, budget, arch, dtype, batch, prompt, window, lookahead, max_new_tokens)
     found = run(work, tiles, jobs)
+    if emit_path:
+        emit_modules(found, Path(emit_path))
+        typer.echo(f"wrote {len(found)} modules to {emit_path}")
     if json_path:
         Path(json_path).write_text(json.dumps([*map(describe, found), *aten], indent=1) + "\n")
         typer.echo(f"wrote {json_path}")
@@ -194,6 +198,20 @@ def describe(entry: Entry) -> dict[str, Any]:
     if winner.time_us is not None:
         base |= {"time_us": winner.time_us, "warm_us": winner.warm_us}
     return base
+
+
+def emit_modules(found: list[Entry], folder: Path) -> None:
+    """Write the module of each winner: the kernel with this site's constants bound."""
+    from specpass.kernels.emit import emit
+    from specpass.kernels.registry import REGISTRY
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in found:
+        if entry.winner is not None:
+            kernel, shapes = entry.key.kernel, entry.key.shapes
+            size = f"_{shapes.slots}" if shapes.slots else ""
+            text = emit(REGISTRY[kernel], shapes, entry.winner.tile)
+            (folder / f"{kernel}{size}_{entry.key.arch}.py").write_text(text)
 
 
 def show_store() -> None:

@@ -162,7 +162,11 @@ def test_tune_writes_winners_and_the_next_run_finds_them(target: str, tmp_path: 
     assert {row["kernel"] for row in rows if row["config"]} == set(REGISTRY)
     assert {row["kernel"] for row in rows if not row["config"]} == {"select", "prefill_attention", "append_kv"}
     assert len(compiled) == 2 * (2 + 2 * 3)  # importance does not depend on the budget
-    again = tune(target)
+    again = tune(target, "--emit", str(tmp_path / "modules"))
+    modules = sorted(path.name for path in (tmp_path / "modules").glob("*.py"))
+    assert len(modules) == 8
+    assert "gather_384_sm_90.py" in modules
+    assert "C = tl.constexpr(128)" in (tmp_path / "modules" / "gather_384_sm_90.py").read_text()
     assert "nothing to do: all 8 kernels are in the store" in again.stderr
     assert len(compiled) == 16
     assert "8 in " in CliRunner().invoke(cli.app, ["tune", "--list"]).stdout
