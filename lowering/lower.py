@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import fx
 
+from specpass.lowering.choose import choose_sites
+from specpass.lowering.cuda_graph import GraphedStep, moving_inputs, on_cuda
 from specpass.reporting import GraphRecord
 
 
@@ -19,13 +21,22 @@ def prepare(lowering: str) -> None:
         compiler_probe()
 
 
-def lower(gm: fx.GraphModule, lowering: str, record: GraphRecord) -> Callable[..., Any]:
-    """`lowering="eager"` runs the operators' references one by one; "inductor" compiles the decoder layers' regions."""
+def lower(gm: fx.GraphModule, lowering: str, record: GraphRecord, cudagraphs: bool = False) -> Callable[..., Any]:
+    """`lowering="eager"` runs the operators one by one; "inductor" compiles the decoder layers' regions.
+
+    `cudagraphs` replays decode steps on CUDA as one CUDA graph.
+    """
     start = time.perf_counter()
+    graphed = cudagraphs and record.kind == "decode" and on_cuda(gm)
+    moving = moving_inputs(gm)
+    record.choices = choose_sites(gm)
     if lowering == "inductor":
         from specpass.lowering.inductor import lower_regions
 
         gm = lower_regions(gm, record)
     gm.recompile()
     record.lower_seconds = time.perf_counter() - start
+    if graphed:
+        record.notes.append("decode steps are replayed as one CUDA graph")
+        return GraphedStep(gm.forward, moving)
     return gm.forward

@@ -42,24 +42,26 @@ class Backend:
         draft: a Hugging Face decoder with the target's tokenizer; None for methods without one.
         method: e.g. SpecKV(budget=1024).
         lowering: "inductor" compiles each distinct decoder layer once; "eager" runs the same passes uncompiled.
+        cudagraphs: replay each decode step as one CUDA graph.
         lookahead_ids: [B, L] token ids in place of the draft's.
         skip_passes: names of passes to leave out, for experiments.
         full_verify: propagate fake values through the whole graph after each pass.
         keep_stages: keep copies of the graphs of these stages ("DRAFTED", "PRUNED") in `backend.stages`.
 
     Raises:
-        MissingDraftError, GradientsError, EncoderDecoderError: see specpass.errors.
+        MissingDraftError, GradientsError, EncoderDecoderError, NoCudaError: see specpass.errors.
     """
 
     def __init__(self, draft: nn.Module | None = None, method: Method | None = None, *, lowering: str = "inductor",
-                 lookahead_ids: Any = None, skip_passes: Iterable[str] = (), full_verify: bool = False,
-                 keep_stages: Iterable[str] = ()) -> None:
+                 cudagraphs: bool = False, lookahead_ids: Any = None, skip_passes: Iterable[str] = (),
+                 full_verify: bool = False, keep_stages: Iterable[str] = ()) -> None:
         method = checks.check_method(method)
         if lookahead_ids is not None:
             method = with_lookahead_ids(method, lookahead_ids)
         checks.check_draft(draft, method)
         checks.check_lowering(lowering)
-        self.draft, self.method, self.lowering = draft, method, lowering
+        checks.check_cudagraphs(cudagraphs)
+        self.draft, self.method, self.lowering, self.cudagraphs = draft, method, lowering, cudagraphs
         self.skip_passes, self.full_verify = tuple(skip_passes), full_verify
         Pipeline(self.skip_passes)  # unknown names are an error now, not at the first call
         self.keep_stages = tuple(keep_stages)
@@ -124,7 +126,7 @@ class Backend:
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
         alike = len({budget for _, budget in record.sites}) == 1
         static = static_outputs(graph) if alike else {}
-        run = lower(graph, self.lowering, record)
+        run = lower(graph, self.lowering, record, self.cudagraphs)
         context = None if state.draft is None else checks.context_length(self.draft)
         return Call(run, state.kind, places, tuple(state.lifted.values()), static, context,
                     state.lookahead, packed="attention_mask" in named and state.kind in ("prefill", "short"))

@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from specpass.errors import (
@@ -16,6 +17,7 @@ from specpass.errors import (
     FirstLayerError,
     GradientsError,
     MissingDraftError,
+    NoCudaError,
     TokenizerMismatchError,
     UnsupportedCallError,
 )
@@ -33,6 +35,13 @@ def check_method(method: Any) -> Method:
 def check_lowering(lowering: str) -> None:
     if lowering not in ("inductor", "eager"):
         raise UnsupportedCallError(f"lowering={lowering!r}: expected 'inductor' or 'eager'.")
+
+
+def check_cudagraphs(cudagraphs: bool) -> None:
+    if cudagraphs and not torch.cuda.is_available():
+        raise NoCudaError(
+            "cudagraphs=True needs a CUDA device and a CUDA build of torch, and there is none here: leave it out."
+        )
 
 
 def check_draft(draft: Any, method: Method) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from specpass._version import __version__
+from specpass.cli_tune import tune
 from specpass.errors import SpecpassError
 
 
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="Real models that specpass knows by name.")
 app.add_typer(models_app, name="models")
+app.command("tune")(tune)
 
 
 def _show_version(wanted: bool) -> None:

@@ -94,6 +94,18 @@ class CorruptWeightsError(SpecpassError, ValueError):
     """A weight file is truncated or does not match its checksum or header."""
 
 
+class UnknownArchError(SpecpassError, ValueError):
+    """An architecture that kernels are not compiled for."""
+
+
+class TritonMissingError(SpecpassError, RuntimeError):
+    """Kernels are wanted and Triton is not installed."""
+
+
+class NoCudaError(SpecpassError, RuntimeError):
+    """CUDA graphs were asked for on a machine without CUDA."""
+
+
 class UnknownModelError(SpecpassError, ValueError):
     """A model name that is neither known nor a folder."""
 

@@ -1,14 +1,16 @@
 """The operators that graphs hold between passes, with a schema, an aten reference and a fake kernel each.
 
 They stay opaque so that passes can find them by name; no operator takes a module or a Python object. The references
-are in `specpass/kernels/reference.py`, where shapes and formulas are written down.
+are in `specpass/kernels/reference.py`, where shapes and formulas are written down. Operators with a generated kernel
+go through `specpass/kernels/dispatch.py`: one implementation for all devices that asks the table, because an
+implementation registered for the CPU alone breaks under Inductor.
 """
 
 from __future__ import annotations
 
 import torch
 
-from specpass.kernels import reference
+from specpass.kernels import dispatch, reference
 
 NAMESPACE = "specpass"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -146,7 +148,7 @@ define(
 define(
     "importance(Tensor query, Tensor key, Tensor rows, Tensor lengths, int window, float scale, str reduce, "
     "Tensor? weights=None) -> Tensor",
-    reference.importance,
+    dispatch.importance,
     lambda query, key, *rest: key.new_empty(key.shape[:3], dtype=torch.float32),
 )
 define(
@@ -180,7 +182,7 @@ define(
 )
 define(
     "gather_kv(Tensor key, Tensor value, Tensor positions, int room) -> (Tensor, Tensor, Tensor)",
-    reference.gather_kv,
+    dispatch.gather_kv,
     _gather_kv_fake,
 )
 
@@ -203,7 +205,7 @@ def _attend_fake(query, keys, values, lengths, scale):
 
 define(
     "attend(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale) -> Tensor",
-    reference.attend,
+    dispatch.attend,
     _attend_fake,
 )
 

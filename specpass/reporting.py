@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import weakref
@@ -24,6 +25,7 @@ class GraphRecord:
     regions: int = 0
     distinct_regions: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
+    choices: list[tuple[str, Any]] = dataclasses.field(default_factory=list)  # (module path, kernel or aten and why)
 
 
 @dataclasses.dataclass(eq=False)
@@ -65,6 +67,8 @@ class Report:
             budgets = sorted({budget for _, budget in record.sites if budget})
             if budgets:
                 lines.append(f"  budget per KV head and layer: {', '.join(map(str, budgets))} slots")
+            counts = collections.Counter(str(choice) for _, choice in record.choices)
+            lines += [f"  {count} x {choice}" for choice, count in counts.items()]
             lines += [f"  note: {note}" for note in record.notes]
         lines += [f"refused: {reason} (the model runs exactly)" for reason in self.refusals]
         if self.foreign:

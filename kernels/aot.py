@@ -1,0 +1,105 @@
+"""Compile a kernel's launches for an architecture without a GPU, and read what the compiler made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from specpass.kernels.archs import Arch
+from specpass.kernels.registry import Kernel, Launch
+from specpass.kernels.shapes import Shapes
+from specpass.kernels.tiles import Tile
+
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_CDNA = {"regs": re.compile(r"\.vgpr_count:\s+(\d+)"), "spills": re.compile(r"\.vgpr_spill_count:\s+(\d+)")}
+_MATMUL = re.compile(r"\bmma\.sync|\bwgmma\.|\btcgen05\.mma|\bv_mfma_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """One compiled launch: registers of a thread, spilled loads and stores, bytes of shared memory, tensor cores."""
+
+    function: str
+    regs: int
+    spills: int
+    shared_bytes: int
+    tensor_cores: bool
+
+
+def compile_launch(code: Any, launch: Launch, arch: Arch) -> Any:
+    """Triton's compiled kernel of one launch; `code` is the module (or namespace) that holds its function."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(code, launch.function)
+    constants = {name: value for name, value in launch.constants.items() if name in function.arg_names}
+    signature = {name: launch.arguments.get(name, "constexpr") for name in function.arg_names}
+    # Ahead of time nothing looks at the arguments: say that pointers and strides are multiples of 16, as they are,
+    # or loads are narrow and there is no asynchronous copy.
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(function.arg_names)
+        if name in launch.arguments and name not in launch.unaligned and launch.arguments[name] != "fp32"
+    }
+    source = ASTSource(function, signature, constants, aligned)
+    target = GPUTarget(arch.backend, arch.capability, arch.warp)
+    # Fused multiply-adds are said out loud: what Triton does unasked differs by version.
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
+
+
+def build(kernel: Kernel, shapes: Shapes, tile: Tile, arch: Arch) -> tuple[Built, ...]:
+    """Compile all launches of a kernel and say what they use."""
+    from specpass.kernels.launch import code_of
+
+    code = code_of(kernel.name)
+    return tuple(inspect(compile_launch(code, launch, arch), launch) for launch in kernel.plan(shapes, tile))
+
+
+def inspect(compiled: Any, launch: Launch) -> Built:
+    """Registers, spills, shared memory and tensor-core use of a compiled launch."""
+    if "cubin" in compiled.asm:
+        regs, spills = _read_cubin(compiled.asm["cubin"])
+        text = compiled.asm["ptx"]
+    else:
+        text = compiled.asm["amdgcn"]
+        regs, spills = (_number(_CDNA[name], text) for name in ("regs", "spills"))
+    return Built(launch.function, regs, spills, int(compiled.metadata.shared), bool(_MATMUL.search(text)))
+
+
+def _number(pattern: re.Pattern[str], text: str) -> int:
+    found = pattern.search(text)
+    if found is None:
+        raise RuntimeError(f"the compiler's output does not say {pattern.pattern}")
+    return int(found.group(1))
+
+
+@functools.cache
+def _tool(name: str) -> str:
+    import triton.backends.nvidia as nvidia
+
+    return str(Path(nvidia.__file__ or "").parent / "bin" / name)
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and local loads and stores: the stack alone does not tell spills from arrays."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        found = _USAGE.search(_run("cuobjdump", "-res-usage", file.name))
+        if found is None:
+            raise RuntimeError("cuobjdump said nothing about registers")
+        regs, stack = int(found.group(1)), int(found.group(2))
+        if stack == 0:
+            return regs, 0
+        return regs, len(re.findall(r"\b(?:LDL|STL)\b", _run("nvdisasm", "-c", file.name)))
+
+
+def _run(tool: str, *args: str) -> str:
+    return subprocess.run([_tool(tool), *args], capture_output=True, text=True, check=True).stdout

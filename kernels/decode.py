@@ -1,0 +1,108 @@
+"""Budgeted decode attention as Triton kernels: one new query per sequence against the slots in use.
+
+Glossary
+    B, K, G     batch, key/value heads, query heads of a KV head (1 .. 16; H = K * G)
+    D, DV       head dimension of keys and of values
+    P           a bound on the slots of each KV head, C + N rounded up; a constant, and how many are in use is read from
+                the device. `stride` is the exact number: a draft that keeps its whole prompt has another one for each
+                prompt, and must not compile anew for it
+    SPLITS      programs that share a KV head's slots, SPLIT slots each; few heads would leave most of a GPU idle
+    BLOCK_G     rows of a tile of queries: G rounded up to 16, the least that tensor cores take
+    BLOCK_N     slots read at a time
+    WRITE       the new token's K/V goes into its slot in the same launch, and `lengths` is advanced by one
+    UPCAST, PRECISION: as in importance.py
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["stride"])
+def attend_slots(query, keys, values, lengths, key, value, out, partial, lse, stride, scale, G: tl.constexpr,
+                 D: tl.constexpr, DV: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
+                 BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                 WRITE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """One split of one KV head; grid (B * K, SPLITS).
+
+    query [B, H, D]; keys [B, K, stride, D], values [B, K, stride, DV]; lengths [B, K] int64; key [B, K, D] and
+    value [B, K, DV]: the new token's, read where WRITE, and then lengths does not count it yet.
+    SPLITS = 1 writes out [B, H, DV]; more write partial [B * K, SPLITS, G, DV] and lse [B * K, SPLITS, G] float32.
+    """
+    tl.static_assert(BLOCK_G >= G, "a tile holds the whole group")
+    tl.static_assert(BLOCK_D >= D, "a tile holds whole keys")
+    tl.static_assert(BLOCK_DV >= DV, "a tile holds whole values")
+    tl.static_assert(SPLITS * SPLIT >= P, "the splits cover all slots")
+    tl.static_assert(SPLIT % BLOCK_N == 0, "no slot is read by two splits")
+    head, split = tl.program_id(0), tl.program_id(1)
+    g, d, dv = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q = tl.load(query + (head * G + g)[:, None] * D + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)  # [BLOCK_G, BLOCK_D]
+    used = tl.load(lengths + head).to(tl.int32)
+    best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
+    slots = head.to(tl.int64) * stride
+    if WRITE and split == used // SPLIT:  # the new token's slot is this split's; it is attended from registers
+        new_k = tl.load(key + head * D + d, mask=d < D, other=0.0)
+        new_v = tl.load(value + head * DV + dv, mask=dv < DV, other=0.0)
+        tl.store(keys + (slots + used) * D + d, new_k, mask=d < D)
+        tl.store(values + (slots + used) * DV + dv, new_v, mask=dv < DV)
+        best = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * (scale * LOG2E)
+        total += 1.0
+        acc += new_v.to(tl.float32)[None, :]
+    end = tl.minimum(split * SPLIT + SPLIT, used)
+    for start in tl.range(split * SPLIT, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        inside = n < end
+        k = tl.load(keys + (slots + n)[None, :] * D + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
+        v = tl.load(values + (slots + n)[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :],
+                    other=0.0)  # [BLOCK_N, BLOCK_DV]
+        if UPCAST:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        scores = tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_G, BLOCK_N]
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        new = tl.maximum(best, tl.max(scores, 1))  # finite: a tile is entered for its first slot at least
+        weights = tl.exp2(scores - new[:, None])
+        shrink = tl.exp2(best - new)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        best = new
+    if SPLITS == 1:
+        rows = out + (head * G + g)[:, None] * DV + dv[None, :]
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(rows, result.to(out.dtype.element_ty), mask=(g < G)[:, None] & (dv < DV)[None, :])
+        if WRITE:
+            tl.store(lengths + head, (used + 1).to(tl.int64))
+    else:
+        where = (head * SPLITS + split) * G + g
+        tl.store(lse + where, tl.where(total > 0, best + tl.log2(tl.maximum(total, 1e-37)), float("-inf")), mask=g < G)
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(partial + where[:, None] * DV + dv[None, :], result, mask=(g < G)[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit
+def combine_splits(partial, lse, lengths, out, G: tl.constexpr, DV: tl.constexpr,
+                   SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr, WRITE: tl.constexpr):
+    """out [B, H, DV]: the splits' results, each weighted by its share of the softmax; grid (B * K, G).
+
+    `lengths` advances here where WRITE: in the first launch another split might still have read it.
+    """
+    tl.static_assert(BLOCK_S >= SPLITS, "one tile holds all splits")
+    head, g = tl.program_id(0), tl.program_id(1)
+    split, dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
+    where = (head * SPLITS + split) * G + g
+    part = tl.load(lse + where, mask=split < SPLITS, other=float("-inf"))  # [BLOCK_S], base 2
+    best = tl.max(part, 0)
+    weights = tl.exp2(part - tl.where(best == float("-inf"), 0.0, best))
+    rows = tl.load(partial + where[:, None] * DV + dv[None, :], mask=(split < SPLITS)[:, None] & (dv < DV)[None, :],
+                   other=0.0)  # [BLOCK_S, BLOCK_DV]
+    total = tl.sum(weights, 0)
+    result = tl.sum(rows * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + (head * G + g) * DV + dv, result.to(out.dtype.element_ty), mask=dv < DV)
+    if WRITE and g == 0:
+        tl.store(lengths + head, tl.load(lengths + head) + 1)

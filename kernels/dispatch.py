@@ -1,0 +1,123 @@
+"""One table: for each operator, a generated kernel or aten, and why. Operators and the lowering both ask it.
+
+What stays with torch's own operators, with the figures behind it (T columns, head dimension D, 16-bit K and V):
+- select: a stable sort is what promises ties to the lower position, and it reads 4 of the 4 * D + 4 bytes of a column
+  that importance and gather read: 0.8 % at D = 128, so a kernel of ours has nothing to win.
+- prefill attention: torch's flash attention; compute-bound, and nothing here is particular to a budget.
+- append: the new token is D + Dv numbers a head. The kernel `decode_append` writes them in attention's launch; it is
+  not the default, because no figure says that it wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from typing import Any
+
+from torch import Tensor
+
+from specpass.kernels import reference
+from specpass.kernels.archs import device_arch
+from specpass.kernels.shapes import Shapes, refuse
+
+ATEN_OPERATORS = {
+    "select": "a stable sort promises ties to the lower position, and reads 4 bytes a column",
+    "prefill_attention": "torch's flash attention",
+    "append_kv": "a few numbers a head; the kernel that writes them with attention is not measured to win",
+}
+KERNELS = {"importance": "importance", "gather_kv": "gather", "attend": "decode"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How one operator runs at one site: the kernel's name, or None for aten; `reason` says why."""
+
+    operator: str
+    kernel: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.operator}: {f'kernel {self.kernel}' if self.kernel else 'aten'} ({self.reason})"
+
+
+def choose(operator: str, args: tuple[Any, ...]) -> Choice:
+    """The table's answer for an operator with these tensors (real or fake ones)."""
+    first = args[0]
+    if first.device.type != "cuda":
+        return Choice(operator, None, f"{first.device.type} tensors")
+    if operator in ATEN_OPERATORS:
+        return Choice(operator, None, ATEN_OPERATORS[operator])
+    if operator == "importance" and (args[6:7] == ("sum",) or args[7:8] not in ((), (None,))):
+        return Choice(operator, None, "the draft's weighted rows, a sum over them")
+    if operator == "attend" and args[0].shape[2] != 1:
+        return Choice(operator, None, "several new queries at once")
+    if operator == "attend" and not all(_dense(states) for states in args[1:3]):
+        return Choice(operator, None, "the cache's storage is not dense")
+    return _choose(operator, _facts(operator, args), first.device.index or 0)
+
+
+def _dense(states: Tensor) -> bool:
+    # A symbolic batch says nothing about strides that are constants, and must not be guarded on.
+    return states.stride(3) == 1 and states.stride(2) == states.shape[3] \
+        and states.stride(1) == states.shape[2] * states.shape[3]
+
+
+def _facts(operator: str, args: tuple[Any, ...]) -> Shapes:
+    """The sizes that decide, as constants; batch and prompt length may be symbols, and decide nothing."""
+    if operator == "importance":
+        query, key = args[:2]
+        rows = query.shape[2] if isinstance(query.shape[2], int) else 1
+        return Shapes(str(key.dtype)[6:], 0, 0, query.shape[1] // key.shape[1], key.shape[3], key.shape[3], rows=rows)
+    if operator == "gather_kv":
+        key, value = args[:2]
+        return Shapes(str(key.dtype)[6:], 0, 0, 1, key.shape[3], value.shape[3])
+    query, keys, values = args[:3]
+    return Shapes(str(keys.dtype)[6:], 0, 0, query.shape[1] // keys.shape[1], keys.shape[3], values.shape[3])
+
+
+def triton_installed() -> bool:
+    """Whether Triton can be imported, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.lru_cache(maxsize=256)
+def _choose(operator: str, facts: Shapes, device: int) -> Choice:
+    kernel = KERNELS[operator]
+    if not triton_installed():
+        return Choice(operator, None, "Triton is not installed: pip install triton")
+    arch = device_arch(device)
+    if arch is not None and arch.startswith("sm_") and int(arch[3:]) < 80:
+        return Choice(operator, None, f"{arch} is older than sm_80")
+    refused = refuse(kernel, facts)
+    if refused is not None:
+        return Choice(operator, None, refused)
+    return Choice(operator, kernel, "shapes are supported")
+
+
+def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window: int, scale: float,
+               reduce: str, weights: Tensor | None = None) -> Tensor:
+    """reference.importance, by its kernel where the table says so."""
+    if choose("importance", (query, key, rows, lengths, window, scale, reduce, weights)).kernel is None:
+        return reference.importance(query, key, rows, lengths, window, scale, reduce, weights)
+    from specpass.kernels import launch
+
+    return launch.importance(query, key, rows, lengths, window, scale, reduce)
+
+
+def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    """reference.gather_kv, by its kernel where the table says so."""
+    if choose("gather_kv", (key, value)).kernel is None:
+        return reference.gather_kv(key, value, positions, room)
+    from specpass.kernels import launch
+
+    return launch.gather_kv(key, value, positions, room)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """reference.attend, by its kernel where the table says so."""
+    if choose("attend", (query, keys, values)).kernel is None:
+        return reference.attend(query, keys, values, lengths, scale)
+    from specpass.kernels import launch
+
+    return launch.attend(query, keys, values, lengths, scale)

@@ -1,0 +1,78 @@
+"""What a kernel is specialised for: sizes that are constants of the compiled graph."""
+
+from __future__ import annotations
+
+import dataclasses
+
+DTYPES = {"float32": ("fp32", 4), "float16": ("fp16", 2), "bfloat16": ("bf16", 2)}  # name -> Triton's name, bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Sizes of one attention site; 0 where a kernel has no such size.
+
+    Args:
+        dtype: "float32", "float16" or "bfloat16".
+        batch, kv_heads, group, dim, value_dim: B, K, G, D, Dv.
+        rows, window: R = W + L query rows that score, W.
+        budget, room: C, N.
+        columns: T, rounded up to a power of two: prompts differ, and tiles are chosen for their order of magnitude.
+        reduce: "max" or "mean".
+    """
+
+    dtype: str
+    batch: int
+    kv_heads: int
+    group: int
+    dim: int
+    value_dim: int
+    rows: int = 0
+    window: int = 0
+    budget: int = 0
+    room: int = 0
+    columns: int = 0
+    reduce: str = "max"
+
+    @property
+    def slots(self) -> int:
+        """P = C + N."""
+        return self.budget + self.room
+
+    @property
+    def heads(self) -> int:
+        """B * K: the programs of one tile or split."""
+        return self.batch * self.kv_heads
+
+    @property
+    def triton_dtype(self) -> str:
+        return DTYPES[self.dtype][0]
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype][1]
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `size` and `least`."""
+    return max(least, 1 << max(0, size - 1).bit_length())
+
+
+def block_of(dim: int) -> int:
+    """Columns of a tile that holds `dim`: tl.arange wants a power of two, and a dot at least 16."""
+    return power_of_two(dim, 16)
+
+
+def refuse(kernel: str, shapes: Shapes) -> str | None:
+    """Why this kernel does not serve these shapes, or None."""
+    if shapes.dtype not in DTYPES:
+        return f"dtype {shapes.dtype}"
+    for name, dim in (("head dimension", shapes.dim), ("value dimension", shapes.value_dim)):
+        if dim > 256 or dim % 8:
+            return f"{name} {dim}: at most 256 and a multiple of 8"
+    if kernel.startswith("importance") and shapes.dtype == "float32" and shapes.dim > 128:
+        return f"float32 with head dimension {shapes.dim}: no tile of three-product tensor-core dots is free of spills"
+    if kernel.startswith("decode") and shapes.group > 16:
+        return f"group of {shapes.group} query heads: at most 16"
+    if kernel.startswith("importance") and shapes.group * shapes.rows > 16384:
+        return f"{shapes.group * shapes.rows} query rows of a KV head: at most 16384"
+    return None

@@ -1,0 +1,168 @@
+"""Where tuned tiles are kept: one JSON file for each kernel, shapes, architecture and Triton version.
+
+Files are written whole and renamed into place, so any number of processes may tune and read at once. What cannot be
+read, or was tuned for other sources, is a miss with a warning: the tile table serves instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from specpass.hub import cache_dir
+from specpass.kernels.registry import REGISTRY
+from specpass.kernels.shapes import Shapes
+from specpass.kernels.tiles import Tile
+
+FORMAT = 1
+
+
+def triton_version() -> str:
+    """Version of the installed Triton, without importing it; "none" where there is none."""
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a tuned tile depends on. `fingerprint` is of the kernel's sources; budget and dtype are in `shapes`."""
+
+    kernel: str
+    shapes: Shapes
+    arch: str
+    fingerprint: str
+    triton: str
+
+    @classmethod
+    def of(cls, kernel: str, shapes: Shapes, arch: str) -> Key:
+        return cls(kernel, shapes, arch, REGISTRY[kernel].fingerprint, triton_version())
+
+    @property
+    def path(self) -> Path:
+        """File of this key. Sources are not in its name: what another version of them left is replaced, not kept."""
+        text = json.dumps([self.kernel, dataclasses.astuple(self.shapes), self.arch, self.triton])
+        return folder() / f"{self.kernel}-{self.arch}-{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One tile, compiled: resources of its largest launch, seconds by the model, microseconds where measured.
+
+    `time_us` is the median with a cold second-level cache, `warm_us` with a warm one. `error`: why it is no candidate.
+    """
+
+    tile: Tile
+    regs: int
+    spills: int
+    shared_bytes: int
+    predicted_s: float
+    time_us: float | None = None
+    warm_us: float | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What is known of a key: the tiles tried so far, and the winner once all were."""
+
+    key: Key
+    trials: tuple[Trial, ...] = ()
+    winner: Trial | None = None
+
+    @property
+    def measured(self) -> bool:
+        return self.winner is not None and self.winner.time_us is not None
+
+
+def folder() -> Path:
+    """The store's folder, under SPECPASS_CACHE or the user's cache folder."""
+    return cache_dir() / "tune"
+
+
+def save(entry: Entry) -> None:
+    """Write an entry atomically; the last of several writers wins, and no reader sees half a file."""
+    path = entry.key.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump({"format": FORMAT, **dataclasses.asdict(entry)}, file, indent=1)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load(key: Key) -> Entry | None:
+    """The entry of a key, or None; unreadable, stale and foreign files warn."""
+    try:
+        entry = read(key.path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _warn(key.path, f"it cannot be read ({type(error).__name__}: {error})")
+        return None
+    if dataclasses.replace(entry.key, fingerprint=key.fingerprint) != key:
+        _warn(key.path, "it belongs to other shapes or another machine")
+        return None
+    if entry.key != key:
+        _warn(key.path, f"it was tuned for other sources of the {key.kernel} kernel")
+        return None
+    return entry
+
+
+def _warn(path: Path, reason: str) -> None:
+    warnings.warn(f"specpass: the tuned tile in {path} is ignored: {reason}. Run `specpass tune` again, or "
+                  "`specpass tune --clear`.", stacklevel=3)
+
+
+def read(path: Path) -> Entry:
+    """An entry as it was saved; raises what JSON and the dataclasses raise where it is none."""
+    document: dict[str, Any] = json.loads(path.read_text())
+    if document.pop("format") != FORMAT:
+        raise ValueError("another format")
+    key = document["key"]
+    trials = tuple(_trial(fields) for fields in document["trials"])
+    winner = document["winner"]
+    return Entry(Key(**{**key, "shapes": Shapes(**key["shapes"])}), trials, None if winner is None else _trial(winner))
+
+
+def _trial(fields: dict[str, Any]) -> Trial:
+    tile = Tile(**fields["tile"])
+    numbers = (tile.block_n, tile.block_m, tile.splits, tile.warps, tile.stages, fields["regs"], fields["spills"])
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError(f"no tile: {tile}")
+    return Trial(**{**fields, "tile": tile})
+
+
+def entries() -> Iterator[Entry]:
+    """All readable entries, by file name; the others warn."""
+    for path in sorted(folder().glob("*.json")):
+        try:
+            yield read(path)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            _warn(path, f"it cannot be read ({type(error).__name__}: {error})")
+
+
+def clear() -> int:
+    """Remove all entries; returns how many there were."""
+    paths = [*folder().glob("*.json"), *folder().glob("*.tmp")]
+    for path in paths:
+        path.unlink(missing_ok=True)
+    return sum(path.suffix == ".json" for path in paths)
+
+
+def lookup(kernel: str, shapes: Shapes, arch: str) -> Tile | None:
+    """The tuned tile, or None."""
+    entry = load(Key.of(kernel, shapes, arch))
+    return entry.winner.tile if entry is not None and entry.winner is not None else None

@@ -1,0 +1,234 @@
+"""`specpass tune`: find tiles for a model's kernels and keep them where compiled models look."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from specpass.errors import BudgetError, TritonMissingError, UnknownArchError
+
+if TYPE_CHECKING:
+    from specpass.kernels.store import Entry
+    from specpass.kernels.tuner import Job
+
+console = Console(stderr=True, highlight=False)
+
+
+def tune(
+    target: Annotated[str, typer.Option(help="A model's name or folder; only its config.json is read.")] = "",
+    budget: Annotated[str, typer.Option(help="Budgets C, separated by commas.")] = "256,512,1024",
+    arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; default: the GPU here, or sm_90.")] = "",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Prompt length, in tokens; its order of magnitude matters.")] = 32_000,
+    window: Annotated[int, typer.Option(help="The method's window W.")] = 32,
+    lookahead: Annotated[int, typer.Option(help="The method's lookahead L.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to be generated.")] = 256,
+    tiles: Annotated[int, typer.Option(min=1, help="Tiles of each kernel to compile.")] = 8,
+    jobs: Annotated[int, typer.Option(help="Compiler processes; 0: one for each core.")] = 0,
+    json_path: Annotated[str, typer.Option("--json", help="Write the winners to this file.")] = "",
+    emit_path: Annotated[str, typer.Option("--emit", help="Write each kernel as a readable module here.")] = "",
+    show: Annotated[bool, typer.Option("--list", help="List what is in the store.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Empty the store.")] = False,
+) -> None:
+    """Find the fastest tiles of a model's kernels; compiled models use them without being told.
+
+    Without a GPU of the architecture, tiles are ranked by a cost model. A run that is cut off goes on where it was.
+
+    Example: [bold]specpass tune --target qwen2.5-coder-1.5b --budget 256,512,1024 --arch sm_90 --json tiles.json[/bold]
+    """
+    from specpass.kernels import store
+
+    if clear:
+        typer.echo(f"removed {store.clear()} tuned kernels from {store.folder()}")
+    if show:
+        show_store()
+    if clear or show:
+        return
+    if not target:
+        raise typer.BadParameter("--target is missing: a model's name or folder")
+    work, aten = plan(target, budget, arch, dtype, batch, prompt, window, lookahead, max_new_tokens)
+    found = run(work, tiles, jobs)
+    if emit_path:
+        emit_modules(found, Path(emit_path))
+        typer.echo(f"wrote {len(found)} modules to {emit_path}")
+    if json_path:
+        Path(json_path).write_text(json.dumps([*map(describe, found), *aten], indent=1) + "\n")
+        typer.echo(f"wrote {json_path}")
+
+
+def plan(target: str, budget: str, arch: str, dtype: str, batch: int, prompt: int, window: int, lookahead: int,
+         max_new_tokens: int) -> tuple[list[Job], list[dict[str, Any]]]:
+    """What to tune, and entries for what stays with torch's operators."""
+    from transformers import AutoConfig
+
+    from specpass.cache import round_room
+    from specpass.hub import model_path
+    from specpass.kernels.archs import ARCHS, device_arch
+    from specpass.kernels.dispatch import ATEN_OPERATORS, triton_installed
+    from specpass.kernels.shapes import DTYPES
+    from specpass.methods import SpecKV
+
+    if not triton_installed():
+        raise TritonMissingError("tune compiles with Triton, which is not installed: pip install 'specpass[triton]'.")
+    name = arch or device_arch() or "sm_90"
+    if name not in ARCHS:
+        raise UnknownArchError(f"arch={name!r}: expected one of {', '.join(ARCHS)}.")
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    config = AutoConfig.from_pretrained(model_path(target)).get_text_config(decoder=True)
+    if not all(part.strip().isdigit() for part in budget.split(",")):
+        raise BudgetError(f"budget={budget!r}: expected counts separated by commas, e.g. 256,512,1024.")
+    budgets = sorted({SpecKV(int(part), window=window, lookahead=lookahead).budget for part in budget.split(",")})
+    sites = [job for slots in budgets
+             for job in site_jobs(config, name, dtype, batch, prompt, window, lookahead, int(slots),
+                                  round_room(max_new_tokens))]
+    aten = [{"kernel": operator, "arch": name, "dtype": dtype, "shapes": None, "config": None, "regs": None,
+             "spills": None, "shared_bytes": None, "measured": False, "reason": reason}
+            for operator, reason in ATEN_OPERATORS.items()]
+    return list(dict.fromkeys(sites)), aten
+
+
+def site_jobs(config: Any, arch: str, dtype: str, batch: int, prompt: int, window: int, lookahead: int, budget: int,
+              room: int) -> list[Job]:
+    """The kernels of one attention site. Shapes come from tensors without data, as the launcher makes them."""
+    import torch
+
+    from specpass.kernels import launch
+    from specpass.kernels.tuner import Job
+
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    kv_heads = kv_heads or heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+
+    def empty(*sizes: int) -> torch.Tensor:
+        return torch.empty(*sizes, dtype=getattr(torch, dtype), device="meta")
+
+    key = empty(batch, kv_heads, prompt + lookahead, dim)
+    scored = launch.score_shapes(empty(batch, heads, window + lookahead, dim), key, window, "max")
+    slots = empty(batch, kv_heads, budget + room, dim)
+    decode = launch.decode_shapes(empty(batch, heads, 1, dim), slots, slots)
+    found = {"importance": scored, "importance_given_lse": scored,
+             "gather": launch.gather_shapes(key, key, budget, room), "decode": decode, "decode_append": decode}
+    return [Job(kernel, shapes, arch) for kernel, shapes in found.items()]
+
+
+def run(work: list[Job], count: int, processes: int) -> list[Entry]:
+    """Tune what the store does not have, with a progress bar; returns all entries, in order."""
+    from specpass.kernels import cost, tuner
+    from specpass.kernels.archs import ARCHS
+
+    for job in work:
+        if job.refused is not None:
+            console.print(f"{job.kernel}: stays with torch's operators: {job.refused}")
+    work = [job for job in work if job.refused is None]
+    measure = bool(work) and tuner.can_measure(work[0].arch)
+    found = {job: entry for job in work if (entry := tuner.finished(job, measure)) is not None}
+    todo = [job for job in work if job not in found]
+    if not todo:
+        console.print(f"nothing to do: all {len(work)} kernels are in the store")
+        return list(found.values())
+    if found:
+        console.print(f"{len(found)} of {len(work)} kernels are in the store")
+    if not measure:
+        console.print(f"no {todo[0].arch} GPU here: tiles are compiled, ranked by the cost model, not measured, and "
+                      "their numbers are not checked on a device")
+    lists = {job: cost.shortlist(job.kernel, job.shapes, ARCHS[job.arch], count) for job in todo}
+    with workers(processes) as pool, _progress() as progress:
+        bar = progress.add_task("", total=sum(map(len, lists.values())))
+        try:
+            for job, tiles in lists.items():
+                progress.update(bar, description=f"{job.kernel} {job.shapes.budget or ''}")
+                found[job] = tuner.tune(job, tiles, pool, measure, lambda: progress.advance(bar))
+        except KeyboardInterrupt:
+            console.print("cut off: what was compiled is kept; the same command goes on from here")
+            raise typer.Exit(130) from None
+    console.print(f"tuned {len(todo)} kernels")
+    return [found[job] for job in work]
+
+
+@contextlib.contextmanager
+def workers(processes: int) -> Iterator[Executor | None]:
+    """Compiler processes; None, which compiles here, where one is enough. They leave Ctrl-C to this process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = processes or cores
+    if wanted == 1:
+        yield None
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(wanted, context, initializer=signal.signal,
+                             initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                    console=console)
+
+
+def describe(entry: Entry) -> dict[str, Any]:
+    """A winner as JSON. `config` is null where no tile fits: the table's tile, or torch's operator, serves."""
+    winner = entry.winner
+    base: dict[str, Any] = {
+        "kernel": entry.key.kernel, "arch": entry.key.arch, "dtype": entry.key.shapes.dtype,
+        "shapes": dataclasses.asdict(entry.key.shapes), "triton": entry.key.triton,
+        "config": None if winner is None else dataclasses.asdict(winner.tile),
+    }
+    if winner is None:
+        return {**base, "regs": None, "spills": None, "shared_bytes": None, "measured": False}
+    base |= {"regs": winner.regs, "spills": winner.spills, "shared_bytes": winner.shared_bytes,
+             "measured": entry.measured, "predicted_us": round(winner.predicted_s * 1e6, 2)}
+    if winner.time_us is not None:
+        base |= {"time_us": winner.time_us, "warm_us": winner.warm_us}
+    return base
+
+
+def emit_modules(found: list[Entry], folder: Path) -> None:
+    """Write the module of each winner: the kernel with this site's constants bound."""
+    from specpass.kernels.emit import emit
+    from specpass.kernels.registry import REGISTRY
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in found:
+        if entry.winner is not None:
+            kernel, shapes = entry.key.kernel, entry.key.shapes
+            size = f"_{shapes.slots}" if shapes.slots else ""
+            text = emit(REGISTRY[kernel], shapes, entry.winner.tile)
+            (folder / f"{kernel}{size}_{entry.key.arch}.py").write_text(text)
+
+
+def show_store() -> None:
+    """A table of all entries."""
+    from specpass.kernels import store
+
+    table = Table("kernel", "arch", "dtype", "heads x dim", "slots", "tile", "regs", "shared", "time")
+    for entry in store.entries():
+        shapes, winner = entry.key.shapes, entry.winner
+        sizes = (f"{shapes.kv_heads} x {shapes.dim}", str(shapes.slots or "-"))
+        if winner is None:
+            table.add_row(entry.key.kernel, entry.key.arch, shapes.dtype, *sizes, "unfinished or none", "", "", "")
+            continue
+        tile = winner.tile
+        time = "not measured" if winner.time_us is None else f"{winner.time_us:.1f} us"
+        table.add_row(entry.key.kernel, entry.key.arch, shapes.dtype, *sizes,
+                      f"{tile.block_n}, {tile.block_m}, {tile.splits} splits, {tile.warps} warps, {tile.stages} stages",
+                      str(winner.regs), str(winner.shared_bytes), time)
+    Console(width=None if os.isatty(1) else 160).print(table)
+    typer.echo(f"{table.row_count} in {store.folder()}")

@@ -1,0 +1,132 @@
+"""Every Triton kernel, run by Triton's interpreter on the CPU, against its reference.
+
+test_kernels_interpreter.py starts it, as a process of its own: TRITON_INTERPRET is read when Triton is
+imported, and changes it for good.
+Run by hand: TRITON_INTERPRET=1 python -m pytest tests/kernels_interpreted.py
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specpass.kernels import launch, reference
+from specpass.kernels.tiles import Tile
+
+triton = pytest.importorskip("triton")
+
+SEEDS = st.integers(0, 10_000)
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+DIMS = st.sampled_from([8, 24, 64, 80])
+FEW = settings(max_examples=14, deadline=None, derandomize=True)
+# Scores are float32 in every kernel; outputs are rounded to the storage's dtype, as the reference's are.
+OUTPUT = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def test_this_process_interprets() -> None:
+    assert triton.knobs.runtime.interpret, "start with TRITON_INTERPRET=1"
+
+
+def softmax_rows(query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, scale: float) -> torch.Tensor:
+    """Natural log-sum-exp [B, H, R] of each row over the columns at or before it, in float64."""
+    wide = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = query.double() @ wide.transpose(2, 3) * scale
+    hidden = torch.arange(key.shape[2]) > rows[:, None, :, None]
+    return logits.masked_fill(hidden, float("-inf")).logsumexp(-1).float()
+
+
+@FEW
+@given(st.data(), DTYPES, DIMS, st.sampled_from(["max", "mean"]), SEEDS)
+def test_importance_with_and_without_the_log_sum_exp(data: Any, dtype: torch.dtype, dim: int, reduce: str,
+                                                    seed: int) -> None:
+    batch, kv_heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    group = data.draw(st.sampled_from([1, 3, 7]))
+    window, ahead = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
+    lengths = torch.tensor([data.draw(st.integers(1, 75)) for _ in range(batch)])
+    columns = int(lengths.max()) + ahead
+    torch.manual_seed(seed)
+    # [B, T, heads, D] seen as [B, heads, T, D], as models hand keys over
+    key = torch.randn(batch, columns, kv_heads, dim).to(dtype).transpose(1, 2)
+    query = (3 * torch.randn(batch, columns, kv_heads * group, dim)).to(dtype).transpose(1, 2)
+    rows = reference.score_rows(lengths, torch.randint(1, 6, (batch, ahead)) if ahead else None, window, [2])
+    taken, scale = reference.take_rows(query, rows), 1 / math.sqrt(dim)
+    expected = reference.importance(taken, key, rows, lengths, window, scale, reduce)
+    tile = Tile(data.draw(st.sampled_from([16, 32])), data.draw(st.sampled_from([16, 32])))
+    arguments = (taken, key, rows, lengths, window, scale, reduce)
+    torch.testing.assert_close(launch.importance(*arguments, tile=tile), expected, atol=2e-6, rtol=2e-5)
+    lse = softmax_rows(taken, key, rows, scale)
+    torch.testing.assert_close(launch.importance(*arguments, lse=lse, tile=tile), expected, atol=2e-6, rtol=2e-5)
+
+
+def test_equal_scores_stay_equal_across_tiles_so_that_ties_go_to_the_lower_position() -> None:
+    batch, kv_heads, group, dim, window, size = 1, 2, 3, 16, 4, 70
+    torch.manual_seed(0)
+    key = torch.randn(batch, kv_heads, 1, dim).expand(-1, -1, size, -1).contiguous()  # one plateau over five tiles
+    lengths = torch.tensor([size])
+    rows = reference.score_rows(lengths, None, window, [])
+    taken = reference.take_rows(torch.randn(batch, kv_heads * group, size, dim), rows)
+    scores = launch.importance(taken, key, rows, lengths, window, 0.25, "max", tile=Tile(16))
+    assert (scores[..., : size - window] == scores[..., :1]).all()
+    kept = reference.select(scores, lengths, window + 3, window, 7, "max")
+    assert kept.tolist() == [[[0, 1, 2, 66, 67, 68, 69]] * kv_heads]
+
+
+@FEW
+@given(st.data(), DTYPES, DIMS, SEEDS)
+def test_gather_copies_bit_for_bit(data: Any, dtype: torch.dtype, dim: int, seed: int) -> None:
+    batch, kv_heads, columns, room = (data.draw(st.integers(1, high)) for high in (2, 3, 40, 9))
+    window = data.draw(st.integers(1, 4))
+    budget = data.draw(st.sampled_from([window + 1, 11, columns, columns + 3]))
+    torch.manual_seed(seed)
+    key = torch.randn(batch, columns, kv_heads, dim).to(dtype).transpose(1, 2)
+    value = torch.randn(batch, kv_heads, columns, 16).to(dtype)
+    positions = torch.full((batch, kv_heads, budget), -1)
+    for row in range(batch):
+        for head in range(kv_heads):
+            count = data.draw(st.integers(0, min(budget, columns)))
+            positions[row, head, :count] = torch.randperm(columns)[:count].sort().values
+    found = launch.gather_kv(key, value, positions, room, tile=Tile(data.draw(st.sampled_from([4, 16]))))
+    for mine, theirs in zip(found, reference.gather_kv(key, value, positions, room), strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+
+
+@FEW
+@given(st.data(), DTYPES, st.sampled_from([8, 64, 80, 96]), st.sampled_from([1, 2, 7, 16]), SEEDS)
+def test_decode_attention_and_its_writing_variant(data: Any, dtype: torch.dtype, dim: int, group: int,
+                                                  seed: int) -> None:
+    batch, kv_heads, budget, room = (data.draw(st.integers(1, high)) for high in (2, 2, 50, 20))
+    slots, heads = budget + room, (batch, kv_heads)
+    before = torch.tensor([data.draw(st.sampled_from([0, budget - 1, budget, slots - 1]))  # t = 0 .. t = N
+                           for _ in range(batch * kv_heads)]).view(heads)
+    torch.manual_seed(seed)
+    keys, values = (torch.randn(*heads, slots, d).to(dtype) for d in (dim, 16))
+    for states in (keys, values):  # free slots hold what no softmax may meet
+        states.masked_fill_((torch.arange(slots) >= before[..., None])[..., None], 3e4)
+    query = torch.randn(batch, kv_heads * group, 1, dim).to(dtype)
+    new = tuple(torch.randn(*heads, 1, d).to(dtype) for d in (dim, 16))
+    expected = keys.clone(), values.clone(), before.clone()
+    reference.append_kv(expected[0].flatten(1, 2), expected[1].flatten(1, 2), expected[2], *new)
+    plain = reference.attend(query.double(), expected[0].double(), expected[1].double(), expected[2], 0.3).to(dtype)
+    tile = Tile(16, splits=data.draw(st.integers(1, 4)))
+    tolerance = {"atol": OUTPUT[dtype], "rtol": 2 * OUTPUT[dtype]}
+    torch.testing.assert_close(launch.attend(query, *expected, 0.3, tile=tile), plain, **tolerance)
+    lengths = before.clone()
+    torch.testing.assert_close(launch.attend(query, keys, values, lengths, 0.3, new=new, tile=tile), plain, **tolerance)
+    for mine, theirs in zip((keys, values, lengths), expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_an_empty_head_attends_to_nothing(splits: int) -> None:
+    keys, values = (torch.full((1, 2, 48, 16), float("nan")) for _ in range(2))
+    keys[:, 1], values[:, 1] = 1.0, 2.0
+    lengths = torch.tensor([[0, 5]])
+    out = launch.attend(torch.ones(1, 2, 1, 16), keys, values, lengths, 0.3, tile=Tile(16, splits=splits))
+    assert not out[:, 0].any()
+    torch.testing.assert_close(out[:, 1], torch.full((1, 1, 16), 2.0))

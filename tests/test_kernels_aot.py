@@ -1,0 +1,100 @@
+"""Every kernel, compiled for each architecture without a GPU: no spills, shared memory that fits, tensor cores."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specpass.kernels.aot import build, compile_launch, inspect
+from specpass.kernels.archs import ARCHS, nearest
+from specpass.kernels.emit import emit
+from specpass.kernels.registry import REGISTRY
+from specpass.kernels.shapes import Shapes, refuse
+from specpass.kernels.tiles import Tile, candidate_tiles, default_tile
+
+EMITTED = Path(__file__).with_name("emitted")
+# A layer of Llama-3.1-8B; each other row varies what decides a tile: head dimension, group, dtype, batch.
+LLAMA = Shapes("bfloat16", 1, 8, 4, 128, 128, rows=64, window=32, budget=1024, room=256, columns=32768)
+
+
+def other(dtype: str, group: int, dim: int, **sizes: int) -> Shapes:
+    return Shapes(dtype, **{"batch": 2, "kv_heads": 2, "rows": 40, "window": 33, "budget": 257, "room": 64,
+                            "columns": 8192, **sizes}, group=group, dim=dim, value_dim=dim)
+
+
+OTHERS = [other("bfloat16", 7, 64), other("float16", 1, 80), other("bfloat16", 16, 96, budget=34, batch=512),
+          other("float16", 2, 256), other("float32", 7, 64)]
+CASES = [(LLAMA, arch) for arch in ARCHS] + [(shapes, arch) for shapes in OTHERS for arch in ("sm_90", "gfx942")]
+
+
+def label(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value.dtype}-D{value.dim}-G{value.group}"
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize(("shapes", "arch"), CASES, ids=label)
+def test_default_tiles_fit(shapes: Shapes, arch: str) -> None:
+    for name, kernel in REGISTRY.items():
+        assert refuse(name, shapes) is None
+        tile = default_tile(name, shapes, ARCHS[arch])
+        plan = kernel.plan(shapes, tile)
+        for launch, built in zip(plan, build(kernel, shapes, tile, ARCHS[arch]), strict=True):
+            where = f"{name}: {built} at {tile}"
+            assert built.spills == 0, where
+            assert 0 < built.regs <= 512, where
+            assert built.shared_bytes <= ARCHS[arch].shared, where
+            assert built.tensor_cores == launch.dot, where
+
+
+def test_the_report_sees_spills_and_oversized_shared_memory() -> None:
+    """Both compile without a word: what the check above stands on."""
+    kernel = REGISTRY["importance_given_lse"]
+    spilled = build(kernel, LLAMA, Tile(256, 128, warps=4, stages=2), ARCHS["sm_90"])[0]
+    assert spilled.spills > 0
+    wide = Tile(128, splits=1, warps=8, stages=4)
+    large = build(REGISTRY["decode"], other("float16", 4, 256), wide, ARCHS["sm_80"])[0]
+    assert large.shared_bytes > ARCHS["sm_80"].shared
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_emitted_modules_are_golden_and_compile(name: str, tmp_path: Path) -> None:
+    """SPECPASS_ACCEPT=1 writes the golden files anew."""
+    kernel, arch = REGISTRY[name], ARCHS["sm_90"]
+    tile = default_tile(name, LLAMA, arch)
+    text, golden = emit(kernel, LLAMA, tile), EMITTED / f"{name}.txt"
+    if os.environ.get("SPECPASS_ACCEPT"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    file = tmp_path / f"{name}.py"
+    file.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    template = importlib.import_module(f"specpass.kernels.{kernel.module}")
+    for launch in kernel.plan(LLAMA, tile):
+        emitted, generic = (inspect(compile_launch(code, launch, arch), launch) for code in (module, template))
+        assert emitted == generic
+
+
+def test_unknown_architectures_take_the_tiles_of_the_nearest_older_one() -> None:
+    found = {name: nearest(name).name for name in ("sm_75", "sm_86", "sm_90", "sm_103", "gfx950", "tpu", None)}
+    assert found == {"sm_75": "sm_80", "sm_86": "sm_80", "sm_90": "sm_90", "sm_103": "sm_100", "gfx950": "gfx942",
+                     "tpu": "sm_90", None: "sm_90"}
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_candidates_are_distinct_and_start_with_the_default(name: str) -> None:
+    tiles = list(candidate_tiles(name, LLAMA, ARCHS["sm_80"]))
+    assert tiles[0] == default_tile(name, LLAMA, ARCHS["sm_80"])
+    assert len(tiles) == len(set(tiles)) > 10

@@ -1,0 +1,141 @@
+"""Kernel or aten: the table's answers, on real CPU tensors, on faked CUDA tensors, and in a model's report."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support import compile_eager, run
+from tiny import prompt, tiny
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import specpass
+import specpass.ops
+from specpass.kernels import archs, dispatch
+from specpass.kernels.dispatch import choose
+from specpass.lowering.choose import choose_sites
+
+SPEC = torch.ops.specpass
+B, H, K, T, R, C, N, W = 2, 8, 2, 90, 12, 20, 64, 4
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton counts as installed, whatever this machine has."""
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()
+
+
+def tensors(device: str, dim: int = 64, group: int = H // K, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    make = {"device": device, "dtype": dtype}
+    return {
+        "whole": torch.empty(B, T, K * group, dim, **make).transpose(1, 2),
+        "query": torch.empty(B, K * group, R, dim, **make), "key": torch.empty(B, T, K, dim, **make).transpose(1, 2),
+        "rows": torch.zeros(B, R, dtype=torch.int64, device=device),
+        "lengths": torch.zeros(B, dtype=torch.int64, device=device),
+        "new": torch.empty(B, K * group, 1, dim, **make), "keys": torch.empty(B, K, C + N, dim, **make),
+        "used": torch.zeros(B, K, dtype=torch.int64, device=device),
+    }
+
+
+def steps(whole: Any, query: Any, key: Any, rows: Any, lengths: Any, new: Any, keys: Any, used: Any) -> tuple[Any, ...]:
+    """What a pruned prefill and a decode step hold."""
+    attended = SPEC.prefill_attention(whole, key, key, 0.1)
+    scores = SPEC.importance(query, key, rows, lengths, W, 0.1, "max")
+    positions = SPEC.select(scores, lengths, C, W, 7, "max")
+    stored = SPEC.gather_kv(key, key, positions, N)
+    return attended, scores, positions, *stored, SPEC.attend(new, keys, keys, used, 0.1)
+
+
+def test_fake_kernels_run_on_a_faked_cuda_device() -> None:
+    with FakeTensorMode():
+        given = tensors("cuda")
+        attended, scores, positions, keys, values, lengths, out = steps(**given)
+    assert {t.device.type for t in (attended, scores, positions, keys, values, lengths, out)} == {"cuda"}
+    assert (scores.shape, scores.dtype) == ((B, K, T), torch.float32)
+    assert (positions.shape, positions.dtype) == ((B, K, C), torch.int64)
+    assert keys.shape == values.shape == (B, K * (C + N), 64)
+    assert (lengths.shape, out.shape, out.dtype) == ((B, K), (B, H, 1, 64), torch.bfloat16)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sites_of_a_graph_are_chosen_from_its_fake_tensors(device: str) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = tensors(device)
+        gm = make_fx(steps)(*given.values())
+    kernels = [choice.kernel for _, choice in choose_sites(gm)]
+    names = [choice.operator for _, choice in choose_sites(gm)]
+    assert names == ["prefill_attention", "importance", "select", "gather_kv", "attend"]
+    assert kernels == ([None] * 5 if device == "cpu" else [None, "importance", None, "gather", "decode"])
+    assert all(choice.reason for _, choice in choose_sites(gm))
+
+
+REFUSED = [
+    ({"dim": 20}, "multiple of 8"),
+    ({"dim": 320}, "at most 256"),
+    ({"group": 17}, "17 query heads"),
+    ({"dtype": torch.float64}, "float64"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
+def test_unsupported_shapes_take_aten_and_say_why(sizes: dict[str, Any], reason: str) -> None:
+    with FakeTensorMode():
+        given = tensors("cuda", **sizes)
+        choice = choose("attend", (given["new"], given["keys"], given["keys"]))
+    assert choice.kernel is None
+    assert reason in choice.reason
+
+
+def test_appends_strided_storage_and_float32_of_large_heads_take_aten() -> None:
+    with FakeTensorMode():
+        given = tensors("cuda")
+        keys = given["keys"]
+        assert choose("attend", (given["query"], keys, keys)).reason == "several new queries at once"
+        strided = torch.empty(B, C + N, K, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        assert choose("attend", (given["new"], strided, keys)).reason == "the cache's storage is not dense"
+        large = tensors("cuda", dim=256, dtype=torch.float32)
+        assert "spills" in choose("importance", (large["query"], large["key"])).reason
+        assert choose("importance", (given["query"], given["key"])).kernel == "importance"
+
+
+def test_old_devices_and_a_missing_triton_take_aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        given = tensors("cuda")
+    arguments = (given["key"], given["key"])
+    monkeypatch.setattr(dispatch, "device_arch", lambda index: "sm_75")
+    assert choose("gather_kv", arguments).reason == "sm_75 is older than sm_80"
+    dispatch._choose.cache_clear()
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: False)
+    assert "pip install triton" in choose("gather_kv", arguments).reason
+    assert archs.nearest("sm_75").name == "sm_80"  # the tile table still answers; the table above does not ask it
+
+
+def test_the_cpu_path_never_imports_triton() -> None:
+    code = ("import sys, torch, specpass.ops; s = torch.ops.specpass; k = torch.randn(1, 2, 9, 8); "
+            "s.gather_kv(k, k, torch.zeros(1, 2, 3, dtype=torch.int64), 4); "
+            "s.attend(k[:, :, :1], k, k, torch.ones(1, 2, dtype=torch.int64), 0.1); "
+            "print('triton' in sys.modules)")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
+def test_a_models_report_says_what_each_site_became() -> None:
+    layers, method = 2, specpass.SnapKV(budget=12, window=4)
+    model = compile_eager(tiny(layers=layers), method)
+    run(model, prompt(40, seed=1), 3)
+    report = specpass.report(model)
+    found = {record.kind: [(path, str(choice)) for path, choice in record.choices] for record in report.graphs}
+    operators = {"prefill": ["prefill_attention", "importance", "select", "gather_kv"],
+                 "decode": ["append_kv", "attend"]}
+    for kind, names in operators.items():
+        assert [line for _, line in found[kind]] == [f"{name}: aten (cpu tensors)" for name in names] * layers
+        assert all(f"layers.{index // len(names)}." in path for index, (path, _) in enumerate(found[kind]))
+    assert f"{layers} x attend: aten (cpu tensors)" in str(report)
