@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from specpass import cli_generate
+from specpass import cli_explain, cli_generate
 from specpass._version import __version__
 from specpass.errors import SpecpassError
 
@@ -102,6 +102,9 @@ def _example(line: str) -> str:
 
 app.command(epilog=_example('specpass generate -t smollm2-135m -m snapkv -p "Why is the sky blue?"'))(
     cli_generate.generate
+)
+app.command(epilog=_example("specpass explain -t qwen2.5-coder-1.5b -d qwen2.5-coder-0.5b -b 1024"))(
+    cli_explain.explain
 )
 
 

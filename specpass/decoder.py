@@ -31,6 +31,8 @@ class Decoder:
         Args: itemsize: bytes a number; None takes the config's dtype.
         """
         text = config.get_text_config(decoder=True)
+        if not all(hasattr(text, name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")):
+            return None
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -48,7 +50,8 @@ class Decoder:
 def layer_weights(config: Any) -> int:
     """Numbers in the matrices of all decoder layers."""
     text = config.get_text_config(decoder=True)
-    return _layer_weights(type(text), text.to_json_string(use_diff=False))
+    kind: Any = type(text)
+    return _layer_weights(kind, text.to_json_string(use_diff=False))
 
 
 @functools.lru_cache(maxsize=16)
