@@ -34,7 +34,7 @@ test-fast: $(STAMP)  ## tests that need no real weights
 test-real: $(STAMP)  ## tests on real models
 	$(BIN)/python -m pytest -m real
 
-demo: $(STAMP)  ## full KV, SnapKV and SpecKV on a real pair, side by side
+demo: $(STAMP)  ## full KV and the methods on a real pair, side by side; pictures in specpass-demo/
 	$(BIN)/specpass demo
 
 lint: $(STAMP)  ## ruff and mypy

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,6 +21,7 @@ from typer.core import TyperGroup
 
 from specpass import cli_explain, cli_generate
 from specpass._version import __version__
+from specpass.cli_options import Dtype, Lowering, check_words
 from specpass.errors import SpecpassError
 
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
@@ -142,13 +144,19 @@ def models_path(
 
 @app.command(epilog=_example("specpass demo --budget 128"))
 def demo(
-    budget: Annotated[int, typer.Option(help="KV slots per KV head and layer.")] = 128,
-    tokens: Annotated[int, typer.Option(help="Prompt length, in tokens.")] = 3000,
+    budget: Annotated[int, typer.Option("--budget", "-b", help="KV slots per KV head and layer.")] = 128,
+    tokens: Annotated[int, typer.Option(min=256, help="Prompt length, in tokens.")] = 4000,
+    target: Annotated[str, typer.Option("--target", "-t", help="Name, hub id or folder.")] = "qwen2.5-coder-1.5b",
+    draft: Annotated[str, typer.Option("--draft", "-d", help="Name, hub id or folder.")] = "qwen2.5-coder-0.5b",
+    dtype: Dtype = "bfloat16",
+    lowering: Lowering = "inductor",
+    out: Annotated[Path, typer.Option(help="Folder for kept.png and kept.html.")] = Path("specpass-demo"),
 ) -> None:
-    """Find a fact in a long prompt with full KV, SnapKV and SpecKV, and compare answers, memory and speed."""
+    """Find a fact in a long prompt with full KV and each method: answers, memory, speed, and what was kept."""
+    check_words(dtype, lowering)
     from specpass.demo import run
 
-    run(budget=budget, tokens=tokens)
+    run(budget, tokens, target=target, draft=draft, dtype=dtype, lowering=lowering, out=out)
 
 
 def main() -> None:

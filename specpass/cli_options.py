@@ -45,16 +45,21 @@ class Choice:
         return "full KV" if self.method is None else self.method.key
 
 
+def check_words(dtype: str, lowering: str) -> None:
+    """Raises: typer.BadParameter for a word that no model can be loaded or compiled with."""
+    if lowering not in ("inductor", "eager"):
+        raise typer.BadParameter(f"{lowering!r} is neither 'inductor' nor 'eager'.", param_hint="--lowering")
+    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise typer.BadParameter(f"{dtype!r} is none of auto, bfloat16, float16, float32.", param_hint="--dtype")
+
+
 def choose(target: str, draft: str | None, method: str, budget: str, window: int | None, lookahead: int | None,
            options: list[str] | None, dtype: str, lowering: str) -> Choice:
     """Check the options before any model is loaded.
 
     Raises: MethodOptionError, BudgetError, MissingDraftError, typer.BadParameter.
     """
-    if lowering not in ("inductor", "eager"):
-        raise typer.BadParameter(f"{lowering!r} is neither 'inductor' nor 'eager'.", param_hint="--lowering")
-    if dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise typer.BadParameter(f"{dtype!r} is none of auto, bfloat16, float16, float32.", param_hint="--dtype")
+    check_words(dtype, lowering)
     if method.lower() == FULL:
         return Choice(target, None, None, dtype, lowering)
     made = make_method(method, budget, options or (), window=window, lookahead=lookahead)

@@ -15,8 +15,8 @@ import specpass
 import specpass.flops
 from specpass import backend, cost
 from specpass.decoder import Decoder
-from specpass.demo import cache_bytes
 from specpass.kernels import reference
+from specpass.storage import cache_bytes
 
 S, C, W, L, NEW = 300, 64, 8, 6, 5
 NEAR = pytest.approx  # 2 % everywhere: rotary tables and norms are left out of the forms
