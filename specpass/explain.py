@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import specpass
 from specpass import checks, hub
@@ -48,14 +48,6 @@ def stand_in(config: Any, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def read_config(name: str) -> Any:
-    """The config of a model by name, hub id or folder; raises what `hub.model_path` raises."""
-    folder = hub.model_path(name)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config._name_or_path = str(folder)
-    return config
-
-
 def explain(target: str, draft: str | None, method: Method, *, dtype: str = "auto", lowering: str = "inductor",
             max_new_tokens: int = 256, weights: bool = False) -> tuple[Report, dict[str, fx.GraphModule]]:
     """Compile a stand-in of the pair (or, with `weights`, the models), and run one prompt and two decode steps.
@@ -65,7 +57,7 @@ def explain(target: str, draft: str | None, method: Method, *, dtype: str = "aut
 
     Raises: what `hub.model_path`, `specpass.compile` and a call of the compiled model raise.
     """
-    configs = [None if name is None else read_config(name) for name in (target, draft)]
+    configs = [None if name is None else hub.read_config(name) for name in (target, draft)]
     if configs[1] is not None:
         checks.check_tokenizers(*configs)
     model = _model(target, configs[0], dtype, weights)

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 from filelock import FileLock
 
-from specpass.errors import CorruptWeightsError, FetchError, UnknownModelError
+from specpass.errors import CorruptWeightsError, EncoderDecoderError, FetchError, UnknownModelError
 from specpass.weights import check_weights, verify_manifest, write_manifest
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MODELS", "ModelSource", "cache_dir", "check_weights", "is_cached", "load", "model_path"]
+__all__ = ["MODELS", "ModelSource", "cache_dir", "check_weights", "is_cached", "load", "model_path", "read_config"]
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,47 @@ def _hub_folder(hub_id: str) -> Path:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") + "." if lines else f"{type(error).__name__}."
+    return lines[0].rstrip(".: ") + "." if lines else f"{type(error).__name__}."
+
+
+def read_config(name_or_path: str | os.PathLike[str]) -> Any:
+    """The config of a causal language model; `_name_or_path` is its folder.
+
+    Raises what `model_path` raises; UnknownModelError: the folder holds no causal language model;
+    EncoderDecoderError: it holds an encoder-decoder.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    folder = model_path(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnknownModelError(
+            f"{folder} holds no model that transformers knows: {_first_line(error)} "
+            "A model folder needs config.json, weights and a tokenizer."
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise EncoderDecoderError(
+            f"{folder} holds a {config.model_type}, an encoder-decoder; specpass prunes the prompt of decoder-only "
+            "models: choose one that AutoModelForCausalLM loads."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnknownModelError(
+            f"{folder} holds a {config.model_type}, which is no causal language model in transformers: "
+            "choose a model that AutoModelForCausalLM loads."
+        )
+    config._name_or_path = str(folder)
+    return config
 
 
 def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
     """``(model, tokenizer)`` in eval mode on the CPU; ``dtype`` as in transformers, "auto" is the stored one.
 
-    Raises what `model_path` raises, and CorruptWeightsError when weights do not match the folder's config.
+    Raises what `read_config` raises, and CorruptWeightsError when weights do not match the folder's config.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    read_config(name_or_path)
     folder = model_path(name_or_path)
     check_weights(folder)
     # Mismatches are reported, not raised, so that the error can name them all; nothing is returned with them.
@@ -157,7 +188,13 @@ def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
             f"{folder} holds weights that do not match its config.json: {len(wrong)} missing or of another "
             f"shape, first {wrong[0]}. Put the config.json and the weights of one model into the folder."
         )
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnknownModelError(
+            f"{folder} has no tokenizer that loads: {_first_line(error)} Put the model's tokenizer files beside it."
+        ) from error
+    return model.eval(), tokenizer
 
 
 def _build(source: ModelSource, folder: Path) -> None:
