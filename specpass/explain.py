@@ -22,7 +22,7 @@ from specpass.reporting import Report
 
 HEAD_DIM, INTERMEDIATE, VOCAB = 16, 64, 256
 BEYOND = 64  # prompt tokens beyond the budget
-RATIO_PROMPT = 4096  # the prompt of a budget that is a ratio
+RATIO_PROMPT = 1024  # the prompt of a budget that is a ratio: any draft can read it
 
 
 def narrow(config: Any) -> Any:

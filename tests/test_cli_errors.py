@@ -22,7 +22,7 @@ NOT_HERE = {
     errors.SpecpassError: "the base class",
     errors.DeviceMismatchError: "both models go to --device",
     errors.GradientsError: "models are loaded in eval mode, without gradients",
-    errors.NoAttentionSiteError: "models are loaded with SDPA attention",
+    errors.NoAttentionSiteError: "needs an attention function of one's own; SDPA and eager attention are recognised",
     errors.PartialGraphError: "needs hooks or a model's own graph break",
     errors.UncompiledCacheError: "models are compiled first",
     errors.MethodMismatchError: "cache and backend get one method",

@@ -69,6 +69,16 @@ def test_a_refusal_names_the_models_own_module(tmp_path: Path) -> None:
     assert "refused: " in text.stdout
 
 
+def test_a_ratio_is_resolved_for_each_length(pair: tuple[Path, Path]) -> None:
+    result = runner.invoke(cli.app, ["explain", "-t", str(pair[0]), "-m", "snapkv", "-b", "0.25", "--window", "8",
+                                     "--lowering", "eager", "--json", "-n", "64"])
+    assert result.exit_code == 0, result.output
+    numbers = json.loads(result.stdout)["costs"]["numbers"]
+    for length in (4096, 32768):
+        kept = 2 * 3 * 2 * 16 * 4 * (length // 4 + 64) + 8 * 3 * 2 * (length // 4 + 1)
+        assert numbers[str(length)]["kv_bytes"]["method"] == kept
+
+
 def test_tables(pair: tuple[Path, Path]) -> None:
     text = explain(pair[0], "-d", str(pair[1])).stdout
     for part in ("model.layers.0.self_attn .. model.layers.2.self_attn: 24 slots", "prefill FLOPs", "S = 32,768",
