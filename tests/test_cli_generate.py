@@ -170,7 +170,7 @@ def test_help_ends_with_a_line_that_parses(path: str) -> None:
 @pytest.mark.real
 def test_the_example_of_the_help_works_as_it_stands() -> None:
     help_text = runner.invoke(cli.app, ["generate", "--help"], env={"COLUMNS": "100"}).stdout
-    line = help_text.strip().splitlines()[-1].removeprefix("Example: specpass ")
+    line = help_text.strip().splitlines()[-1].strip().removeprefix("Example: specpass ")
     done = subprocess.run([sys.executable, "-m", "specpass.cli", *shlex.split(line), "-n", "24"], capture_output=True,
                           text=True, timeout=600)
     assert done.returncode == 0, done.stderr
