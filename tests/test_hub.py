@@ -213,3 +213,19 @@ def test_pip_failure_is_explained(tmp_path, monkeypatch):
 def test_import_of_hub_needs_no_torch():
     code = "import sys, specpass.hub, specpass.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_hub_ids_are_what_the_hub_library_has_cached(cache, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hf" / "models--some--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "hf" / "models--some--model" / "refs").mkdir()
+    (tmp_path / "hf" / "models--some--model" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    assert hub.model_path("some/model") == snapshot
+
+
+def test_hub_ids_that_are_not_cached_say_so(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    with pytest.raises(FetchError, match=r"'some/model'.*HF_HUB_OFFLINE is set.*give a folder"):
+        hub.model_path("some/model")

@@ -1,0 +1,72 @@
+"""`specpass explain`: what would be rewritten, kept and gained, without loading the weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from specpass.cli_options import (
+    Budget,
+    Draft,
+    Dtype,
+    Json,
+    Lookahead,
+    Lowering,
+    MaxNewTokens,
+    MethodName,
+    Options,
+    Target,
+    Window,
+    choose,
+)
+from specpass.errors import MethodOptionError, OutputFileError
+
+FORMATS = (".svg", ".dot")
+
+
+def explain(
+    target: Target,
+    draft: Draft = None,
+    method: MethodName = "speckv",
+    budget: Budget = "1024",
+    window: Window = None,
+    lookahead: Lookahead = None,
+    option: Options = None,
+    max_new_tokens: MaxNewTokens = 256,
+    graph: Annotated[Path | None, typer.Option(help="Draw one layer before and after: FILE.svg or FILE.dot.")] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="Load the models instead of narrow stand-ins.")] = False,
+    dtype: Dtype = "auto",
+    lowering: Lowering = "inductor",
+    as_json: Json = False,
+) -> None:
+    """Show sites rewritten, refusals, budgets, bytes and FLOPs, break-even lengths, and the graphs with their seconds.
+
+    Models are compiled as narrow stand-ins of the same layers; bytes and FLOPs are those of the real sizes.
+    """
+    if graph is not None and graph.suffix not in FORMATS:
+        raise OutputFileError(f"--graph {graph}: no known format; name a file that ends in {' or '.join(FORMATS)}.")
+    choice = choose(target, draft, method, budget, window, lookahead, option, dtype, lowering)
+    if choice.method is None:
+        raise MethodOptionError("--method full rewrites nothing, so there is nothing to explain: name a method.")
+    from specpass.explain import explain as run
+
+    report, stages = run(choice.target, choice.draft, choice.method, dtype=dtype, lowering=lowering,
+                          max_new_tokens=max_new_tokens, weights=weights)
+    if graph is not None:
+        from specpass.graph_view import draw
+
+        if "PRUNED" not in stages:
+            raise OutputFileError(
+                f"--graph {graph}: nothing was rewritten, so there is no layer to draw: {'; '.join(report.refusals)}."
+            )
+        draw(stages["TRACED"], stages["PRUNED"], graph)
+        typer.echo(f"wrote {graph}", err=True)
+    if as_json:
+        typer.echo(json.dumps(report.data(max_new_tokens)))
+    else:
+        Console(width=None if sys.stdout.isatty() else 140).print(report)

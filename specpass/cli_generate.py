@@ -1,0 +1,115 @@
+"""`specpass generate`: answer one prompt, streaming, or as JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specpass.cli_options import (
+    Budget,
+    Choice,
+    Draft,
+    Dtype,
+    Json,
+    Lookahead,
+    Lowering,
+    MaxNewTokens,
+    MethodName,
+    Options,
+    Target,
+    Window,
+    choose,
+    encode,
+    load_pair,
+    read_prompt,
+)
+
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
+def generate(
+    target: Target,
+    draft: Draft = None,
+    method: MethodName = "speckv",
+    budget: Budget = "1024",
+    window: Window = None,
+    lookahead: Lookahead = None,
+    option: Options = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="The prompt as UTF-8 text.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; above, sample.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Feed the prompt as it is, without the chat template.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Dtype = "auto",
+    lowering: Lowering = "inductor",
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt (--prompt, --prompt-file or stdin) from a KV cache of fixed budget; the answer streams.
+
+    Ends with 0; 1 for a mistake, which is named; 2 for a wrong option; 130 after Ctrl-C, with what was written so far.
+    """
+    choice = choose(target, draft, method, budget, window, lookahead, option, dtype, lowering)
+    text = read_prompt(prompt, prompt_file)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_p": top_p}
+    answer = _answer(choice, text, raw, device, seed, echo=not as_json, max_new_tokens=max_new_tokens, **sampling)
+    if as_json:
+        typer.echo(json.dumps(answer, ensure_ascii=False))
+    if answer["stopped"] == "interrupt":
+        raise typer.Exit(INTERRUPTED)
+
+
+def _answer(choice: Choice, text: str, raw: bool, device: str, seed: int, echo: bool, **options: Any) -> dict[str, Any]:
+    """Generate and describe what came; an interrupt ends generation, not the description."""
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    import specpass
+    from specpass.storage import cache_bytes
+    from specpass.streaming import Streamer
+
+    logging.disable_progress_bar()  # loading bars on stderr would stand between the answer and the prompt
+    start = time.perf_counter()
+    model, _draft, tokenizer = load_pair(choice, device)
+    loaded = time.perf_counter()
+    inputs = encode(tokenizer, text, raw, device)
+    streamer = Streamer(tokenizer, typer.echo if echo else None)
+    set_seed(seed)
+    out = None
+    try:
+        out = model.generate(**inputs, streamer=streamer, return_dict_in_generate=True, **options)
+    except KeyboardInterrupt:
+        streamer.end()
+    ended = time.perf_counter()
+    refusals = [] if choice.method is None else list(specpass.report(model).refusals)
+    if echo:
+        for reason in refusals:
+            typer.echo(f"note: nothing was pruned: {reason}", err=True)
+    ids = streamer.ids
+    stopped = "interrupt" if out is None else "length" if len(ids) == options["max_new_tokens"] else "eos"
+    return {
+        "text": streamer.text,
+        "token_ids": ids,
+        "stopped": stopped,
+        "target": choice.target,
+        "draft": choice.draft,
+        "method": choice.label,
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "new_tokens": len(ids),
+        "kv_bytes": None if out is None else cache_bytes(out.past_key_values),
+        "refusals": refusals,
+        "seconds": {
+            "load": round(loaded - start, 3),
+            "first_token": round(streamer.times[0] - loaded, 3) if streamer.times else None,  # compilation included
+            "total": round(ended - start, 3),
+        },
+    }
+

@@ -1,0 +1,124 @@
+"""What `generate` and `explain` share: their common options, the pair of models, the prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specpass.errors import MissingDraftError, PromptError
+from specpass.method_table import FULL, make_method, names
+from specpass.methods import Method
+
+MODELS = "name (see `specpass models list`), hub id, or folder"
+
+Target = Annotated[str, typer.Option("--target", "-t", help=f"The model that answers: {MODELS}.")]
+Draft = Annotated[str | None, typer.Option("--draft", "-d", help=f"The small model with the same tokenizer: {MODELS}.")]
+MethodName = Annotated[str, typer.Option("--method", "-m", help=f"{', '.join(names())}, or {FULL}: no pruning.")]
+Budget = Annotated[str, typer.Option("--budget", "-b", help="KV slots per KV head and layer, or a ratio such as 0.25.")]
+Window = Annotated[int | None, typer.Option(help="The last WINDOW prompt tokens are always kept.")]
+Lookahead = Annotated[int | None, typer.Option(help="Tokens that the draft writes ahead.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-o", help="Another field of the method, NAME=VALUE; repeatable.")
+]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")]
+Lowering = Annotated[str, typer.Option(help="inductor, or eager: the same passes without a compiler.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The models and the method that the options name; nothing is loaded yet. `method` None: full KV."""
+
+    target: str
+    draft: str | None
+    method: Method | None
+    dtype: str
+    lowering: str
+
+    @property
+    def label(self) -> str:
+        return "full KV" if self.method is None else self.method.key
+
+
+def check_words(dtype: str, lowering: str) -> None:
+    """Raises: typer.BadParameter for a word that no model can be loaded or compiled with."""
+    if lowering not in ("inductor", "eager"):
+        raise typer.BadParameter(f"{lowering!r} is neither 'inductor' nor 'eager'.", param_hint="--lowering")
+    if dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise typer.BadParameter(f"{dtype!r} is none of auto, bfloat16, float16, float32.", param_hint="--dtype")
+
+
+def choose(target: str, draft: str | None, method: str, budget: str, window: int | None, lookahead: int | None,
+           options: list[str] | None, dtype: str, lowering: str) -> Choice:
+    """Check the options before any model is loaded.
+
+    Raises: MethodOptionError, BudgetError, MissingDraftError, typer.BadParameter.
+    """
+    check_words(dtype, lowering)
+    if method.lower() == FULL:
+        return Choice(target, None, None, dtype, lowering)
+    made = make_method(method, budget, options or (), window=window, lookahead=lookahead)
+    if not made.drafts:
+        if draft is not None:
+            typer.echo(f"note: {made.name} asks no draft; --draft {draft} is not loaded", err=True)
+        draft = None
+    elif draft is None and getattr(made, "lookahead_ids", None) is None:
+        raise MissingDraftError(
+            f"{made.name} looks ahead with a draft model: add --draft NAME, a small model with the target's tokenizer "
+            "(the target itself works too), or choose a method without one, e.g. --method snapkv."
+        )
+    return Choice(target, draft, made, dtype, lowering)
+
+
+def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
+    """(compiled target, draft or None, tokenizer); raises what hub.load and specpass.compile raise."""
+    import specpass
+    from specpass import hub
+
+    target, tokenizer = hub.load(choice.target, dtype=choice.dtype)
+    target.requires_grad_(False).to(device)
+    draft = None
+    if choice.draft == choice.target:
+        draft = target
+    elif choice.draft is not None:
+        draft = hub.load(choice.draft, dtype=choice.dtype)[0].requires_grad_(False).to(device)
+    if choice.method is not None:
+        specpass.compile(target, draft=draft, method=choice.method, lowering=choice.lowering)
+    return target, draft, tokenizer
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from --prompt, --prompt-file, or stdin where neither is given.
+
+    Raises: PromptError: both, none (stdin is a terminal), empty, or not UTF-8.
+    """
+    if prompt is not None and file is not None:
+        raise PromptError("--prompt and --prompt-file are both given: leave one out.")
+    if prompt is None and file is None and sys.stdin.isatty():
+        raise PromptError("no prompt: pass --prompt TEXT or --prompt-file FILE, or pipe a text to stdin.")
+    try:
+        text = prompt if prompt is not None else file.read_text("utf-8") if file is not None else sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"the prompt in {file or 'stdin'} cannot be read: {error}. It must be UTF-8 text.") from error
+    if not text.strip():
+        raise PromptError("the prompt is empty: nothing can be answered.")
+    return text
+
+
+def encode(tokenizer: Any, text: str, raw: bool, device: str = "cpu") -> Any:
+    """The prompt as model inputs [1, S], as a user's message in the chat template unless `raw`.
+
+    Raises: PromptError: the tokenizer has no chat template.
+    """
+    if raw:
+        return tokenizer(text, return_tensors="pt").to(device)
+    if not tokenizer.chat_template:
+        raise PromptError("the model's tokenizer has no chat template: pass --raw to feed the prompt as it is.")
+    chat = [{"role": "user", "content": text}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return inputs.to(device)

@@ -1,0 +1,74 @@
+"""A decoder's sizes, read from its config and from a model of that config without memory (the meta device)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+_LAYER = re.compile(r"\.\d+\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Sizes of a dense decoder; `mlp_matrices` is 3 for gated MLPs, 2 for plain ones, `itemsize` in bytes."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    mlp_matrices: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, config: Any, itemsize: int | None = None) -> Decoder | None:
+        """Sizes from a Hugging Face config; None where the layers are not those of a dense decoder (experts, say).
+
+        Args: itemsize: bytes a number; None takes the config's dtype.
+        """
+        text = config.get_text_config(decoder=True)
+        if not all(hasattr(text, name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")):
+            return None
+        heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        inner = next((getattr(text, name) for name in ("intermediate_size", "ffn_dim", "n_inner")
+                      if getattr(text, name, None)), 4 * text.hidden_size)
+        attention = text.hidden_size * head_dim * 2 * (heads + kv_heads)
+        per_layer = layer_weights(config) / text.num_hidden_layers
+        matrices = (per_layer - attention) / (text.hidden_size * inner)
+        if matrices not in (2, 3):
+            return None
+        return cls(text.num_hidden_layers, text.hidden_size, heads, kv_heads, head_dim, inner, text.vocab_size,
+                   int(matrices), itemsize or _itemsize(config))
+
+
+def layer_weights(config: Any) -> int:
+    """Numbers in the matrices of all decoder layers."""
+    text = config.get_text_config(decoder=True)
+    kind: Any = type(text)
+    return _layer_weights(kind, text.to_json_string(use_diff=False))
+
+
+@functools.lru_cache(maxsize=16)
+def _layer_weights(kind: Any, text: str) -> int:
+    import json
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(text)))
+    return sum(p.numel() for name, p in model.named_parameters()
+               if p.dim() > 1 and _LAYER.search(name) and "embed" not in name)
+
+
+def _itemsize(config: Any) -> int:
+    import torch
+
+    dtype = getattr(config, "dtype", None) or torch.float32
+    return (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize

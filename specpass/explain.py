@@ -1,0 +1,107 @@
+"""What specpass does with a pair of models, found out without their weights.
+
+A stand-in has the target's class, layers, heads and layer types, but narrow layers and random weights: passes match
+structure, so it is rewritten, or refused, as the model is. Where no stand-in can be made, the model is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import fx
+from transformers import AutoModelForCausalLM
+
+import specpass
+from specpass import checks, hub
+from specpass.decoder import Decoder
+from specpass.graph_view import copy_graph
+from specpass.methods import Method
+from specpass.reporting import Report
+
+HEAD_DIM, INTERMEDIATE, VOCAB = 16, 64, 256
+BEYOND = 64  # prompt tokens beyond the budget
+RATIO_PROMPT = 1024  # the prompt of a budget that is a ratio: any draft can read it
+
+
+def narrow(config: Any) -> Any:
+    """A copy of a text model's config with the same layers and heads and little of everything else."""
+    small = copy.deepcopy(config)
+    small.vocab_size, small.hidden_size = VOCAB, HEAD_DIM * small.num_attention_heads
+    for name in ("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"):
+        if isinstance(getattr(small, name, None), int):
+            setattr(small, name, INTERMEDIATE)
+    if isinstance(getattr(small, "head_dim", None), int):
+        small.head_dim = HEAD_DIM
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(small, name, None)
+    small._name_or_path = ""  # its tokenizer is nobody's
+    return small
+
+
+def stand_in(config: Any, dtype: torch.dtype) -> Any:
+    """A random model of the narrow config, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(narrow(config), dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def explain(target: str, draft: str | None, method: Method, *, dtype: str = "auto", lowering: str = "inductor",
+            max_new_tokens: int = 256, weights: bool = False) -> tuple[Report, dict[str, fx.GraphModule]]:
+    """Compile a stand-in of the pair (or, with `weights`, the models), and run one prompt and two decode steps.
+
+    Returns: the report, with the costs of the real models, and the prefill's graph as it came from tracing ("TRACED")
+    and rewritten ("PRUNED"); the latter is missing where the model was refused.
+
+    Raises: what `hub.model_path`, `specpass.compile` and a call of the compiled model raise.
+    """
+    configs = [None if name is None else hub.read_config(name) for name in (target, draft)]
+    if configs[1] is not None:
+        checks.check_tokenizers(*configs)
+    model = _model(target, configs[0], dtype, weights)
+    small = None if draft is None else _model(draft, configs[1], dtype, weights)
+    specpass.compile(model, draft=small, method=method, lowering=lowering, keep_stages=("PRUNED",))
+    backend = model._specpass.backend
+    stages = _keep_traced(backend)
+    size = method.budget + BEYOND if isinstance(method.budget, int) else RATIO_PROMPT
+    cache = specpass.BudgetCache(model.config, method, max_new_tokens=max_new_tokens, prompt_length=size)
+    vocab = min(m.config.get_text_config(decoder=True).vocab_size for m in (model, small) if m is not None)
+    ids = torch.randint(1, vocab, (1, size), generator=torch.Generator().manual_seed(0))
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3,
+                       do_sample=False)
+    report = specpass.report(model)
+    sizes = [None if config is None else Decoder.of(config, _dtype(config, dtype).itemsize) for config in configs]
+    report.sizes = (sizes[0], sizes[1])
+    return report, stages | {name: gm for name, gm in backend.stages.items() if name == "PRUNED"}
+
+
+def _keep_traced(backend: specpass.Backend) -> dict[str, fx.GraphModule]:
+    """Where this backend will leave a copy of the prefill's graph from before the first pass."""
+    found: dict[str, fx.GraphModule] = {}
+    rewrite: Any = backend._rewrite
+
+    def keeping(traced: fx.GraphModule, state: Any, *rest: Any) -> fx.GraphModule:
+        if state.kind == "prefill":
+            found["TRACED"] = copy_graph(traced)
+        return rewrite(traced, state, *rest)
+
+    vars(backend)["_rewrite"] = keeping
+    return found
+
+
+def _model(name: str, config: Any, dtype: str, weights: bool) -> Any:
+    if not weights and config.get_text_config(decoder=True) is config:
+        try:
+            return stand_in(config, _dtype(config, dtype))
+        except (ValueError, RuntimeError, TypeError, KeyError, AttributeError):
+            pass  # a config whose numbers hang together in its own way: only the model itself will do
+    return hub.load(name, dtype=dtype)[0].requires_grad_(False)
+
+
+def _dtype(config: Any, dtype: str) -> torch.dtype:
+    found = config.dtype if dtype == "auto" else dtype
+    if found is None:
+        return torch.float32
+    return getattr(torch, found) if isinstance(found, str) else found

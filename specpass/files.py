@@ -1,0 +1,31 @@
+"""Files appear whole: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from specpass.errors import OutputFileError
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write `content` (text as UTF-8) to `path` atomically, making its folder.
+
+    Raises: OutputFileError: the file cannot be written there.
+    """
+    name = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}", suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.chmod(name, 0o644)  # mkstemp makes it private
+        os.replace(name, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise OutputFileError(
+            f"{path} cannot be written: {error}. Name a file in a folder that you may write to."
+        ) from error

@@ -1,0 +1,24 @@
+"""What a KV cache occupies, measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the distinct storages reachable from a cache and its layers."""
+    storages: dict[int, int] = {}
+    stack: list[Any] = [cache, *cache.layers]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, list | tuple):
+            stack += [part for part in item if isinstance(part, torch.Tensor | list | tuple | dict)]
+        elif isinstance(item, dict):
+            stack += [part for part in item.values() if isinstance(part, torch.Tensor | list | tuple | dict)]
+        elif hasattr(item, "__dict__"):
+            stack.append(vars(item))
+    return sum(storages.values())

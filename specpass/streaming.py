@@ -1,0 +1,40 @@
+"""A streamer for `generate`: hands over text as it comes, and keeps the tokens, the text and the times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import TextStreamer
+
+
+class Streamer(TextStreamer):
+    """Text of one sequence without its prompt and without special tokens.
+
+    Args:
+        tokenizer: decodes the ids.
+        write: called as write(text, nl=False) with each finished piece of text; None only collects.
+
+    Attributes:
+        ids: new token ids so far. times: `time.perf_counter()` at each. text: what was decoded so far.
+    """
+
+    def __init__(self, tokenizer: Any, write: Callable[..., Any] | None = None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write = write
+        self.ids: list[int] = []
+        self.times: list[float] = []
+        self.text = ""
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+            self.ids += value.flatten().tolist()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        if self.write is not None:
+            self.write(text, nl=stream_end)

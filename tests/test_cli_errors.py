@@ -1,0 +1,169 @@
+"""Every mistake that can be made on the command line: one message with the fix, exit code 1, no traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from cli_models import save_model
+from typer.testing import CliRunner
+
+from specpass import cli, errors, hub
+
+runner = CliRunner()
+EAGER = ["--lowering", "eager", "-n", "4"]
+TEXT = " ".join(f"w{index % 90}" for index in range(60))
+
+# Mistakes that a program can make and the command line cannot.
+NOT_HERE = {
+    errors.SpecpassError: "the base class",
+    errors.DeviceMismatchError: "both models go to --device",
+    errors.GradientsError: "models are loaded in eval mode, without gradients",
+    errors.NoAttentionSiteError: "needs an attention function of one's own; SDPA and eager attention are recognised",
+    errors.PartialGraphError: "needs hooks or a model's own graph break",
+    errors.UncompiledCacheError: "models are compiled first",
+    errors.MethodMismatchError: "cache and backend get one method",
+    errors.MaskError: "one prompt, no padding",
+    errors.PositionsError: "one prompt, no padding",
+    errors.CacheStateError: "one prompt, one cache",
+    errors.MethodHookError: "needs a method of one's own",
+    errors.TritonMissingError: "needs an environment without Triton",
+    errors.NoCudaError: "CUDA graphs are asked for in Python",
+    errors.UnsupportedCallError: "--lowering is checked as an option; no labels",
+}
+
+
+class Folders:
+    """Model folders, each made when a case asks for it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.good = self.make("good")
+
+    def make(self, name: str, **settings: Any) -> str:
+        folder = self.root / name
+        return str(folder if folder.exists() else save_model(folder, **settings))
+
+    def truncated(self) -> str:
+        folder = Path(self.make("truncated"))
+        file = folder / "model.safetensors"
+        with file.open("r+b") as stream:
+            stream.truncate(file.stat().st_size - 5)
+        return str(folder)
+
+    def bfloat16(self) -> str:
+        folder = self.make("bfloat16")
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").save_pretrained(folder)
+        return folder
+
+    def t5(self) -> str:
+        sizes = {"vocab_size": 128, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+        transformers.T5Config(**sizes, decoder_start_token_id=0).save_pretrained(self.root / "t5")
+        return str(self.root / "t5")
+
+    def empty(self) -> str:
+        (self.root / "empty").mkdir(exist_ok=True)
+        return str(self.root / "empty")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return Folders(tmp_path_factory.mktemp("models"))
+
+
+def generate(target: str, *args: str, prompt: str = TEXT) -> list[str]:
+    return ["generate", "-t", target, "--raw", "-p", prompt, *EAGER, *args]
+
+
+Case = Callable[[Folders], list[str]]
+SMALL = ("-b", "24", "--window", "8", "--lookahead", "4")
+CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
+    (errors.BudgetError, lambda f: generate(f.good, "-d", f.good, "-b", "lots"), ("'lots'", "256")),
+    (errors.BudgetError, lambda f: generate(f.good, "-m", "snapkv", "-b", "8"),
+     ("budget=8", "window=32", "lower window")),
+    (errors.BudgetError, lambda f: generate(f.good, "-m", "snapkv", "-b", "1.5"), ("budget=1.5", "(0, 1]")),
+    (errors.PromptBudgetError, lambda f: generate(f.good, "-d", f.good, "-m", "speckvpc", "-b", "64", "-o",
+                                                  "prompt_budget=48"), ("prompt_budget=48", "budget=64")),
+    (errors.FirstLayerError, lambda f: generate(f.good, "-d", f.good, "-m", "specpc", "-b", "40", "--window", "8",
+                                                "-o", "first_layer=9"), ("first_layer=9", "layers")),
+    (errors.MissingDraftError, lambda f: generate(f.good), ("--draft NAME", "--method snapkv")),
+    (errors.MethodOptionError, lambda f: generate(f.good, "-m", "fastkv"), ("'fastkv'", "snapkv", "full")),
+    (errors.MethodOptionError, lambda f: generate(f.good, "-m", "streamingllm", "--window", "8"),
+     ("'window'", "sinks")),
+    (errors.MethodOptionError, lambda f: generate(f.good, "-m", "snapkv", "-o", "kernel"), ("'kernel'", "NAME=VALUE")),
+    (errors.LookaheadError, lambda f: generate(f.good, "-b", "64", "-o", "lookahead_ids=[[1, 2], [3]]"),
+     ("lengths [1, 2]", "one length")),
+    (errors.PromptError, lambda f: generate(f.good, "-m", "full", prompt="  "), ("empty",)),
+    (errors.PromptError, lambda f: [*generate(f.good, "-m", "full"), "-f", "prompt.txt"], ("leave one out",)),
+    (errors.PromptError, lambda f: ["generate", "-t", f.good, "-m", "full", "-f", "no/such.txt"], ("no/such.txt",)),
+    (errors.PromptError,
+     lambda f: ["generate", "-t", f.make("plain", template=None), "-m", "full", "-p", TEXT], ("--raw",)),
+    (errors.OutputFileError, lambda f: ["explain", "-t", f.good, "-m", "snapkv", "--graph", "x.png"],
+     ("x.png", ".svg or .dot")),
+    (errors.OutputFileError,
+     lambda f: ["explain", "-t", f.good, "-m", "snapkv", "-b", "40", *EAGER, "--graph", "/dev/null/x.dot"],
+     ("/dev/null/x.dot", "may write")),
+    (errors.UnknownArchError, lambda f: ["tune", "-t", f.good, "--budget", "64", "--arch", "sm_1"], ("sm_1", "sm_90")),
+    (errors.UnknownModelError, lambda f: generate("gpt-none", "-m", "full"), ("'gpt-none'", "smollm2-135m")),
+    (errors.UnknownModelError, lambda f: generate(f.empty(), "-m", "full"), ("config.json",)),
+    (errors.FetchError, lambda f: generate("nobody/nothing", "-m", "full"), ("HF_HUB_OFFLINE", "give a folder")),
+    (errors.CorruptWeightsError, lambda f: generate(f.truncated(), "-m", "full"), ("bytes", "fetch or convert")),
+    (errors.EncoderDecoderError, lambda f: generate(f.t5(), "-m", "full"), ("t5", "decoder-only")),
+    (errors.TokenizerMismatchError, lambda f: generate(f.good, "-d", f.make("other", words=60), *SMALL),
+     ("different tokenizers", "same family")),
+    (errors.DtypeMismatchError, lambda f: generate(f.good, "-d", f.bfloat16(), *SMALL),
+     ("float32", "bfloat16", "dtype")),
+    (errors.DraftContextError, lambda f: generate(f.good, "-d", f.make("short", max_position_embeddings=48), *SMALL),
+     ("60 tokens", "48", "lower lookahead")),
+]
+
+
+IDS = [f"{index}-{case[0].__name__}" for index, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("error", "line", "texts"), CASES, ids=IDS)
+def test_one_message_with_the_fix(error: type[Exception], line: Case, texts: tuple[str, ...], folders: Folders) -> None:
+    args = line(folders)
+    result = runner.invoke(cli.app, args)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    messages = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
+    assert len(messages) == 1
+    for text in texts:
+        assert text in messages[0]
+    assert type(runner.invoke(cli.app, [*args, "--debug"]).exception) is error
+
+
+def test_every_error_is_here_or_has_a_reason() -> None:
+    known = {cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, errors.SpecpassError)}
+    assert known == {case[0] for case in CASES} | set(NOT_HERE)
+
+
+@pytest.mark.parametrize("args", [["--lowering", "fast"], ["--dtype", "float8"], ["-n", "0"], ["--no-such-option"]])
+def test_wrong_options_are_2(folders: Folders, args: list[str]) -> None:
+    result = runner.invoke(cli.app, ["generate", "-t", folders.good, "-m", "full", "-p", TEXT, *args])
+    assert result.exit_code == 2
+    assert args[0].lstrip("-") in result.stderr
+
+
+def test_what_nobody_expected_is_70_and_says_how_to_see_more(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "load", lambda *_, **__: 1 / 0)
+    args = ["generate", "-t", folders.good, "-m", "full", "-p", TEXT]
+    result = runner.invoke(cli.app, args)
+    assert result.exit_code == 70
+    assert "ZeroDivisionError: division by zero" in result.stderr
+    assert "--debug" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert isinstance(runner.invoke(cli.app, ["--debug", *args]).exception, ZeroDivisionError)
+
+
+def test_a_refusal_is_a_note_and_the_answer_comes(folders: Folders) -> None:
+    folder = folders.make("sliding", family="mistral-sliding")
+    result = runner.invoke(cli.app, generate(folder, "-m", "snapkv", "-b", "40"))
+    assert result.exit_code == 0
+    assert "note: nothing was pruned: layer 0" in result.stderr
+    assert result.stdout.strip()

@@ -1,0 +1,88 @@
+"""What import contracts cannot say: kernels without FX, imports without torch, documents that match the tree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import grimp
+import pytest
+import typer.main
+
+from specpass import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_contracts_see_the_linked_folders() -> None:
+    graph = grimp.build_graph("specpass", "specpass.lowering", "specpass.kernels", cache_dir=None)
+    assert graph.direct_import_exists(importer="specpass.backend", imported="specpass.lowering.lower")
+    assert graph.direct_import_exists(importer="specpass.ops", imported="specpass.kernels.reference")
+    assert graph.direct_import_exists(importer="specpass.lowering.lower", imported="specpass.reporting")
+
+
+def imported(file: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda file: file.name)
+def test_kernels_know_nothing_of_fx(file: Path) -> None:
+    names = imported(file)
+    assert names
+    for name in names:
+        assert not name.startswith(("torch.fx", "torch._dynamo", "torch._inductor", "specpass.passes")), name
+
+
+@pytest.mark.parametrize("module", ["specpass", "specpass.cli"])
+def test_importing_loads_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in ('torch', 'transformers', 'sympy') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_paths_in_documents_exist(file: Path) -> None:
+    text = file.read_text()
+    links = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
+    code = set(re.findall(r"`((?:specpass|lowering|kernels|bench|tests|docs)/[\w./]*)`", text))
+    missing = [path for path in links if not (file.parent / path).exists()]
+    assert not missing + [path for path in code if not (ROOT / path).exists()]
+
+
+def test_architecture_names_every_pass() -> None:
+    import specpass.ops  # noqa: F401  (passes name its operators)
+    from specpass.passes.pipeline import PASSES
+
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [A-Z]+ \|", text, flags=re.M)
+    assert rows == [item.name for item in PASSES]
+
+
+def commands_in(text: str) -> list[str]:
+    """Lines of ```sh blocks that call specpass."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.M | re.S)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("specpass ")]
+
+
+LINES = sorted({line for file in DOCUMENTS for line in commands_in(file.read_text())})
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_command_lines_in_documents_parse(line: str) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    command: Any = typer.main.get_command(cli.app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    command.make_context("specpass", words)
