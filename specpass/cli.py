@@ -81,7 +81,6 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="Real models that specpass knows by name.")
 app.add_typer(models_app, name="models")
-app.command("tune")(tune)
 
 
 def _show_version(wanted: bool) -> None:
@@ -111,6 +110,9 @@ app.command(epilog=_example('specpass generate -t smollm2-135m -m snapkv -p "Why
 app.command(epilog=_example("specpass explain -t qwen2.5-coder-1.5b -d qwen2.5-coder-0.5b -b 1024"))(
     cli_explain.explain
 )
+
+
+app.command(epilog=_example("specpass tune -t qwen2.5-coder-1.5b -b 256,512 --arch sm_90 --json tiles.json"))(tune)
 
 
 @models_app.command("list", epilog=_example("specpass models list"))

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from specpass.errors import BudgetError, TritonMissingError, UnknownArchError
+from specpass.files import write_file
 
 if TYPE_CHECKING:
     from specpass.kernels.store import Entry
@@ -28,8 +29,10 @@ console = Console(stderr=True, highlight=False)
 
 
 def tune(
-    target: Annotated[str, typer.Option(help="A model's name or folder; only its config.json is read.")] = "",
-    budget: Annotated[str, typer.Option(help="Budgets C, separated by commas.")] = "256,512,1024",
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="A model's name or folder; only its config.json is read.")
+    ] = "",
+    budget: Annotated[str, typer.Option("--budget", "-b", help="Budgets C, separated by commas.")] = "256,512,1024",
     arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; default: the GPU here, or sm_90.")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
@@ -47,8 +50,6 @@ def tune(
     """Find the fastest tiles of a model's kernels; compiled models use them without being told.
 
     Without a GPU of the architecture, tiles are ranked by a cost model. A run that is cut off goes on where it was.
-
-    Example: [bold]specpass tune --target qwen2.5-coder-1.5b --budget 256,512,1024 --arch sm_90 --json tiles.json[/bold]
     """
     from specpass.kernels import store
 
@@ -66,7 +67,7 @@ def tune(
         emit_modules(found, Path(emit_path))
         typer.echo(f"wrote {len(found)} modules to {emit_path}")
     if json_path:
-        Path(json_path).write_text(json.dumps([*map(describe, found), *aten], indent=1) + "\n")
+        write_file(Path(json_path), json.dumps([*map(describe, found), *aten], indent=1) + "\n")
         typer.echo(f"wrote {json_path}")
 
 
