@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import eager_prompt as ep
 import eager_reference as eager
 import pytest
 import torch
@@ -103,6 +104,28 @@ def test_snapkv(smol: Smol) -> None:
     reference = eager.select(smol.twin, smol.long, C, how=dataclasses.replace(eager.SNAPKV, window=W))
     check_selection(kept(ours.cache), reference, W)
     check_answer(ours, smol.twin, smol.long, kept(ours.cache), tolerance=1e-3)
+
+
+def test_specpc_and_speckv_pc(smol: Smol) -> None:
+    """The tokens read are the eager ones, the model's own attention scoring; then SpecKV on what was read."""
+    how = ep.PromptScoring(window=32, kernel=32, neighbours=32, lookahead=2)
+    method = specpass.SpecPC(budget=160, **dataclasses.asdict(how))
+    ours = run(compile_eager(smol.model, method, draft=smol.model), smol.long, 4)
+    read = ep.choose(ep.pooled(ep.prompt_scores(smol.twin, smol.long, how), how), 160, how)
+    assert ours.cache.prompt_positions[0].tolist() == read
+    theirs = ep.answer(smol.twin, smol.long, read, 4)
+    assert ours.tokens[0] == theirs.tokens
+    torch.testing.assert_close(ours.logits[0], theirs.logits, atol=1e-3, rtol=1e-3)
+
+    both = specpass.SpecKVPC(budget=64, window=W, lookahead=2, prompt_budget=160, prompt_window=32)
+    ours = run(compile_eager(smol.model, both, draft=smol.model), smol.long, 4)
+    compile_eager(smol.model, smol.method, draft=smol.model)
+    assert ours.cache.prompt_positions[0].tolist() == read
+    short = smol.long[:, torch.tensor(read)]
+    slots = [torch.searchsorted(torch.tensor(read), layer) for layer in kept(ours.cache)]
+    reference = eager.select(smol.twin, short, 64, ours.cache.lookahead_ids, eager.Scoring(window=W))
+    check_selection(slots, reference, W)
+    check_answer(ours, smol.twin, short, slots, tolerance=1e-3)
 
 
 # -- the pair
