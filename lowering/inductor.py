@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
+from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -104,7 +105,9 @@ def compile_region(gm: fx.GraphModule, region: Region) -> Callable[..., Any]:
     sub = extract(gm, region)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     inputs = restate([node.meta["val"] for node in region.inputs], mode)
-    with tracing(TracingContext(mode)), torch.no_grad():
+    # A fused kernel keeps float32 between operators where the model rounds to bfloat16; it must not: the answers are to
+    # be the uncompiled model's, and a draft's near-tie would go the other way.
+    with tracing(TracingContext(mode)), torch.no_grad(), config.patch(emulate_precision_casts=True):
         return compile_fx(sub, inputs)
 
 
