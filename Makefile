@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 test: test-fast test-real  ## all tests: the fast suite, then real models (fetched once)
 
 test-fast: $(STAMP)  ## tests that need no real weights
-	$(BIN)/python -m pytest -m "not real"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real" -n auto --maxprocesses 4 --dist loadfile
 
 test-real: $(STAMP)  ## tests on real models
 	$(BIN)/python -m pytest -m real
