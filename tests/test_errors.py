@@ -203,7 +203,7 @@ def test_training_mode_at_the_call(which: str) -> None:
 def test_gradients_wanted() -> None:
     target = compile_eager(tiny().requires_grad_(True), METHOD, tiny(seed=1))
     cache = new_cache(target)
-    with refused(target, errors.GradientsError, "torch.no_grad()"):
+    with refused(target, errors.GradientsError, "torch.no_grad()"), torch.enable_grad():
         target(input_ids=prompt(40), past_key_values=cache)
     assert untouched(cache)
     assert call(target, prompt(40), cache).shape == (1, 1, 128)

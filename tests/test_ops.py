@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import specpass.ops  # noqa: F401  (registers the operators)
+import specpass.ops_prompt  # noqa: F401  (registers the operators, those of specpass.ops too)
 
 SPEC = torch.ops.specpass
 B, H, K, S, D, C, N, W, L = 2, 4, 2, 9, 8, 5, 3, 2, 2
@@ -47,7 +47,8 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "take_positions": [(torch.randn(B, S, D), lengths[:, None] - 1)],
         "score_rows": [(lengths, ahead, W, [7]), (lengths, None, W, [])],
         "take_rows": [(query, rows)],
-        "importance": [(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.3, how) for how in ("max", "mean")],
+        "importance": [(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.3, how) for how in ("max", "mean")]
+        + [(SPEC.take_rows(query, rows), key, rows, lengths, 0, 0.3, "sum", torch.rand(W + L))],
         "select": [(scores, lengths, C, W, 3, "max"), (scores, lengths, S + 4, W, 7, "avg")],
         "select_recent": [(lengths, K, C, 1), (lengths, K, S + 4, 0)],
         "keep_all": [(lengths, K, S + 4)],
@@ -55,6 +56,21 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "keep_kv": [(key, value, lengths, N)],
         "attend": [(query[:, :, :q], *heads, used, 0.3) for q in (1, 3)],
         "prefill_attention": [(query, key, value, 0.3), (query[:, :K], key, value, 0.3)],
+        "read_prompt": [(key,)],
+        "widen": [(keys, K, C + N), (keys, K, C + N + 3)],
+        "advance": [(torch.tensor(5), None, 2), (torch.tensor(5), lengths, 2)],
+        "told_positions": [(order, lengths), (order[:1], lengths)],
+        "told_length": [(torch.tensor(5), lengths)],
+        "row_weights": [(lengths, W), (lengths, 1)],
+        "no_scores": [(ids, 1), (keys, K)],
+        "merge_layer": [(scores[:, 0], scores, how) for how in ("max", "sum")],
+        "merge_step": [(scores[:, 0, :S], scores[:, 0], how) for how in ("max", "sum")],
+        "select_prompt": [(scores[:, 0], lengths, C, W, 4, 3, "max"), (scores[:, 0], lengths, S + 9, W, 3, 2, "avg")],
+        "take_ids": [(ids, positions[:, 0])],
+        "count_kept": [(positions[:, 0],)],
+        "number_anew": [(positions[:, 0],)],
+        "map_positions": [(positions, order)],
+        "keep_short_rows": [(positions, lengths, C), (positions, lengths, C + 3)],
         "next_token": [
             (torch.randn(B, 1, 50), torch.tensor([False, True]), 40, heat, 1, 2, [7], 0) for heat in (0.0, 1.0)
         ],
