@@ -281,6 +281,13 @@ def test_select_prompt_is_the_list_built_one_by_one(data: st.DataObject) -> None
         assert chosen[row].tolist() == expected + [-1] * (budget - len(expected))
 
 
+def test_without_its_draft_the_prompt_is_read_whole(draft: Any, twin: Any) -> None:
+    torch._dynamo.reset()
+    model, ids = compile_eager(tiny(), spec_pc(), draft=draft, skip_passes=["insert_draft"]), prompt(60, seed=9)
+    check_answer(run(model, ids, 3), twin, ids, None)
+    assert "no draft was inserted" in str(specpass.report(model))
+
+
 # -- PyramidKV
 
 

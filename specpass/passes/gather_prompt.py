@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from specpass.passes.base import Pass, State
+from specpass.passes.base import Pass, Refusal, State
 from specpass.passes.graph import ATEN, SPEC, Editor, find, items_of
 
 
@@ -37,6 +37,8 @@ class GatherPrompt(Pass):
             before = prompt_lengths.next
             kept = editor.call(SPEC.keep_all, prompt_lengths, 1, how.budget, before=before)
             positions = editor.call(ATEN.select.int, kept, 1, 0, before=before)
+        elif state.prompt_scores is None:
+            raise Refusal("no draft was inserted, so nothing scores the prompt's tokens")
         else:
             positions = editor.call(SPEC.select_prompt, state.prompt_scores, prompt_lengths, how.budget, how.window,
                                     how.kernel, how.neighbours, how.pool, before=before)
