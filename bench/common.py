@@ -10,7 +10,6 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -50,17 +49,9 @@ def versions() -> dict[str, str | None]:
 
 def write_json(path: Path, document: Any) -> None:
     """Write atomically: a reader, or a run that is cut off, never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(document, file, indent=1)
-            file.write("\n")
-        os.chmod(name, 0o644)  # mkstemp makes it private
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    from specpass.files import write_file
+
+    write_file(path, json.dumps(document, indent=1) + "\n")
 
 
 def save_results(path: Path, settings: dict[str, Any], **parts: Any) -> None:

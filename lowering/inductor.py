@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from specpass.lowering.regions import Region, close, find_regions
+from specpass.passes.graph import copy_module
 from specpass.reporting import GraphRecord
 
 
@@ -59,7 +60,7 @@ def lower_regions(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
             # The captured draft is shared by later graphs: lowered once, kept beside it.
             lowered = child.meta.get("specpass_lowered")
             if lowered is None:
-                lowered = lower_regions(_copy(child), record)
+                lowered = lower_regions(copy_module(child), record)
                 lowered.recompile()
                 child.meta["specpass_lowered"] = lowered
             setattr(gm, name, lowered)
@@ -76,15 +77,6 @@ def lower_regions(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
     record.distinct_regions += len(compiled)
     gm.graph.lint()
     return gm
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, env))
-    for old, new in env.items():
-        new.meta = dict(old.meta)
-    return fx.GraphModule(gm, graph)
 
 
 def extract(gm: fx.GraphModule, region: Region) -> fx.GraphModule:

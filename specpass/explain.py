@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import specpass
 from specpass import checks, hub
 from specpass.decoder import Decoder
-from specpass.graph_view import copy_graph
 from specpass.methods import Method
+from specpass.passes.graph import copy_module
 from specpass.reporting import Report
 
 HEAD_DIM, INTERMEDIATE, VOCAB = 16, 64, 256
@@ -84,7 +84,7 @@ def _keep_traced(backend: specpass.Backend) -> dict[str, fx.GraphModule]:
 
     def keeping(traced: fx.GraphModule, state: Any, *rest: Any) -> fx.GraphModule:
         if state.kind == "prefill":
-            found["TRACED"] = copy_graph(traced)
+            found["TRACED"] = copy_module(traced)
         return rewrite(traced, state, *rest)
 
     vars(backend)["_rewrite"] = keeping

@@ -34,16 +34,6 @@ class Layer:
     ours: set[str] = dataclasses.field(default_factory=set)
 
 
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph as it is now, with its nodes' metadata; passes go on changing the original."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, env))
-    for old, new in env.items():
-        new.meta = dict(old.meta)
-    return fx.GraphModule(gm, graph)
-
-
 def layer_of(gm: fx.GraphModule, title: str, index: int = 0) -> Layer:
     """Layer `index` of a TRACED or PRUNED prefill graph."""
     region = find_regions(gm)[index]

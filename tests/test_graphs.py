@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import specpass
 import specpass.backend
 from specpass.passes import pipeline
+from specpass.passes.graph import copy_module
 from specpass.passes.stages import StageError, verify
 
 C, W, L, LAYERS = 24, 8, 4, 2
@@ -250,7 +251,7 @@ specpass.take_positions""",
 
 def test_verify_finds_what_a_pass_may_not_leave(record: Record) -> None:
     def broken() -> tuple[fx.GraphModule, fx.Node]:
-        twin = fx.GraphModule(record.backend.stages["PRUNED"], pipeline._copy(record.backend.stages["PRUNED"].graph))
+        twin = copy_module(record.backend.stages["PRUNED"])
         return twin, next(node for node in twin.graph.nodes if "take_rows" in str(node.target))
 
     gm, node = broken()

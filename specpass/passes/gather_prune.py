@@ -64,6 +64,6 @@ class GatherPrune(Pass):
                                method.kernel, method.pool, before=before, like=like)
         name = f"{method.name}.select"
         inline = Inline(editor, functools.partial(method.select, budget=site.budget), name)
-        positions = inline(site.scores, state.lengths, before=before, like=like or site.attention)
+        positions = inline(site.scores, state.lengths, before=before, like=like)
         shape = (*site.scores.meta["val"].shape[:2], site.budget)
         return check_result(positions, shape, torch.int64, name, "positions [B, K, C]")

@@ -93,6 +93,16 @@ class Editor:
         self.graph.erase_node(old)
 
 
+def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph as it is now, with its nodes' metadata; passes go on changing the original."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, env))
+    for old, new in env.items():
+        new.meta = dict(old.meta)
+    return fx.GraphModule(gm, graph)
+
+
 def placeholders(graph: fx.Graph) -> dict[str, fx.Node]:
     """Placeholders by name, in order."""
     return {node.target: node for node in graph.nodes if node.op == "placeholder"}

@@ -24,7 +24,7 @@ class Inline:
         self.editor, self.function, self.name = editor, function, name
         self.traced: dict[str, fx.GraphModule] = {}
 
-    def __call__(self, *args: fx.Node, before: fx.Node, like: fx.Node) -> fx.Node:
+    def __call__(self, *args: fx.Node, before: fx.Node, like: fx.Node | None) -> fx.Node:
         """Insert the function's nodes in front of `before`; returns the node of its result.
 
         Raises: MethodHookError where the function cannot be traced or does not return one tensor.
@@ -45,7 +45,7 @@ class Inline:
                     new = env[node] = self.editor.graph.node_copy(node, lambda n: env[n])
                     new.meta = {"val": node.meta["val"]}
                     for name in ("nn_module_stack", "stack_trace"):
-                        if name in like.meta:
+                        if like is not None and name in like.meta:
                             new.meta[name] = like.meta[name]
         return env[output_of(graph).args[0]]
 

@@ -16,6 +16,7 @@ from specpass.passes.base import Pass, State
 from specpass.passes.canonicalize import Canonicalize
 from specpass.passes.gather_prompt import GatherPrompt
 from specpass.passes.gather_prune import GatherPrune
+from specpass.passes.graph import copy_module
 from specpass.passes.insert_draft import InsertDraft
 from specpass.passes.pack_rows import PackRows
 from specpass.passes.resize_prompt import ResizePrompt
@@ -73,7 +74,7 @@ class Pipeline:
                 dump(gm, item.name)
             following = PASSES[index + 1].stage if index < last else ""
             if item.stage in keep and following != item.stage:
-                self.stages[item.stage] = fx.GraphModule(gm, _copy(gm.graph))
+                self.stages[item.stage] = copy_module(gm)
         gm.recompile()
         return gm
 
@@ -81,15 +82,6 @@ class Pipeline:
         """Hash of the passes' names, options and sources; part of every cache key."""
         text = [f"{item!r}" + inspect.getsource(type(item)) for item in PASSES if item.name not in self.skip]
         return hashlib.sha256("\n".join(text).encode()).hexdigest()[:16]
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    twin = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    twin.output(twin.graph_copy(graph, env))
-    for old, new in env.items():
-        new.meta = dict(old.meta)
-    return twin
 
 
 class Dump:
