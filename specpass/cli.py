@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from specpass import cli_explain, cli_generate
 from specpass._version import __version__
+from specpass.cli_bench import bench_app
 from specpass.cli_options import Dtype, Lowering, check_words
 from specpass.cli_tune import tune
 from specpass.errors import SpecpassError
@@ -81,6 +82,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="Real models that specpass knows by name.")
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

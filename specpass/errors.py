@@ -124,3 +124,15 @@ class PromptError(SpecpassError, ValueError):
 
 class OutputFileError(SpecpassError, ValueError):
     """A file that cannot be written, or whose ending names no known format."""
+
+
+class BenchmarkError(SpecpassError, ValueError):
+    """A task, method or length that no benchmark can be made of, or a result file that does not fit the command."""
+
+
+class VerificationError(SpecpassError, ValueError):
+    """A result file whose prompts or scores are not what its seeds and answers give."""
+
+
+class PeerError(SpecpassError, RuntimeError):
+    """Another implementation could not be installed or run."""
