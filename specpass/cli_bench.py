@@ -94,6 +94,42 @@ def _finish(out: Path, table: str, complete: bool) -> None:
         typer.echo("The grid is not complete: the same command goes on where this one stopped.")
 
 
+@bench_app.command(epilog="Example: [bold]specpass bench speed --quick[/bold]")
+def speed(
+    target: Target = "qwen2.5-coder-1.5b",
+    draft: Draft = "qwen2.5-coder-0.5b",
+    quick: Quick = False,
+    methods: Words = None,
+    lengths: Annotated[str | None, typer.Option(help="Prompt tokens S.")] = None,
+    batches: Annotated[str | None, typer.Option(help="Batch sizes.")] = None,
+    minutes: Minutes = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file, bench/results/speed.json by default.")] = None,
+    restart: Restart = False,
+    device: Device = "cpu",
+    dtype: Dtype = "bfloat16",
+    lowering: Lowering = "inductor",
+) -> None:
+    """First token, decode rate, memory and compile time of each method, with floors. Resumes; stops at its limit."""
+    check_words(dtype, lowering)
+    _quiet_threads()
+    import dataclasses
+
+    from specpass.benchmarks import speed as runner
+    from specpass.benchmarks.models import Pair
+    from specpass.benchmarks.results import read_results
+
+    given = {
+        "methods": methods and _words(methods), "lengths": lengths and _numbers("--lengths", lengths),
+        "batches": batches and _numbers("--batches", batches),
+    }  # fmt: skip
+    changes = {name: value for name, value in given.items() if value is not None}
+    plan = dataclasses.replace(runner.QUICK if quick else runner.Plan(), **changes)  # type: ignore[arg-type]
+    out = out or RESULTS / ("speed_quick.json" if quick else "speed.json")
+    limit = minutes if minutes is not None else QUICK_MINUTES if quick else MINUTES
+    complete = runner.Run(Pair(target, draft, dtype, device, lowering), plan, out, limit, restart, quick=quick).run()
+    _finish(out, runner.markdown(read_results(out)), complete)
+
+
 @bench_app.command(epilog="Example: [bold]specpass bench verify bench/results/quality.json[/bold]")
 def verify(
     file: Annotated[Path, typer.Argument(help="A file that `specpass bench quality` wrote.")],

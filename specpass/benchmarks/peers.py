@@ -99,5 +99,15 @@ def answers(pair: Pair, work: Iterable[tuple[Prompt, int, list[Variant]]]) -> It
         yield Answer(chosen[line["press"]], prompt, line["tokens"], line["seconds"], line["kept"])
 
 
+def speed(pair: Pair, length: int, batch: int, budget: int, steps: int, prefills: int) -> dict[str, Any]:
+    """kvpress's SnapKV, as in `peer_worker.speed`. Raises: see `run`."""
+    job = {"what": "speed", **_model(pair), "length": length, "batch": batch, "budget": budget, "steps": steps,
+           "prefills": prefills}
+    found = list(run(job))
+    if len(found) != 1:
+        raise PeerError(f"the kvpress worker gave {len(found)} results for one measurement.")
+    return found[0]
+
+
 def _model(pair: Pair) -> dict[str, Any]:
     return {"model": str(model_path(pair.target_name)), "dtype": pair.dtype, "device": pair.device}

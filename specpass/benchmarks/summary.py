@@ -71,6 +71,11 @@ def markdown(summary: list[dict[str, Any]]) -> str:
         budget = "-" if entry["budget"] is None else str(entry["budget"])
         scores = [f"{entry['tasks'][task]:.2f}" if task in entry["tasks"] else "-" for task in tasks]
         rows.append([entry["method"], budget, str(entry["length"]), str(entry["prompts"]), score, retention, *scores])
+    return table(rows)
+
+
+def table(rows: list[list[str]]) -> str:
+    """Rows as a markdown table, the first being its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "| " + " | ".join("---" for _ in rows[0]) + " |", *lines[1:]]) + "\n"
 
