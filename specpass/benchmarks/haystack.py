@@ -37,7 +37,7 @@ class Block:
     first: int
     lines: tuple[str, ...]
 
-    @property
+    @functools.cached_property
     def text(self) -> str:
         return "\n".join(self.lines)
 
@@ -57,8 +57,9 @@ def sentences() -> tuple[str, ...]:
 
 @functools.cache
 def words() -> tuple[str, ...]:
-    """Lower-case words of four to ten letters from the same prose, sorted."""
-    return tuple(sorted({word for text in sentences() for word in re.findall(r"\b[a-z]{4,10}\b", text)}))
+    """Lower-case words of four to ten letters, from the prose and from the source, sorted."""
+    texts = [*sentences(), *sources().values()]
+    return tuple(sorted({word for text in texts for word in re.findall(r"\b[a-z]{4,10}\b", text)}))
 
 
 @functools.cache

@@ -33,8 +33,8 @@ class Prompt:
 
     @property
     def digest(self) -> str:
-        """Of the token ids: equal prompts have equal digests."""
-        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:16]
+        """Of text and token ids: equal prompts have equal digests."""
+        return hashlib.sha256(json.dumps([self.text, self.ids]).encode()).hexdigest()[:16]
 
 
 def fit(task: str, seed: int, length: int, tokenizer: Any, write: Callable[[int], Question | None]) -> Prompt:
