@@ -84,8 +84,8 @@ def test_a_rerun_computes_nothing_and_a_wider_grid_goes_on(file: Path, folder: s
 
 def test_it_stops_at_its_limit_and_says_so(folder: str, tmp_path: Path) -> None:
     out = tmp_path / "late.json"
-    args = ["bench", "quality", "-t", folder, "-d", folder, "--dtype", "float32", "--lowering", "eager", "--tasks", TASK,
-            "--methods", "full", "--lengths", "300", "--seeds", "1", "--out", str(out)]
+    args = ["bench", "quality", "-t", folder, "-d", folder, "--dtype", "float32", "--lowering", "eager", "--tasks",
+            TASK, "--methods", "full", "--lengths", "300", "--seeds", "1", "--out", str(out)]
     result = runner.invoke(cli.app, [*args, "--minutes", "0"])
     assert result.exit_code == 0, result.output
     assert "not complete" in result.stdout
@@ -201,12 +201,12 @@ def test_every_variant_is_a_method() -> None:
 def test_pace_tells_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
     steps = pace.Pace(total=4, minutes=1)
     assert steps.left() is None
-    steps.start -= 30
+    steps.start -= 20
     steps.step(1, "one")
-    assert steps.left() == pytest.approx(90, abs=1)
+    assert steps.left() == pytest.approx(60, abs=1)
     assert not steps.over
-    assert " 25 % one (30 s passed, about 90 s left, stops in 30 s)" in capsys.readouterr().err
-    steps.start -= 31
+    assert " 25 % one (20 s passed, about 60 s left, stops in 40 s)" in capsys.readouterr().err
+    steps.start -= 41
     assert steps.over
     assert pace.duration(6000) == "1 h 40 min"
 

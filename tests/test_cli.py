@@ -19,7 +19,7 @@ def test_version():
     assert __version__ in result.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["models"], ["models", "path"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["models"], ["models", "path"], ["demo"], ["bench"], ["bench", "quality"]])
 def test_help_shows_commands(command):
     result = runner.invoke(cli.app, [*command, "--help"])
     assert result.exit_code == 0

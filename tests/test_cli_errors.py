@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ NOT_HERE = {
     errors.MethodHookError: "needs a method of one's own",
     errors.TritonMissingError: "needs an environment without Triton",
     errors.NoCudaError: "CUDA graphs are asked for in Python",
+    errors.PeerError: "a benchmark goes on without the peer, and says so",
     errors.UnsupportedCallError: "--lowering is checked as an option; no labels",
 }
 
@@ -63,6 +65,19 @@ class Folders:
         sizes = {"vocab_size": 128, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
         transformers.T5Config(**sizes, decoder_start_token_id=0).save_pretrained(self.root / "t5")
         return str(self.root / "t5")
+
+    def results(self) -> str:
+        """A quality file whose only record claims more than its answer is worth."""
+        from specpass.benchmarks.models import load_tokenizer
+        from specpass.benchmarks.tasks import TASKS
+
+        tokenizer = load_tokenizer(self.good)
+        prompt = TASKS["niah_single_1"].prompt(0, 300, tokenizer)
+        record = {"method": "full", "budget": None, "task": prompt.task, "length": 300, "seed": 0, "score": 1.0,
+                  "digest": prompt.digest, "expected": prompt.expected, "tokens": [5], "answer": tokenizer.decode([5])}
+        file = self.root / "claims.json"
+        file.write_text(json.dumps({"settings": {"kind": "quality", "target": "good"}, "results": [record]}))
+        return str(file)
 
     def empty(self) -> str:
         (self.root / "empty").mkdir(exist_ok=True)
@@ -116,6 +131,16 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
      ("different tokenizers", "same family")),
     (errors.DtypeMismatchError, lambda f: generate(f.good, "-d", f.bfloat16(), *SMALL),
      ("float32", "bfloat16", "dtype")),
+    (errors.BenchmarkError, lambda f: ["bench", "quality", "-t", f.good, "-d", f.good, "--tasks", "riddles"],
+     ("'riddles'", "niah_single_1")),
+    (errors.BenchmarkError, lambda f: ["bench", "speed", "-t", f.good, "-d", f.good, "--methods", "h2o"],
+     ("'h2o'", "full_eager")),
+    (errors.BenchmarkError, lambda f: ["bench", "verify", "no/such.json"], ("no/such.json", "specpass bench")),
+    (errors.BenchmarkError, lambda f: ["bench", "plot", f"{f.good}/config.json"], ("config.json", "specpass bench")),
+    (errors.BenchmarkError, lambda f: ["bench", "verify", f.results(), "-t", f.make("other", words=60)],
+     ("--target good", "other")),
+    (errors.VerificationError, lambda f: ["bench", "verify", f.results(), "-t", f.good],
+     ("claims.json", "the score is 1.0", "--restart")),
     (errors.DraftContextError, lambda f: generate(f.good, "-d", f.make("short", max_position_embeddings=48), *SMALL),
      ("60 tokens", "48", "lower lookahead")),
 ]

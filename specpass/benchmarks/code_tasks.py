@@ -32,7 +32,8 @@ def code_around(rng: Random, block: Block, avoid: re.Pattern[str]) -> Callable[[
     """count -> `block` among that many lines of other files' blocks, none of which matches `avoid`."""
     others = [item for file in haystack.sources() for item in haystack.blocks(file) if not avoid.search(item.text)]
     rng.shuffle(others)
-    depth, lines, starts = rng.random(), [], []
+    depth, starts = rng.random(), []
+    lines: list[str] = []
     for item in others:
         starts.append(len(lines))
         lines += _shown(item)
@@ -72,9 +73,10 @@ def facts() -> tuple[Fact, ...]:
                 name = node.targets[0].id
                 pairs = [(name, node.value, f"What is the value of the constant {name} in {file}?")]
             elif isinstance(node, ast.FunctionDef):
-                given = [*node.args.posonlyargs, *node.args.args][-len(node.args.defaults) :] if node.args.defaults else []
+                defaults = node.args.defaults
+                given = [*node.args.posonlyargs, *node.args.args][-len(defaults) :] if defaults else []
                 pairs = [(node.name, value, f"What is the default value of the argument {arg.arg} of the function "
-                          f"{node.name} in {file}?") for arg, value in zip(given, node.args.defaults, strict=True)]
+                          f"{node.name} in {file}?") for arg, value in zip(given, defaults, strict=True)]
             else:
                 continue
             for name, value, ask in pairs:
@@ -86,7 +88,7 @@ def facts() -> tuple[Fact, ...]:
 
 
 def code_retrieval(rng: Random) -> Writer:
-    """A constant or a default argument. The number is replaced by one of the seed's, so that nobody knows it by heart."""
+    """A constant or a default argument. Its number is replaced by one of the seed's: no model knows it by heart."""
     fact = rng.choice(facts())
     number = str(rng.randint(100_000, 999_999))
     lines = list(fact.block.lines)

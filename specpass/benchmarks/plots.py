@@ -22,10 +22,11 @@ def draw(path: Path, folder: Path) -> list[Path]:
     """
     document = read_results(path)
     kind = document["settings"].get("kind")
-    made: dict[str, Callable[[dict[str, Any]], bytes]] = {
+    pictures: dict[str, dict[str, Callable[[dict[str, Any]], bytes]]] = {
         "quality": {"accuracy": _accuracy, "retention": _retention},
         "speed": {"decode": _decode, "ttft": _ttft},
-    }.get(kind, {})
+    }
+    made = pictures.get(kind, {})
     if not made or not document["results"]:
         raise BenchmarkError(f"{path} holds nothing to plot: name a file that `specpass bench quality` or `specpass "
                              "bench speed` wrote.")
@@ -78,8 +79,8 @@ def _over_budget(axis: Any, entries: list[dict[str, Any]], value: str, interval:
         if not found:
             continue
         shift = 1 + 0.02 * (number - len(methods) / 2)
-        bars = [[max(0.0, e[value] - e[interval][0]) for e in found], [max(0.0, e[interval][1] - e[value]) for e in found]]
-        axis.errorbar([e["budget"] * shift for e in found], [e[value] for e in found], yerr=bars, label=method,
+        values, bars = _bars(found, value, interval)
+        axis.errorbar([e["budget"] * shift for e in found], values, yerr=bars, label=method,
                       marker="s" if method.startswith("kvpress") else "o", ms=4, capsize=2, lw=1,
                       ls="--" if method.startswith("kvpress") else "-", color=f"C{number % 10}")
     budgets = sorted({entry["budget"] for entry in entries if entry["budget"] is not None})
@@ -89,6 +90,14 @@ def _over_budget(axis: Any, entries: list[dict[str, Any]], value: str, interval:
         axis.minorticks_off()
 
 
+def _bars(entries: list[dict[str, Any]], value: str, interval: str) -> tuple[list[float], list[list[float]]]:
+    """Values, and the lengths of their error bars below and above."""
+    values, bounds = [entry[value] for entry in entries], [entry[interval] for entry in entries]
+    below = [max(0.0, middle - low) for middle, (low, _) in zip(values, bounds, strict=True)]
+    above = [max(0.0, high - middle) for middle, (_, high) in zip(values, bounds, strict=True)]
+    return values, [below, above]
+
+
 def _retention(document: dict[str, Any]) -> bytes:
     """Score over full KV's score, a bar for each method and budget at the first length."""
     length = min(entry["length"] for entry in document["summary"])
@@ -96,10 +105,7 @@ def _retention(document: dict[str, Any]) -> bytes:
                if entry["length"] == length and entry["retention"] is not None and entry["method"] != FULL]
     figure, (axis,) = _figure()
     names = [f"{e['method']}" + (f" {e['budget']}" if e["budget"] else "") for e in entries]
-    values = [entry["retention"] for entry in entries]
-    bounds = [entry["retention_interval"] for entry in entries]
-    bars = [[max(0.0, v - low) for v, (low, _) in zip(values, bounds, strict=True)],
-            [max(0.0, high - v) for v, (_, high) in zip(values, bounds, strict=True)]]
+    values, bars = _bars(entries, "retention", "retention_interval")
     colours = ["C1" if entry["method"].startswith("kvpress") else "C0" for entry in entries]
     axis.barh(names, values, xerr=bars, color=colours, alpha=0.8, capsize=2)
     axis.axvline(1.0, color="black", lw=1)

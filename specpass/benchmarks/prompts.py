@@ -1,4 +1,4 @@
-"""A prompt of a wished length: a task writes a question of `count` units of haystack, the largest that fits is taken."""
+"""A prompt of a wished length: a task writes a question of `count` units of haystack, the most that fit are taken."""
 
 from __future__ import annotations
 

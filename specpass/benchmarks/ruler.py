@@ -7,6 +7,7 @@ essays, this has prose of Python's language reference.
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Callable, Sequence
 from random import Random
@@ -85,8 +86,8 @@ def niah(rng: Random, *, keys: Callable[[Random], str] = _word, values: Callable
         what, are = (singular, "is") if len(expected) == 1 else (f"{kind}", "are")
         ask, every = ("What is", "") if len(expected) == 1 else ("What are", "all ")
         return Question(
-            f"Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you "
-            f"about the {kind} afterwards.\n" + "\n".join(lines) + f"\n{ask} {every}the special magic {what} for "
+            f"Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz "
+            f"you about the {kind} afterwards.\n" + "\n".join(lines) + f"\n{ask} {every}the special magic {what} for "
             f"{query} mentioned in the provided text?",
             f"The special magic {what} for {query} mentioned in the provided text {are}",
             expected,
@@ -101,7 +102,7 @@ def variable_tracking(rng: Random) -> Writer:
     def chain(value: str) -> tuple[list[str], list[str]]:
         names = distinct(lambda r: "".join(r.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5)), rng, HOPS + 1)
         lines = [f"VAR {names[0]} = {value}"]
-        lines += [f"VAR {new} = VAR {old}" for old, new in zip(names, names[1:], strict=False)]
+        lines += [f"VAR {new} = VAR {old}" for old, new in itertools.pairwise(names)]
         return names, lines
 
     example_value, value = distinct(lambda r: str(r.randint(10_000, 99_999)), rng, 2)

@@ -34,15 +34,15 @@ COMPILED = ("full_static_compiled", "specpass_speckv", "specpass_specpc", "specp
 PROFILED = ("full_eager", "full_static_compiled", "specpass_speckv", "specpass_specpc")
 STEPS = 16
 NOTES = (
-    "Every figure is `generate` as users call it; medians; prompts are random tokens. Decode steps run behind caches of "
-    "S tokens that are filled with random keys and values: their time does not depend on what they hold.",
-    "ttft_s is null where no prefill was timed (batches, and decode-only lengths). peak_bytes is the process's (on CUDA "
-    "the device's) high-water mark in prefill and decode, weights included.",
-    "full_eager: transformers' generate, DynamicCache. full_static_compiled: generate with a static cache, whose decode "
-    "steps transformers compiles with torch.compile (prefills stay uncompiled, as it does it). kvpress_snapkv: its press "
+    "Every figure is `generate` as users call it; medians; prompts are random tokens. Decode steps run behind caches "
+    "of S tokens that are filled with random keys and values: their time does not depend on what they hold.",
+    "ttft_s is null where no prefill was timed (batches, and decode-only lengths). peak_bytes is the process's (on "
+    "CUDA the device's) high-water mark in prefill and decode, weights included.",
+    "full_eager: transformers' generate, DynamicCache. full_static_compiled: generate with a static cache, whose "
+    "decode steps transformers compiles with torch.compile (it leaves prefills uncompiled). kvpress_snapkv: its press "
     "in its own environment, an uncompiled loop of forward calls.",
-    "Floors: ttft_floor_s is FLOPs over the measured matmul rate, decode_floor_ms weights + K/V bytes over the measured "
-    "bandwidth, both measured at the start of the run.",
+    "Floors: ttft_floor_s is FLOPs over the measured matmul rate, decode_floor_ms weights + K/V bytes over the "
+    "measured bandwidth, both measured at the start of the run.",
     "compile_cold_s: the first generation less a second one in a fresh process with an empty Inductor cache, and "
     "compile_warm_s in another process with that cache.",
 )
@@ -170,7 +170,8 @@ class Run:
             bounds = floors(self.pair, config.method, config.budget, config.length, config.batch, found, rates)
             record = {**dict(zip(KEY, config.key, strict=True)), **found, **bounds, **times}
             self.store.add({name: _rounded(value) for name, value in record.items()})
-            pace.step(config.work, f"{config.text}: ttft {_shown(found['ttft_s'])} s, {found['decode_ms']:.0f} ms a step")
+            shown = f"ttft {_shown(found['ttft_s'])} s, {found['decode_ms']:.0f} ms a step"
+            pace.step(config.work, f"{config.text}: {shown}")
         profiles = self.store.parts.setdefault("profiles", {})
         for method in PROFILED:
             if method in self.plan.methods and method not in profiles and not pace.over and not self.quick:
@@ -228,7 +229,8 @@ def aims(records: dict[tuple[Any, ...], dict[str, Any]]) -> dict[str, float | No
         return None if None in values or not values[1] else round(values[0] / values[1], 3)
 
     def decode(method: str, budget: int, length: int, static: int, batch: int) -> float | None:
-        return ratio("decode_tokens_per_s", (method, budget, length, batch), ("full_static_compiled", None, static, batch))
+        under = ("full_static_compiled", None, static, batch)
+        return ratio("decode_tokens_per_s", (method, budget, length, batch), under)
 
     return {
         "ttft specpc 1024 over full_eager, S 8192 (at most 0.5)": ratio(

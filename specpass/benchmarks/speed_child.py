@@ -7,6 +7,7 @@ JOB: {"what": "compile" | "measure" | "profile" | "rates", "method", "budget", "
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -123,7 +124,8 @@ class Engine:
             return cache
         cache = DynamicCache(config=config)
         for index in range(config.num_hidden_layers):
-            cache.update(*(torch.randn(shape, dtype=self.model.dtype, device=self.model.device) for _ in range(2)), index)
+            pair = (torch.randn(shape, dtype=self.model.dtype, device=self.model.device) for _ in range(2))
+            cache.update(*pair, index)
         return cache
 
     def decode_seconds(self, cache: Any, steps: int) -> list[float]:
@@ -131,7 +133,7 @@ class Engine:
         ids, clock = self.ids(int(cache.get_seq_length()) + 1), Clock()
         self.generate(ids, steps + 1, past_key_values=cache, streamer=clock)
         tokens = clock.times[1:]
-        return [after - before for before, after in zip(tokens, tokens[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(tokens)]
 
 
 def reset_peak(device: str) -> None:
@@ -197,7 +199,8 @@ def profile(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine_rates(job: dict[str, Any]) -> dict[str, Any]:
-    return {"bytes_per_s": rates.bandwidth(job["device"]), "flops_per_s": rates.matmul_rate(job["device"], job["dtype"])}
+    device = job["device"]
+    return {"bytes_per_s": rates.bandwidth(device), "flops_per_s": rates.matmul_rate(device, job["dtype"])}
 
 
 @torch.no_grad()

@@ -20,17 +20,17 @@ def summarise(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for record in records:
         groups.setdefault((record["method"], record["budget"], record["length"]), []).append(record)
     full = {_prompt(record): record["score"] for key, group in groups.items() if key[0] == FULL for record in group}
-    return [_entry(*key, group, full) for key, group in groups.items()]
+    return [_entry(key, group, full) for key, group in groups.items()]
 
 
 def _prompt(record: dict[str, Any]) -> tuple[Any, ...]:
     return record["task"], record["length"], record["seed"]
 
 
-def _entry(method: str, budget: int | None, length: int, group: list[dict[str, Any]],
-           full: dict[tuple[Any, ...], float]) -> dict[str, Any]:
+def _entry(key: tuple[Any, ...], group: list[dict[str, Any]], full: dict[tuple[Any, ...], float]) -> dict[str, Any]:
     import numpy as np
 
+    method, budget, length = key
     scores = np.array([record["score"] for record in group])
     draws = np.random.default_rng(0).integers(len(scores), size=(RESAMPLES, len(scores)))
     means = scores[draws].mean(1)

@@ -37,7 +37,7 @@ def verify(path: Path, target: str | None = None) -> int:
         wrong = ["the summary is not that of the records"]
     if wrong:
         written, here = document.get("versions", {}).get("python"), platform.python_version()
-        why = f" Prompts quote Python's own texts: made with Python {written}, here is {here}." if written != here else ""
+        why = "" if written == here else f" Prompts quote Python's own texts: made with {written}, here is {here}."
         raise VerificationError(f"{path}: {len(wrong)} faults, first: {wrong[0]}.{why} Restore the file, or run "
                                 "`specpass bench quality --restart` to make it anew.")
     return len(records)
