@@ -169,12 +169,14 @@ def test_plots_are_pictures(file: Path, tmp_path: Path) -> None:
 
 
 def test_the_grid_is_in_the_order_of_importance() -> None:
-    first, *rest = Grid(lengths=(100, 200)).stages()
+    first, *rest = (stage for stage in Grid(lengths=(100, 200)).stages() if stage)
     assert {cell.length for cell in first} == {100}
+    assert {cell.seed for cell in first} == set(range(8))
     assert [cell.variant.budget for cell in first if cell.variant.method == "specpass_speckv"] == [256] * 32 + [64] * 32
-    assert {cell.length for cell in rest[0]} == {200}
+    assert {cell.length for cell in rest[0] + rest[1]} == {200}
+    assert ({cell.seed for cell in rest[0]}, {cell.seed for cell in rest[1]}) == ({0, 1}, {2, 3, 4, 5, 6, 7})
     assert {cell.variant.budget for cell in rest[0] if cell.variant.method == "specpass_speckv"} == {256}
-    assert {cell.task for cell in rest[1]}.isdisjoint(cell.task for cell in first)
+    assert {cell.task for cell in rest[2]}.isdisjoint(cell.task for cell in first)
     keys = [cell.key for stage in (first, *rest) for cell in stage]
     assert len(keys) == len(set(keys))
 
@@ -276,8 +278,12 @@ with torch.no_grad():
         assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, other.layers)), name
         tokens = worker.decode(model, cache, masks, first, 300, 6)
         assert tokens == worker.decode(model, other, other_masks, alone, 300, 6), name
-    alone, cache, masks = worker.prefill(model, ids, worker.make_press("kvpress_kvzip", 64, 300))
-    assert abs(worker.kept_slots(cache, masks) - 64.0) < 0.1
+    first, found = worker.prefill_kvzip(model, ids, [64, 32])
+    for budget, (cache, masks) in zip((64, 32), found):
+        alone, other, other_masks = worker.prefill(model, ids, worker.make_press("kvpress_kvzip", budget, 300))
+        assert abs(worker.kept_slots(cache, masks) - budget) < 0.1
+        tokens = worker.decode(model, cache, masks, first, 300, 6)
+        assert tokens == worker.decode(model, other, other_masks, alone, 300, 6), budget
 print("as kvpress runs it")
 """
 

@@ -11,6 +11,7 @@ JOB: {"what": "answer", "model": folder, "dtype": ..., "device": ..., "prompts":
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import sys
@@ -100,6 +101,24 @@ def prefill(model: Any, ids: Any, press: Any) -> tuple[int, Any, list[Any]]:
     return int(logits[0, -1].argmax()), cache, take_masks(model)
 
 
+def prefill_kvzip(model: Any, ids: Any, budgets: list[int]) -> tuple[int, list[tuple[Any, list[Any]]]]:
+    """(first token, a (cache, masks) for each budget): KVzip's scores once, its choice for each budget."""
+    import kvpress
+
+    found: list[list[Any]] = []
+
+    class Zip(kvpress.KVzipPress):
+        def compress_post(self, model: Any) -> None:
+            for budget in budgets:
+                self.compression_ratio = make_press("kvpress_kvzip", budget, ids.shape[1]).compression_ratio
+                super().compress_post(model)
+                found.append(take_masks(model))
+
+    first, cache, _ = prefill(model, ids, Zip(compression_ratio=0.5))
+    # decoding writes into what a mask drops: each budget has a copy
+    return first, [(copy.deepcopy(cache), masks) for masks in found]
+
+
 def decode(model: Any, cache: Any, masks: list[Any], first: int, length: int, new_tokens: int) -> list[int]:
     """Greedy tokens behind a pruned prompt of `length` tokens, positions counted as in the whole prompt."""
     ends = model.generation_config.eos_token_id
@@ -124,27 +143,25 @@ def kept_slots(cache: Any, masks: list[Any]) -> float:
 
 
 def answer(model: Any, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One dict for each press of each prompt; presses other than KVzip share the prompt's prefill."""
+    """One dict for each press of each prompt; budgets of KVzip share its scores, other presses share the prefill."""
     for number, prompt in enumerate(job["prompts"]):
         ids = torch.tensor([prompt["ids"]], device=model.device)
         length = ids.shape[1]
-        presses = [make_press(press["name"], press["budget"], length) for press in prompt["presses"]]
-        alone = [press["name"] == "kvpress_kvzip" for press in prompt["presses"]]
-        start = time.perf_counter()
-        together = [press for press, single in zip(presses, alone, strict=True) if not single]
-        first, found = prefill_together(model, ids, together) if together else (0, [])
-        prefilled = time.perf_counter() - start
-        shared = iter(found)
-        for index, (press, single) in enumerate(zip(presses, alone, strict=True)):
-            start = time.perf_counter()
-            if single:
-                first, cache, masks = prefill(model, ids, press)
+        zips = [index for index, press in enumerate(prompt["presses"]) if press["name"] == "kvpress_kvzip"]
+        others = [index for index in range(len(prompt["presses"])) if index not in zips]
+        for indices in filter(None, (others, zips)):
+            presses, start = [prompt["presses"][index] for index in indices], time.perf_counter()
+            if indices is zips:
+                first, found = prefill_kvzip(model, ids, [press["budget"] for press in presses])
             else:
-                cache, masks = next(shared)
-            kept = kept_slots(cache, masks)
-            tokens = decode(model, cache, masks, first, length, prompt["new_tokens"])
-            seconds = time.perf_counter() - start + (0.0 if single else prefilled)
-            yield {"prompt": number, "press": index, "tokens": tokens, "seconds": seconds, "kept": kept}
+                made = [make_press(press["name"], press["budget"], length) for press in presses]
+                first, found = prefill_together(model, ids, made)
+            prefilled = time.perf_counter() - start
+            for index, (cache, masks) in zip(indices, found, strict=True):
+                start, kept = time.perf_counter(), kept_slots(cache, masks)
+                tokens = decode(model, cache, masks, first, length, prompt["new_tokens"])
+                seconds = prefilled + time.perf_counter() - start
+                yield {"prompt": number, "press": index, "tokens": tokens, "seconds": seconds, "kept": kept}
 
 
 def peak_bytes() -> int:

@@ -89,7 +89,7 @@ def run(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def answers(pair: Pair, work: Iterable[tuple[Prompt, int, list[Variant]]]) -> Iterator[Answer]:
-    """Answers of kvpress variants; those of SHARING share a prompt's prefill. Raises: see `run`."""
+    """Answers of kvpress variants; those of SHARING share a prompt's prefill, and so do KVzip's. Raises: see `run`."""
     listed = list(work)
     jobs = [{"ids": prompt.ids, "new_tokens": new_tokens,
              "presses": [{"name": variant.method, "budget": variant.budget} for variant in chosen]}
