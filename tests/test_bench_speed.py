@@ -15,7 +15,8 @@ from specpass import cli, cost
 from specpass.benchmarks import floors, profiles, rates, speed, speed_child
 from specpass.benchmarks.models import Pair
 from specpass.benchmarks.results import read_results
-from specpass.benchmarks.speed import Config, Plan, Run, aims, markdown
+from specpass.benchmarks.speed import Config, Plan, Run
+from specpass.benchmarks.speed_report import aims, markdown
 from specpass.decoder import Decoder
 from specpass.errors import BenchmarkError, PeerError
 from specpass.hub import read_config
