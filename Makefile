@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-real demo lint bench clean
+.PHONY: help venv test test-fast test-real demo lint bench bench-own clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,9 +42,16 @@ lint: $(STAMP)  ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Each writes bench/results/NAME.json, with machine and versions; `make bench BENCH=decode_step` runs one.
+RESULTS := bench/results/quality.json bench/results/speed.json
+bench: $(STAMP)  ## quality and speed beside other implementations: two hours each; run again, it goes on
+	$(BIN)/specpass bench quality
+	$(BIN)/specpass bench speed
+	$(BIN)/specpass bench verify bench/results/quality.json
+	$(BIN)/specpass bench plot $(RESULTS)
+
+# Each writes bench/results/NAME.json, with machine and versions; `make bench-own BENCH=decode_step` runs one.
 BENCH ?= decode_step memory compile_time multikey
-bench: $(STAMP)  ## quality and speed against full KV, the eager formulas and stock torch.compile (an hour)
+bench-own: $(STAMP)  ## specpass against its own eager formulas and stock torch.compile (an hour)
 	for name in $(BENCH); do $(BIN)/python -m bench.$$name || exit 1; done
 
 clean:  ## remove .venv, caches and builds (the fetched models stay in the user's cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -40,11 +41,11 @@ class Pair:
     def draft(self) -> Any:
         return self._load(self.draft_name)[0]
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.target_name)
 
-    @property
+    @functools.cached_property
     def draft_share(self) -> float:
         """The draft's parameters over the target's, by their files' sizes: nothing is loaded."""
         draft, target = (weight_bytes(name) for name in (self.draft_name, self.target_name))

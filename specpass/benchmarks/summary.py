@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import random
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +25,15 @@ def summarise(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [_entry(key, group, full) for key, group in groups.items()]
 
 
+@functools.cache
+def _draws(count: int) -> Any:
+    """[RESAMPLES, count] numbers of prompts, by Python's generator: numpy's may change with its release."""
+    import numpy as np
+
+    rng = random.Random(count)
+    return np.array([rng.choices(range(count), k=count) for _ in range(RESAMPLES)])
+
+
 def _prompt(record: dict[str, Any]) -> tuple[Any, ...]:
     return record["task"], record["length"], record["seed"]
 
@@ -32,7 +43,7 @@ def _entry(key: tuple[Any, ...], group: list[dict[str, Any]], full: dict[tuple[A
 
     method, budget, length = key
     scores = np.array([record["score"] for record in group])
-    draws = np.random.default_rng(0).integers(len(scores), size=(RESAMPLES, len(scores)))
+    draws = _draws(len(scores))
     means = scores[draws].mean(1)
     by_task: dict[str, list[float]] = {}
     for record in group:
