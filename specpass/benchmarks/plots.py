@@ -121,14 +121,15 @@ def _lines(document: dict[str, Any], field: Callable[[dict[str, Any]], float | N
     results = [record for record in document["results"] if field(record) is not None]
     batches = sorted({record["batch"] for record in results}) or [1]
     figure, axes = _figure(len(batches))
-    methods = list(dict.fromkeys(record["method"] for record in results))
+    methods = list(dict.fromkeys((record["method"], record["budget"]) for record in results))
     for axis, batch in zip(axes, batches, strict=True):
-        for number, method in enumerate(methods):
-            found = sorted((r for r in results if r["method"] == method and r["batch"] == batch),
+        for number, (method, budget) in enumerate(methods):
+            found = sorted((r for r in results if (r["method"], r["budget"], r["batch"]) == (method, budget, batch)),
                            key=lambda r: r["length"])
             if found:
                 lengths, colour = [r["length"] for r in found], f"C{number % 10}"
-                axis.plot(lengths, [field(r) for r in found], marker="o", ms=4, lw=1.2, color=colour, label=method)
+                axis.plot(lengths, [field(r) for r in found], marker="o", ms=4, lw=1.2, color=colour,
+                          label=method if budget is None else f"{method} {budget}")
                 axis.plot(lengths, [floor(r) for r in found], ls=":", lw=1, color=colour)
         ticks: Iterable[int] = sorted({r["length"] for r in results})
         axis.set_xscale("log", base=2)
