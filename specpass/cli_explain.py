@@ -55,6 +55,8 @@ def explain(
         raise MethodOptionError("--method full rewrites nothing, so there is nothing to explain: name a method.")
     from specpass.explain import explain as run
 
+    if lowering == "inductor":
+        typer.echo(f"compiling {'the models' if weights else 'stand-ins'} (about a minute)", err=True)
     report, stages = run(choice.target, choice.draft, choice.method, dtype=dtype, lowering=lowering,
                           max_new_tokens=max_new_tokens, weights=weights)
     if graph is not None:

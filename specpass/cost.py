@@ -21,7 +21,7 @@ import sympy
 from sympy import Expr, Symbol
 
 from specpass.decoder import Decoder
-from specpass.methods import Method
+from specpass.methods import BUDGET_STEP, Method
 
 B, S, L, W, C, N, M = (Symbol(name, positive=True) for name in "BSLWCNM")
 C_P, W_P, N_P = (Symbol(name, positive=True) for name in ("C_p", "W_p", "n_p"))
@@ -159,14 +159,16 @@ class Costs:
         """The shortest prompt from which a generation of `new_tokens` costs no more than with full KV; None: never.
 
         Args: what: "kv_bytes" (the cache at the end), "bytes" or "flops" (prefill, draft and all decode steps).
+        A budget that is a ratio is taken as large as rounding to a multiple of 64 can make it.
         """
         values = self._values(1 << 20, new_tokens, batch)
         for name in (S, C):
             values.pop(name)
         budget = self.method.budget
-        slots = budget * S if isinstance(budget, float) else self._values(1 << 20, 1, 1)[C]
+        ratio = isinstance(budget, float)
+        slots = budget * S + BUDGET_STEP - 1 if ratio else self._values(1 << 20, 1, 1)[C]
         gain = sympy.Poly((_total(self.full, what) - _total(self.pruned, what)).subs(values).subs(C, slots), S)
-        least = 1 if isinstance(budget, float) else int(slots) + 1
+        least = 1 + (int(self.method.resolve(1).budget) if ratio else int(slots))  # what fits is kept whole
         starts = [least, *(int(sympy.floor(root)) + 1 for root in gain.real_roots() if root > least)]
         return next((start for start in sorted(starts) if gain.eval(start) >= 0), None)
 

@@ -26,8 +26,9 @@ from specpass.storage import cache_bytes
 
 DRAFT, TARGET = "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
 METHODS = ("snapkv", "speckv", "specpc", "speckvpc")  # those that the package has, in this order
-OPTIONS = {"window": 32, "lookahead": 32}  # where a method has them
-WARM_UP_TOKENS = 512  # graphs serve every length beyond the budget: a short prompt compiles for a long one
+OPTIONS = {"window": 32, "lookahead": 32, "prompt_budget": 1024}  # where a method has them
+WARM_UP_TOKENS = 256  # graphs serve every length beyond the budget: a short prompt compiles for a long one
+WARM_UP_NEW = 3  # the second token compiles decode; rooms come in blocks of 64 slots, so it serves NEW_TOKENS too
 NEW_TOKENS = 48
 
 _LOG = Console(stderr=True)
@@ -84,7 +85,7 @@ def measure(name: str, model: Any, tokenizer: Any, prompt: Prompt, warm_up: Prom
     if warm_up is not None:
         _LOG.print(f"{name}: compiling")
         start = time.perf_counter()
-        _generate(model, warm_up.inputs, max_new_tokens=NEW_TOKENS)  # the same room, so that decode is compiled once
+        _generate(model, warm_up.inputs, max_new_tokens=WARM_UP_NEW)
         compile_s = time.perf_counter() - start
     _LOG.print(f"{name}: reading {len(prompt):,} tokens, then answering")
     clock = _Clock()
@@ -135,6 +136,7 @@ def run(budget: int = 128, tokens: int = 4000, *, target: str = TARGET, draft: s
     Raises: what `specpass.hub.load`, `specpass.compile` and `specpass.files.write_file` raise.
     """
     methods = demo_methods(budget)
+    hub.prepare(draft, target)
     _LOG.print(f"loading {draft} (draft) and {target} (target)")
     small, tokenizer = hub.load(draft, dtype=dtype)
     model, _ = hub.load(target, dtype=dtype)

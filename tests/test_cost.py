@@ -134,6 +134,18 @@ def test_break_even_is_where_the_sign_turns(method: specpass.Method) -> None:
         assert costs.break_even("flops", 2) is None  # a draft's prefill is never won back in two tokens
 
 
+def test_a_ratio_pays_from_there_on_whatever_its_rounding() -> None:
+    target = Decoder(28, 1536, 12, 2, 128, 8960, 151936, 3, 2)
+    costs = cost.costs_of(specpass.SnapKV(0.25), target)
+    assert costs is not None
+    start = costs.break_even("kv_bytes", 256)
+    assert start is not None
+    for length in range(start, start + 300):
+        full = costs.numbers(length + 255, 256)["kv_bytes"][0]
+        assert costs.numbers(length, 256)["kv_bytes"][1] <= full
+    assert start > 64  # shorter ones fit the least budget
+
+
 def test_a_prompt_that_fits_costs_what_full_kv_costs() -> None:
     sizes = Decoder(2, 64, 4, 2, 16, 96, 128, 3, 4)
     costs = cost.costs_of(METHODS[0], sizes, sizes)
