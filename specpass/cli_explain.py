@@ -25,6 +25,7 @@ from specpass.cli_options import (
     choose,
 )
 from specpass.errors import MethodOptionError, OutputFileError
+from specpass.files import check_folder
 
 FORMATS = (".svg", ".dot")
 
@@ -53,8 +54,13 @@ def explain(
     choice = choose(target, draft, method, budget, window, lookahead, option, dtype, lowering)
     if choice.method is None:
         raise MethodOptionError("--method full rewrites nothing, so there is nothing to explain: name a method.")
+    from specpass import hub
     from specpass.explain import explain as run
 
+    if graph is not None:
+        check_folder(graph.parent)
+    for name in filter(None, (choice.target, choice.draft)):
+        hub.read_config(name)  # a wrong name first, then the wait
     if lowering == "inductor":
         typer.echo(f"compiling {'the models' if weights else 'stand-ins'} (about a minute)", err=True)
     report, stages = run(choice.target, choice.draft, choice.method, dtype=dtype, lowering=lowering,

@@ -106,7 +106,9 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"the prompt in {file or 'stdin'} cannot be read: {error}. It must be UTF-8 text.") from error
     if not text.strip():
-        raise PromptError("the prompt is empty: nothing can be answered.")
+        raise PromptError(
+            "the prompt is empty: pass --prompt TEXT or --prompt-file FILE that holds text, or pipe a text to stdin."
+        )
     return text
 
 

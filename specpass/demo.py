@@ -19,8 +19,9 @@ from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
 
 import specpass
-from specpass import hub, method_table
+from specpass import checks, hub, method_table
 from specpass.demo_prompt import EXPECTED, FACT, Prompt, build_prompt
+from specpass.files import check_folder
 from specpass.methods import Method
 from specpass.storage import cache_bytes
 
@@ -133,10 +134,14 @@ def run(budget: int = 128, tokens: int = 4000, *, target: str = TARGET, draft: s
         target, draft: models by name, hub id or folder.
         out: folder for kept.png and kept.html; None draws nothing.
 
-    Raises: what `specpass.hub.load`, `specpass.compile` and `specpass.files.write_file` raise.
+    Raises: what `specpass.hub.load`, `specpass.compile` and `specpass.files.write_file` raise; wrong names, unlike
+    tokenizers and a folder that cannot be written to before anything is loaded.
     """
     methods = demo_methods(budget)
+    if out is not None:
+        check_folder(out)
     hub.prepare(draft, target)
+    checks.check_tokenizers(hub.read_config(target), hub.read_config(draft))  # before minutes of work, not after
     _LOG.print(f"loading {draft} (draft) and {target} (target)")
     small, tokenizer = hub.load(draft, dtype=dtype)
     model, _ = hub.load(target, dtype=dtype)

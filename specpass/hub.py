@@ -29,7 +29,9 @@ from specpass.weights import check_weights, verify_manifest, write_manifest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MODELS", "ModelSource", "cache_dir", "check_weights", "is_cached", "load", "model_path", "prepare", "read_config"]
+__all__ = [
+    "MODELS", "ModelSource", "cache_dir", "check_weights", "is_cached", "load", "model_path", "prepare", "read_config",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ NAMES = {
 }
 SYMBOLS = (
     "B batch, S prompt, L lookahead, W window, C slots of the budget, N free slots, M new tokens; n layers, E hidden "
-    "size, H heads, K KV heads, D head size, I intermediate size, m matrices of an MLP, V vocabulary, b bytes a number, "
-    "w weights of a layer; _d the draft's, _p of the compressed prompt: C tokens read, W rows and n layers that score"
+    "size, H heads, K KV heads, D head size, I intermediate size, m matrices of an MLP, V vocabulary, b bytes of a "
+    "number, w weights of a layer; _d the draft's, _p of the compressed prompt: C tokens read, W rows and n layers "
+    "that score"
 )
 BREAKS = {"kv_bytes": "KV cache", "bytes": "bytes moved", "flops": "FLOPs"}
 
