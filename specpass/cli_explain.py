@@ -28,6 +28,7 @@ from specpass.errors import MethodOptionError, OutputFileError
 from specpass.files import check_folder
 
 FORMATS = (".svg", ".dot")
+NARROW = 72  # columns; below, tables fall to pieces and the report's lines do not
 
 
 def explain(
@@ -77,4 +78,5 @@ def explain(
     if as_json:
         typer.echo(json.dumps(report.data(max_new_tokens)))
     else:
-        Console(width=None if sys.stdout.isatty() else 140).print(report)
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        console.print(report if console.width >= NARROW else str(report), markup=False, highlight=False)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from specpass.errors import BudgetError, TritonMissingError, UnknownArchError
-from specpass.files import write_file
+from specpass.files import check_folder, write_file
 
 if TYPE_CHECKING:
     from specpass.kernels.store import Entry
@@ -62,6 +62,8 @@ def tune(
     if not target:
         raise typer.BadParameter("--target is missing: a model's name or folder")
     work, aten = plan(target, budget, arch, dtype, batch, prompt, window, lookahead, max_new_tokens)
+    for folder in ([Path(emit_path)] if emit_path else []) + ([Path(json_path).parent] if json_path else []):
+        check_folder(folder)  # before the work, not after
     found = run(work, tiles, jobs)
     if emit_path:
         emit_modules(found, Path(emit_path))
@@ -206,13 +208,12 @@ def emit_modules(found: list[Entry], folder: Path) -> None:
     from specpass.kernels.emit import emit
     from specpass.kernels.registry import REGISTRY
 
-    folder.mkdir(parents=True, exist_ok=True)
     for entry in found:
         if entry.winner is not None:
             kernel, shapes = entry.key.kernel, entry.key.shapes
             size = f"_{shapes.slots}" if shapes.slots else ""
             text = emit(REGISTRY[kernel], shapes, entry.winner.tile)
-            (folder / f"{kernel}{size}_{entry.key.arch}.py").write_text(text)
+            write_file(folder / f"{kernel}{size}_{entry.key.arch}.py", text)
 
 
 def show_store() -> None:

@@ -114,6 +114,9 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     (errors.UnknownModelError, lambda f: ["explain", "-t", "gpt-none", "-m", "snapkv"], ("'gpt-none'",)),
     (errors.UnknownModelError, lambda f: ["models", "path", "gpt-none"], ("'gpt-none'",)),
     (errors.UnknownModelError, lambda f: ["tune", "-t", "gpt-none"], ("'gpt-none'",)),
+    (errors.OutputFileError, lambda f: ["tune", "-t", f.good, "--json", "/dev/null/x.json"],
+     ("/dev/null", "may write")),
+    (errors.OutputFileError, lambda f: ["tune", "-t", f.good, "--emit", "/dev/null/x"], ("/dev/null/x", "may write")),
     (errors.BudgetError, lambda f: ["demo", "-b", "0"], ("budget=0",)),
     (errors.BudgetError, lambda f: ["demo", "-b", "20"], ("budget=20", "window=32")),
     (errors.BudgetError, lambda f: ["explain", "-t", f.good, "-m", "snapkv", "-b", "0"], ("budget=0",)),
@@ -155,7 +158,8 @@ def test_every_error_is_here_or_has_a_reason() -> None:
     assert known == {case[0] for case in CASES} | set(NOT_HERE)
 
 
-@pytest.mark.parametrize("args", [["--lowering", "fast"], ["--dtype", "float8"], ["-n", "0"], ["--no-such-option"]])
+@pytest.mark.parametrize("args", [["--lowering", "fast"], ["--dtype", "float8"], ["-n", "0"], ["--no-such-option"],
+                                  ["--device", "cuda:99"], ["--device", "toaster"]])
 def test_wrong_options_are_2(folders: Folders, args: list[str]) -> None:
     result = runner.invoke(cli.app, ["generate", "-t", folders.good, "-m", "full", "-p", TEXT, *args])
     assert result.exit_code == 2
