@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 import specpass
 from specpass import checks, hub, method_table
@@ -142,6 +143,7 @@ def run(budget: int = 128, tokens: int = 4000, *, target: str = TARGET, draft: s
         check_folder(out)
     hub.prepare(draft, target)
     checks.check_tokenizers(hub.read_config(target), hub.read_config(draft))  # before minutes of work, not after
+    logging.disable_progress_bar()  # a line for each step is enough
     _LOG.print(f"loading {draft} (draft) and {target} (target)")
     small, tokenizer = hub.load(draft, dtype=dtype)
     model, _ = hub.load(target, dtype=dtype)
