@@ -1,4 +1,4 @@
-"""select: torch's stable sort against other ways to the same indices, on this machine; and what a GPU would read.
+"""select: torch's stable sort against other ways to the same indices, on this machine; and what a GPU would move.
 
 All take pooled scores [B, K, T] to the top C - W positions, ascending, ties to the lower position:
 
@@ -7,8 +7,10 @@ All take pooled scores [B, K, T] to the top C - W positions, ascending, ties to 
 - topk of keys: score bits and position in one int64, so that topk itself breaks ties rightly.
 - threshold: the C - W th score by kthvalue, everything above it and the first of the equal ones.
 
-`rest_ms` is what select does besides (pooling, window, second sort); `importance_ms` what stands in front of it.
-Bytes, not times, speak for the GPU: nothing was measured there.
+`select_ms` is all of select (pooling, window, second sort); `importance_ms` what stands in front of it, and
+`importance_given_lse_ms` the same where the attention pass returned the rows' log-sum-exp.
+Times are one thread's CPU time, which other work on the machine hardly changes. Bytes, not times, speak for the GPU:
+nothing was measured there.
 
 `python -m bench.selection`
 """
@@ -21,11 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, median, save_results
-
 import torch
 from torch import Tensor
 
+from bench.common import RESULTS, median, save_results
 from specpass.kernels import reference
 
 LENGTHS = (8_192, 32_768, 131_072)
@@ -68,9 +69,9 @@ def milliseconds(call: Callable[[], Any], repeats: int) -> list[float]:
     call()
     spans = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        spans.append(1e3 * (time.perf_counter() - start))
+        spans.append(1e3 * (time.process_time() - start))
     return spans
 
 
@@ -92,7 +93,10 @@ def measure(columns: int, repeats: int) -> dict[str, Any]:
     rows = reference.score_rows(lengths, None, ROWS, [])
     query, key = torch.randn(BATCH, KV_HEADS * GROUP, ROWS, DIM), torch.randn(BATCH, KV_HEADS, columns, DIM)
     args = (query, key, rows, lengths, WINDOW, DIM**-0.5, "max")
+    lse = torch.cat([(query[:, head * GROUP : (head + 1) * GROUP] @ key[:, [head]].mT * DIM**-0.5).masked_fill_(
+        torch.arange(columns) > rows[:, None, :, None], float("-inf")).logsumexp(-1) for head in range(KV_HEADS)], 1)
     scores = reference.importance(*args)
+    error = (reference.importance(*args, lse=lse) - scores).abs().max()
     pooled = torch.nn.functional.max_pool1d(scores, KERNEL, 1, KERNEL // 2)  # plateaus: ties are the rule
     top = BUDGET - WINDOW
     expected = by_sort(pooled, top)
@@ -101,9 +105,10 @@ def measure(columns: int, repeats: int) -> dict[str, Any]:
                              for name, way in WAYS.items()}
     select = median(milliseconds(
         lambda: reference.select(scores, lengths, BUDGET, WINDOW, KERNEL, "max"), repeats), 3)
-    importance = median(milliseconds(lambda: reference.importance(*args), 3), 1)
-    return {"columns": columns, "ways": found, "select_ms": select,
-            "rest_ms": round(select - found["sort"]["ms"], 3), "importance_ms": importance,
+    importance, given = (median(milliseconds(lambda known=known: reference.importance(*args, lse=known), 3), 1)
+                         for known in (None, lse))
+    return {"columns": columns, "ways": found, "select_ms": select, "importance_ms": importance,
+            "importance_given_lse_ms": given, "given_lse_error": float(error),
             "gpu_bytes_of_a_kv_head": bytes_of(columns)}
 
 

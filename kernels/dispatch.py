@@ -1,10 +1,10 @@
 """One table: for each operator, a generated kernel or aten, and why. Operators and the lowering both ask it.
 
 What stays with torch's own operators, with the figures behind it (T columns, head dimension D, 16-bit K and V):
-- select: a stable sort is what promises ties to the lower position. On a CPU it is about 1 % of importance's time at 8k,
-  32k and 128k columns (bench/results/select.json, with torch.topk and two others). On a GPU a radix sort moves 96 bytes
-  a column where attention and importance read 6 * D + 4: a kernel that read the scores once and nothing else would save
-  11 % of these bytes at D = 128, in a prefill that computes, not bytes, bound. Not measured on a GPU.
+- select: a stable sort is what promises ties to the lower position. On a CPU select is 1 to 2 % of importance's time at
+  8k, 32k and 128k columns (bench/results/select.json, with torch.topk and two others). On a GPU a radix sort moves 96
+  bytes a column where attention and importance read 6 * D + 4: a kernel that read the scores once and nothing else
+  would save 11 % of these bytes at D = 128, in a prefill that is bound by FLOPs, not bytes. Not measured on a GPU.
 - prefill attention: torch's flash attention; compute-bound, and nothing here is particular to a budget.
 - append of several tokens: a second turn, once. A single token is written in attention's own launch (`append_attend`):
   aten's append is five launches, and at C = 1024 (8 KV heads, D = 128, H100 bandwidth) attention's bytes take 1.6 us.
@@ -154,5 +154,5 @@ def append_attend(keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, 
         return reference.append_attend(*args)
     from specpass.kernels import launch
 
-    slots = (states.unflatten(1, (key.shape[1], -1)) for states in (keys, values))
-    return launch.attend(query, *slots, lengths, scale, new=(key, value))
+    keys, values = (states.unflatten(1, (key.shape[1], -1)) for states in (keys, values))
+    return launch.attend(query, keys, values, lengths, scale, new=(key, value))

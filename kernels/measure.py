@@ -49,10 +49,11 @@ def make_case(kernel: str, shapes: Shapes, device: str, seed: int = 0) -> Case:
         lengths = torch.full((batch,), length, device=device)
         rows = (torch.arange(-shapes.window, ahead, device=device) + length).clamp(min=-1).expand(batch, -1)
         weights = torch.linspace(0, 1, shapes.rows, device=device) if shapes.weighted else None
-        args = (query, key, rows.contiguous(), lengths, shapes.window, 1 / math.sqrt(shapes.dim), shapes.reduce, weights)
+        scale = 1 / math.sqrt(shapes.dim)
+        args = (query, key, rows.contiguous(), lengths, shapes.window, scale, shapes.reduce, weights)
         case = Case(kernel, shapes, args)
         if kernel == "importance_given_lse":
-            case.lse = _log_sum_exp(*args[:3], args[5]).float()
+            case.lse = _log_sum_exp(*args[:3], scale).float()
         return case
     if kernel == "gather":
         columns = max(shapes.columns, shapes.budget)
@@ -84,7 +85,8 @@ def run(case: Case, tile: Tile | None = None) -> Any:
 def fallback(case: Case) -> Any:
     """The same result by aten."""
     if case.kernel.startswith("importance"):
-        return reference.importance(*case.args, case.lse)
+        query, key, rows, lengths, window, scale, reduce, weights = case.args
+        return reference.importance(query, key, rows, lengths, window, scale, reduce, weights, case.lse)
     if case.kernel == "gather":
         return reference.gather_kv(*case.args)
     query, keys, values, lengths, scale = case.args

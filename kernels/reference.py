@@ -284,8 +284,8 @@ def append_attend(keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, 
     key [B, K, 1, D], value [B, K, 1, Dv].
     """
     append_kv(keys, values, lengths, key, value)
-    slots = (states.unflatten(1, (key.shape[1], -1)) for states in (keys, values))
-    return attend(query, *slots, lengths, scale)
+    keys, values = (states.unflatten(1, (key.shape[1], -1)) for states in (keys, values))
+    return attend(query, keys, values, lengths, scale)
 
 
 def _hash_uniform(seed: int, step: int, size: int, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import specpass.ops
+import specpass.ops  # noqa: F401  (registers the operators)
 from specpass.kernels import registry
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes

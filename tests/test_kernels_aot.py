@@ -18,9 +18,9 @@ from specpass.kernels.shapes import Shapes, refuse
 from specpass.kernels.tiles import Tile, candidate_tiles, default_tile
 
 EMITTED = Path(__file__).with_name("emitted")
-# A layer of Llama-3.1-8B, for every kernel on every architecture; and a covering set: with it decode and gather meet every
-# head dimension on every architecture, importance every one on two or more, and groups, dtypes, reductions, weights and
-# batches vary along.
+# A layer of Llama-3.1-8B, for every kernel on every architecture; and a covering set: with it decode and gather meet
+# every head dimension on every architecture, importance every one on two or more, and groups, dtypes, reductions,
+# weights and batches vary along.
 LLAMA = Shapes("bfloat16", 1, 8, 4, 128, 128, rows=64, window=32, budget=1024, room=256, columns=32768)
 
 
