@@ -1,8 +1,9 @@
 """One table: for each operator, a generated kernel or aten, and why. Operators and the lowering both ask it.
 
 What stays with torch's own operators, with the figures behind it (T columns, head dimension D, 16-bit K and V):
-- select: a stable sort is what promises ties to the lower position. On a CPU select is 1 to 2 % of importance's time at
-  8k, 32k and 128k columns (bench/results/select.json, with torch.topk and two others). On a GPU a radix sort moves 96
+- select: a stable sort is what promises ties to the lower position. On a CPU select takes 1.2 % of importance's time
+  (2.2 % where the log-sum-exp is given) at 8k, 32k and 128k columns; torch.topk and two others are timed beside it in
+  bench/results/select.json. On a GPU a radix sort moves 96
   bytes a column where attention and importance read 6 * D + 4: a kernel that read the scores once and nothing else
   would save 11 % of these bytes at D = 128, in a prefill that is bound by FLOPs, not bytes. Not measured on a GPU.
 - prefill attention: torch's flash attention; compute-bound, and nothing here is particular to a budget.
