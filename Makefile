@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-real demo lint bench bench-own clean
+.PHONY: help venv test test-fast test-real demo lint bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,17 +42,11 @@ lint: $(STAMP)  ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-RESULTS := bench/results/quality.json bench/results/speed.json
-bench: $(STAMP)  ## quality and speed beside other implementations: two hours each; run again, it goes on
-	$(BIN)/specpass bench quality
-	$(BIN)/specpass bench speed
-	$(BIN)/specpass bench verify bench/results/quality.json
-	$(BIN)/specpass bench plot $(RESULTS)
-
-# Each writes bench/results/NAME.json, with machine and versions; `make bench-own BENCH=decode_step` runs one.
+# Each writes bench/results/NAME.json, with machine and versions; `make bench BENCH=decode_step ARGS="--rounds 1"` runs
+# one, with its own options (--out FILE puts the result elsewhere).
 BENCH ?= decode_step memory compile_time multikey
-bench-own: $(STAMP)  ## specpass against its own eager formulas and stock torch.compile (an hour)
-	for name in $(BENCH); do $(BIN)/python -m bench.$$name || exit 1; done
+bench: $(STAMP)  ## quality and speed against full KV, the eager formulas and stock torch.compile (an hour)
+	for name in $(BENCH); do $(BIN)/python -m bench.$$name $(ARGS) || exit 1; done
 
 clean:  ## remove .venv, caches and builds (the fetched models stay in the user's cache)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache specpass-demo

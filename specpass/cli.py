@@ -9,6 +9,7 @@ after Ctrl-C.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -168,6 +169,9 @@ def demo(
 
 def main() -> None:
     """Entry point of the ``specpass`` command."""
+    # Read when torch loads OpenMP: threads that spin between operators cost more than they compute.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     app()
 
 

@@ -120,7 +120,22 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
      ("x.png", ".svg or .dot")),
     (errors.OutputFileError,
      lambda f: ["explain", "-t", f.good, "-m", "snapkv", "-b", "40", *EAGER, "--graph", "/dev/null/x.dot"],
-     ("/dev/null/x.dot", "may write")),
+     ("/dev/null", "may write")),
+    (errors.OutputFileError, lambda f: ["demo", "-t", f.good, "-d", f.good, "-b", "40", "--out", "/dev/null/x"],
+     ("/dev/null/x", "may write")),
+    (errors.TokenizerMismatchError, lambda f: ["demo", "-t", f.good, "-d", f.make("other", words=60), "-b", "40"],
+     ("different tokenizers", "same family")),
+    (errors.UnknownModelError, lambda f: ["demo", "-t", "gpt-none", "-d", f.good], ("'gpt-none'", "smollm2-135m")),
+    (errors.UnknownModelError, lambda f: ["explain", "-t", "gpt-none", "-m", "snapkv"], ("'gpt-none'",)),
+    (errors.UnknownModelError, lambda f: ["models", "path", "gpt-none"], ("'gpt-none'",)),
+    (errors.UnknownModelError, lambda f: ["tune", "-t", "gpt-none"], ("'gpt-none'",)),
+    (errors.OutputFileError, lambda f: ["tune", "-t", f.good, "--json", "/dev/null/x.json"],
+     ("/dev/null", "may write")),
+    (errors.OutputFileError, lambda f: ["tune", "-t", f.good, "--emit", "/dev/null/x"], ("/dev/null/x", "may write")),
+    (errors.BudgetError, lambda f: ["demo", "-b", "0"], ("budget=0",)),
+    (errors.BudgetError, lambda f: ["demo", "-b", "20"], ("budget=20", "window=32")),
+    (errors.BudgetError, lambda f: ["explain", "-t", f.good, "-m", "snapkv", "-b", "0"], ("budget=0",)),
+    (errors.BudgetError, lambda f: ["tune", "-t", f.good, "-b", "16"], ("budget=16", "window=32")),
     (errors.UnknownArchError, lambda f: ["tune", "-t", f.good, "--budget", "64", "--arch", "sm_1"], ("sm_1", "sm_90")),
     (errors.UnknownModelError, lambda f: generate("gpt-none", "-m", "full"), ("'gpt-none'", "smollm2-135m")),
     (errors.UnknownModelError, lambda f: generate(f.empty(), "-m", "full"), ("config.json",)),
@@ -168,11 +183,19 @@ def test_every_error_is_here_or_has_a_reason() -> None:
     assert known == {case[0] for case in CASES} | set(NOT_HERE)
 
 
-@pytest.mark.parametrize("args", [["--lowering", "fast"], ["--dtype", "float8"], ["-n", "0"], ["--no-such-option"]])
+@pytest.mark.parametrize("args", [["--lowering", "fast"], ["--dtype", "float8"], ["-n", "0"], ["--no-such-option"],
+                                  ["--device", "cuda:99"], ["--device", "toaster"]])
 def test_wrong_options_are_2(folders: Folders, args: list[str]) -> None:
     result = runner.invoke(cli.app, ["generate", "-t", folders.good, "-m", "full", "-p", TEXT, *args])
     assert result.exit_code == 2
     assert args[0].lstrip("-") in result.stderr
+
+
+@pytest.mark.parametrize("args", [["--batch", "0"], ["--prompt", "0"], ["--tiles", "0"], ["--jobs", "-1"], []])
+def test_wrong_options_of_tune_are_2(folders: Folders, args: list[str]) -> None:
+    result = runner.invoke(cli.app, ["tune", *(["-t", folders.good] if args else []), *args])
+    assert result.exit_code == 2
+    assert (args[0] if args else "--target") in result.stderr
 
 
 def test_what_nobody_expected_is_70_and_says_how_to_see_more(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
