@@ -30,6 +30,7 @@ class Canonicalize(Pass):
 
     def run(self, gm: fx.GraphModule, state: State) -> None:
         editor = Editor(gm)
+        drop_grad_modes(gm.graph)
         unify_sizes(gm.graph)
         for softmax in find(gm.graph, ATEN.softmax, ATEN._softmax):
             fuse_eager_attention(editor, softmax)
@@ -37,6 +38,12 @@ class Canonicalize(Pass):
             unrepeat(node)
             unfold_query(editor, node)
         gm.graph.eliminate_dead_code()
+
+
+def drop_grad_modes(graph: fx.Graph) -> None:
+    """A graph is for inference; run by itself, its last switch would leave the caller's autograd off."""
+    for node in find(graph, torch._C._set_grad_enabled):
+        graph.erase_node(node)
 
 
 def unify_sizes(graph: fx.Graph) -> None:
