@@ -93,7 +93,7 @@ def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window
     kv_heads, columns = key.shape[1], key.shape[2]
     group = heads // kv_heads
     folded = query.reshape(batch, kv_heads, group * count, dim).float()  # K is never repeated to H heads
-    logits = torch.matmul(folded, key.float().transpose(2, 3)).mul_(scale)
+    logits = torch.matmul(folded, key.float().transpose(2, 3)) * scale
     column = torch.arange(columns, device=key.device)
     seen = (column <= rows[:, :, None])[:, None, None]  # [B, 1, 1, R, T]
     logits = logits.view(batch, kv_heads, group, count, columns).masked_fill(~seen, float("-inf"))
