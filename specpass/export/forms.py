@@ -1,0 +1,68 @@
+"""One plain ATen form for each operator that a PRUNED graph may hold.
+
+Nearly all are the references themselves. Three references write into a tensor that they made, which ONNX cannot say:
+`prefill_attention`, `gather_kv` (here without free slots: the runtime owns the room) and `append_kv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specpass.kernels import reference, reference_prompt
+
+
+def write_slots(storage: Tensor, lengths: Tensor, new: Tensor) -> Tensor:
+    """Storage [B, K, P, D] with new [B, K, q, D] at the slots that start at lengths [B, K]."""
+    slot = (lengths[:, :, None] + torch.arange(new.shape[2], device=new.device))[..., None]
+    return storage.scatter(2, slot.expand(-1, -1, -1, new.shape[3]), new)
+
+
+def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference for room 0."""
+    if room:
+        raise ValueError(f"room={room}: an exported prefill has no free slots")
+    index = positions.clamp(min=0)[..., None]
+    unused = (positions < 0)[..., None]
+
+    def compact(states: Tensor) -> Tensor:
+        kept = states.gather(2, index.expand(-1, -1, -1, states.shape[3]))
+        return kept.masked_fill(unused, 0).flatten(1, 2)
+
+    return compact(key), compact(value), (positions >= 0).sum(-1)
+
+
+def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """As the reference: one call per member of the GQA group, so that one member's [B, K, T, T] is held at a time."""
+    kv_heads = key.shape[1]
+    members = query.unflatten(1, (kv_heads, -1)).unbind(2)
+    outs = [F.scaled_dot_product_attention(member, key, value, is_causal=True, scale=scale) for member in members]
+    return outs[0] if len(outs) == 1 else torch.stack(outs, 2).flatten(1, 2)
+
+
+def pack_order(attention_mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.pack_order(attention_mask)
+
+
+def full_lengths(ids: Tensor) -> Tensor:
+    return torch.full((ids.shape[0],), ids.shape[1], dtype=torch.int64, device=ids.device)
+
+
+_SAME = ("pack_ids", "append_ids", "append_positions", "take_positions", "unpack_index", "score_rows", "take_rows",
+         "importance", "select", "select_recent", "keep_all", "keep_kv", "attend", "next_token")
+_SAME_PROMPT = ("row_weights", "no_scores", "merge_layer", "merge_step", "select_prompt", "take_ids", "count_kept",
+                "number_anew", "map_positions", "told_positions", "keep_short_rows")
+
+FORMS: dict[str, Callable[..., Any]] = {
+    **{name: getattr(reference, name) for name in _SAME},
+    **{name: getattr(reference_prompt, name) for name in _SAME_PROMPT},
+    "write_slots": write_slots,
+    "gather_kv": gather_kv,
+    "prefill_attention": prefill_attention,
+    "pack_order": pack_order,
+    "full_lengths": full_lengths,
+}
