@@ -124,3 +124,15 @@ class PromptError(SpecpassError, ValueError):
 
 class OutputFileError(SpecpassError, ValueError):
     """A file that cannot be written, or whose ending names no known format."""
+
+
+class ExportError(SpecpassError, RuntimeError):
+    """A model that has no ONNX form; the message names the operator and the layer."""
+
+
+class OnnxMissingError(SpecpassError, RuntimeError):
+    """A package that export or the runtime needs is not installed."""
+
+
+class BundleError(SpecpassError, ValueError):
+    """An exported folder that is of another version, incomplete, truncated, or leads outside of itself."""
