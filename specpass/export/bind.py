@@ -40,7 +40,7 @@ class WeightFile:
 
 
 def bind_weights(model: ir.Model, weights: dict[str, Tensor], files: dict[str, WeightFile]) -> None:
-    """Turn the inputs named in `weights` into initializers stored in `files`, by the part of the name before the dot."""
+    """Turn the inputs named in `weights` into initializers stored in `files`, by the part of the name before the dot; else inline."""
     for value in [value for value in model.graph.inputs if value.name in weights]:
         model.graph.inputs.remove(value)
         tensor = weights[value.name]
@@ -55,7 +55,11 @@ def bind_weights(model: ir.Model, weights: dict[str, Tensor], files: dict[str, W
             for node, _ in list(value.uses()):
                 if is_turn(node):
                     multiply_rows(node, value)
-        place = files[value.name.partition(".")[0]].add(value.name, tensor, turned)
+        part = value.name.partition(".")[0]
+        if part in files:
+            place: ir.TensorProtocol = files[part].add(value.name, tensor, turned)
+        else:  # a few numbers of the method's own: shape inference may read them
+            place = ir.tensor(tensor.numpy(), name=value.name)
         value.shape, value.type, value.const_value = place.shape, ir.TensorType(place.dtype), place
         model.graph.register_initializer(value)
 

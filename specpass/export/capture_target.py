@@ -17,9 +17,9 @@ from specpass.checks import as_ids
 from specpass.draft_capture import capture_draft
 from specpass.export.draft_loop import LoopedDraft
 from specpass.export.flatten import Inliner, flatten, named, outputs_of
-from specpass.export.forms import FORMS
+from specpass.export.forms import FORMS, by_head
 from specpass.methods import Method
-from specpass.model_trace import BATCH, PROMPT, SLOTS, ModelTrace
+from specpass.model_trace import BATCH, SLOTS, ModelTrace
 from specpass.passes.base import Refusal, State
 from specpass.passes.graph import fake_mode_of
 from specpass.passes.pipeline import Pipeline
@@ -114,11 +114,12 @@ class _Pruned:
             inner = Inliner(pruned)
             out = list(inner.run(*args))
             for index in range(1, 2 * self.layers + 1):  # storage [B, K * C, D] as [B, K, C, D]
-                out[index] = out[index].unflatten(1, (self.kv[(index - 1) // 2][0], -1))
+                out[index] = by_head(out[index], self.kv[(index - 1) // 2][0])
             return tuple(out)
 
-        values = [node.meta["val"] for node in pruned.graph.find_nodes(op="placeholder")]
-        flat = flatten(pruned, plain, values)
+        # The prompt's length is the symbol itself here; to the pipeline the symbol means S + L.
+        values = [node.meta["val"] for node in pruned.graph.find_nodes(op="placeholder")[2:]]
+        flat = flatten(pruned, plain, [model.ids, mask, *values])
         return Program(flat, ("input_ids", "attention_mask"), (*outputs, *extra), weights)
 
     def _draft(self) -> LoopedDraft:
@@ -174,7 +175,7 @@ class _Exact:
         def run(ids: Tensor, mask: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
             order, lengths = FORMS["pack_order"](mask, ids)
             out = Inliner(prefill).run(FORMS["pack_ids"](ids, order), lengths, 0, *params)
-            states = [out[1 + 3 * layer + part].unflatten(1, (heads[layer], -1))
+            states = [by_head(out[1 + 3 * layer + part], heads[layer])
                       for layer in range(layers) for part in (0, 1)]
             column = torch.arange(ids.shape[1])
             row = torch.where(column < lengths[:, None], column, -1)[:, None]
@@ -200,7 +201,7 @@ def decode_program(model: ModelTrace | None, gm: fx.GraphModule, kv: list[tuple[
     places = inputs[2 : 2 + 3 * layers]
     stores = [place for index, place in enumerate(places) if index % 3 < 2]
     with fake_mode_of(gm):
-        storages = [place.meta["val"].unflatten(1, (kv[index // 2][0], -1)) for index, place in enumerate(stores)]
+        storages = [by_head(place.meta["val"], kv[index // 2][0]) for index, place in enumerate(stores)]
         lengths = ids.new_zeros(layers, ids.shape[0], max(heads for heads, _, _ in kv))
 
     def run(ids: Tensor, position: Tensor, lengths: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:

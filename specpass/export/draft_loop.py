@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from specpass.draft_graphs import DraftGraphs
 from specpass.export.flatten import Inliner
+from specpass.export.forms import by_head
 from specpass.kernels import reference, reference_prompt
 from specpass.passes.base import State
 from specpass.passes.graph import Editor, quiet
@@ -58,13 +59,13 @@ class DraftSteps(nn.Module):
         caches, rest = rest[:count], rest[count:]
         scores, params = rest[: int(scored)], rest[int(scored):]
         heads = caches[2::3]
-        storage = [states.unflatten(1, (owner.shape[1], -1)) for index, owner in enumerate(heads)
+        storage = [by_head(states, owner.shape[1]) for index, owner in enumerate(heads)
                    for states in caches[3 * index : 3 * index + 2]]
         ended = torch.zeros_like(lengths, dtype=torch.bool)
         token, after = self._next(logits, ended)
         ids = torch.cat([token, token.new_zeros(token.shape[0], length - 1)], 1)
         index = torch.ones((), dtype=torch.int64, device=lengths.device)
-        carried = (index, token, ended, after, ids, *scores, *storage)
+        carried = (index, token, ended, after.clone(), ids, *scores, *storage)
 
         def proceed(index: Tensor, *_: Tensor) -> Tensor:
             return index < length
@@ -83,7 +84,7 @@ class DraftSteps(nn.Module):
             following, after = self._next(logits, ended)
             column = torch.arange(length, device=ids.device) == index
             ids = torch.where(column, following, ids)
-            return (index + 1, following, ended.clone(), after, ids, *scores, *storage)
+            return (index + 1, following, ended.clone(), after.clone(), ids, *scores, *storage)
 
         done = torch.ops.higher_order.while_loop(proceed, step, carried, (lengths, *params))
         return (done[4], *done[5 : 5 + int(scored)])

@@ -18,7 +18,7 @@ import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from specpass.export.forms import FORMS
+from specpass.export.forms import FORMS, by_head
 from specpass.passes.graph import SPEC, copy_module, fake_mode_of, is_op, module_path, output_of, quiet
 
 NAMESPACE = "specpass"
@@ -54,7 +54,7 @@ class Inliner(fx.Interpreter):
         for store, states in zip((keys, values), new, strict=True):
             old = self.stores.get(store)
             if old is None:
-                old = self.env[store].unflatten(1, (states.shape[1], -1))
+                old = by_head(self.env[store], states.shape[1])
             self.stores[store] = FORMS["write_slots"](old, self.env[lengths], states)
             self.env[store] = self.stores[store].flatten(1, 2)
         self.env[lengths] = self.env[lengths] + new[0].shape[2]

@@ -33,7 +33,7 @@ from torch.export.graph_signature import (
 from specpass.errors import ExportError
 from specpass.export.capture_target import Program
 from specpass.export.flatten import outputs_of
-from specpass.passes.graph import module_path
+from specpass.passes.graph import ATEN, fake_mode_of, is_op, module_path
 
 OPSET = 20
 _TARGET = re.compile(r"Error when translating node .*?target=torch\.ops\.([\w.]+)\]")
@@ -48,7 +48,8 @@ def translate(program: Program, title: str) -> ir.Model:
     lift_constants(program)
     exported = as_exported_program(program.graph)
     try:
-        with warnings.catch_warnings():
+        # Nothing that torch decides on the way may depend on the sizes that were traced.
+        with warnings.catch_warnings(), fake_mode_of(program.graph).shape_env.suppress_guards():
             warnings.simplefilter("ignore")  # of torch.onnx, about its own use of torch
             done = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False,
                                      custom_translation_table={torch.ops.aten.sort.stable: sort_stable})
@@ -95,6 +96,10 @@ def lift_constants(program: Program) -> None:
         program.weights[f"constant.{node.target}"] = tensor
         node.replace_all_uses_with(last)
         graph.erase_node(node)
+    for node in list(graph.nodes):  # torch.tensor(...) copies its constant, in place
+        if is_op(node, ATEN.lift_fresh_copy, ATEN.detach_):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     program.graph.recompile()
 
 
@@ -169,4 +174,10 @@ def name_nodes(model: ir.Model) -> None:
         node.name = f"{stem}_{counts[stem]}"
         counts[stem] += 1
         node.metadata_props.clear()
+        for body in (attr.as_graph() for attr in node.attributes.values() if attr.type == ir.AttributeType.GRAPH):
+            for index, value in enumerate(body.inputs):
+                value.name = f"{node.name}/in_{index}"
+        for index, value in enumerate(node.outputs):
+            if not (value.is_graph_output() and node.graph is model.graph):  # one name, one value, in bodies too
+                value.name = f"{node.name}/out_{index}"
     model.graph.metadata_props.clear()
