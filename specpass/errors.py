@@ -136,3 +136,7 @@ class OnnxMissingError(SpecpassError, RuntimeError):
 
 class BundleError(SpecpassError, ValueError):
     """An exported folder that is of another version, incomplete, truncated, or leads outside of itself."""
+
+
+class SamplingError(SpecpassError, ValueError):
+    """A temperature, top_k, top_p or penalty that no token can be drawn with."""
