@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
 ALIGN = 64  # bytes; a cache line
@@ -21,22 +21,24 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.places: dict[tuple[str, bool], ir.ExternalTensor] = {}
-        self.size = 0
 
     def add(self, name: str, tensor: Tensor, turned: bool) -> ir.ExternalTensor:
         """The place of `tensor` in the file; `turned` stores its transpose."""
         if (name, turned) in self.places:
             return self.places[name, turned]
-        data = (tensor.t() if turned else tensor).detach().cpu().contiguous().numpy()
-        with self.path.open("ab") as file:
-            file.write(b"\0" * (-self.size % ALIGN))
-            offset = file.tell()
-            data.tofile(file)
-            self.size = file.tell()
-        place = ir.ExternalTensor(self.path.name, offset, data.nbytes, ir.DataType.from_numpy(data.dtype),
-                                  shape=ir.Shape(data.shape), name=name, base_dir=self.path.parent)
-        self.places[name, turned] = place
-        return place
+        return self.add_array(name, (tensor.t() if turned else tensor).detach().cpu().contiguous().numpy(), turned)
+
+    def add_array(self, name: str, array: np.ndarray, turned: bool = False) -> ir.ExternalTensor:
+        """The place of `array`, which has no padding between its rows."""
+        if (name, turned) not in self.places:
+            with self.path.open("ab") as file:
+                file.write(b"\0" * (-file.tell() % ALIGN))
+                offset = file.tell()
+                np.ascontiguousarray(array).tofile(file)
+            self.places[name, turned] = ir.ExternalTensor(
+                self.path.name, offset, array.nbytes, ir.DataType.from_numpy(array.dtype),
+                shape=ir.Shape(array.shape), name=name, base_dir=self.path.parent)
+        return self.places[name, turned]
 
 
 def bind_weights(model: ir.Model, weights: dict[str, Tensor], files: dict[str, WeightFile]) -> None:
@@ -93,6 +95,6 @@ def multiply_rows(turn: ir.Node, weight: ir.Value) -> None:
 
 def constant(before: ir.Node, numbers: list[int]) -> ir.Value:
     """An int64 constant in front of `before`."""
-    node = ir.node("Constant", [], {"value": ir.tensor(torch.tensor(numbers).numpy())})
+    node = ir.node("Constant", [], {"value": ir.tensor(np.array(numbers, dtype=np.int64))})
     before.graph.insert_before(before, node)
     return node.outputs[0]

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ast
 import collections
+import contextlib
+import logging
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -49,7 +52,7 @@ def translate(program: Program, title: str) -> ir.Model:
     exported = as_exported_program(program.graph)
     try:
         # Nothing that torch decides on the way may depend on the sizes that were traced.
-        with warnings.catch_warnings(), fake_mode_of(program.graph).shape_env.suppress_guards():
+        with warnings.catch_warnings(), quiet_log("torch.onnx"), fake_mode_of(program.graph).shape_env.suppress_guards():
             warnings.simplefilter("ignore")  # of torch.onnx, about its own use of torch
             done = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False,
                                      custom_translation_table={torch.ops.aten.sort.stable: sort_stable})
@@ -61,6 +64,18 @@ def translate(program: Program, title: str) -> ir.Model:
     name_values(model, program)
     name_nodes(model)
     return model
+
+
+@contextlib.contextmanager
+def quiet_log(name: str) -> Iterator[None]:
+    """Errors only, of one logger and those below it."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def simplify(model: ir.Model) -> None:
