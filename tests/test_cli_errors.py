@@ -11,6 +11,7 @@ import transformers
 from cli_models import save_model
 from typer.testing import CliRunner
 
+import specpass
 from specpass import cli, errors, hub
 
 runner = CliRunner()
@@ -31,6 +32,7 @@ NOT_HERE = {
     errors.CacheStateError: "one prompt, one cache",
     errors.MethodHookError: "needs a method of one's own",
     errors.TritonMissingError: "needs an environment without Triton",
+    errors.OnnxMissingError: "needs an environment without onnx or onnxruntime",
     errors.NoCudaError: "CUDA graphs are asked for in Python",
     errors.UnsupportedCallError: "--lowering is checked as an option; no labels",
 }
@@ -63,6 +65,13 @@ class Folders:
         sizes = {"vocab_size": 128, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
         transformers.T5Config(**sizes, decoder_start_token_id=0).save_pretrained(self.root / "t5")
         return str(self.root / "t5")
+
+    def exported(self) -> str:
+        folder = self.root / "exported"
+        if not folder.exists():
+            target, tokenizer = hub.load(self.good)
+            specpass.export_onnx(target, method=specpass.StreamingLLM(budget=24), out=folder, tokenizer=tokenizer)
+        return str(folder)
 
     def empty(self) -> str:
         (self.root / "empty").mkdir(exist_ok=True)
@@ -106,6 +115,17 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     (errors.OutputFileError,
      lambda f: ["explain", "-t", f.good, "-m", "snapkv", "-b", "40", *EAGER, "--graph", "/dev/null/x.dot"],
      ("/dev/null/x.dot", "may write")),
+    (errors.ExportError, lambda f: ["export", "-t", f.make("sliding", family="mistral-sliding"), "-m", "snapkv",
+                                    "-b", "64", "--out", str(f.root / "out")], ("layer 0", "sliding_attention")),
+    (errors.BudgetError, lambda f: ["export", "-t", f.good, "-m", "snapkv", "-b", "0.5", "--out", "out"],
+     ("0.5", "budget=256")),
+    (errors.LookaheadError, lambda f: ["export", "-t", f.good, "-d", f.good, "-b", "64", "--out", "out"],
+     ("lookahead=None", "lookahead=16")),
+    (errors.OutputFileError, lambda f: ["export", "-t", f.good, "-m", "streamingllm", "-b", "64", "--out", f.good],
+     ("no earlier export", "new folder")),
+    (errors.BundleError, lambda f: ["generate", "--onnx", f.empty(), "-p", TEXT], ("specpass.json", "specpass export")),
+    (errors.SamplingError, lambda f: ["generate", "--onnx", f.exported(), "-p", TEXT, "--raw", "--temperature", "1",
+                                      "--top-p", "0"], ("top_p=0.0",)),
     (errors.UnknownArchError, lambda f: ["tune", "-t", f.good, "--budget", "64", "--arch", "sm_1"], ("sm_1", "sm_90")),
     (errors.UnknownModelError, lambda f: generate("gpt-none", "-m", "full"), ("'gpt-none'", "smollm2-135m")),
     (errors.UnknownModelError, lambda f: generate(f.empty(), "-m", "full"), ("config.json",)),
