@@ -64,8 +64,8 @@ def read_bundle(folder: str | Path, *, full: bool = False) -> Bundle:
     data = _read_manifest(folder / MANIFEST)
     if data.get("version") != VERSION:
         raise BundleError(
-            f"{folder / MANIFEST} is of version {data.get('version')!r} and this specpass reads version {VERSION}: export "
-            "the model again with `specpass export`."
+            f"{folder / MANIFEST} is of version {data.get('version')!r} and this specpass reads version {VERSION}: "
+            "export the model again with `specpass export`."
         )
     try:
         bundle = Bundle(**data)
@@ -109,13 +109,13 @@ def check_file(folder: Path, name: str, size: int, sha256: str | None = None) ->
     path = folder / name
     outside = not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or ":" in name
     if outside or not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{folder / MANIFEST} names {name!r}, which leads outside of the folder: do not use this export.")
+        raise BundleError(f"{folder / MANIFEST} names {name!r}, which leads outside of the folder: do not use it.")
     if not path.is_file():
         raise BundleError(f"{path} is missing: copy the whole folder again, or export the model again.")
     if path.stat().st_size != size:
         raise BundleError(
-            f"{path} has {path.stat().st_size:,} bytes and should have {size:,}: it is truncated or from another export. "
-            "Copy the folder again, or export the model again."
+            f"{path} has {path.stat().st_size:,} bytes and should have {size:,}: it is truncated or from another "
+            "export. Copy the folder again, or export the model again."
         )
     if sha256 is not None and file_hash(path) != sha256:
         raise BundleError(f"{path} has other content than was exported: copy the folder again, or export again.")

@@ -19,6 +19,7 @@ from specpass.cli_options import (
     choose,
 )
 
+
 def export(
     target: Target,
     out: Annotated[Path, typer.Option("--out", help="The folder to write; an earlier export there is replaced.")],

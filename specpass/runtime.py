@@ -86,8 +86,8 @@ class Runtime:
         try:
             return self._ort.InferenceSession(str(self.folder / name), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes are no API
-            raise BundleError(f"{self.folder / name} does not load in ONNX Runtime ({error}): export the model again, or "
-                              "install the onnxruntime that specpass.json names.") from error
+            raise BundleError(f"{self.folder / name} does not load in ONNX Runtime ({error}): export the model again, "
+                              "or install the onnxruntime that specpass.json names.") from error
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 256, *, temperature: float = 0.0,
                  top_k: int = 0, top_p: float = 1.0, repetition_penalty: float | None = None, seed: int = 0,
@@ -162,8 +162,8 @@ class Runtime:
         context, lookahead = self.bundle.context, self.bundle.lookahead
         if context is not None and size + lookahead > context:
             raise DraftContextError(
-                f"the prompt has {size} tokens and the draft writes {lookahead} more, but the draft reads at most {context}: "
-                "shorten the prompt, or export with a lower lookahead."
+                f"the prompt has {size} tokens and the draft writes {lookahead} more, but the draft reads at most "
+                f"{context}: shorten the prompt, or export with a lower lookahead."
             )
         ids = np.full((len(prompts), size), self.bundle.pad_id, np.int64)
         mask = np.zeros_like(ids)

@@ -37,7 +37,7 @@ class Sampling:
         if not 0.0 < self.top_p <= 1.0:
             raise SamplingError(f"top_p={self.top_p}: expected more than 0, at most 1.")
         if not self.repetition_penalty > 0.0:
-            raise SamplingError(f"repetition_penalty={self.repetition_penalty}: expected more than 0; 1.0 changes nothing.")
+            raise SamplingError(f"repetition_penalty={self.repetition_penalty}: expected more than 0; 1.0 is none.")
 
 
 class Sampler:

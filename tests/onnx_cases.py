@@ -1,4 +1,4 @@
-"""What the tests of exported models share: one tiny pair, one method of each kind, exports made once, PyTorch's answer."""
+"""What the tests of exported models share: a tiny pair, one method of each kind, PyTorch's answer."""
 
 from __future__ import annotations
 

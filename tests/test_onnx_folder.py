@@ -255,7 +255,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     assert list((tmp_path / "deep").iterdir()) == []
 
 
-def test_an_earlier_export_is_replaced_and_other_folders_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_earlier_export_is_replaced_and_other_folders_are_not(tmp_path: Path) -> None:
     old = tmp_path / "out"
     old.mkdir()
     (old / "notes.txt").write_text("mine")

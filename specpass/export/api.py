@@ -92,8 +92,8 @@ def check_method(method: Method | None) -> None:
     if method is None:
         return
     if not isinstance(method.budget, int):
-        raise BudgetError(f"budget={method.budget} is a ratio, and an exported graph has a constant budget: give a count, "
-                          "e.g. budget=256.")
+        raise BudgetError(f"budget={method.budget} is a ratio, and an exported graph has a constant budget: give a "
+                          "count, e.g. budget=256.")
     if getattr(method, "lookahead_ids", None) is not None:
         raise LookaheadError("lookahead_ids are those of one prompt, and an export serves all: export with a draft.")
     if method.drafts and getattr(method, "lookahead", None) is None:
@@ -104,8 +104,8 @@ def check_method(method: Method | None) -> None:
 def check_dtype(target: nn.Module) -> None:
     dtype = next(target.parameters()).dtype
     if dtype not in (torch.float32, torch.float16):
-        raise DtypeMismatchError(f"the target is in {dtype}, and exports are in float32 or float16: load target and draft "
-                                 "with dtype='float32'.")
+        raise DtypeMismatchError(f"the target is in {dtype}, and exports are in float32 or float16: load target and "
+                                 "draft with dtype='float32'.")
 
 
 @contextlib.contextmanager
@@ -143,7 +143,9 @@ def _write(folder: Path, target: nn.Module, draft: nn.Module | None, method: Met
     try:
         capture = capture_target(target, method, draft)
     except Refusal as refusal:
-        raise ExportError(f"this architecture cannot be exported: {refusal}. specpass.compile runs it exactly.") from refusal
+        raise ExportError(
+            f"this architecture cannot be exported: {refusal}. specpass.compile runs it exactly."
+        ) from refusal
     files = {"target": WeightFile(folder / TARGET_DATA), "draft": WeightFile(folder / DRAFT_DATA)}
     for name, program in ((PREFILL, capture.prefill), (DECODE, capture.decode)):
         model = translate(program, name.removesuffix(".onnx"))

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from specpass.cache import BudgetCache
 from specpass.checks import as_ids
 from specpass.draft_capture import capture_draft
+from specpass.draft_graphs import DraftGraphs
 from specpass.export.draft_loop import LoopedDraft
 from specpass.export.flatten import Inliner, flatten, named, outputs_of
 from specpass.export.forms import FORMS, by_head
@@ -44,7 +45,8 @@ class Capture:
     kv: list[tuple[int, int, int]]  # K, D, Dv of each layer
 
 
-def capture_target(target: nn.Module, method: Method | None, draft: nn.Module | None, unrolled: bool = False) -> Capture:
+def capture_target(target: nn.Module, method: Method | None, draft: nn.Module | None,
+                   unrolled: bool = False) -> Capture:
     """Both graphs of `target`; method None keeps every KV pair.
 
     Args: unrolled: the draft's steps as copies instead of a loop (to measure what a loop saves).
@@ -105,7 +107,7 @@ class _Pruned:
         source = self.draft.generation_config if self.draft is not None else self.config
         state.eos_ids = as_ids(source.eos_token_id)
         pruned = named_submodules(named(Pipeline().run(gm, state)))
-        self.kv = [(site.kv_heads, *(int(n.meta["val"].shape[3]) for n in (site.key, site.value)))
+        self.kv = [(site.kv_heads, int(site.key.meta["val"].shape[3]), int(site.value.meta["val"].shape[3]))
                    for site in state.sites]
         weights = self.weights | {f"draft.{name}": tensor for name, tensor in
                                   (state.draft.params if state.lifted else {}).items()}
@@ -122,13 +124,13 @@ class _Pruned:
         flat = flatten(pruned, plain, [model.ids, mask, *values])
         return Program(flat, ("input_ids", "attention_mask"), (*outputs, *extra), weights)
 
-    def _draft(self) -> LoopedDraft:
+    def _draft(self) -> DraftGraphs:
         try:
             graphs = capture_draft(self.draft, self.method.prompt)
         except Refusal as refusal:
             raise Refusal(f"the draft cannot be captured: {refusal}") from refusal
         method: Any = self.method
-        kind = type(graphs) if self.unrolled else LoopedDraft
+        kind = DraftGraphs if self.unrolled else LoopedDraft
         fields = {field.name: getattr(graphs, field.name) for field in dataclasses.fields(graphs)}
         return kind(**fields | {"temperature": method.temperature, "seed": method.seed,
                                 "target_vocab": self.config.vocab_size})
@@ -184,8 +186,8 @@ class _Exact:
         with fake_mode_of(prefill):
             mask = ids.new_ones(ids.shape)
         flat = flatten(prefill, run, [ids, mask, *(node.meta["val"] for node in inputs[count:])])
-        kv = [(heads[layer], *(int(outputs_of(prefill)[1 + 3 * layer + part].meta["val"].shape[2]) for part in (0, 1)))
-              for layer in range(layers)]
+        widths = [int(node.meta["val"].shape[2]) if index % 3 else 0 for index, node in enumerate(outputs_of(prefill))]
+        kv = [(heads[layer], widths[1 + 3 * layer], widths[2 + 3 * layer]) for layer in range(layers)]
         outputs = ("logits", *names("present", layers), *(f"positions.{layer}" for layer in range(layers)))
         first = Program(flat, ("input_ids", "attention_mask"), outputs, weights)
         return Capture(first, decode_program(None, graphs.step, kv, weights), kv)
@@ -193,7 +195,7 @@ class _Exact:
 
 def decode_program(model: ModelTrace | None, gm: fx.GraphModule, kv: list[tuple[int, int, int]],
                    weights: dict[str, Tensor]) -> Program:
-    """step(ids [B, 1], position [B, 1], lengths [layers, B, K], *storages [B, K, P, D], *weights) -> logits, storages."""
+    """step(ids [B, 1], position [B, 1], lengths [layers, B, K], storages [B, K, P, D], weights) -> logits, storages."""
     gm = named(gm)
     layers = len(kv)
     inputs = gm.graph.find_nodes(op="placeholder")

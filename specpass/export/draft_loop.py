@@ -46,7 +46,7 @@ class LoopedDraft(DraftGraphs):
 
 
 class DraftSteps(nn.Module):
-    """L tokens from the draft's prefill on: (lengths [B], logits, *caches, [scores], *params) -> ids [B, L], [scores]."""
+    """L tokens from the draft's prefill on: (lengths [B], logits, caches, [scores], params) -> ids [B, L], [scores]."""
 
     def __init__(self, draft: LoopedDraft, length: int) -> None:
         super().__init__()
@@ -77,14 +77,14 @@ class DraftSteps(nn.Module):
             storage, (lengths, *params) = rest[: 2 * draft.layers], rest[2 * draft.layers :]
             position = (lengths + index - 1)[:, None]
             extra = (position.masked_fill(over[:, None], -1), lengths) if scored else ()
-            out, storage = self._step(token, position, extra, storage, lengths + index - 1, params)
+            out, stored = self._step(token, position, extra, storage, lengths + index - 1, params)
             logits, *new = out if scored else (out,)
             if scored:
                 scores = (reference_prompt.merge_step(scores[0], new[0], draft.reduce),)
             following, after = self._next(logits, ended)
             column = torch.arange(length, device=ids.device) == index
             ids = torch.where(column, following, ids)
-            return (index + 1, following, ended.clone(), after.clone(), ids, *scores, *storage)
+            return (index + 1, following, ended.clone(), after.clone(), ids, *scores, *stored)
 
         done = torch.ops.higher_order.while_loop(proceed, step, carried, (lengths, *params))
         return (done[4], *done[5 : 5 + int(scored)])

@@ -30,13 +30,10 @@ def quantize(folder: Path) -> None:
                 part = (value.name or "").partition(".")[0]
                 if part in files and value.const_value is not None:
                     value.const_value = files[part].add_array(value.name or "", np.asarray(value.const_value.numpy()))
-            for file in files.values():
-                file.path.touch()
             ir.save(model, work / f"new_{graph}")
-        for part, file in parts.items():
-            (folder / file).unlink(missing_ok=True)
-            new = work / f"new_{file}"
-            if new.stat().st_size:
-                new.rename(folder / file)
+        for name in parts.values():
+            (folder / name).unlink(missing_ok=True)
+            if (work / f"new_{name}").is_file():
+                (work / f"new_{name}").rename(folder / name)
         for graph in (PREFILL, DECODE):
             (work / f"new_{graph}").rename(folder / graph)

@@ -52,7 +52,8 @@ def translate(program: Program, title: str) -> ir.Model:
     exported = as_exported_program(program.graph)
     try:
         # Nothing that torch decides on the way may depend on the sizes that were traced.
-        with warnings.catch_warnings(), quiet_log("torch.onnx"), fake_mode_of(program.graph).shape_env.suppress_guards():
+        sizes = fake_mode_of(program.graph).shape_env
+        with warnings.catch_warnings(), quiet_log("torch.onnx"), sizes.suppress_guards():
             warnings.simplefilter("ignore")  # of torch.onnx, about its own use of torch
             done = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False,
                                      custom_translation_table={torch.ops.aten.sort.stable: sort_stable})
@@ -107,7 +108,7 @@ def lift_constants(program: Program) -> None:
             continue  # the body of a loop
         with graph.inserting_after(last):
             last = graph.placeholder(f"constant_{node.target}")
-        last.meta["val"] = node.meta["val"] if "val" in node.meta else tensor
+        last.meta["val"] = node.meta.get("val", tensor)
         program.weights[f"constant.{node.target}"] = tensor
         node.replace_all_uses_with(last)
         graph.erase_node(node)
