@@ -249,7 +249,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytes
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "_write", stop)
+    monkeypatch.setattr(api, "write_graphs", stop)
     with pytest.raises(KeyboardInterrupt):
         specpass.export_onnx(tiny("llama"), method=METHODS["snapkv"], out=tmp_path / "deep" / "out")
     assert list((tmp_path / "deep").iterdir()) == []

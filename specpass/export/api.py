@@ -71,7 +71,11 @@ def export_onnx(target: nn.Module, draft: nn.Module | None = None, method: Metho
         raise ExportError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}.")
     out = Path(out)
     with folder_that_appears_whole(out) as folder:
-        _write(folder, target, draft, method, weights)
+        write_graphs(folder, target, draft, method)
+        if weights == "int8":
+            from specpass.export.quantize import quantize
+
+            quantize(folder)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder)
         bundle = describe(folder, target, draft, method, weights)
@@ -133,7 +137,9 @@ def folder_that_appears_whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(folder: Path, target: nn.Module, draft: nn.Module | None, method: Method | None, weights: str) -> None:
+def write_graphs(folder: Path, target: nn.Module, draft: nn.Module | None, method: Method | None, *,
+                 unrolled: bool = False) -> None:
+    """Both graphs and their data files; `unrolled` as in capture_target."""
     import onnx_ir as ir
 
     from specpass.export.bind import WeightFile, bind_weights
@@ -141,7 +147,7 @@ def _write(folder: Path, target: nn.Module, draft: nn.Module | None, method: Met
     from specpass.export.translate import translate
 
     try:
-        capture = capture_target(target, method, draft)
+        capture = capture_target(target, method, draft, unrolled)
     except Refusal as refusal:
         raise ExportError(
             f"this architecture cannot be exported: {refusal}. specpass.compile runs it exactly."
@@ -151,12 +157,6 @@ def _write(folder: Path, target: nn.Module, draft: nn.Module | None, method: Met
         model = translate(program, name.removesuffix(".onnx"))
         bind_weights(model, program.weights, files)
         ir.save(model, folder / name)
-    if weights == "int8":
-        from specpass.export.quantize import quantize
-
-        quantize(folder)
-
-
 def copy_tokenizer(tokenizer: Any, folder: Path) -> None:
     """The tokenizer's files beside the graphs."""
     if hasattr(tokenizer, "save_pretrained"):

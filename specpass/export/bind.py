@@ -42,7 +42,7 @@ class WeightFile:
 
 
 def bind_weights(model: ir.Model, weights: dict[str, Tensor], files: dict[str, WeightFile]) -> None:
-    """Turn the inputs named in `weights` into initializers: stored in the file of their name's first part, or inline."""
+    """Turn the inputs named in `weights` into initializers, in the file of their name's first part or inline."""
     for value in [value for value in model.graph.inputs if value.name in weights]:
         model.graph.inputs.remove(value)
         tensor = weights[value.name]
