@@ -110,7 +110,7 @@ def run_export(args: argparse.Namespace, exact: bool = False) -> dict[str, Any]:
 
 
 def run_loop(args: argparse.Namespace) -> dict[str, Any]:
-    """The draft's steps as an ONNX Loop and as copies: bytes of prefill.onnx without weights, seconds to make and to run.
+    """The draft's steps as an ONNX Loop and as copies: bytes of prefill.onnx without weights, times to make and to run.
 
     Random models of the draft's sizes with 4 layers, both as target and as draft.
     """
@@ -257,9 +257,9 @@ def main() -> None:
                 subprocess.run([sys.executable, "-m", "bench.onnx_runtime", *plain, "--part", part], check=True,
                                cwd=common.ROOT, env=os.environ)
         return
-    run = {"loop": run_loop, "export": run_export, "export_exact": lambda args: run_export(args, exact=True), "torch": run_torch,
-           "onnx": run_onnx, "decode": run_decode}[args.part]
-    found = run(args)
+    run = {"loop": run_loop, "export": run_export, "export_exact": lambda args: run_export(args, exact=True),
+           "torch": run_torch, "onnx": run_onnx, "decode": run_decode}
+    found = run[args.part](args)
     done = read(args) | {args.part: found}
     common.save_results(args.out, settings(args), **done, onnxruntime=version_of("onnxruntime"),
                         onnx=version_of("onnx"))
