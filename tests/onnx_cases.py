@@ -32,8 +32,8 @@ METHODS: dict[str, Any] = {
 
 
 def pair(family: str, **settings: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """(target of 2 layers, draft of 1 layer)."""
-    return tiny(family, layers=2, **settings), tiny(family, layers=1, seed=5, **settings)
+    """(target of 2 layers unless told, draft of 1 layer)."""
+    return tiny(family, **{"layers": 2, **settings}), tiny(family, **{**settings, "layers": 1}, seed=5)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -280,7 +280,7 @@ def test_an_operator_without_an_onnx_form_is_named_with_its_layer(tmp_path: Path
     inner = target.model.layers[1].mlp
     forward = inner.forward
     inner.forward = lambda x: forward(x) + torch.special.bessel_j0(x)
-    with pytest.raises(errors.ExportError, match=r"model\.layers\.1.*special_bessel_j0"):
+    with pytest.raises(errors.ExportError, match=r"model\.layers\.1.*bessel_j0"):
         specpass.export_onnx(target, method=METHODS["streamingllm"], out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -94,6 +94,7 @@ def named(gm: fx.GraphModule, prefix: str = "") -> fx.GraphModule:
         path = ".".join(part for part in parts if part)
         kind = next((kind for _, kind in (node.meta.get("nn_module_stack") or {}).values()), fx.GraphModule)
         node.meta["nn_module_stack"] = {path: (path, kind)}
+        node.meta["stack_trace"] = path or node.name  # nodes without one cost a walk of Python's stack, again and again
     return twin
 
 

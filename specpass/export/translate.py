@@ -58,7 +58,7 @@ def translate(program: Program, title: str) -> ir.Model:
             done = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False,
                                      custom_translation_table={torch.ops.aten.sort.stable: sort_stable})
     except torch.onnx.OnnxExporterError as error:
-        raise ExportError(_explain(error, program.graph, title)) from error
+        raise ExportError(_explain(error, exported, title)) from error
     model = done.model
     model.graph.name = title
     simplify(model)
@@ -132,7 +132,7 @@ def as_exported_program(gm: fx.GraphModule) -> ExportedProgram:
                            module_call_graph=[ModuleCallEntry("", call)], constants={})
 
 
-def _explain(error: Exception, gm: fx.GraphModule, title: str) -> str:
+def _explain(error: Exception, exported: ExportedProgram, title: str) -> str:
     text = ""
     cause: BaseException | None = error
     while cause is not None and not text:
@@ -141,8 +141,9 @@ def _explain(error: Exception, gm: fx.GraphModule, title: str) -> str:
         cause = cause.__cause__
     if not text:
         return f"the {title} graph cannot be translated to ONNX: {str(error).strip().splitlines()[-1]}"
-    layers = [module_path(node) for node in gm.graph.nodes if str(node.target) == text]
-    where = layers[0] if layers else f"the {title} graph"
+    name = text.split(".")[1]  # what torch.onnx made of aten.special_bessel_j0 is prims.bessel_j0
+    layers = [module_path(node) for node in exported.graph.nodes if name in str(node.target)]
+    where = next(filter(None, layers), f"the {title} graph")
     return (f"{where}: the operator {text} has no ONNX form, so this architecture cannot be exported; it runs through "
             "specpass.compile.")
 
