@@ -31,6 +31,17 @@ METHODS: dict[str, Any] = {
 }
 
 
+# Python code that makes imports of these fail, as where they are not installed.
+BLOCK = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "onnx", "onnxscript", "sympy"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocked())
+"""
+
+
 def pair(family: str, **settings: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     """(target of 2 layers unless told, draft of 1 layer)."""
     return tiny(family, **{"layers": 2, **settings}), tiny(family, **{**settings, "layers": 1}, seed=5)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnx_cases import METHODS, NEW, PROMPTS, Case, make, pair
+from onnx_cases import BLOCK, METHODS, NEW, PROMPTS, Case, make, pair
 from support import compile_eager
 from tiny import tiny
 
@@ -164,16 +164,6 @@ def test_wrong_prompts(case: Case, prompts: list[list[int]]) -> None:
 
 
 # -- without torch
-
-BLOCK = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "transformers", "onnx", "onnxscript", "sympy"):
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Blocked())
-"""
-
 
 def test_runs_where_torch_is_not(case: Case) -> None:
     code = BLOCK + f"""
