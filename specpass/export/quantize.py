@@ -18,22 +18,20 @@ def quantize(folder: Path) -> None:
 
     parts = {"target": "target.onnx_data", "draft": "draft.onnx_data"}
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as name:
-        work = Path(name)
+        work, new = Path(name), Path(name) / "new"
+        new.mkdir()
+        files = {part: WeightFile(new / file) for part, file in parts.items()}
         for graph in (PREFILL, DECODE):
             quantize_dynamic(folder / graph, work / graph, weight_type=QuantType.QInt8, per_channel=True,
                              use_external_data_format=True,
                              extra_options={"MatMulConstBOnly": True, "EnableSubgraph": True})
-        files = {part: WeightFile(work / f"new_{file}") for part, file in parts.items()}
-        for graph in (PREFILL, DECODE):
             model = ir.load(work / graph)
             for value in list(model.graph.initializers.values()):
                 part = (value.name or "").partition(".")[0]
                 if part in files and value.const_value is not None:
                     value.const_value = files[part].add_array(value.name or "", np.asarray(value.const_value.numpy()))
-            ir.save(model, work / f"new_{graph}")
-        for name in parts.values():
-            (folder / name).unlink(missing_ok=True)
-            if (work / f"new_{name}").is_file():
-                (work / f"new_{name}").rename(folder / name)
-        for graph in (PREFILL, DECODE):
-            (work / f"new_{graph}").rename(folder / graph)
+            ir.save(model, new / graph)
+        for file in parts.values():
+            (folder / file).unlink(missing_ok=True)
+        for path in new.iterdir():
+            path.replace(folder / path.name)
