@@ -9,7 +9,7 @@ from onnx_cases import NEW, PROMPTS, check_equal_to_torch, make
 
 pytest.importorskip("onnxruntime")
 
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gpt2"]
+FAMILIES = ["smollm", "qwen2", "qwen3", "mistral", "gpt2"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

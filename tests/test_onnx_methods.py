@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from onnx_cases import METHODS, NEW, PROMPTS, check_equal_to_torch, make
 
 pytest.importorskip("onnxruntime")
+
+
+def test_a_sampling_draft_writes_torchs_lookahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are unrolled, and its noise is a function of seed and step alone."""
+    sampled = dataclasses.replace(METHODS["speckv"], lookahead=3, temperature=0.7, seed=5)
+    monkeypatch.setitem(METHODS, "sampled", sampled)
+    check_equal_to_torch(make(tmp_path / "out", "smollm", "sampled", layers=1), PROMPTS[:2])
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "speckv"])

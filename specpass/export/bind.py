@@ -83,8 +83,8 @@ def multiply_rows(turn: ir.Node, weight: ir.Value) -> None:
         dot = ir.node("Gemm", [rows.outputs[0], weight], {"transB": 1})
         sizes = [dim if isinstance(dim, int) else -1 for dim in shape]
         back = ir.node("Reshape", [dot.outputs[0], constant(product, sizes)])
-        for new, kind in ((rows, "Reshape_rows"), (dot, "Gemm"), (back, "Reshape_back")):
-            new.name = f"{(product.name or '').rpartition('/')[0]}/{kind}"
+        for new, kind in ((rows, "rows"), (dot, "Gemm"), (back, "back")):
+            new.name = f"{product.name}_{kind}"
         back.outputs[0].name, back.outputs[0].type, back.outputs[0].shape = (
             product.outputs[0].name, product.outputs[0].type, shape)
         ir.convenience.replace_nodes_and_values(product.graph, product, [product], [rows, dot, back],
