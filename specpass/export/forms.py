@@ -1,7 +1,7 @@
 """One plain ATen form for each operator that a PRUNED graph may hold.
 
-Nearly all are the references themselves. Three references write into a tensor that they made, which ONNX cannot say:
-`prefill_attention`, `gather_kv` (here without free slots: the runtime owns the room) and `append_kv`.
+Nearly all are the references themselves. `gather_kv` (here without free slots: the runtime owns the room) and
+`append_kv` write into tensors, which ONNX cannot say; attention is spelled so that ONNX Runtime copies no keys.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.kernels import reference, reference_prompt
@@ -43,11 +42,32 @@ def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple
 
 
 def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """As the reference: one call per member of the GQA group, so that one member's [B, K, T, T] is held at a time."""
-    kv_heads = key.shape[1]
-    members = query.unflatten(1, (kv_heads, -1)).unbind(2)
-    outs = [F.scaled_dot_product_attention(member, key, value, is_causal=True, scale=scale) for member in members]
+    """As the reference: one product per member of the GQA group, so that one member's [B, K, T, T] is held."""
+    members = query.unflatten(1, (key.shape[1], -1)).unbind(2)
+    column = torch.arange(key.shape[2], device=key.device)
+    later = (column > column[:, None])[None, None]
+    outs = [attention(member, key, value, later, scale) for member in members]
     return outs[0] if len(outs) == 1 else torch.stack(outs, 2).flatten(1, 2)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """As the reference."""
+    batch, heads, count, dim = query.shape
+    group = heads // keys.shape[1]
+    unread = ~reference.slots_read(lengths, count, keys.shape[2], group)
+    folded = query.reshape(batch, keys.shape[1], group * count, dim)
+    return attention(folded, keys, values, unread, scale).reshape(batch, heads, count, values.shape[3])
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v without what is `hidden`; every row sees something.
+
+    torch.onnx's form of scaled_dot_product_attention turns and scales all keys, and so copies the cache at each step;
+    ONNX Runtime multiplies by turned keys where they lie.
+    """
+    logits = torch.matmul(query * scale, key.transpose(2, 3))
+    bias = torch.where(hidden, float("-inf"), 0.0).to(logits.dtype)
+    return torch.matmul(torch.softmax(logits + bias, -1), value)
 
 
 def pack_order(attention_mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +79,7 @@ def full_lengths(ids: Tensor) -> Tensor:
 
 
 _SAME = ("pack_ids", "append_ids", "append_positions", "take_positions", "unpack_index", "score_rows", "take_rows",
-         "importance", "select", "select_recent", "keep_all", "keep_kv", "attend", "next_token")
+         "importance", "select", "select_recent", "keep_all", "keep_kv", "next_token")
 _SAME_PROMPT = ("row_weights", "no_scores", "merge_layer", "merge_step", "select_prompt", "take_ids", "count_kept",
                 "number_anew", "map_positions", "told_positions", "keep_short_rows")
 
@@ -69,6 +89,7 @@ FORMS: dict[str, Callable[..., Any]] = {
     "write_slots": write_slots,
     "gather_kv": gather_kv,
     "prefill_attention": prefill_attention,
+    "attend": attend,
     "pack_order": pack_order,
     "full_lengths": full_lengths,
 }
