@@ -42,10 +42,11 @@ lint: $(STAMP)  ## ruff, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Each writes bench/results/NAME.json, with machine and versions; `make bench BENCH=decode_step` runs one.
+# Each writes bench/results/NAME.json, with machine and versions; `make bench BENCH=decode_step ARGS="--rounds 1"` runs
+# one, with its own options (--out FILE puts the result elsewhere).
 BENCH ?= decode_step memory compile_time multikey
 bench: $(STAMP)  ## quality and speed against full KV, the eager formulas and stock torch.compile (an hour)
-	for name in $(BENCH); do $(BIN)/python -m bench.$$name || exit 1; done
+	for name in $(BENCH); do $(BIN)/python -m bench.$$name $(ARGS) || exit 1; done
 
 clean:  ## remove .venv, caches and builds (the fetched models stay in the user's cache)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache specpass-demo

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from specpass.kernels import cost, launch, measure
+from specpass.kernels import cost, launch, measure, reference
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
 
@@ -57,8 +57,13 @@ def correctness(run: Run) -> None:
         dataclasses.replace(LARGE, batch=1, columns=2048, dtype="float16", dim=80, value_dim=80, group=7),
     ]
     for kernel in REGISTRY:
-        for index, each in enumerate(shapes):
+        # What SpecPC asks of importance besides: rows with weights, and a sum over them.
+        variants = [dataclasses.replace(shapes[-1], reduce="sum", weighted=True),
+                    dataclasses.replace(shapes[0], reduce="mean")] if kernel.startswith("importance") else []
+        for index, each in enumerate([*shapes, *variants]):
             name = f"{kernel}, {each.dtype}, D {each.dim}, G {each.group}"
+            if kernel.startswith("importance"):
+                name += f", {each.reduce}{' of weighted rows' if each.weighted else ''}"
             run.step("correctness", name, lambda kernel=kernel, each=each, index=index: {
                 "error_share": round(measure.check(measure.make_case(kernel, each, run.device, seed=index)), 4)})
 
@@ -112,6 +117,15 @@ def _time(call: Callable[[], Any], device: str, before: Callable[[], None]) -> f
 def peers(case: measure.Case) -> dict[str, Callable[[], Any]]:
     """Other ways to the same result, with the same inputs."""
     found: dict[str, Callable[[], Any]] = {"aten": lambda: measure.fallback(case)}
+    if case.new is not None:  # does it win to write the token in attention's launch?
+        query, keys, values, lengths, scale = case.args
+        plain = measure.Case("decode", case.shapes, case.args)
+
+        def apart() -> None:
+            reference.append_kv(keys.flatten(1, 2), values.flatten(1, 2), lengths, *case.new)  # type: ignore[misc]
+            measure.run(plain)
+
+        found["append, then decode"] = apart
     if case.kernel != "decode":
         return found
     query, keys, values, _, scale = case.args

@@ -284,7 +284,7 @@ def main() -> None:
         bench.run_eager()
     if args.stage in ("compiled", "all"):
         bench.run_compiled()
-    bench.store.save(bench.summary())
+    bench.store.save(summary=bench.summary())
     show(bench.summary())
     print(f"wrote {os.path.relpath(args.out)}")
 

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
                       tokens_read=read, expected=list(prompt.answers), answer=answer,
                       score=needles.score(answer, prompt.answers), seconds=round(time.perf_counter() - since, 2))
         specpass.restore(target)
-    store.save(summary(store, args.kinds))
+    store.save(summary=summary(store, args.kinds))
     table = Table("method", *args.kinds, title="share answered right (prompts)")
     for name, entry in summary(store, args.kinds).items():
         table.add_row(name, *(f"{entry[k]['score']:.3f} ({entry[k]['prompts']})" if k in entry else "-"

@@ -1,11 +1,17 @@
 """One table: for each operator, a generated kernel or aten, and why. Operators and the lowering both ask it.
 
 What stays with torch's own operators, with the figures behind it (T columns, head dimension D, 16-bit K and V):
-- select: a stable sort is what promises ties to the lower position, and it reads 4 of the 4 * D + 4 bytes of a column
-  that importance and gather read: 0.8 % at D = 128, so a kernel of ours has nothing to win.
+- select: a stable sort is what promises ties to the lower position. On a CPU select takes 1.2 % of importance's time
+  (2.2 % where the log-sum-exp is given) at 8k, 32k and 128k columns; torch.topk and two others are timed beside it in
+  bench/results/select.json. On a GPU a radix sort moves 96 bytes a column where attention and importance move
+  6 * D + 4: a kernel that read the scores once and nothing else would save 11 % of these bytes at D = 128, in a
+  prefill that is bound by FLOPs, not bytes. Not measured on a GPU.
 - prefill attention: torch's flash attention; compute-bound, and nothing here is particular to a budget.
-- append: the new token is D + Dv numbers a head. The kernel `decode_append` writes them in attention's launch; it is
-  not the default, because no figure says that it wins.
+- append of several tokens: a second turn, once. A single token is written in attention's own launch (`append_attend`):
+  aten's append is five launches, and at C = 1024 (8 KV heads, D = 128, H100 bandwidth) attention's bytes take 1.6 us.
+
+Operators that the lowering makes of two (`prefill_attention_lse`, `append_attend`) are asked for by `returns_lse` and
+`choose`; not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -19,14 +25,15 @@ from torch import Tensor
 
 from specpass.kernels import reference
 from specpass.kernels.archs import device_arch
-from specpass.kernels.shapes import Shapes, refuse
+from specpass.kernels.shapes import DTYPES, Shapes, refuse
 
 ATEN_OPERATORS = {
     "select": "a stable sort promises ties to the lower position, and reads 4 bytes a column",
     "prefill_attention": "torch's flash attention",
-    "append_kv": "a few numbers a head; the kernel that writes them with attention is not measured to win",
+    "prefill_attention_lse": "torch's flash attention, whose log-sum-exp saves importance its first pass over K",
+    "append_kv": "several tokens at once; one alone is written by the kernel that attends to it",
 }
-KERNELS = {"importance": "importance", "gather_kv": "gather", "attend": "decode"}
+KERNELS = {"importance": "importance", "gather_kv": "gather", "attend": "decode", "append_attend": "decode_append"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,19 +55,33 @@ def choose(operator: str, args: tuple[Any, ...]) -> Choice:
         return Choice(operator, None, f"{first.device.type} tensors")
     if operator in ATEN_OPERATORS:
         return Choice(operator, None, ATEN_OPERATORS[operator])
-    if operator == "importance" and (args[6:7] == ("sum",) or args[7:8] not in ((), (None,))):
-        return Choice(operator, None, "the draft's weighted rows, a sum over them")
-    if operator == "attend" and args[0].shape[2] != 1:
-        return Choice(operator, None, "several new queries at once")
-    if operator == "attend" and not all(_dense(states) for states in args[1:3]):
-        return Choice(operator, None, "the cache's storage is not dense")
-    return _choose(operator, _facts(operator, args), first.device.index or 0)
+    if operator in ("attend", "append_attend"):
+        query, storage = (args[0], args[1:3]) if operator == "attend" else (args[3], args[:2])
+        if query.shape[2] != 1:
+            return Choice(operator, None, "several new queries at once")
+        if not all(_dense(states) for states in storage):
+            return Choice(operator, None, "the cache's storage is not dense")
+    kernel = "importance_given_lse" if operator == "importance" and args[8:9] not in ((), (None,)) \
+        else KERNELS[operator]
+    return _choose(operator, kernel, _facts(operator, args), first.device.index or 0)
+
+
+def returns_lse(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether aten's flash attention serves these tensors: what it returns besides is then worth asking for."""
+    dtype, dim = str(query.dtype)[6:], query.shape[3]
+    if value.shape[3] != dim or dtype not in DTYPES or any(states.stride(3) != 1 for states in (query, key, value)):
+        return False
+    if query.device.type == "cpu":
+        return True
+    arch = device_arch(query.device.index or 0) if query.device.type == "cuda" else "none"
+    flash = arch is None or (arch.startswith("sm_") and int(arch[3:]) >= 80)  # None: a faked device
+    return flash and dtype != "float32" and dim % 8 == 0 and dim <= 256
 
 
 def _dense(states: Tensor) -> bool:
     # A symbolic batch says nothing about strides that are constants, and must not be guarded on.
-    return states.stride(3) == 1 and states.stride(2) == states.shape[3] \
-        and states.stride(1) == states.shape[2] * states.shape[3]
+    return states.stride(-1) == 1 and states.stride(-2) == states.shape[-1] \
+        and (states.dim() == 3 or states.stride(1) == states.shape[2] * states.shape[3])
 
 
 def _facts(operator: str, args: tuple[Any, ...]) -> Shapes:
@@ -72,7 +93,10 @@ def _facts(operator: str, args: tuple[Any, ...]) -> Shapes:
     if operator == "gather_kv":
         key, value = args[:2]
         return Shapes(str(key.dtype)[6:], 0, 0, 1, key.shape[3], value.shape[3])
-    query, keys, values = args[:3]
+    if operator == "append_attend":
+        query, keys, values = args[3:6]  # the new token's: [B, K, 1, D]
+    else:
+        query, keys, values = args[:3]
     return Shapes(str(keys.dtype)[6:], 0, 0, query.shape[1] // keys.shape[1], keys.shape[3], values.shape[3])
 
 
@@ -82,8 +106,7 @@ def triton_installed() -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _choose(operator: str, facts: Shapes, device: int) -> Choice:
-    kernel = KERNELS[operator]
+def _choose(operator: str, kernel: str, facts: Shapes, device: int) -> Choice:
     if not triton_installed():
         return Choice(operator, None, "Triton is not installed: pip install triton")
     arch = device_arch(device)
@@ -96,13 +119,14 @@ def _choose(operator: str, facts: Shapes, device: int) -> Choice:
 
 
 def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window: int, scale: float,
-               reduce: str, weights: Tensor | None = None) -> Tensor:
+               reduce: str, weights: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
     """reference.importance, by its kernel where the table says so."""
-    if choose("importance", (query, key, rows, lengths, window, scale, reduce, weights)).kernel is None:
-        return reference.importance(query, key, rows, lengths, window, scale, reduce, weights)
+    args = (query, key, rows, lengths, window, scale, reduce, weights, lse)
+    if choose("importance", args).kernel is None:
+        return reference.importance(*args)
     from specpass.kernels import launch
 
-    return launch.importance(query, key, rows, lengths, window, scale, reduce)
+    return launch.importance(*args)
 
 
 def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,3 +145,15 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: 
     from specpass.kernels import launch
 
     return launch.attend(query, keys, values, lengths, scale)
+
+
+def append_attend(keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, key: Tensor, value: Tensor,
+                  scale: float) -> Tensor:
+    """reference.append_attend, by its kernel where the table says so."""
+    args = (keys, values, lengths, query, key, value, scale)
+    if choose("append_attend", args).kernel is None:
+        return reference.append_attend(*args)
+    from specpass.kernels import launch
+
+    keys, values = (states.unflatten(1, (key.shape[1], -1)) for states in (keys, values))
+    return launch.attend(query, keys, values, lengths, scale, new=(key, value))

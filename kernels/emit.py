@@ -99,6 +99,11 @@ class _Bind(ast.NodeTransformer):
             return node
         return node.body if chosen else node.orelse
 
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        self.generic_visit(node)
+        chosen = self._value(node.test)
+        return node if chosen is None else node.body if chosen else node.orelse
+
     def _decide(self, test: ast.expr) -> tuple[bool | None, ast.expr]:
         """Whether the constants decide a test, and what is left of it if they do not."""
         if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):

@@ -9,6 +9,8 @@ Glossary
     BLOCK_D     D rounded up to a power of two, as tensor cores and tl.arange want it; the rest is masked
     UPCAST      operands become float32 before each dot: for bfloat16 in Triton's interpreter, whose
                 bfloat16 arithmetic is wrong
+    REDUCE      over the M rows: "max", "mean" of the rows that are not left out, or "sum"
+    WEIGHTED    each of the R rows counts by its own weight (SpecPC's window rows do)
     PRECISION   of float32 dots: "tf32x3" is float32 in three tensor-core products, "ieee" has no tensor cores on CUDA
 
 Three launches: `tile_lse` (a log-sum-exp for each row and tile), `combine_lse` (one for each row), `column_scores`
@@ -16,7 +18,8 @@ Three launches: `tile_lse` (a log-sum-exp for each row and tile), `combine_lse` 
 the reduction over rows stays inside a warp. With the log-sum-exp at hand (flash attention returns it) the third is
 the only launch, and K is read once.
 
-For "max" the exponential is monotone: score - lse is reduced, and exponentiated once a column.
+For "max" the exponential is monotone: score - lse is reduced, and exponentiated once a column. A weight is a factor of
+the probability, so its logarithm goes off the row's log-sum-exp, and no reduction knows of it.
 """
 
 from __future__ import annotations
@@ -119,17 +122,17 @@ def combine_lse(partial, rows, lse, tiles, K: tl.constexpr, G: tl.constexpr, R: 
 
 
 @triton.jit(do_not_specialize=["T"])
-def column_scores(query, key, rows, lengths, lse, scores, T, stride_b, stride_k, stride_t, scale, K: tl.constexpr,
-                  G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, W: tl.constexpr, MEAN: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-                  UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def column_scores(query, key, rows, lengths, lse, weights, scores, T, stride_b, stride_k, stride_t, scale,
+                  K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+                  REDUCE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """scores [B, K, T] float32: probabilities of each column, reduced over M rows; 0 from lengths - W on.
 
-    lse [B * K, M] float32, natural. Grid (tiles, B * K).
+    lse [B * K, M] float32, natural; weights [R] float32, >= 0, read where WEIGHTED. Grid (tiles, B * K).
     """
     tl.static_assert(BLOCK_D >= D, "a tile holds whole keys")
     tl.static_assert(BLOCK_R >= R, "a tile holds all positions")
-    tl.static_assert(W >= 1, "the window scores itself")
+    tl.static_assert(REDUCE == "max" or REDUCE == "mean" or REDUCE == "sum", "a reduction that is known")
     M: tl.constexpr = G * R
     tile, head = tl.program_id(0), tl.program_id(1)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -141,21 +144,23 @@ def column_scores(query, key, rows, lengths, lse, scores, T, stride_b, stride_k,
     keys = load_keys(key, tile, head, T, stride_b, stride_k, stride_t, K, D, BLOCK_N, BLOCK_D)
     if UPCAST:
         keys = keys.to(tl.float32)
-    reduced = tl.full([BLOCK_N], 0.0 if MEAN else float("-inf"), tl.float32)
+    reduced = tl.full([BLOCK_N], float("-inf") if REDUCE == "max" else 0.0, tl.float32)
     for first in tl.range(0, M, BLOCK_M):
         part = tile_scores(keys, query, rows, tile, head, first, scale, K, G, R, D, BLOCK_N, BLOCK_M, BLOCK_D, UPCAST,
                              PRECISION)
         row = first + tl.arange(0, BLOCK_M)
         norm = tl.load(lse + head * M + row, mask=row < M, other=0.0) * LOG2E  # [BLOCK_M]
+        if WEIGHTED:
+            norm -= tl.log2(tl.load(weights + row % R, mask=row < M, other=1.0))  # weight 0: infinity, a share of 0
         part -= tl.where(norm == float("-inf"), 0.0, norm)[None, :]  # a row that is left out stays at -inf
-        if MEAN:
-            reduced += tl.sum(tl.exp2(part), 1)
-        else:
+        if REDUCE == "max":
             reduced = tl.maximum(reduced, tl.max(part, 1))
-    if MEAN:
+        else:
+            reduced += tl.sum(tl.exp2(part), 1)
+    if REDUCE == "max":
+        reduced = tl.exp2(reduced)
+    if REDUCE == "mean":
         index = tl.arange(0, BLOCK_R)
         live = tl.load(rows + (head // K) * R + index, mask=index < R, other=-1) >= 0
         reduced = reduced / (G * tl.maximum(tl.sum(live.to(tl.int32), 0), 1))
-    else:
-        reduced = tl.exp2(reduced)
     tl.store(out + column, tl.where(column < end, reduced, 0.0), mask=column < T)

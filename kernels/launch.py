@@ -55,21 +55,21 @@ def rows_contiguous(states: Tensor) -> Tensor:
     return states if states.stride(3) == 1 or states.shape[3] == 1 else states.contiguous()
 
 
-def score_shapes(query: Tensor, key: Tensor, window: int, reduce: str) -> Shapes:
+def score_shapes(query: Tensor, key: Tensor, window: int, reduce: str, weighted: bool = False) -> Shapes:
     """Shapes of `importance` for query [B, H, R, D] and key [B, K, T, D]."""
     batch, kv_heads, columns, dim = key.shape
     return Shapes(str(key.dtype)[6:], batch, kv_heads, query.shape[1] // kv_heads, dim, dim, rows=query.shape[2],
-                  window=window, columns=power_of_two(columns), reduce=reduce)
+                  window=window, columns=power_of_two(columns), reduce=reduce, weighted=weighted)
 
 
 def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window: int, scale: float, reduce: str,
-               lse: Tensor | None = None, tile: Tile | None = None) -> Tensor:
+               weights: Tensor | None = None, lse: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     """Scores [B, K, T] float32, as reference.importance.
 
     Args: lse [B, H, R] float32: natural log-sum-exp of each query row over the columns that it sees, where the
     attention pass returned it; K is then read once instead of twice.
     """
-    shapes = score_shapes(query, key, window, reduce)
+    shapes = score_shapes(query, key, window, reduce, weights is not None)
     kernel = "importance" if lse is None else "importance_given_lse"
     tile = tile or find_tile(kernel, shapes, key.device)
     plan = REGISTRY[kernel].plan(shapes, tile)
@@ -83,8 +83,9 @@ def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window
         launch(kernel, plan[0], (tiles, heads), query, key, rows, partial, *sizes)
         steps = -(-members // plan[1].constants["BLOCK_S"])
         launch(kernel, plan[1], (steps, heads), partial, rows, lse, tiles)
-    scores = key.new_empty(*key.shape[:3], dtype=torch.float32)
-    launch(kernel, plan[-1], (tiles, heads), query, key, rows, lengths, lse.contiguous(), scores, *sizes)
+    scores, lse = key.new_empty(*key.shape[:3], dtype=torch.float32), lse.contiguous()
+    weights = lse if weights is None else weights.contiguous()
+    launch(kernel, plan[-1], (tiles, heads), query, key, rows, lengths, lse, weights, scores, *sizes)
     return scores
 
 

@@ -48,10 +48,12 @@ def make_case(kernel: str, shapes: Shapes, device: str, seed: int = 0) -> Case:
         query = 2 * normal(batch, heads, shapes.rows, shapes.dim)
         lengths = torch.full((batch,), length, device=device)
         rows = (torch.arange(-shapes.window, ahead, device=device) + length).clamp(min=-1).expand(batch, -1)
-        args = (query, key, rows.contiguous(), lengths, shapes.window, 1 / math.sqrt(shapes.dim), shapes.reduce)
+        weights = torch.linspace(0, 1, shapes.rows, device=device) if shapes.weighted else None
+        scale = 1 / math.sqrt(shapes.dim)
+        args = (query, key, rows.contiguous(), lengths, shapes.window, scale, shapes.reduce, weights)
         case = Case(kernel, shapes, args)
         if kernel == "importance_given_lse":
-            case.lse = _log_sum_exp(*args[:3], args[5]).float()
+            case.lse = _log_sum_exp(*args[:3], scale).float()
         return case
     if kernel == "gather":
         columns = max(shapes.columns, shapes.budget)
@@ -83,7 +85,8 @@ def run(case: Case, tile: Tile | None = None) -> Any:
 def fallback(case: Case) -> Any:
     """The same result by aten."""
     if case.kernel.startswith("importance"):
-        return reference.importance(*case.args)
+        query, key, rows, lengths, window, scale, reduce, weights = case.args
+        return reference.importance(query, key, rows, lengths, window, scale, reduce, weights, case.lse)
     if case.kernel == "gather":
         return reference.gather_kv(*case.args)
     query, keys, values, lengths, scale = case.args
@@ -128,7 +131,7 @@ def _log_sum_exp(query: Tensor, key: Tensor, rows: Tensor, scale: float) -> Tens
 
 
 def _importance64(case: Case) -> Tensor:
-    query, key, rows, lengths, window, scale, reduce = case.args
+    query, key, rows, lengths, window, scale, reduce, weights = case.args
     group, lse = case.shapes.group, _log_sum_exp(query, key, rows, scale)
     hidden = (torch.arange(key.shape[2], device=key.device) > rows[..., None])[:, None]
     scores = []
@@ -136,7 +139,10 @@ def _importance64(case: Case) -> Tensor:
         own = slice(head * group, (head + 1) * group)
         logits = query[:, own].double() @ key[:, [head]].double().transpose(2, 3) * scale
         shares = (logits - lse[:, own, :, None]).exp_().masked_fill_(hidden, 0.0)
-        scores.append(shares.amax((1, 2)) if reduce == "max" else shares.mean((1, 2)))
+        if weights is not None:
+            shares.mul_(weights.double()[:, None])
+        total = shares.amax if reduce == "max" else shares.mean if reduce == "mean" else shares.sum
+        scores.append(total((1, 2)))
     outside = torch.arange(key.shape[2], device=key.device) >= (lengths - window)[:, None]
     return torch.stack(scores, 1).masked_fill(outside[:, None], 0.0)
 

@@ -82,11 +82,12 @@ def take_rows(query: Tensor, rows: Tensor) -> Tensor:
 
 
 def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window: int, scale: float, reduce: str,
-               weights: Tensor | None = None) -> Tensor:
+               weights: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
     """Attention probability that each prompt column gets from the query rows, reduced over the rows of a KV head.
 
     Args: query [B, H, R, D]; key [B, K, T, D]; rows [B, R] positions (-1: left out); lengths [B] prompt lengths;
-    reduce "max", "mean" or "sum"; weights [R] float32 of the rows, or None.
+    reduce "max", "mean" or "sum"; weights [R] float32 >= 0 of the rows, or None; lse [B, H, R] float32: the rows'
+    natural log-sum-exp over the columns that they see, where `prefill_attention_lse` found it already.
     Returns: scores [B, K, T] float32; columns outside [0, lengths - W) are 0.
     """
     batch, heads, count, dim = query.shape
@@ -95,14 +96,18 @@ def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window
     folded = query.reshape(batch, kv_heads, group * count, dim).float()  # K is never repeated to H heads
     logits = torch.matmul(folded, key.float().transpose(2, 3)) * scale
     column = torch.arange(columns, device=key.device)
-    seen = (column <= rows[:, :, None])[:, None, None]  # [B, 1, 1, R, T]
-    logits = logits.view(batch, kv_heads, group, count, columns).masked_fill(~seen, float("-inf"))
-    probabilities = torch.softmax(logits, dim=-1)
+    hidden = (column > rows[:, :, None])[:, None, None]  # [B, 1, 1, R, T]
+    logits = logits.view(batch, kv_heads, group, count, columns).masked_fill_(hidden, float("-inf"))
     live = rows >= 0
-    probabilities = probabilities.masked_fill(~live[:, None, None, :, None], 0.0)
-    if weights is not None:
-        probabilities = probabilities * weights[:, None]
-    scores = probabilities.amax(dim=(2, 3)) if reduce == "max" else probabilities.sum(dim=(2, 3))
+    if lse is None:
+        probabilities = torch.softmax(logits, dim=-1).masked_fill(~live[:, None, None, :, None], 0.0)
+        if weights is not None:
+            probabilities = probabilities * weights[:, None]
+        scores = probabilities.amax(dim=(2, 3)) if reduce == "max" else probabilities.sum(dim=(2, 3))
+    else:  # in place, and one exponential a column for "max": no second array of rows x columns
+        norm = lse.reshape(batch, kv_heads, group, count, 1).masked_fill(~live[:, None, None, :, None], 0.0)
+        logits.sub_(norm if weights is None else norm - weights.log()[:, None])
+        scores = logits.amax(dim=(2, 3)).exp_() if reduce == "max" else logits.exp_().sum(dim=(2, 3))
     if reduce == "mean":
         scores = scores / (group * live.sum(1).clamp(min=1))[:, None, None]
     return scores.masked_fill((column >= (lengths - window)[:, None])[:, None], 0.0)
@@ -251,6 +256,41 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
             query[:, member::group], key, value, is_causal=True, scale=scale
         )
     return out
+
+
+def prefill_attention_lse(query: Tensor, key: Tensor, value: Tensor, rows: Tensor,
+                          scale: float) -> tuple[Tensor, Tensor]:
+    """`prefill_attention`, and the log-sum-exp of the rows that score, which aten's flash attention finds on its way.
+
+    Args: query [B, H, T, D], key and value [B, K, T, D], 16-bit on CUDA; rows [B, R] positions (-1 reads row 0).
+    Returns: [B, H, T, D]; lse [B, H, R] float32, natural.
+    """
+    batch, heads, columns = query.shape[:3]
+    group, index = heads // key.shape[1], rows.clamp(min=0)[:, None]
+    if query.device.type != "cpu":  # reads K and V of a group once, without repeating them
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)[:2]
+        return out, lse.gather(2, index.expand(-1, heads, -1))
+    out = query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
+    lse = query.new_empty(batch, heads, rows.shape[1], dtype=torch.float32)
+    for member in range(group):
+        part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query[:, member::group], key, value, 0.0, True, scale=scale
+        )
+        out[:, member::group] = part
+        lse[:, member::group] = sums.gather(2, index.expand(-1, key.shape[1], -1))
+    return out, lse
+
+
+def append_attend(keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, key: Tensor, value: Tensor,
+                  scale: float) -> Tensor:
+    """`append_kv` of one token, then `attend`: [B, H, 1, Dv].
+
+    Args: keys [B, K * P, D], values [B, K * P, Dv], lengths [B, K], changed in place; query [B, H, 1, D];
+    key [B, K, 1, D], value [B, K, 1, Dv].
+    """
+    append_kv(keys, values, lengths, key, value)
+    keys, values = (states.unflatten(1, (key.shape[1], -1)) for states in (keys, values))
+    return attend(query, keys, values, lengths, scale)
 
 
 def _hash_uniform(seed: int, step: int, size: int, device: torch.device) -> Tensor:

@@ -48,7 +48,7 @@ class Kernel:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Changes with the kernel's source and with how it is launched."""
-        files = (f"{self.module}.py", "registry.py", "launch.py")
+        files = (f"{self.module}.py", "registry.py", "launch.py", "shapes.py")
         return hashlib.sha256(b"\0".join((FOLDER / name).read_bytes() for name in files)).hexdigest()[:16]
 
 
@@ -57,8 +57,10 @@ _STRIDES = {"T": "i32", "stride_b": "i64", "stride_k": "i64", "stride_t": "i64",
 
 def _column_launch(shapes: Shapes, tile: Tile) -> Launch:
     x = f"*{shapes.triton_dtype}"
-    arguments = {"query": x, "key": x, "rows": "*i64", "lengths": "*i64", "lse": "*fp32", "scores": "*fp32", **_STRIDES}
-    constants = {**_score_constants(shapes, tile), "W": shapes.window, "MEAN": int(shapes.reduce == "mean")}
+    arguments = {"query": x, "key": x, "rows": "*i64", "lengths": "*i64", "lse": "*fp32",
+                 "weights": "*fp32", "scores": "*fp32", **_STRIDES}
+    constants = {**_score_constants(shapes, tile), "W": shapes.window, "REDUCE": shapes.reduce,
+                 "WEIGHTED": int(shapes.weighted)}
     return Launch("column_scores", arguments, constants, tile.warps, tile.stages, True, ("T",))
 
 

@@ -17,7 +17,7 @@ class Shapes:
         rows, window: R = W + L query rows that score, W.
         budget, room: C, N.
         columns: T, rounded up to a power of two: prompts differ, and tiles are chosen for their order of magnitude.
-        reduce: "max" or "mean".
+        reduce: "max", "mean" or "sum". weighted: whether each query row counts by a weight of its own.
     """
 
     dtype: str
@@ -32,6 +32,7 @@ class Shapes:
     room: int = 0
     columns: int = 0
     reduce: str = "max"
+    weighted: bool = False
 
     @property
     def slots(self) -> int:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from specpass.files import write_file
 from specpass.hub import cache_dir
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
@@ -90,17 +89,11 @@ def folder() -> Path:
 
 
 def save(entry: Entry) -> None:
-    """Write an entry atomically; the last of several writers wins, and no reader sees half a file."""
-    path = entry.key.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump({"format": FORMAT, **dataclasses.asdict(entry)}, file, indent=1)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write an entry atomically; the last of several writers wins, and no reader sees half a file.
+
+    Raises: OutputFileError: the store's folder cannot be written to.
+    """
+    write_file(entry.key.path, json.dumps({"format": FORMAT, **dataclasses.asdict(entry)}, indent=1))
 
 
 def load(key: Key) -> Entry | None:

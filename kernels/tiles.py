@@ -53,7 +53,8 @@ def _default_tile(kernel: str, shapes: Shapes, arch: Arch) -> Tile:
         if shapes.itemsize == 4:  # each operand is split in three: anything larger spills
             return Tile(64, 32 if wide <= 128 else 16, warps=8, stages=2)
         block_n = 128 if wide <= 128 else 64
-        return Tile(block_n, 32 if wide > 128 or small else 64, warps=4, stages=2)
+        # Four warps spill a few registers at D = 256 on sm_100, and eight do on gfx942.
+        return Tile(block_n, 32 if wide > 128 or small else 64, warps=8 if wide > 128 and not small else 4, stages=2)
     if kernel == "gather":
         return Tile(32 if wide <= 128 else 16, warps=4, stages=1)
     block_n = 64 if wide <= 128 and not small else 32

@@ -10,9 +10,11 @@ Whole-graph compilation is no choice: it takes a minute and keeps every layer's 
 from __future__ import annotations
 
 import functools
+import hashlib
 import operator
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +52,17 @@ def compiler_probe() -> threading.Thread:
     thread = threading.Thread(target=valid_vec_isa_list, name="specpass-compiler-probe", daemon=True)
     thread.start()
     return thread
+
+
+def tagged(fingerprint: str) -> Any:
+    """What is compiled inside has the pipeline's fingerprint and the lowering's sources in its cache keys.
+
+    Inductor's keys know an operator by its name alone: a region that an older specpass compiled must not be found.
+    """
+    sources = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
+    own = hashlib.sha256(sources.encode()).hexdigest()[:16]
+    tag = torch.compiler.config.cache_key_tag  # the user's
+    return torch.compiler.config.patch(cache_key_tag=f"{tag} specpass {fingerprint} {own}".strip())
 
 
 def lower_regions(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:

@@ -10,6 +10,7 @@ from torch import fx
 
 from specpass.lowering.choose import choose_sites
 from specpass.lowering.cuda_graph import GraphedStep, moving_inputs, on_cuda
+from specpass.lowering.fuse import fuse
 from specpass.reporting import GraphRecord
 
 
@@ -21,19 +22,23 @@ def prepare(lowering: str) -> None:
         compiler_probe()
 
 
-def lower(gm: fx.GraphModule, lowering: str, record: GraphRecord, cudagraphs: bool = False) -> Callable[..., Any]:
+def lower(gm: fx.GraphModule, lowering: str, record: GraphRecord, cudagraphs: bool = False,
+          fingerprint: str = "") -> Callable[..., Any]:
     """`lowering="eager"` runs the operators one by one; "inductor" compiles the decoder layers' regions.
 
-    `cudagraphs` replays decode steps on CUDA as one CUDA graph.
+    `cudagraphs` replays decode steps on CUDA as one CUDA graph. `fingerprint` of the pipeline goes into the keys of
+    Inductor's caches.
     """
     start = time.perf_counter()
     graphed = cudagraphs and record.kind == "decode" and on_cuda(gm)
     moving = moving_inputs(gm)
+    fuse(gm)
     record.choices = choose_sites(gm)
     if lowering == "inductor":
-        from specpass.lowering.inductor import lower_regions
+        from specpass.lowering.inductor import lower_regions, tagged
 
-        gm = lower_regions(gm, record)
+        with tagged(fingerprint):
+            gm = lower_regions(gm, record)
     gm.recompile()
     record.lower_seconds = time.perf_counter() - start
     if graphed:

@@ -127,7 +127,7 @@ class Backend:
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
         alike = len({budget for _, budget in record.sites}) == 1
         static = static_outputs(graph) if alike else {}
-        run = lower(graph, self.lowering, record, self.cudagraphs)
+        run = lower(graph, self.lowering, record, self.cudagraphs, Pipeline(self.skip_passes).fingerprint())
         context = None if state.draft is None else checks.context_length(self.draft)
         return Call(run, state.kind, places, tuple(state.lifted.values()), static, context,
                     state.lookahead, packed="attention_mask" in named and state.kind in ("prefill", "short"))

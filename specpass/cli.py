@@ -9,6 +9,7 @@ after Ctrl-C.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from typer.core import TyperGroup
 
 from specpass import cli_explain, cli_export, cli_generate
 from specpass._version import __version__
+from specpass.cli_bench import bench_app
 from specpass.cli_options import Dtype, Lowering, check_words
 from specpass.cli_tune import tune
 from specpass.errors import SpecpassError
@@ -81,6 +83,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="Real models that specpass knows by name.")
 app.add_typer(models_app, name="models")
+app.add_typer(bench_app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:
@@ -167,6 +170,9 @@ def demo(
 
 def main() -> None:
     """Entry point of the ``specpass`` command."""
+    # Read when torch loads OpenMP: threads that spin between operators cost more than they compute.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     app()
 
 

@@ -25,8 +25,10 @@ from specpass.cli_options import (
     choose,
 )
 from specpass.errors import MethodOptionError, OutputFileError
+from specpass.files import check_folder
 
 FORMATS = (".svg", ".dot")
+NARROW = 72  # columns; below, tables fall to pieces and the report's lines do not
 
 
 def explain(
@@ -53,8 +55,15 @@ def explain(
     choice = choose(target, draft, method, budget, window, lookahead, option, dtype, lowering)
     if choice.method is None:
         raise MethodOptionError("--method full rewrites nothing, so there is nothing to explain: name a method.")
+    from specpass import hub
     from specpass.explain import explain as run
 
+    if graph is not None:
+        check_folder(graph.parent)
+    for name in filter(None, (choice.target, choice.draft)):
+        hub.read_config(name)  # a wrong name first, then the wait
+    if lowering == "inductor":
+        typer.echo(f"compiling {'the models' if weights else 'stand-ins'} (about a minute)", err=True)
     report, stages = run(choice.target, choice.draft, choice.method, dtype=dtype, lowering=lowering,
                           max_new_tokens=max_new_tokens, weights=weights)
     if graph is not None:
@@ -69,4 +78,5 @@ def explain(
     if as_json:
         typer.echo(json.dumps(report.data(max_new_tokens)))
     else:
-        Console(width=None if sys.stdout.isatty() else 140).print(report)
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        console.print(report if console.width >= NARROW else str(report), markup=False, highlight=False)

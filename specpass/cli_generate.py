@@ -23,6 +23,7 @@ from specpass.cli_options import (
     Options,
     Target,
     Window,
+    check_device,
     choose,
     encode,
     load_pair,
@@ -68,6 +69,7 @@ def generate(
         raise typer.BadParameter("is missing: name a model, or an exported folder with --onnx.", param_hint="--target")
     choice = choose(target, draft, method, budget, window, lookahead, option, dtype, lowering)
     text = read_prompt(prompt, prompt_file)
+    check_device(device)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p}

@@ -53,6 +53,18 @@ def check_words(dtype: str, lowering: str) -> None:
         raise typer.BadParameter(f"{dtype!r} is none of auto, bfloat16, float16, float32.", param_hint="--dtype")
 
 
+def check_device(device: str) -> None:
+    """Raises: typer.BadParameter for a device that torch cannot put a tensor on."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise typer.BadParameter(f"{device!r}: torch cannot use it here ({reason}). Leave it out for the CPU.",
+                                 param_hint="--device") from error
+
+
 def choose(target: str, draft: str | None, method: str, budget: str, window: int | None, lookahead: int | None,
            options: list[str] | None, dtype: str, lowering: str) -> Choice:
     """Check the options before any model is loaded.
@@ -106,7 +118,9 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"the prompt in {file or 'stdin'} cannot be read: {error}. It must be UTF-8 text.") from error
     if not text.strip():
-        raise PromptError("the prompt is empty: nothing can be answered.")
+        raise PromptError(
+            "the prompt is empty: pass --prompt TEXT or --prompt-file FILE that holds text, or pipe a text to stdin."
+        )
     return text
 
 

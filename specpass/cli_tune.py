@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from specpass.errors import BudgetError, TritonMissingError, UnknownArchError
-from specpass.files import write_file
+from specpass.files import check_folder, write_file
 
 if TYPE_CHECKING:
     from specpass.kernels.store import Entry
@@ -35,13 +35,13 @@ def tune(
     budget: Annotated[str, typer.Option("--budget", "-b", help="Budgets C, separated by commas.")] = "256,512,1024",
     arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; default: the GPU here, or sm_90.")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    prompt: Annotated[int, typer.Option(help="Prompt length, in tokens; its order of magnitude matters.")] = 32_000,
-    window: Annotated[int, typer.Option(help="The method's window W.")] = 32,
-    lookahead: Annotated[int, typer.Option(help="The method's lookahead L.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to be generated.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt length in tokens: its order of magnitude.")] = 32_000,
+    window: Annotated[int, typer.Option(min=1, help="The method's window W.")] = 32,
+    lookahead: Annotated[int, typer.Option(min=1, help="The method's lookahead L.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to be generated.")] = 256,
     tiles: Annotated[int, typer.Option(min=1, help="Tiles of each kernel to compile.")] = 8,
-    jobs: Annotated[int, typer.Option(help="Compiler processes; 0: one for each core.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Compiler processes; 0: one for each core.")] = 0,
     json_path: Annotated[str, typer.Option("--json", help="Write the winners to this file.")] = "",
     emit_path: Annotated[str, typer.Option("--emit", help="Write each kernel as a readable module here.")] = "",
     show: Annotated[bool, typer.Option("--list", help="List what is in the store.")] = False,
@@ -62,6 +62,8 @@ def tune(
     if not target:
         raise typer.BadParameter("--target is missing: a model's name or folder")
     work, aten = plan(target, budget, arch, dtype, batch, prompt, window, lookahead, max_new_tokens)
+    for folder in ([Path(emit_path)] if emit_path else []) + ([Path(json_path).parent] if json_path else []):
+        check_folder(folder)  # before the work, not after
     found = run(work, tiles, jobs)
     if emit_path:
         emit_modules(found, Path(emit_path))
@@ -206,13 +208,12 @@ def emit_modules(found: list[Entry], folder: Path) -> None:
     from specpass.kernels.emit import emit
     from specpass.kernels.registry import REGISTRY
 
-    folder.mkdir(parents=True, exist_ok=True)
     for entry in found:
         if entry.winner is not None:
             kernel, shapes = entry.key.kernel, entry.key.shapes
             size = f"_{shapes.slots}" if shapes.slots else ""
             text = emit(REGISTRY[kernel], shapes, entry.winner.tile)
-            (folder / f"{kernel}{size}_{entry.key.arch}.py").write_text(text)
+            write_file(folder / f"{kernel}{size}_{entry.key.arch}.py", text)
 
 
 def show_store() -> None:

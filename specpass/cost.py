@@ -6,7 +6,9 @@ out. Everything holds for prompts longer than the budget; a shorter one is kept 
 
 Symbols: B batch, S prompt, L lookahead, W window rows that score, C budget, N free slots, M new tokens; n layers,
 E hidden, H heads, K key/value heads, D head size, I intermediate, m matrices of the MLP, V vocabulary, b bytes of a
-number. The draft's own have an index d. The forms follow the rewritten graph; tests hold them to measured counts.
+number. The draft's own have an index d. Where the prompt is compressed: C_p prompt tokens that the target reads, W_p
+rows of the draft's window that score, n_p draft layers that score. Budgets that differ by layer enter as their mean,
+which is exact: everything is linear in C. The forms follow the rewritten graph; tests hold them to measured counts.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ import sympy
 from sympy import Expr, Symbol
 
 from specpass.decoder import Decoder
-from specpass.methods import Method
+from specpass.methods import BUDGET_STEP, Method
 
 B, S, L, W, C, N, M = (Symbol(name, positive=True) for name in "BSLWCNM")
+C_P, W_P, N_P = (Symbol(name, positive=True) for name in ("C_p", "W_p", "n_p"))
 
-# Methods whose target reads the whole prompt and keeps C slots of each KV head. Others have no closed form here yet.
-PRUNES_KV = frozenset({"SpecKV", "SnapKV", "StreamingLLM", "PyramidKV"})
+# Methods that these forms describe; one of your own may score or select in a way that costs something else.
+KNOWN = frozenset({"SpecKV", "SnapKV", "StreamingLLM", "PyramidKV", "SpecPC", "SpecKVPC"})
 BREAK_EVENS = ("kv_bytes", "bytes", "flops")
 
 
@@ -52,7 +55,15 @@ class Forms:
 
     def kv(self, slots: Any) -> Expr:
         """Bytes of keys and values in `slots` slots of every layer and head."""
-        return 2 * self.n * B * self.K * self.D * slots * self.b
+        return 2 * self.keys(slots, self.n)
+
+    def keys(self, slots: Any, layers: Any) -> Expr:
+        """Bytes of keys in `slots` slots of every head of `layers` layers."""
+        return layers * B * self.K * self.D * slots * self.b
+
+    def scores(self, rows: Any, columns: Any, layers: Any) -> Expr:
+        """FLOPs of scoring `rows` queries of every head of `layers` layers against `columns` keys."""
+        return 2 * B * layers * self.H * self.D * rows * columns
 
     def values(self, decoder: Decoder) -> dict[Symbol, int]:
         fields = {"n": "layers", "E": "hidden", "H": "heads", "K": "kv_heads", "D": "head_dim", "I": "intermediate",
@@ -77,31 +88,43 @@ def full_forms() -> dict[str, Expr]:
     }
 
 
-def pruned_forms(scored: bool, lookahead: bool, drafts: bool) -> dict[str, Expr]:
-    """The target reads S (+ L) tokens, scores W (+ L) rows, keeps C of each head; a draft writes L tokens.
+def pruned_forms(method: Method, drafts: bool) -> dict[str, Expr]:
+    """The target reads S tokens or C_p of them (and L), scores W (+ L) rows, keeps C slots of each KV head.
 
-    Args: scored: whether rows are scored. lookahead: whether L tokens stand behind the prompt. drafts: whether a draft
-    writes them (and not the caller).
+    Args: drafts: whether a draft writes the L lookahead tokens (and not the caller).
     """
-    ahead = L if lookahead else sympy.Integer(0)
-    read = S + ahead
+    zero = sympy.Integer(0)
+    ahead = L if method.appends else zero
+    compressed = zero if method.prompt is None else C_P if method.scored else C  # SpecPC keeps all that is read
+    read = (compressed or S) + ahead
     flops = _T.flops(read, read, 1)
     moved = _T.weights() + 2 * _T.kv(read) + _T.kv(C + N)
-    if scored:
-        flops += 2 * B * _T.n * _T.H * _T.D * (W + ahead) * read
-        moved += _T.kv(read) / 2  # the keys once more
-    zero = sympy.Integer(0)
-    steps = L - 1
+    if method.scored:
+        flops += _T.scores(W + ahead, read, _T.n)
+        moved += _T.keys(read, _T.n)  # once more
+    draft_flops, draft_bytes = draft_forms(method.prompt is not None) if drafts else (zero, zero)
+    # int64 positions and lengths, lookahead ids, and the prompt positions read with their shift
+    integers = _T.n * _T.K * (C + 1) + (L if method.drafts else zero) + (compressed + 1 if compressed else zero)
     return {
         "prefill_flops": flops,
         "prefill_bytes": moved,
-        "draft_flops": _D.flops(S, S, 1) + steps * _D.flops(1, S + L, 1) if drafts else zero,
-        "draft_bytes": _D.weights() * L + 2 * _D.kv(S) + steps * _D.kv(S + L) if drafts else zero,
+        "draft_flops": draft_flops,
+        "draft_bytes": draft_bytes,
         "decode_flops": _T.flops(1, C + N, 1),
         "decode_bytes": _T.weights() + _T.kv(C + N),
-        # and int64 positions, lengths and lookahead ids
-        "kv_bytes": _T.kv(C + N) + 8 * B * (_T.n * _T.K * (C + 1) + ahead),
+        "kv_bytes": _T.kv(C + N) + 8 * B * integers,
     }
+
+
+def draft_forms(scores: bool) -> tuple[Expr, Expr]:
+    """(FLOPs, bytes moved) of a draft's prefill and L - 1 steps over S + L slots; with `scores` n_p layers score."""
+    steps = L - 1
+    flops = _D.flops(S, S, 1) + steps * _D.flops(1, S + L, 1)
+    moved = _D.weights() * L + 2 * _D.kv(S) + steps * _D.kv(S + L)
+    if scores:
+        flops += _D.scores(W_P, S, N_P) + steps * _D.scores(1, S + L, N_P)
+        moved += _D.keys(S, N_P) + steps * _D.keys(S + L, N_P)
+    return flops, moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,14 +159,16 @@ class Costs:
         """The shortest prompt from which a generation of `new_tokens` costs no more than with full KV; None: never.
 
         Args: what: "kv_bytes" (the cache at the end), "bytes" or "flops" (prefill, draft and all decode steps).
+        A budget that is a ratio is taken as large as rounding to a multiple of 64 can make it.
         """
         values = self._values(1 << 20, new_tokens, batch)
         for name in (S, C):
             values.pop(name)
         budget = self.method.budget
-        slots = budget * S if isinstance(budget, float) else self._values(1 << 20, 1, 1)[C]
+        ratio = isinstance(budget, float)
+        slots = budget * S + BUDGET_STEP - 1 if ratio else self._values(1 << 20, 1, 1)[C]
         gain = sympy.Poly((_total(self.full, what) - _total(self.pruned, what)).subs(values).subs(C, slots), S)
-        least = 1 if isinstance(budget, float) else int(slots) + 1
+        least = 1 + (int(self.method.resolve(1).budget) if ratio else int(slots))  # what fits is kept whole
         starts = [least, *(int(sympy.floor(root)) + 1 for root in gain.real_roots() if root > least)]
         return next((start for start in sorted(starts) if gain.eval(start) >= 0), None)
 
@@ -156,8 +181,8 @@ def _total(forms: dict[str, Expr], what: str) -> Expr:
 
 
 def costs_of(method: Method, target: Decoder, draft: Decoder | None = None) -> Costs | None:
-    """The costs of `method` on a target; None where the method has no closed form (see PRUNES_KV)."""
-    if method.name not in PRUNES_KV:
+    """The costs of `method` on a target; None where the method has no closed form (see KNOWN)."""
+    if method.name not in KNOWN:
         return None
     drafts = method.drafts and getattr(method, "lookahead_ids", None) is None
     if drafts and draft is None:
@@ -165,8 +190,12 @@ def costs_of(method: Method, target: Decoder, draft: Decoder | None = None) -> C
     values: dict[Symbol, Any] = {**_T.values(target), W: method.window}
     if drafts and draft is not None:
         values |= _D.values(draft)
+        if method.prompt is not None:
+            how = method.prompt
+            values |= {W_P: how.window, N_P: len(how.scoring_layers(draft.layers))}
+            if method.scored:
+                values[C_P] = how.budget
     length = getattr(method, "lookahead", None)
     if length is not None or not method.drafts:
         values[L] = length or 0
-    forms = pruned_forms(method.scored, method.drafts, drafts)
-    return Costs(full_forms(), forms, method, target.layers, values)
+    return Costs(full_forms(), pruned_forms(method, drafts), method, target.layers, values)

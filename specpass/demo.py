@@ -17,17 +17,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 import specpass
-from specpass import hub, method_table
+from specpass import checks, hub, method_table
 from specpass.demo_prompt import EXPECTED, FACT, Prompt, build_prompt
+from specpass.files import check_folder
 from specpass.methods import Method
 from specpass.storage import cache_bytes
 
 DRAFT, TARGET = "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
 METHODS = ("snapkv", "speckv", "specpc", "speckvpc")  # those that the package has, in this order
-OPTIONS = {"window": 32, "lookahead": 32}  # where a method has them
-WARM_UP_TOKENS = 512  # graphs serve every length beyond the budget: a short prompt compiles for a long one
+OPTIONS = {"window": 32, "lookahead": 32, "prompt_budget": 1024}  # where a method has them
+WARM_UP_TOKENS = 256  # graphs serve every length beyond the budget: a short prompt compiles for a long one
+WARM_UP_NEW = 3  # the second token compiles decode; rooms come in blocks of 64 slots, so it serves NEW_TOKENS too
 NEW_TOKENS = 48
 
 _LOG = Console(stderr=True)
@@ -84,7 +87,7 @@ def measure(name: str, model: Any, tokenizer: Any, prompt: Prompt, warm_up: Prom
     if warm_up is not None:
         _LOG.print(f"{name}: compiling")
         start = time.perf_counter()
-        _generate(model, warm_up.inputs, max_new_tokens=NEW_TOKENS)  # the same room, so that decode is compiled once
+        _generate(model, warm_up.inputs, max_new_tokens=WARM_UP_NEW)
         compile_s = time.perf_counter() - start
     _LOG.print(f"{name}: reading {len(prompt):,} tokens, then answering")
     clock = _Clock()
@@ -132,9 +135,15 @@ def run(budget: int = 128, tokens: int = 4000, *, target: str = TARGET, draft: s
         target, draft: models by name, hub id or folder.
         out: folder for kept.png and kept.html; None draws nothing.
 
-    Raises: what `specpass.hub.load`, `specpass.compile` and `specpass.files.write_file` raise.
+    Raises: what `specpass.hub.load`, `specpass.compile` and `specpass.files.write_file` raise; wrong names, unlike
+    tokenizers and a folder that cannot be written to before anything is loaded.
     """
     methods = demo_methods(budget)
+    if out is not None:
+        check_folder(out)
+    hub.prepare(draft, target)
+    checks.check_tokenizers(hub.read_config(target), hub.read_config(draft))  # before minutes of work, not after
+    logging.disable_progress_bar()  # a line for each step is enough
     _LOG.print(f"loading {draft} (draft) and {target} (target)")
     small, tokenizer = hub.load(draft, dtype=dtype)
     model, _ = hub.load(target, dtype=dtype)

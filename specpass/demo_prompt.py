@@ -28,7 +28,7 @@ class Prompt:
 
 
 def build_prompt(tokenizer: Any, tokens: int, depth: float = 0.4) -> Prompt:
-    """The longest chat prompt of at most `tokens` tokens; `depth` in (0, 1) places the fact in the text."""
+    """The longest chat prompt of at most `tokens` tokens; the fact is the first unindented line behind `depth`."""
     lines = "".join(inspect.getsource(module) for module in (textwrap, heapq)).splitlines()
 
     def text(count: int) -> str:

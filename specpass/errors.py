@@ -140,3 +140,15 @@ class BundleError(SpecpassError, ValueError):
 
 class SamplingError(SpecpassError, ValueError):
     """A temperature, top_k, top_p or penalty that no token can be drawn with."""
+
+
+class BenchmarkError(SpecpassError, ValueError):
+    """A task, method or length that no benchmark can be made of, or a result file that does not fit the command."""
+
+
+class VerificationError(SpecpassError, ValueError):
+    """A result file whose prompts or scores are not what its seeds and answers give."""
+
+
+class PeerError(SpecpassError, RuntimeError):
+    """Another implementation could not be installed or run."""

@@ -10,6 +10,21 @@ from pathlib import Path
 from specpass.errors import OutputFileError
 
 
+def check_folder(folder: Path) -> None:
+    """Make `folder` and see that a file can be written to it: before the work whose result belongs there.
+
+    Raises: OutputFileError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputFileError(
+            f"{folder} cannot be written to: {error}. Name a folder that you may write to."
+        ) from error
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write `content` (text as UTF-8) to `path` atomically, making its folder.
 

@@ -21,6 +21,13 @@ def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int
     return 2 * batch * heads * rows * key[2] * (dim + value[3])
 
 
+def append_flops(keys: Any, values: Any, lengths: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
+    """keys [B, K * P, D], values [B, K * P, Dv], query [B, H, 1, D], key [B, K, 1, D]: as attention over P slots."""
+    batch, kv_heads = key[:2]
+    slots = keys[1] // kv_heads
+    return attention_flops(query, (batch, kv_heads, slots, keys[2]), (batch, kv_heads, slots, values[2]))
+
+
 def importance_flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
     """query [B, H, R, D], key [B, K, T, D]: one product."""
     batch, heads, rows, dim = query
@@ -30,6 +37,7 @@ def importance_flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
 def register() -> None:
     """Tell torch's counter; once a process."""
     for operator, formula in ((SPEC.attend, attention_flops), (SPEC.prefill_attention, attention_flops),
+                              (SPEC.prefill_attention_lse, attention_flops), (SPEC.append_attend, append_flops),
                               (SPEC.importance, importance_flops)):
         if operator not in flop_registry:
             register_flop_formula(operator)(formula)

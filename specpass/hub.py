@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +29,9 @@ from specpass.weights import check_weights, verify_manifest, write_manifest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MODELS", "ModelSource", "cache_dir", "check_weights", "is_cached", "load", "model_path", "read_config"]
+__all__ = [
+    "MODELS", "ModelSource", "cache_dir", "check_weights", "is_cached", "load", "model_path", "prepare", "read_config",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,27 @@ def model_path(name_or_path: str | os.PathLike[str]) -> Path:
                 _build(source, folder)
     verify_manifest(folder, source.sha256)
     return folder
+
+
+def prepare(*names: str | os.PathLike[str]) -> None:
+    """Fetch and convert the named models that are missing, at the same time: all but the last in quiet processes.
+
+    Raises what `model_path` raises for the last; a process that fails leaves its model to the next `model_path`, which
+    says why.
+    """
+    missing = [name for name in dict.fromkeys(str(name).lower() for name in names)
+               if name in MODELS and not is_cached(name)]
+    code = "import sys; from specpass import hub; hub.model_path(sys.argv[1])"
+    beside = [subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+              for name in missing[:-1]]
+    try:
+        for name in missing[-1:]:
+            model_path(name)
+        for process in beside:
+            process.wait()
+    finally:
+        for process in beside:
+            process.terminate()
 
 
 def _hub_folder(hub_id: str) -> Path:

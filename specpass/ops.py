@@ -147,7 +147,7 @@ define(
 
 define(
     "importance(Tensor query, Tensor key, Tensor rows, Tensor lengths, int window, float scale, str reduce, "
-    "Tensor? weights=None) -> Tensor",
+    "Tensor? weights=None, Tensor? lse=None) -> Tensor",
     dispatch.importance,
     lambda query, key, *rest: key.new_empty(key.shape[:3], dtype=torch.float32),
 )
@@ -215,10 +215,13 @@ def _prefill_attention_fake(query, key, value, scale):
     return query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
 
 
-def _prefill_attention(query, key, value, scale):
-    out = reference.prefill_attention(query, key, value, scale)
+def _rows_in_place(out):
     # One memory format for every path, as the fake kernel says: [B, T, H, Dv] rows, which o_proj reads in place.
     return out if out.transpose(1, 2).is_contiguous() else out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _prefill_attention(query, key, value, scale):
+    return _rows_in_place(reference.prefill_attention(query, key, value, scale))
 
 
 define(
@@ -226,6 +229,31 @@ define(
     _prefill_attention,
     _prefill_attention_fake,
 )
+# What the lowering makes of two operators that share their work ------------------------------------------------------
+
+
+def _prefill_attention_lse(query, key, value, rows, scale):
+    out, lse = reference.prefill_attention_lse(query, key, value, rows, scale)
+    return _rows_in_place(out), lse
+
+
+define(
+    "prefill_attention_lse(Tensor query, Tensor key, Tensor value, Tensor rows, float scale) -> (Tensor, Tensor)",
+    _prefill_attention_lse,
+    lambda query, key, value, rows, scale: (
+        _prefill_attention_fake(query, key, value, scale),
+        query.new_empty(query.shape[0], query.shape[1], rows.shape[1], dtype=torch.float32),
+    ),
+)
+define(
+    "append_attend(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor query, Tensor key, Tensor value, "
+    "float scale) -> Tensor",
+    dispatch.append_attend,
+    lambda keys, values, lengths, query, key, value, scale: _attend_fake(query, key, value, lengths, scale),
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+
 define(
     "next_token(Tensor logits, Tensor ended, int vocab, float temperature, int seed, int step, int[] eos_ids, "
     "int pad_id) -> (Tensor, Tensor)",

@@ -47,8 +47,8 @@ def png(results: Sequence[Result], prompt: Prompt, title: str) -> bytes:
     from matplotlib.figure import Figure
 
     pruned = [result for result in results if result.kept is not None]
-    figure = Figure(figsize=(13, 1.2 + 2.3 * max(len(pruned), 1)), layout="constrained")
-    figure.suptitle(title)
+    figure = Figure(figsize=(12, 1.2 + 1.7 * max(len(pruned), 1)), layout="constrained")
+    figure.suptitle(f"What each method kept (blue) of the prompt; the answer's place is red\n{title}", fontsize=11)
     axes = figure.subplots(max(len(pruned), 1), 1, sharex=True, squeeze=False)[:, 0]
     for axis, result in zip(axes, pruned, strict=False):
         matrix = kept_matrix(result, len(prompt))
@@ -58,15 +58,15 @@ def png(results: Sequence[Result], prompt: Prompt, title: str) -> bytes:
         for edge in (prompt.answer.start, prompt.answer.stop):
             axis.axvline(edge, color="tab:red", linewidth=1)
         inside = matrix[:, prompt.answer.start : prompt.answer.stop].mean()
-        axis.set_title(f"{result.method}: {'right' if result.right else 'wrong'} answer; of the answer's tokens (red) "
-                       f"{inside:.0%} were kept, over all layers and KV heads", fontsize=10)
-        axis.set_ylabel("layer, KV head")
+        axis.set_title(f"{result.method}: {'right' if result.right else 'wrong'} answer; {inside:.0%} of the answer's "
+                       "tokens kept, over all layers and KV heads", fontsize=10, loc="left")
+        axis.set_ylabel("layer, KV head", fontsize=9)
         heads = len(result.kept[0]) if result.kept else 1
         ticks = range(0, len(matrix), max(heads, heads * (len(matrix) // heads // 4)))
         axis.set_yticks(list(ticks), [str(tick // heads) for tick in ticks])
     axes[-1].set_xlabel("prompt position")
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120)
+    figure.savefig(out, format="png", dpi=100)
     return out.getvalue()
 
 

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from specpass.cost import BREAK_EVENS, Costs
+from specpass.cost import BREAK_EVENS, Costs, Forms
 from specpass.reporting import Report
 
 LENGTHS = (4096, 32768, 131072)
@@ -25,6 +25,12 @@ NAMES = {
     "decode_flops": "decode step FLOPs",
     "decode_bytes": "decode step bytes moved",
 }
+SYMBOLS = (
+    "B batch, S prompt, L lookahead, W window, C slots of the budget, N free slots, M new tokens; n layers, E hidden "
+    "size, H heads, K KV heads, D head size, I intermediate size, m matrices of an MLP, V vocabulary, b bytes of a "
+    "number, w weights of a layer; _d the draft's, _p of the compressed prompt: C tokens read, W rows and n layers "
+    "that score"
+)
 BREAKS = {"kv_bytes": "KV cache", "bytes": "bytes moved", "flops": "FLOPs"}
 
 
@@ -94,7 +100,7 @@ def tables(report: Report) -> Group:
     parts += [Text(f"refused: {reason} (the model runs exactly)", style="red") for reason in report.refusals]
     costs = report.costs()
     if costs is None:
-        parts.append(f"no closed forms: {report.method.split('(')[0]} or this architecture has none in specpass.cost")
+        parts.append("no costs: they are counted for dense decoders and the methods that specpass brings")
     elif not report.refusals:
         parts += [_numbers(costs), _formulas(costs)]
     return Group(*parts)
@@ -122,13 +128,18 @@ def _graphs(report: Report) -> Table:
     return table
 
 
+def _names(costs: Costs) -> dict[str, str]:
+    """The rows to show: a draft's only where there is one."""
+    return {name: label for name, label in NAMES.items() if costs.full[name] or costs.pruned[name]}
+
+
 def _numbers(costs: Costs) -> Table:
     table = Table(title=f"full KV -> {costs.method.name}, batch 1, {NEW_TOKENS} new tokens")
     table.add_column("")
     found = [costs.numbers(length, NEW_TOKENS) for length in LENGTHS]
     for length in LENGTHS:
         table.add_column(f"S = {length:,}", justify="right")
-    for name, label in NAMES.items():
+    for name, label in _names(costs).items():
         unit = "FLOP" if name.endswith("flops") else "B"
         table.add_row(label, *(" -> ".join(amount(value, unit) for value in row[name]) for row in found))
     breaks = ", ".join(f"{BREAKS[what]} {_break(costs.break_even(what, NEW_TOKENS))}" for what in BREAK_EVENS)
@@ -137,8 +148,14 @@ def _numbers(costs: Costs) -> Table:
 
 
 def _formulas(costs: Costs) -> Table:
-    table = Table("", "full KV", costs.method.name, title="as formulas", caption="symbols: specpass/cost.py; values: "
-                  + ", ".join(f"{symbol}={value:,}" for symbol, value in sorted(costs.values.items(), key=str)))
-    for name, label in NAMES.items():
-        table.add_row(label, str(costs.full[name]), str(costs.pruned[name]))
+    """The forms with one letter for the weights of a layer, which are a third of their length."""
+    short = {Forms(index).layer(): Forms(index).w for index in ("", "d")}
+    table = Table("", "full KV", costs.method.name, title="as formulas, for prompts longer than the budget")
+    for name, label in _names(costs).items():
+        table.add_row(label, *(str(forms[name].subs(short)) for forms in (costs.full, costs.pruned)))
+    used = set().union(*(form.subs(short).free_symbols for form in costs.pruned.values()))
+    weights = "; ".join(f"{letter} = {layer}" for layer, letter in short.items() if letter in used)
+    values = ", ".join(f"{symbol}={value:,}" for symbol, value in sorted(costs.values.items(), key=str))
+    table.caption_justify = "left"
+    table.caption = f"{SYMBOLS}\n{weights}\n{values}"
     return table

@@ -48,3 +48,13 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def autograd_stays_on() -> Iterator[None]:
+    """A test, a fixture or specpass itself that leaves autograd off is caught where it happens."""
+    assert torch.is_grad_enabled(), "a fixture of this test left autograd off"
+    yield
+    left = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)  # the tests behind this one are not to blame
+    assert left, "the test left autograd off"

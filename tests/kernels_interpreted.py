@@ -41,12 +41,13 @@ def softmax_rows(query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, sca
 
 
 @FEW
-@given(st.data(), DTYPES, DIMS, st.sampled_from(["max", "mean"]), SEEDS)
+@given(st.data(), DTYPES, DIMS, st.sampled_from(["max", "mean", "sum"]), st.booleans(), SEEDS)
 def test_importance_with_and_without_the_log_sum_exp(data: Any, dtype: torch.dtype, dim: int, reduce: str,
-                                                    seed: int) -> None:
+                                                    weighted: bool, seed: int) -> None:
     batch, kv_heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
     group = data.draw(st.sampled_from([1, 3, 7]))
     window, ahead = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
+    kept = data.draw(st.sampled_from([window, 0]))  # SpecPC scores the window's columns too
     lengths = torch.tensor([data.draw(st.integers(1, 75)) for _ in range(batch)])
     columns = int(lengths.max()) + ahead
     torch.manual_seed(seed)
@@ -55,12 +56,13 @@ def test_importance_with_and_without_the_log_sum_exp(data: Any, dtype: torch.dty
     query = (3 * torch.randn(batch, columns, kv_heads * group, dim)).to(dtype).transpose(1, 2)
     rows = reference.score_rows(lengths, torch.randint(1, 6, (batch, ahead)) if ahead else None, window, [2])
     taken, scale = reference.take_rows(query, rows), 1 / math.sqrt(dim)
-    expected = reference.importance(taken, key, rows, lengths, window, scale, reduce)
+    weights = torch.linspace(0, 1, window + ahead) if weighted else None
+    expected = reference.importance(taken, key, rows, lengths, kept, scale, reduce, weights)
     tile = Tile(data.draw(st.sampled_from([16, 32])), data.draw(st.sampled_from([16, 32])))
-    arguments = (taken, key, rows, lengths, window, scale, reduce)
-    torch.testing.assert_close(launch.importance(*arguments, tile=tile), expected, atol=2e-6, rtol=2e-5)
-    lse = softmax_rows(taken, key, rows, scale)
-    torch.testing.assert_close(launch.importance(*arguments, lse=lse, tile=tile), expected, atol=2e-6, rtol=2e-5)
+    arguments = (taken, key, rows, lengths, kept, scale, reduce, weights)
+    for lse in (None, softmax_rows(taken, key, rows, scale)):
+        for found in (launch.importance(*arguments, lse, tile), reference.importance(*arguments, lse)):
+            torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
 
 
 def test_equal_scores_stay_equal_across_tiles_so_that_ties_go_to_the_lower_position() -> None:

@@ -22,16 +22,21 @@ def test_the_script_runs_anywhere(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     assert found["settings"]["tiny"]
     assert "times mean nothing" in found["note"]
-    assert [name.split(",")[0] for name in found["correctness"]] == list(REGISTRY)
+    assert list(dict.fromkeys(name.split(",")[0] for name in found["correctness"])) == list(REGISTRY)
+    for kernel in ("importance", "importance_given_lse"):
+        assert any(name.startswith(f"{kernel},") and name.endswith("sum of weighted rows")
+                   for name in found["correctness"])
     assert all(step["error_share"] <= 1.0 for step in found["correctness"].values())
     assert found["floors"].keys() == REGISTRY.keys()
     for step in found["floors"].values():
         assert min(step["cold_us"], step["warm_us"], step["floor_us"], step["peers_us"]["aten"]) > 0
     assert found["floors"]["decode"]["peers_us"].keys() == {"aten", "sdpa"}
+    assert found["floors"]["decode_append"]["peers_us"]["append, then decode"] > 0
     assert found["full_kv"]["decode attention"]["times_faster"] > 0
     timed = [step for step in found["end_to_end"].values() if "skipped" not in step]
     assert len(timed) >= 4
-    assert all(step["first_token_s"] > 0 and step["decode_tokens_s"] > 0 for step in timed)
+    assert all(step["first_token_s"] > 0 and step["decode_tokens_s"] > 0 and step["bound_tokens_s"] > 0
+               for step in timed)
 
 
 def test_steps_beyond_the_time_limit_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ NOT_HERE = {
     errors.TritonMissingError: "needs an environment without Triton",
     errors.OnnxMissingError: "needs an environment without onnx or onnxruntime",
     errors.NoCudaError: "CUDA graphs are asked for in Python",
+    errors.PeerError: "a benchmark goes on without the peer, and says so",
     errors.UnsupportedCallError: "--lowering is checked as an option; no labels",
 }
 
@@ -72,6 +74,19 @@ class Folders:
             target, tokenizer = hub.load(self.good)
             specpass.export_onnx(target, method=specpass.StreamingLLM(budget=24), out=folder, tokenizer=tokenizer)
         return str(folder)
+
+    def results(self) -> str:
+        """A quality file whose only record claims more than its answer is worth."""
+        from specpass.benchmarks.models import load_tokenizer
+        from specpass.benchmarks.tasks import TASKS
+
+        tokenizer = load_tokenizer(self.good)
+        prompt = TASKS["niah_single_1"].prompt(0, 300, tokenizer)
+        record = {"method": "full", "budget": None, "task": prompt.task, "length": 300, "seed": 0, "score": 1.0,
+                  "digest": prompt.digest, "expected": prompt.expected, "tokens": [5], "answer": tokenizer.decode([5])}
+        file = self.root / "claims.json"
+        file.write_text(json.dumps({"settings": {"kind": "quality", "target": "good"}, "results": [record]}))
+        return str(file)
 
     def empty(self) -> str:
         (self.root / "empty").mkdir(exist_ok=True)
@@ -114,7 +129,7 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
      ("x.png", ".svg or .dot")),
     (errors.OutputFileError,
      lambda f: ["explain", "-t", f.good, "-m", "snapkv", "-b", "40", *EAGER, "--graph", "/dev/null/x.dot"],
-     ("/dev/null/x.dot", "may write")),
+     ("/dev/null", "may write")),
     (errors.ExportError, lambda f: ["export", "-t", f.make("sliding", family="mistral-sliding"), "-m", "snapkv",
                                     "-b", "64", "--out", str(f.root / "out")], ("layer 0", "sliding_attention")),
     (errors.BudgetError, lambda f: ["export", "-t", f.good, "-m", "snapkv", "-b", "0.5", "--out", "out"],
@@ -126,6 +141,21 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     (errors.BundleError, lambda f: ["generate", "--onnx", f.empty(), "-p", TEXT], ("specpass.json", "specpass export")),
     (errors.SamplingError, lambda f: ["generate", "--onnx", f.exported(), "-p", TEXT, "--raw", "--temperature", "1",
                                       "--top-p", "0"], ("top_p=0.0",)),
+    (errors.OutputFileError, lambda f: ["demo", "-t", f.good, "-d", f.good, "-b", "40", "--out", "/dev/null/x"],
+     ("/dev/null/x", "may write")),
+    (errors.TokenizerMismatchError, lambda f: ["demo", "-t", f.good, "-d", f.make("other", words=60), "-b", "40"],
+     ("different tokenizers", "same family")),
+    (errors.UnknownModelError, lambda f: ["demo", "-t", "gpt-none", "-d", f.good], ("'gpt-none'", "smollm2-135m")),
+    (errors.UnknownModelError, lambda f: ["explain", "-t", "gpt-none", "-m", "snapkv"], ("'gpt-none'",)),
+    (errors.UnknownModelError, lambda f: ["models", "path", "gpt-none"], ("'gpt-none'",)),
+    (errors.UnknownModelError, lambda f: ["tune", "-t", "gpt-none"], ("'gpt-none'",)),
+    (errors.OutputFileError, lambda f: ["tune", "-t", f.good, "--json", "/dev/null/x.json"],
+     ("/dev/null", "may write")),
+    (errors.OutputFileError, lambda f: ["tune", "-t", f.good, "--emit", "/dev/null/x"], ("/dev/null/x", "may write")),
+    (errors.BudgetError, lambda f: ["demo", "-b", "0"], ("budget=0",)),
+    (errors.BudgetError, lambda f: ["demo", "-b", "20"], ("budget=20", "window=32")),
+    (errors.BudgetError, lambda f: ["explain", "-t", f.good, "-m", "snapkv", "-b", "0"], ("budget=0",)),
+    (errors.BudgetError, lambda f: ["tune", "-t", f.good, "-b", "16"], ("budget=16", "window=32")),
     (errors.UnknownArchError, lambda f: ["tune", "-t", f.good, "--budget", "64", "--arch", "sm_1"], ("sm_1", "sm_90")),
     (errors.UnknownModelError, lambda f: generate("gpt-none", "-m", "full"), ("'gpt-none'", "smollm2-135m")),
     (errors.UnknownModelError, lambda f: generate(f.empty(), "-m", "full"), ("config.json",)),
@@ -136,6 +166,16 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
      ("different tokenizers", "same family")),
     (errors.DtypeMismatchError, lambda f: generate(f.good, "-d", f.bfloat16(), *SMALL),
      ("float32", "bfloat16", "dtype")),
+    (errors.BenchmarkError, lambda f: ["bench", "quality", "-t", f.good, "-d", f.good, "--tasks", "riddles"],
+     ("'riddles'", "niah_single_1")),
+    (errors.BenchmarkError, lambda f: ["bench", "speed", "-t", f.good, "-d", f.good, "--methods", "h2o"],
+     ("'h2o'", "full_eager")),
+    (errors.BenchmarkError, lambda f: ["bench", "verify", "no/such.json"], ("no/such.json", "specpass bench")),
+    (errors.BenchmarkError, lambda f: ["bench", "plot", f"{f.good}/config.json"], ("config.json", "specpass bench")),
+    (errors.BenchmarkError, lambda f: ["bench", "verify", f.results(), "-t", f.make("other", words=60)],
+     ("--target good", "other")),
+    (errors.VerificationError, lambda f: ["bench", "verify", f.results(), "-t", f.good],
+     ("claims.json", "the score is 1.0", "--restart")),
     (errors.DraftContextError, lambda f: generate(f.good, "-d", f.make("short", max_position_embeddings=48), *SMALL),
      ("60 tokens", "48", "lower lookahead")),
 ]
@@ -163,11 +203,19 @@ def test_every_error_is_here_or_has_a_reason() -> None:
     assert known == {case[0] for case in CASES} | set(NOT_HERE)
 
 
-@pytest.mark.parametrize("args", [["--lowering", "fast"], ["--dtype", "float8"], ["-n", "0"], ["--no-such-option"]])
+@pytest.mark.parametrize("args", [["--lowering", "fast"], ["--dtype", "float8"], ["-n", "0"], ["--no-such-option"],
+                                  ["--device", "cuda:99"], ["--device", "toaster"]])
 def test_wrong_options_are_2(folders: Folders, args: list[str]) -> None:
     result = runner.invoke(cli.app, ["generate", "-t", folders.good, "-m", "full", "-p", TEXT, *args])
     assert result.exit_code == 2
     assert args[0].lstrip("-") in result.stderr
+
+
+@pytest.mark.parametrize("args", [["--batch", "0"], ["--prompt", "0"], ["--tiles", "0"], ["--jobs", "-1"], []])
+def test_wrong_options_of_tune_are_2(folders: Folders, args: list[str]) -> None:
+    result = runner.invoke(cli.app, ["tune", *(["-t", folders.good] if args else []), *args])
+    assert result.exit_code == 2
+    assert (args[0] if args else "--target") in result.stderr
 
 
 def test_what_nobody_expected_is_70_and_says_how_to_see_more(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import specpass
-from specpass import cli, demo, method_table, pictures
+from specpass import cli, demo, hub, method_table, pictures
 from specpass.demo_prompt import EXPECTED, QUESTION, Prompt, build_prompt
 
 BUDGET, TOKENS = 40, 400
@@ -61,6 +62,23 @@ def test_rows_are_full_kv_and_every_method_that_exists(ran: tuple[list[demo.Resu
         assert row.compile_s > 0
         assert row.kept is not None
         assert all(len(head) == BUDGET for layer in row.kept for head in layer)
+
+
+def test_the_warm_up_compiles_all_that_is_measured(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short in prompt and answer, it leaves nothing to compile for the long run."""
+    counts: list[int] = []
+    generate = demo._generate
+
+    def counting(model: Any, inputs: Any, **options: Any) -> Any:
+        out = generate(model, inputs, **options)
+        counts.append(len(specpass.report(model).graphs))
+        return out
+
+    monkeypatch.setattr(demo, "_generate", counting)
+    model, tokenizer = hub.load(folder, dtype="float32")
+    specpass.compile(model, draft=model, method=demo.demo_methods(BUDGET)[-1], lowering="eager")  # SpecKVPC
+    demo.measure("SpecKVPC", model, tokenizer, prompt_of(folder), build_prompt(tokenizer, demo.WARM_UP_TOKENS))
+    assert counts == [2, 2]
 
 
 def test_a_method_that_the_package_gains_joins(monkeypatch: pytest.MonkeyPatch) -> None:

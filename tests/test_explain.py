@@ -15,7 +15,7 @@ from tiny import prompt, tiny
 from typer.testing import CliRunner
 
 import specpass
-from specpass import cli, cost, hub
+from specpass import cli, cli_explain, cost, hub
 from specpass.decoder import Decoder
 from specpass.explain import stand_in
 
@@ -84,6 +84,13 @@ def test_tables(pair: tuple[Path, Path]) -> None:
     for part in ("model.layers.0.self_attn .. model.layers.2.self_attn: 24 slots", "prefill FLOPs", "S = 32,768",
                  "pays from a prompt of", "as formulas", "draft captured in"):
         assert part in text
+
+
+def test_a_narrow_terminal_gets_lines(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_explain, "Console", lambda **_: Console(width=40))
+    text = " ".join(explain(pair[0], "-d", str(pair[1])).stdout.split())
+    assert "3 sites rewritten" in text
+    assert "pays from a prompt of" in text
 
 
 def test_tokenizers_are_compared_though_nothing_is_loaded(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class Record:
         kind = "decode" if count(gm)["specpass.append_kv"] else "prefill"
         self.after[kind, name] = count(gm)
 
-    def lower(self, gm: fx.GraphModule, lowering: str, record: Any, cudagraphs: bool) -> Callable[..., Any]:
+    def lower(self, gm: fx.GraphModule, lowering: str, record: Any, *options: Any) -> Callable[..., Any]:
         gm.recompile()
 
         def run(*args: Any) -> Any:

@@ -229,3 +229,36 @@ def test_hub_ids_that_are_not_cached_say_so(cache, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     with pytest.raises(FetchError, match=r"'some/model'.*HF_HUB_OFFLINE is set.*give a folder"):
         hub.model_path("some/model")
+
+
+def test_prepare_makes_only_what_is_missing_and_each_once(cache, monkeypatch):
+    """The last one here, the others in processes of their own, whose failure is left to who asks for the model."""
+    calls, started = fake_build(monkeypatch), []
+
+    class Process:
+        def __init__(self, command: list[str], **_: object) -> None:
+            started.append(command[-1])
+
+        def wait(self) -> None:
+            pass
+
+        terminate = wait
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    hub.prepare("qwen2.5-coder-0.5b", NAME, NAME, "some/hub-id", "/no/such/folder")
+    assert started == ["qwen2.5-coder-0.5b"]
+    assert calls == [1]
+    assert hub.is_cached(NAME)
+    hub.prepare(NAME)
+    assert calls == [1]
+    assert len(started) == 1
+
+
+def test_prepare_runs_the_process_it_says(cache, monkeypatch):
+    """A process of its own really calls model_path: with an index that has nothing it fails, and nothing is left."""
+    fake_build(monkeypatch)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    hub.prepare("qwen2.5-coder-0.5b", NAME)
+    assert hub.is_cached(NAME)
+    assert not hub.is_cached("qwen2.5-coder-0.5b")
+    assert (cache / "models" / "qwen2.5-coder-0.5b.lock").exists()

@@ -18,7 +18,9 @@ from specpass.kernels.shapes import Shapes, refuse
 from specpass.kernels.tiles import Tile, candidate_tiles, default_tile
 
 EMITTED = Path(__file__).with_name("emitted")
-# A layer of Llama-3.1-8B; each other row varies what decides a tile: head dimension, group, dtype, batch.
+# A layer of Llama-3.1-8B, for every kernel on every architecture; and a covering set: with it decode and gather meet
+# every head dimension on every architecture, importance every one on two or more, and groups, dtypes, reductions,
+# weights and batches vary along.
 LLAMA = Shapes("bfloat16", 1, 8, 4, 128, 128, rows=64, window=32, budget=1024, room=256, columns=32768)
 
 
@@ -27,13 +29,19 @@ def other(dtype: str, group: int, dim: int, **sizes: int) -> Shapes:
                             "columns": 8192, **sizes}, group=group, dim=dim, value_dim=dim)
 
 
-OTHERS = [other("bfloat16", 7, 64), other("float16", 1, 80), other("bfloat16", 16, 96, budget=34, batch=512),
-          other("float16", 2, 256), other("float32", 7, 64)]
-CASES = [(LLAMA, arch) for arch in ARCHS] + [(shapes, arch) for shapes in OTHERS for arch in ("sm_90", "gfx942")]
+OTHERS = [other("bfloat16", 7, 64, reduce="mean"), other("float16", 1, 80, reduce="sum"),
+          other("bfloat16", 16, 96, budget=34, batch=512), other("float16", 2, 256), other("float32", 7, 64),
+          other("float32", 3, 128, weighted=True)]
+SLOTS = ("gather", "decode", "decode_append")
+CASES = [(LLAMA, arch, tuple(REGISTRY)) for arch in ARCHS]
+CASES += [(shapes, arch, tuple(REGISTRY) if (index + turn) % 2 == 0 else SLOTS)
+          for index, shapes in enumerate(OTHERS) for turn, arch in enumerate(ARCHS)]
 
 
 def label(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value.dtype}-D{value.dim}-G{value.group}"
+    if isinstance(value, Shapes):
+        return f"{value.dtype}-D{value.dim}-G{value.group}"
+    return value if isinstance(value, str) else f"{len(value)}"
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +49,10 @@ def compiler() -> None:
     pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize(("shapes", "arch"), CASES, ids=label)
-def test_default_tiles_fit(shapes: Shapes, arch: str) -> None:
-    for name, kernel in REGISTRY.items():
+@pytest.mark.parametrize(("shapes", "arch", "names"), CASES, ids=label)
+def test_default_tiles_fit(shapes: Shapes, arch: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        kernel = REGISTRY[name]
         assert refuse(name, shapes) is None
         tile = default_tile(name, shapes, ARCHS[arch])
         plan = kernel.plan(shapes, tile)
@@ -53,6 +62,17 @@ def test_default_tiles_fit(shapes: Shapes, arch: str) -> None:
             assert 0 < built.regs <= 512, where
             assert built.shared_bytes <= ARCHS[arch].shared, where
             assert built.tensor_cores == launch.dot, where
+
+
+def test_the_cases_cover_what_they_say() -> None:
+    met = {(name, arch, shapes.dim) for shapes, arch, names in CASES for name in names}
+    for arch in ARCHS:
+        assert {dim for name, at, dim in met if (name, at) == ("decode", arch)} == {64, 80, 96, 128, 256}
+        for name in REGISTRY:
+            assert len({dim for other_name, at, dim in met if (other_name, at) == (name, arch)}) >= 3
+    assert {shapes.group for shapes, _, _ in CASES} >= {1, 2, 3, 4, 7, 16}
+    assert {(shapes.reduce, shapes.weighted) for shapes, _, names in CASES if "importance" in names} >= {
+        ("max", False), ("max", True), ("mean", False), ("sum", False)}
 
 
 def test_the_report_sees_spills_and_oversized_shared_memory() -> None:

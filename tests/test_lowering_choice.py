@@ -133,7 +133,7 @@ def test_a_models_report_says_what_each_site_became() -> None:
     run(model, prompt(40, seed=1), 3)
     report = specpass.report(model)
     found = {record.kind: [(path, str(choice)) for path, choice in record.choices] for record in report.graphs}
-    operators = {"prefill": ["prefill_attention", "importance", "select", "gather_kv"],
+    operators = {"prefill": ["prefill_attention_lse", "importance", "select", "gather_kv"],
                  "decode": ["append_kv", "attend"]}
     for kind, names in operators.items():
         assert [line for _, line in found[kind]] == [f"{name}: aten (cpu tensors)" for name in names] * layers

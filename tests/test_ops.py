@@ -48,7 +48,8 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "score_rows": [(lengths, ahead, W, [7]), (lengths, None, W, [])],
         "take_rows": [(query, rows)],
         "importance": [(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.3, how) for how in ("max", "mean")]
-        + [(SPEC.take_rows(query, rows), key, rows, lengths, 0, 0.3, "sum", torch.rand(W + L))],
+        + [(SPEC.take_rows(query, rows), key, rows, lengths, 0, 0.3, "sum", torch.rand(W + L), lse)
+           for lse in (None, torch.rand(B, H, W + L))],
         "select": [(scores, lengths, C, W, 3, "max"), (scores, lengths, S + 4, W, 7, "avg")],
         "select_recent": [(lengths, K, C, 1), (lengths, K, S + 4, 0)],
         "keep_all": [(lengths, K, S + 4)],
@@ -56,6 +57,8 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "keep_kv": [(key, value, lengths, N)],
         "attend": [(query[:, :, :q], *heads, used, 0.3) for q in (1, 3)],
         "prefill_attention": [(query, key, value, 0.3), (query[:, :K], key, value, 0.3)],
+        "prefill_attention_lse": [(states, key, key, rows, 0.3) for states in (query, query[:, :K])],
+        "append_attend": [(keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3)],
         "read_prompt": [(key,)],
         "widen": [(keys, K, C + N), (keys, K, C + N + 3)],
         "advance": [(torch.tensor(5), None, 2), (torch.tensor(5), lengths, 2)],

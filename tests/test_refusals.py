@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import call, check_answer, compile_eager, kept, padded, run
 from tiny import prompt, tiny
-from transformers import DynamicCache
+from transformers import BloomConfig, BloomForCausalLM, DynamicCache, GptOssConfig, GptOssForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,6 +19,7 @@ import specpass
 
 C, W, L = 24, 8, 4
 METHOD = specpass.SnapKV(budget=C, window=W)
+NO_IDS = {"vocab_size": 128, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 
 
 def new_cache(model: Any, method: Any = METHOD) -> specpass.BudgetCache:
@@ -64,6 +65,30 @@ def test_attention_over_something_else_than_the_cache(
         monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "mine", sdpa_mask)
     target, twin = tiny(attention="mine", layers=1), tiny(attention="mine", layers=1)
     exact_generation(compile_eager(target, METHOD), twin, reason)
+
+
+def soft_caps() -> Any:
+    return tiny("gemma2", layers=1, layer_types=["full_attention"])
+
+
+def alibi() -> Any:
+    torch.manual_seed(0)
+    config = BloomConfig(hidden_size=64, n_head=4, n_layer=1, **NO_IDS)
+    return BloomForCausalLM(config).eval().requires_grad_(False)
+
+
+def sinks() -> Any:
+    torch.manual_seed(0)
+    config = GptOssConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2,
+                          head_dim=16, num_hidden_layers=1, num_local_experts=2, num_experts_per_tok=1,
+                          layer_types=["full_attention"], attn_implementation="eager", **NO_IDS)
+    return GptOssForCausalLM(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("make", "reason"), [(soft_caps, "capped"), (alibi, "ALiBi"), (sinks, "sinks")])
+def test_changed_logits_run_exactly_and_are_named(make: Callable[[], Any], reason: str) -> None:
+    torch._dynamo.reset()
+    exact_generation(compile_eager(make(), METHOD), make(), reason)
 
 
 def test_one_site_that_is_not_understood_refuses_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:

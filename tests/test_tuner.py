@@ -160,7 +160,8 @@ def test_tune_writes_winners_and_the_next_run_finds_them(target: str, tmp_path: 
     rows = json.loads(out.read_text())
     assert all(row.keys() >= FIELDS and row["measured"] is False for row in rows)
     assert {row["kernel"] for row in rows if row["config"]} == set(REGISTRY)
-    assert {row["kernel"] for row in rows if not row["config"]} == {"select", "prefill_attention", "append_kv"}
+    assert {row["kernel"] for row in rows if not row["config"]} == {"select", "prefill_attention",
+                                                                     "prefill_attention_lse", "append_kv"}
     assert len(compiled) == 2 * (2 + 2 * 3)  # importance does not depend on the budget
     again = tune(target, "--emit", str(tmp_path / "modules"))
     modules = sorted(path.name for path in (tmp_path / "modules").glob("*.py"))

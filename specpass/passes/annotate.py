@@ -16,6 +16,7 @@ from specpass.errors import NoAttentionSiteError
 from specpass.passes.base import Pass, Refusal, Site, State
 from specpass.passes.canonicalize import VIEWS, skip_full_slices
 from specpass.passes.graph import ATEN, SPEC, find, is_op, module_path, value
+from specpass.passes.logits import changed_logits
 from specpass.passes.masks import mask_class
 
 CACHE_OPS = (SPEC.fill, SPEC.append_kv, SPEC.keep_kv)
@@ -36,12 +37,17 @@ class Annotate(Pass):
             site = describe(attention, owners, state, classes)
             if site is not None:
                 state.sites.append(site)
+        served = {site.cache for site in state.sites}
+        if any(write not in served for write in writes):
+            for softmax in find(gm.graph, ATEN.softmax, ATEN._softmax):
+                changed = changed_logits(softmax, owners)
+                if changed is not None:
+                    raise Refusal(changed, module_path(softmax))
         if not state.sites and writes:
             raise NoAttentionSiteError(
                 "no attention site was found in the traced graph: load the model with attn_implementation='sdpa' (or "
                 "'eager'); other attention functions are not recognised."
             )
-        served = {site.cache for site in state.sites}
         for write in writes:
             if write not in served:
                 raise Refusal("no attention was recognised that reads this layer's cache", module_path(write))

@@ -1,0 +1,64 @@
+"""Lower bounds of a measurement: arithmetic over the machine's matmul rate, bytes over its bandwidth."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from specpass.benchmarks.models import Pair
+from specpass.benchmarks.variants import LOOKAHEAD
+
+if TYPE_CHECKING:
+    from specpass.decoder import Decoder
+
+
+def floors(pair: Pair, method: str, budget: int | None, length: int, batch: int, found: dict[str, Any],
+           rates: dict[str, float]) -> dict[str, float | None]:
+    """ttft_floor_s and decode_floor_ms.
+
+    Args: found: the measurement, with weight_bytes (a peer's are the target's) and kv_bytes. rates: of machine_rates.
+    """
+    flops = prefill_flops(pair, method, budget, length, batch)
+    weights = found.get("weight_bytes") or target_weights(pair)
+    return {
+        "ttft_floor_s": None if flops is None else flops / rates["flops_per_s"],
+        "decode_floor_ms": 1000 * (weights + found["kv_bytes"]) / rates["bytes_per_s"],
+    }
+
+
+def prefill_flops(pair: Pair, method: str, budget: int | None, length: int, batch: int) -> float | None:
+    """FLOPs before the first token, the causal half of attention alone; None for models that are not dense decoders.
+
+    The draft's prefill and its L - 1 steps are counted where a method drafts; scores and selection are not.
+    """
+    from specpass import hub
+    from specpass.decoder import Decoder
+
+    target, draft = (Decoder.of(hub.read_config(name)) for name in (pair.target_name, pair.draft_name))
+    if target is None or draft is None:
+        return None
+    read = min(budget or length, length) if method == "specpass_specpc" else length
+    drafted = {"specpass_specpc": 1, "specpass_speckv": LOOKAHEAD}.get(method, 0) if length > (budget or 0) else 0
+    total = _pass(target, read + (drafted if method == "specpass_speckv" else 0), read, batch)
+    if drafted:
+        total += _pass(draft, length, length, batch) + (drafted - 1) * _pass(draft, 1, 2 * length, batch)
+    return total
+
+
+def _pass(decoder: Decoder, rows: int, columns: int, batch: int) -> float:
+    """`rows` new tokens against half of `columns` keys on average; one row of logits."""
+    d = decoder
+    layer = 2 * d.hidden * d.heads * d.head_dim + 2 * d.hidden * d.kv_heads * d.head_dim
+    layer += d.mlp_matrices * d.hidden * d.intermediate
+    attention = 2 * rows * columns * d.heads * d.head_dim
+    return batch * (d.layers * (2 * rows * layer + attention) + 2 * d.hidden * d.vocab)
+
+
+def target_weights(pair: Pair) -> int:
+    """Bytes of the weights that a decode step reads: an untied input embedding is one row, left out."""
+    from specpass import hub
+    from specpass.decoder import Decoder, layer_weights
+
+    config = hub.read_config(pair.target_name)
+    decoder = Decoder.of(config)
+    size = decoder.itemsize if decoder else 2
+    return size * (layer_weights(config) + config.vocab_size * config.hidden_size)

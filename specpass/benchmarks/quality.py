@@ -1,0 +1,185 @@
+"""Quality: the grid of methods, budgets, tasks, lengths and seeds, answer by answer into a result file.
+
+The order is that of importance, so that a run that stops at its time limit has the separating tasks at the first
+length; a rerun goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from specpass.benchmarks import peers
+from specpass.benchmarks.models import Answer, Pair, answers, label
+from specpass.benchmarks.pace import Pace
+from specpass.benchmarks.prompts import Prompt
+from specpass.benchmarks.results import Store
+from specpass.benchmarks.summary import summarise
+from specpass.benchmarks.tasks import SEPARATING, TASKS, task_named
+from specpass.benchmarks.variants import FULL, GRID, LOOKAHEAD, ORACLE, PROMPT_BUDGET, WINDOW, Variant, variants
+from specpass.errors import BenchmarkError, PeerError
+
+KEY = ("method", "budget", "task", "length", "seed")
+NOTES = (
+    "Greedy decoding; prompts include the question, and the answer's beginning stands behind the chat template.",
+    "Where the first answer token comes from differs between implementations: in specpass (SpecPC apart), and in "
+    "kvpress as it is called here, it comes from the full prefill; other code feeds the last prompt token again and "
+    "takes it from the pruned cache. Every answer that is scored is longer than one token, so that pruned K/V decide.",
+    "kvpress: its own presses at compression_ratio = 1 - budget / prompt tokens, SnapKV with window_size=32 as here, "
+    "else its defaults. Its AdaKV and KVzip mask what they drop; kept slots are counted over all heads (and layers).",
+)
+
+
+class Cell(NamedTuple):
+    """One answer of the grid."""
+
+    variant: Variant
+    task: str
+    length: int
+    seed: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.variant.method, self.variant.budget, self.task, self.length, self.seed)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to run. Raises: BenchmarkError: a method, task or length that there is not."""
+
+    methods: tuple[str, ...] = tuple(GRID)
+    tasks: tuple[str, ...] = tuple(TASKS)
+    lengths: tuple[int, ...] = (2048, 4096, 8192)
+    seeds: int = 8
+    budgets: tuple[int, ...] = (0, 1)  # which of a method's budgets in variants.GRID; the first alone at more lengths
+
+    def __post_init__(self) -> None:
+        variants(self.methods, self.budgets)
+        for name in self.tasks:
+            task_named(name)
+        if not self.methods or not self.tasks or not self.lengths or self.seeds < 1 or min(self.lengths) < 1:
+            raise BenchmarkError(f"nothing to run: methods {self.methods}, tasks {self.tasks}, lengths {self.lengths}, "
+                                 f"{self.seeds} seeds; give at least one of each, lengths in tokens.")
+
+    def stages(self) -> Iterator[list[Cell]]:
+        """The grid in parts, the most important one first: the cells of each have one length."""
+        methods = dict.fromkeys(self.methods)
+        if ORACLE in methods:
+            methods[FULL] = None  # whose answers it is told
+        first, *longer = self.lengths
+        separating = [name for name in SEPARATING if name in self.tasks] or list(self.tasks)
+        stages = [(variants(methods, self.budgets), first, separating)]
+        stages += [(variants(methods, self.budgets[:1]), length, separating) for length in longer]
+        stages.append((variants(methods, self.budgets[:1]), first, [t for t in self.tasks if t not in separating]))
+        for number, (chosen, length, tasks) in enumerate(stages):
+            # what takes long is done for two seeds first, so that a run that is cut off has every method
+            some = self.seeds if number == 0 else min(2, self.seeds)
+            for seeds in (range(some), range(some, self.seeds)):
+                yield [Cell(v, t, length, s) for v, s, t in itertools.product(chosen, seeds, tasks)]
+
+
+QUICK = Grid(
+    methods=(FULL, "specpass_speckv", "specpass_snapkv", "specpass_specpc", "kvpress_snapkv"),
+    tasks=SEPARATING, lengths=(1024,), seeds=1, budgets=(1,),
+)  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One run of the grid on a pair, into a file."""
+
+    pair: Pair
+    grid: Grid
+    out: Path
+    minutes: float
+    restart: bool = False
+    prompts: dict[tuple[str, int, int], Prompt] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        settings = {
+            "kind": "quality", "target": label(self.pair.target_name), "draft": label(self.pair.draft_name),
+            "dtype": self.pair.dtype, "device": self.pair.device.partition(":")[0], "window": WINDOW,
+            "lookahead": LOOKAHEAD, "prompt_budget": PROMPT_BUDGET,
+        }  # fmt: skip
+        self.store = Store(self.out, settings, KEY, self.restart)
+        self.store.parts |= {"notes": NOTES}
+        self.tokenizer = self.pair.tokenizer
+
+    def prompt(self, task: str, length: int, seed: int) -> Prompt:
+        key = (task, length, seed)
+        if key not in self.prompts:
+            self.prompts[key] = TASKS[task].prompt(seed, length, self.tokenizer)
+        return self.prompts[key]
+
+    def full_answer(self, prompt: Prompt) -> list[int]:
+        return self.store[FULL, None, prompt.task, prompt.length, prompt.seed]["tokens"]
+
+    def todo(self) -> list[list[Cell]]:
+        """What the grid has and the file has not, in batches that share a compilation (or a peer's prefill)."""
+        batches: dict[Any, list[Cell]] = {}
+        for number, stage in enumerate(self.grid.stages()):
+            for cell in stage:
+                if cell.key not in self.store:
+                    method = cell.variant.method
+                    shared = "peers" if method in peers.SHARING else method if cell.variant.is_peer else cell.variant
+                    batches.setdefault((number, shared), []).append(cell)
+        return list(batches.values())
+
+    def work(self, cell: Cell) -> float:
+        return cell.variant.work(cell.length, TASKS[cell.task].new_tokens, self.pair.draft_share)
+
+    def run(self) -> bool:
+        """Fill the file; returns whether the grid is complete.
+
+        Raises: what loading and compiling the pair raise; BenchmarkError: a length that a task does not fill.
+        """
+        batches = self.todo()
+        pace = Pace(sum(self.work(cell) for batch in batches for cell in batch), self.minutes)
+        left_out: dict[str, str] = {}
+        for batch in batches:
+            names = dict.fromkeys(cell.variant.label for cell in batch)
+            if pace.over:
+                break
+            print(f"{', '.join(names)}, {batch[0].length} tokens: {len(batch)} answers", file=sys.stderr, flush=True)
+            try:
+                for answer in self.answer(batch, pace):
+                    self.record(answer, pace)
+            except PeerError as error:
+                left_out |= dict.fromkeys(names, str(error))
+                pace.total -= sum(self.work(cell) for cell in batch if cell.key not in self.store)
+                print(f"note: {', '.join(names)} left out: {error}", file=sys.stderr, flush=True)
+        self.store.save(summary=summarise(self.store.records.values()), left_out=left_out)
+        return not self.todo()
+
+    def answer(self, batch: list[Cell], pace: Pace) -> Iterator[Answer]:
+        """The batch's answers one by one, until the time is over."""
+        cells = itertools.takewhile(lambda _: not pace.over, batch)
+        if batch[0].variant.is_peer:
+            jobs: dict[tuple[str, int, int], list[Variant]] = {}
+            for cell in batch:
+                jobs.setdefault((cell.task, cell.length, cell.seed), []).append(cell.variant)
+            work = [(self.prompt(*key), TASKS[key[0]].new_tokens, chosen) for key, chosen in jobs.items()]
+            for found in peers.answers(self.pair, work):
+                yield found
+                if pace.over:
+                    return
+        else:
+            prompts = ((self.prompt(c.task, c.length, c.seed), TASKS[c.task].new_tokens) for c in cells)
+            yield from answers(self.pair, batch[0].variant, prompts, self.full_answer)
+
+    def record(self, answer: Answer, pace: Pace) -> None:
+        """Score an answer and write it into the file."""
+        prompt, variant = answer.prompt, answer.variant
+        text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
+        cell = Cell(variant, prompt.task, prompt.length, prompt.seed)
+        score = TASKS[prompt.task].score(text, prompt.expected)
+        self.store.add({
+            **dict(zip(KEY, cell.key, strict=True)), "prompt_tokens": len(prompt.ids), "digest": prompt.digest,
+            "expected": list(prompt.expected), "answer": text, "score": score, "tokens": answer.tokens,
+            "seconds": round(answer.seconds, 2), **({} if answer.kept is None else {"kept_slots": answer.kept}),
+        }, summary=summarise(self.store.records.values()))  # fmt: skip
+        pace.step(self.work(cell), f"{variant.label} {prompt.task} {prompt.length} seed {prompt.seed}: {score:.2f}")

@@ -1,0 +1,101 @@
+"""Result files: machine and versions on top, one record per measurement, written after each so that a rerun goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from specpass.errors import BenchmarkError
+from specpass.files import write_file
+
+PACKAGES = ("torch", "transformers", "triton", "specpass")
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores that this process may use, memory in GiB."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": model, "cores": cores, "memory_gib": round(memory, 1), "system": platform.system()}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide a figure; None where one is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write atomically: a reader, or a run that is cut off, never sees half a file."""
+    write_file(path, json.dumps(document, indent=1) + "\n")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A result file's document.
+
+    Raises: BenchmarkError: it cannot be read, or is not what a benchmark writes.
+    """
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(f"{path} is no result file: {error}. Name a file that `specpass bench` wrote.") from error
+    if not isinstance(document, dict) or not {"settings", "results"} <= document.keys():
+        raise BenchmarkError(f"{path} holds no settings and results: name a file that `specpass bench` wrote.")
+    return document
+
+
+class Store:
+    """The records of a long run, by some of their fields.
+
+    Args:
+        path: JSON file. settings: what the records depend on; records made with others are refused.
+        key: the fields that tell records apart. restart: forget what is stored.
+
+    Raises: BenchmarkError: the file holds records of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], key: Sequence[str], restart: bool = False) -> None:
+        self.path, self.settings, self.key = path, settings, tuple(key)
+        self.records: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self.parts: dict[str, Any] = {}  # more top-level fields
+        if restart or not path.exists():
+            return
+        document = read_results(path)
+        if document["settings"] != json.loads(json.dumps(settings)):
+            raise BenchmarkError(
+                f"{path} holds results of other settings, {document['settings']}: pass --restart to replace them, or "
+                "name another file."
+            )
+        self.records = {self.key_of(record): record for record in document["results"]}
+        own = {"machine", "versions", "settings", "results"}
+        self.parts = {name: part for name, part in document.items() if name not in own}
+
+    def key_of(self, record: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(record[name] for name in self.key)
+
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        return key in self.records
+
+    def __getitem__(self, key: tuple[Any, ...]) -> dict[str, Any]:
+        return self.records[key]
+
+    def add(self, record: dict[str, Any], **parts: Any) -> None:
+        """Add or replace a record, and write the file with `parts` above the records."""
+        self.records[self.key_of(record)] = record
+        self.save(**parts)
+
+    def save(self, **parts: Any) -> None:
+        self.parts |= parts
+        head = {"machine": machine(), "versions": versions(), "settings": self.settings, **self.parts}
+        write_json(self.path, {**head, "results": list(self.records.values())})

@@ -1,0 +1,63 @@
+"""Check a quality file from its seeds: the same prompts, the same scores, the same summary."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from specpass.benchmarks.models import label, load_tokenizer
+from specpass.benchmarks.prompts import Prompt
+from specpass.benchmarks.results import read_results
+from specpass.benchmarks.summary import summarise
+from specpass.benchmarks.tasks import TASKS
+from specpass.errors import BenchmarkError, VerificationError
+
+TOLERANCE = 1e-6
+FIELDS = ("task", "length", "seed", "digest", "expected", "answer", "tokens", "score")
+
+
+def verify(path: Path, target: str | None = None) -> int:
+    """The number of records found right.
+
+    Args: target: model name or folder whose tokenizer wrote the prompts; None: the file's own.
+
+    Raises: BenchmarkError: no quality file, or another tokenizer. VerificationError: what differs.
+    """
+    document = read_results(path)
+    records, named = document["results"], document["settings"].get("target")
+    if document["settings"].get("kind") != "quality" or not records:
+        raise BenchmarkError(f"{path} holds no answers to verify: name a file that `specpass bench quality` wrote.")
+    if target is not None and label(target) != named:
+        raise BenchmarkError(f"{path} was made with --target {named}, not {label(target)}: its tokenizer is needed.")
+    tokenizer = load_tokenizer(target or named)
+    prompts: dict[tuple[Any, ...], Prompt] = {}
+    wrong = [fault for record in records for fault in _faults(record, tokenizer, prompts)]
+    if not wrong and document.get("summary") != summarise(records):
+        wrong = ["the summary is not that of the records"]
+    if wrong:
+        written, here = document.get("versions", {}).get("python"), platform.python_version()
+        why = "" if written == here else f" Prompts quote Python's own texts: made with {written}, here is {here}."
+        raise VerificationError(f"{path}: {len(wrong)} faults, first: {wrong[0]}.{why} Restore the file, or run "
+                                "`specpass bench quality --restart` to make it anew.")
+    return len(records)
+
+
+def _faults(record: dict[str, Any], tokenizer: Any, prompts: dict[tuple[Any, ...], Prompt]) -> list[str]:
+    """What is wrong with a record, as texts."""
+    missing = [name for name in FIELDS if name not in record]
+    if missing or record["task"] not in TASKS:
+        return [f"a record without {', '.join(missing) or 'a known task'}"]
+    task, key = TASKS[record["task"]], (record["task"], record["length"], record["seed"])
+    if key not in prompts:
+        prompts[key] = task.prompt(record["seed"], record["length"], tokenizer)
+    prompt, name = prompts[key], f"{record.get('method')} {record['task']} {record['length']} seed {record['seed']}"
+    found = []
+    if record["digest"] != prompt.digest or record["expected"] != list(prompt.expected):
+        found.append(f"{name}: the prompt is not what its seed gives")
+    if record["answer"] != tokenizer.decode(record["tokens"], skip_special_tokens=True):
+        found.append(f"{name}: the answer is not its tokens' text")
+    score = task.score(record["answer"], prompt.expected)
+    if abs(score - record["score"]) > TOLERANCE:
+        found.append(f"{name}: the score is {record['score']}, the answer's is {score}")
+    return found

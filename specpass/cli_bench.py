@@ -1,0 +1,156 @@
+"""`specpass bench quality | speed | verify | plot`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specpass.cli_options import Dtype, Lowering, check_words
+
+RESULTS = Path("bench/results")
+QUICK_MINUTES, MINUTES = 8.0, 110.0  # the step that is under way when the time is over is finished
+
+Target = Annotated[str, typer.Option("--target", "-t", help="Name, hub id or folder.")]
+Draft = Annotated[str, typer.Option("--draft", "-d", help="Name, hub id or folder.")]
+Quick = Annotated[bool, typer.Option("--quick", help="A small part of the grid, in less than ten minutes.")]
+Minutes = Annotated[
+    float | None, typer.Option(min=0.0, help="Stop after so many; a rerun goes on. Default: 110, with --quick 8.")
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Drop what the file holds.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Words = Annotated[str | None, typer.Option(help="Some of them only, separated by commas.")]
+
+bench_app = typer.Typer(no_args_is_help=True, help="Quality and speed beside other implementations, as JSON files.")
+
+
+def _quiet_threads() -> None:
+    """Spinning OpenMP threads make small operators forty times slower on few cores; read when torch is loaded."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in _words(text))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: expected numbers separated by commas.", param_hint=name) from None
+
+
+@bench_app.command(epilog="Example: [bold]specpass bench quality --quick[/bold]")
+def quality(
+    target: Target = "qwen2.5-coder-1.5b",
+    draft: Draft = "qwen2.5-coder-0.5b",
+    quick: Quick = False,
+    methods: Words = None,
+    tasks: Words = None,
+    lengths: Annotated[str | None, typer.Option(help="Prompt tokens; all budgets at the first, one at more.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Prompts of each task and length.")] = None,
+    minutes: Minutes = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file, bench/results/quality.json by default.")] = None,
+    restart: Restart = False,
+    device: Device = "cpu",
+    dtype: Dtype = "bfloat16",
+    lowering: Lowering = "inductor",
+) -> None:
+    """Answers of every method to long prompts, scored: RULER's tasks and code. Resumes; stops at its time limit."""
+    check_words(dtype, lowering)
+    _quiet_threads()
+    import dataclasses
+
+    from specpass.benchmarks import quality as runner
+    from specpass.benchmarks.models import Pair
+    from specpass.benchmarks.summary import markdown
+
+    given = {
+        "methods": methods and _words(methods), "tasks": tasks and _words(tasks),
+        "lengths": lengths and _numbers("--lengths", lengths), "seeds": seeds,
+    }  # fmt: skip
+    changes = {name: value for name, value in given.items() if value is not None}
+    grid = dataclasses.replace(runner.QUICK if quick else runner.Grid(), **changes)  # type: ignore[arg-type]
+    out = out or RESULTS / ("quality_quick.json" if quick else "quality.json")
+    limit = minutes if minutes is not None else QUICK_MINUTES if quick else MINUTES
+    run = runner.Run(Pair(target, draft, dtype, device, lowering), grid, out, limit, restart)
+    complete = run.run()
+    table = markdown(run.store.parts["summary"])
+    _finish(out, table, complete)
+
+
+def _finish(out: Path, table: str, complete: bool) -> None:
+    """Write the table beside the file, and say what there is."""
+    from specpass.files import write_file
+
+    write_file(out.with_suffix(".md"), table)
+    typer.echo(table)
+    typer.echo(f"wrote {out} and {out.with_suffix('.md')}")
+    if not complete:
+        typer.echo("The grid is not complete: the same command goes on where this one stopped.")
+
+
+@bench_app.command(epilog="Example: [bold]specpass bench speed --quick[/bold]")
+def speed(
+    target: Target = "qwen2.5-coder-1.5b",
+    draft: Draft = "qwen2.5-coder-0.5b",
+    quick: Quick = False,
+    methods: Words = None,
+    lengths: Annotated[str | None, typer.Option(help="Prompt tokens S.")] = None,
+    batches: Annotated[str | None, typer.Option(help="Batch sizes.")] = None,
+    minutes: Minutes = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file, bench/results/speed.json by default.")] = None,
+    restart: Restart = False,
+    device: Device = "cpu",
+    dtype: Dtype = "bfloat16",
+    lowering: Lowering = "inductor",
+) -> None:
+    """First token, decode rate, memory and compile time of each method, with floors. Resumes; stops at its limit."""
+    check_words(dtype, lowering)
+    _quiet_threads()
+    import dataclasses
+
+    from specpass.benchmarks import speed as runner
+    from specpass.benchmarks.models import Pair
+    from specpass.benchmarks.results import read_results
+    from specpass.benchmarks.speed_report import markdown
+
+    given = {
+        "methods": methods and _words(methods), "lengths": lengths and _numbers("--lengths", lengths),
+        "batches": batches and _numbers("--batches", batches),
+    }  # fmt: skip
+    changes = {name: value for name, value in given.items() if value is not None}
+    plan = dataclasses.replace(runner.QUICK if quick else runner.Plan(), **changes)  # type: ignore[arg-type]
+    out = out or RESULTS / ("speed_quick.json" if quick else "speed.json")
+    limit = minutes if minutes is not None else QUICK_MINUTES if quick else MINUTES
+    complete = runner.Run(Pair(target, draft, dtype, device, lowering), plan, out, limit, restart, quick=quick).run()
+    _finish(out, markdown(read_results(out)), complete)
+
+
+@bench_app.command(epilog="Example: [bold]specpass bench verify bench/results/quality.json[/bold]")
+def verify(
+    file: Annotated[Path, typer.Argument(help="A file that `specpass bench quality` wrote.")],
+    target: Annotated[str | None, typer.Option("--target", "-t", help="The target, where it was a folder.")] = None,
+) -> None:
+    """Make the prompts anew from their seeds, score the answers anew; ends with 1 where anything differs."""
+    _quiet_threads()
+    from specpass.benchmarks.verify import verify as check
+
+    typer.echo(f"{check(file, target)} answers verified: prompts, scores and summary are those of the seeds")
+
+
+@bench_app.command(epilog="Example: [bold]specpass bench plot bench/results/quality.json[/bold]")
+def plot(
+    files: Annotated[list[Path], typer.Argument(help="Files that `specpass bench quality` or `speed` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default beside each file.")] = None,
+) -> None:
+    """Draw a file's results: score and retention over budget; decode time and first token over prompt length."""
+    from specpass.benchmarks.plots import draw
+
+    for file in files:
+        for path in draw(file, out or file.parent):
+            typer.echo(f"wrote {path}")
