@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -261,14 +262,8 @@ def main() -> None:
            "torch": run_torch, "onnx": run_onnx, "decode": run_decode}
     found = run[args.part](args)
     done = read(args) | {args.part: found}
-    common.save_results(args.out, settings(args), **done, onnxruntime=version_of("onnxruntime"),
-                        onnx=version_of("onnx"))
-
-
-def version_of(name: str) -> str:
-    from importlib import metadata
-
-    return metadata.version(name)
+    packages = {name: metadata.version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
+    common.save_results(args.out, settings(args), packages=packages, **done)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from specpass.errors import ExportError
 from specpass.export.forms import FORMS, by_head
-from specpass.passes.graph import SPEC, copy_module, fake_mode_of, is_op, module_path, output_of, quiet
+from specpass.passes.canonicalize import VIEWS
+from specpass.passes.graph import ATEN, SPEC, copy_module, fake_mode_of, is_op, module_path, output_of, quiet
 
 NAMESPACE = "specpass"
 
@@ -78,8 +80,33 @@ def flatten(gm: fx.GraphModule, run: Callable[..., Any], inputs: list[Any]) -> f
     """ATen of `run(*inputs)`, over fake inputs of the mode of `gm`'s values; `run` interprets `gm` with an Inliner."""
     with quiet(fake_mode_of(gm)), fx_traceback.preserve_node_meta():
         flat = make_fx(run, pre_dispatch=True)(*inputs)
+    write_nothing(flat.graph)
     flat.graph.eliminate_dead_code()
     return flat
+
+
+def write_nothing(graph: fx.Graph) -> None:
+    """x.mul_(2) becomes y = x.mul(2), and what read x later reads y; references save memory so, ONNX cannot say it.
+
+    Raises: ExportError where the tensor below x has another reader that would see the change.
+    """
+    for node in list(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable or is_op(node, ATEN.detach_):
+            continue
+        written = source = node.args[0]
+        while is_op(source, *VIEWS, ATEN.unflatten, ATEN.transpose):
+            source = source.args[0]
+        if not schema.name.endswith("_") or (source is not written and any(user > node for user in source.users)):
+            raise ExportError(f"{module_path(node)}: {node.target} writes a tensor that is read elsewhere.")
+        name = schema.name.split("::")[1].removesuffix("_")
+        target = getattr(getattr(ATEN, name), schema.overload_name or "default")
+        with graph.inserting_before(node):
+            new = graph.call_function(target, node.args, dict(node.kwargs))
+        new.meta = dict(node.meta)
+        written.replace_all_uses_with(new, delete_user_cb=lambda user, node=node: user > node)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
 
 
 def named(gm: fx.GraphModule, prefix: str = "") -> fx.GraphModule:
