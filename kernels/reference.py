@@ -94,7 +94,7 @@ def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window
     kv_heads, columns = key.shape[1], key.shape[2]
     group = heads // kv_heads
     folded = query.reshape(batch, kv_heads, group * count, dim).float()  # K is never repeated to H heads
-    logits = torch.matmul(folded, key.float().transpose(2, 3)).mul_(scale)
+    logits = torch.matmul(folded, key.float().transpose(2, 3)) * scale
     column = torch.arange(columns, device=key.device)
     hidden = (column > rows[:, :, None])[:, None, None]  # [B, 1, 1, R, T]
     logits = logits.view(batch, kv_heads, group, count, columns).masked_fill_(hidden, float("-inf"))
@@ -225,15 +225,20 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: 
     Returns: [B, H, q, Dv]; query i reads the slots below lengths - (q - 1 - i).
     """
     batch, heads, count, dim = query.shape
-    kv_heads, slots = keys.shape[1], keys.shape[2]
-    group = heads // kv_heads
-    limit = lengths[:, :, None] - torch.arange(count - 1, -1, -1, device=query.device)  # [B, K, q]
-    mask = torch.arange(slots, device=query.device) < limit[..., None]  # [B, K, q, P]
-    if count > 1:
-        mask = mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch, kv_heads, group * count, slots)
-    folded = query.reshape(batch, kv_heads, group * count, dim)
+    group = heads // keys.shape[1]
+    mask = slots_read(lengths, count, keys.shape[2], group)
+    folded = query.reshape(batch, keys.shape[1], group * count, dim)
     out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, count, values.shape[3])
+
+
+def slots_read(lengths: Tensor, count: int, slots: int, group: int) -> Tensor:
+    """Mask [B, K, 1 or G * q, P] of `attend`: which of P slots each of q queries reads."""
+    limit = lengths[:, :, None] - torch.arange(count - 1, -1, -1, device=lengths.device)  # [B, K, q]
+    mask = torch.arange(slots, device=lengths.device) < limit[..., None]  # [B, K, q, P]
+    if count > 1:
+        mask = mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(*lengths.shape, group * count, slots)
+    return mask
 
 
 def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -56,7 +56,7 @@ def select_prompt(scores: Tensor, lengths: Tensor, budget: int, window: int, ker
     pooled = (F.max_pool1d if pool == "max" else F.avg_pool1d)(padded, kernel, 1)[:, 0]
     column = torch.arange(columns, device=device)
     pooled = pooled.masked_fill(column > last, -1.0)
-    pooled = F.pad(pooled, (0, max(0, budget - columns)), value=-1.0)
+    pooled = F.pad(pooled, (0, budget), value=-1.0)  # the prompt may be shorter than C
     values, peaks = torch.sort(pooled, dim=-1, descending=True, stable=True)  # ties go to the lower position
     peaks, real = peaks[:, :budget], values[:, :budget] >= 0
     offsets = sorted(range(-((neighbours - 1) // 2), neighbours - (neighbours - 1) // 2), key=lambda o: (abs(o), o))

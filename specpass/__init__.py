@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from specpass.api import restore as restore
     from specpass.backend import Backend as Backend
     from specpass.cache import BudgetCache as BudgetCache
+    from specpass.export.api import export_onnx as export_onnx
     from specpass.methods import Method as Method
     from specpass.methods import PyramidKV as PyramidKV
     from specpass.methods import SnapKV as SnapKV
@@ -34,6 +35,7 @@ _HOME = {
     "PyramidKV": "specpass.methods",
     "SpecPC": "specpass.prompt_methods",
     "SpecKVPC": "specpass.prompt_methods",
+    "export_onnx": "specpass.export.api",
     "report": "specpass.reporting",
 }
 

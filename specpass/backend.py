@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from specpass import checks
 from specpass.cache import BudgetCache
+from specpass.calls import Call, owner_of
 from specpass.draft_capture import capture_draft
 from specpass.draft_graphs import DraftGraphs
 from specpass.errors import (
@@ -30,7 +31,6 @@ from specpass.passes.base import Refusal, State
 from specpass.passes.graph import ATEN, SPEC, find, is_op, output_of
 from specpass.passes.pipeline import Pipeline
 from specpass.reporting import GraphRecord, Report
-from specpass.runtime import Call, owner_of
 
 RECOMPILE_LIMIT = 64  # Dynamo's default of 8 counts all models of a process; see Backend.__call__
 

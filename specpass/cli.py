@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from specpass import cli_explain, cli_generate
+from specpass import cli_explain, cli_export, cli_generate
 from specpass._version import __version__
 from specpass.cli_bench import bench_app
 from specpass.cli_options import Dtype, Lowering, check_words
@@ -115,6 +115,7 @@ app.command(epilog=_example("specpass explain -t qwen2.5-coder-1.5b -d qwen2.5-c
 )
 
 
+app.command(epilog=_example("specpass export -t smollm2-135m -m snapkv -b 256 --out smollm2-onnx"))(cli_export.export)
 app.command(epilog=_example("specpass tune -t qwen2.5-coder-1.5b -b 256,512 --arch sm_90 --json tiles.json"))(tune)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from specpass import cli_onnx
 from specpass.cli_options import (
     Budget,
     Choice,
@@ -33,7 +34,7 @@ INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 def generate(
-    target: Target,
+    target: Target = "",
     draft: Draft = None,
     method: MethodName = "speckv",
     budget: Budget = "1024",
@@ -50,12 +51,22 @@ def generate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Dtype = "auto",
     lowering: Lowering = "inductor",
+    onnx: Annotated[Path | None, typer.Option(help="Answer from a folder of `specpass export`, without torch.")] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt (--prompt, --prompt-file or stdin) from a KV cache of fixed budget; the answer streams.
 
     Ends with 0; 1 for a mistake, which is named; 2 for a wrong option; 130 after Ctrl-C, with what was written so far.
     """
+    if onnx is not None:
+        if target or draft:
+            raise typer.BadParameter("holds its own models: leave --target and --draft out.", param_hint="--onnx")
+        text = read_prompt(prompt, prompt_file)
+        _finish(cli_onnx.generate(onnx, text, raw, as_json, max_new_tokens, temperature=temperature, top_p=top_p,
+                                    seed=seed), as_json)
+        return
+    if not target:
+        raise typer.BadParameter("is missing: name a model, or an exported folder with --onnx.", param_hint="--target")
     choice = choose(target, draft, method, budget, window, lookahead, option, dtype, lowering)
     text = read_prompt(prompt, prompt_file)
     check_device(device)
@@ -63,6 +74,10 @@ def generate(
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p}
     answer = _answer(choice, text, raw, device, seed, echo=not as_json, max_new_tokens=max_new_tokens, **sampling)
+    _finish(answer, as_json)
+
+
+def _finish(answer: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(answer, ensure_ascii=False))
     if answer["stopped"] == "interrupt":

@@ -1,40 +1,30 @@
 """Capture a draft model as two graphs, when the backend is made: prefill and one decode step.
 
-make_fx runs the model's own code on fake tensors (no bytecode analysis, a few seconds for 24 layers); parameters are
-lifted to inputs, sizes are symbolic, rows are packed (see pack_rows).
+Parameters are inputs, sizes are symbolic (see model_trace), rows are packed (see pack_rows).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 import specpass.ops_prompt  # noqa: F401
 from specpass.checks import as_ids
 from specpass.draft_graphs import DraftGraphs
+from specpass.model_trace import BATCH, SLOTS, ModelTrace
 from specpass.passes.annotate import Annotate
 from specpass.passes.base import Refusal, State
 from specpass.passes.canonicalize import Canonicalize
-from specpass.passes.graph import SPEC, Editor, output_of, quiet
+from specpass.passes.graph import SPEC, Editor, output_of
 from specpass.passes.pack_rows import attend_packed
 from specpass.passes.score_prompt import score_prefill, score_step
 from specpass.passes.specialize import attend_slots
 from specpass.passes.take_last import TakeLast
 from specpass.prompt_methods import SpecPC
-
-# Sizes while tracing: all different, so that no two dimensions are taken for one.
-BATCH, PROMPT, ROOM, SLOTS = 3, 1021, 31, 1087
 
 
 class _DraftLayer(CacheLayerMixin):
@@ -76,49 +66,30 @@ def capture_draft(draft: nn.Module, prompt: SpecPC | None = None) -> DraftGraphs
 
     Raises: Refusal when an attention site of the draft is not understood.
     """
-    params = {**dict(draft.named_parameters()), **dict(draft.named_buffers())}
     layers = draft.config.get_text_config(decoder=True).num_hidden_layers
     config = draft.generation_config
     eos_ids = as_ids(config.eos_token_id)
     pad = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else 0)
-    capture = _Capture(draft, params, layers, prompt)
+    capture = _Capture(ModelTrace(draft), layers, prompt)
     prefill, step = capture.prefill(), capture.step()
     result = output_of(step.graph).args[0]
     logits = result[0] if isinstance(result, (tuple, list)) else result
-    return DraftGraphs(prefill, step, {n: p.detach() for n, p in params.items()}, layers,
-                       int(logits.meta["val"].shape[-1]), eos_ids, int(pad), prompt=prompt)
+    return DraftGraphs(prefill, step, capture.model.params, layers, int(logits.meta["val"].shape[-1]), eos_ids,
+                       int(pad), prompt=prompt)
 
 
 class _Capture:
-    def __init__(self, draft: nn.Module, params: dict[str, Tensor], layers: int, prompt: SpecPC | None) -> None:
-        self.draft, self.layers, self.prompt = draft, layers, prompt
-        self.names = list(params)
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        self.params = [self.mode.from_tensor(p.detach(), static_shapes=True) for p in params.values()]
-        self.device = next(iter(params.values())).device
-        self.dtype = next(draft.parameters()).dtype
-        self.symbols: list[Any] = [None, None, None]
-        self.ids = self._dynamic((BATCH, PROMPT), torch.int64, (0, 1))
-        self.lengths = self._dynamic((BATCH,), torch.int64, (0,))
-        self.room = self._dynamic((ROOM,), torch.int64, (0,)).shape[0]
-        self.sizes = [dim.node.expr for dim in (*self.ids.shape, self.room)]
-
-    def _dynamic(self, shape: tuple[int, ...], dtype: torch.dtype, axes: tuple[int, ...]) -> Tensor:
-        context = StatelessSymbolicContext(
-            dynamic_sizes=[DimDynamic.DUCK if axis in axes else DimDynamic.STATIC for axis in range(len(shape))]
-        )
-        real = torch.zeros(shape, dtype=dtype, device=self.device)
-        name = f"draft_{len(shape)}_{shape[0]}_{shape[-1]}_{dtype}".replace(".", "_")
-        return self.mode.from_tensor(real, symbolic_context=context, source=ConstantSource(name))
+    def __init__(self, model: ModelTrace, layers: int, prompt: SpecPC | None) -> None:
+        self.model, self.layers, self.prompt = model, layers, prompt
 
     def prefill(self) -> fx.GraphModule:
         def run(ids: Tensor, lengths: Tensor, room: Any, *params: Tensor) -> Any:
             cache = Cache(layers=[_DraftLayer(lengths, room) for _ in range(self.layers)])
-            logits = self._forward(params, ids, cache)
+            logits = self.model.forward(params, ids, cache)
             buffers = [tensor for layer in cache.layers for tensor in layer.buffers]
             return logits, *buffers
 
-        gm = self._trace(run, self.ids, self.lengths, self.room)
+        gm = self.model.trace(run, self.model.ids, self.model.lengths, self.model.room)
         inputs = gm.graph.find_nodes(op="placeholder")
         state = State("short", None, inputs={"input_ids": inputs[0]})  # type: ignore[arg-type]
         state.lengths, state.lookahead_ids = inputs[1], inputs[1]
@@ -139,17 +110,17 @@ class _Capture:
             caches, params = rest[first : first + 3 * count], rest[first + 3 * count :]
             groups = [caches[i : i + 3] for i in range(0, 3 * count, 3)]
             cache = Cache(layers=[_DraftLayer(group[2], buffers=group) for group in groups])
-            return self._forward(params, ids, cache, position_ids=position)
+            return self.model.forward(params, ids, cache, position_ids=position)
 
-        ids, position = (self._dynamic((BATCH, 1), torch.int64, (0,)) for _ in range(2))
+        ids, position = (self.model.dynamic((BATCH, 1), torch.int64, (0,)) for _ in range(2))
         caches = []
         if self.prompt is not None:
-            caches = [self._dynamic((BATCH, 1), torch.int64, (0,)), self.lengths]
+            caches = [self.model.dynamic((BATCH, 1), torch.int64, (0,)), self.model.lengths]
         for heads, dim, value_dim in layers:
             for width in (dim, value_dim):
-                caches.append(self._dynamic((BATCH, heads * SLOTS, width), self.dtype, (0, 1)))
-            caches.append(self._dynamic((BATCH, heads), torch.int64, (0,)))
-        gm = self._trace(run, ids, position, *caches)
+                caches.append(self.model.dynamic((BATCH, heads * SLOTS, width), self.model.dtype, (0, 1)))
+            caches.append(self.model.dynamic((BATCH, heads), torch.int64, (0,)))
+        gm = self.model.trace(run, ids, position, *caches)
         state = State("decode", None)  # type: ignore[arg-type]
         self._rewrite(gm, state)
         attend_slots(Editor(gm), state)
@@ -171,52 +142,6 @@ class _Capture:
     def _finish(self, gm: fx.GraphModule) -> fx.GraphModule:
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
-        gm.meta["specpass_symbols"] = self.sizes
+        gm.meta["specpass_symbols"] = self.model.sizes
         gm.recompile()
         return gm
-
-    def _trace(self, run: Any, *inputs: Any) -> fx.GraphModule:
-        with quiet(self.mode), fx_traceback.preserve_node_meta(), module_paths(self.draft):
-            return make_fx(run, pre_dispatch=True)(*inputs, *self.params)
-
-    def _forward(self, params: tuple[Tensor, ...], ids: Tensor, cache: Cache, **kwargs: Any) -> Tensor:
-        named = {f"model.{name}": param for name, param in zip(self.names, params, strict=True)}
-        out = torch.func.functional_call(
-            _Uncompiled(self.draft), named, (), {"input_ids": ids, "past_key_values": cache, "use_cache": True,
-                                    "logits_to_keep": 1, **kwargs})
-        return out.logits
-
-
-class _Uncompiled(nn.Module):
-    """The draft without its compiled call: a target may be its own draft."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **kwargs: Any) -> Any:
-        return self.model._call_impl(**kwargs)
-
-
-@contextlib.contextmanager
-def module_paths(model: nn.Module) -> Iterator[None]:
-    """While tracing, give each node the path of the module whose forward made it (as Dynamo does)."""
-    paths = {module: name for name, module in model.named_modules()}
-    stack: list[Any] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        stack.append(fx_traceback.current_meta.get("nn_module_stack"))
-        if module in paths:
-            path = f"L['self'].{paths[module]}"
-            fx_traceback.current_meta["nn_module_stack"] = {path: (path, type(module))}
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        fx_traceback.current_meta["nn_module_stack"] = stack.pop()
-
-    first = nn.modules.module.register_module_forward_pre_hook(enter)
-    second = nn.modules.module.register_module_forward_hook(leave, always_call=True)
-    try:
-        yield
-    finally:
-        first.remove()
-        second.remove()

@@ -38,15 +38,12 @@ class DraftGraphs:
         """Insert prefill and L - 1 steps in front of `anchor`: lookahead ids [B, L], and scores [B, S] or None."""
         gm, graph = editor.gm, editor.graph
         params = self._lift(editor, state)
-        gm.add_submodule("draft_prefill", self.prefill)
+        out = self._insert_prefill(editor, state, ids, params, anchor)
         gm.add_submodule("draft_step", self.step)
         batch, size = ids.meta["val"].shape
         lengths = state.lengths
         room = state.lookahead
-        with graph.inserting_before(anchor):
-            out = graph.call_module("draft_prefill", (ids, lengths, room, *params))
         with quiet(editor.mode):
-            out.meta["val"] = self._values(self.prefill, (batch, size, room))
             ended = editor.call(torch.ops.aten.zeros_like, lengths, before=anchor)
             ended = editor.call(torch.ops.aten.to.dtype, ended, torch.bool, before=anchor)
         caches = [editor.item(out, index + 1, anchor) for index in range(3 * self.layers)]
@@ -76,6 +73,16 @@ class DraftGraphs:
             token, ended = editor.item(pair, 0, anchor), editor.item(pair, 1, anchor)
             tokens.append(token)
         return editor.call(torch.ops.aten.cat, tokens, 1, before=anchor), scores
+
+    def _insert_prefill(self, editor: Editor, state: State, ids: fx.Node, params: list[fx.Node],
+                        anchor: fx.Node) -> fx.Node:
+        """The call of the draft's prefill: logits, caches, and scores where there is a `prompt`."""
+        editor.gm.add_submodule("draft_prefill", self.prefill)
+        with editor.graph.inserting_before(anchor):
+            out = editor.graph.call_module("draft_prefill", (ids, state.lengths, state.lookahead, *params))
+        with quiet(editor.mode):
+            out.meta["val"] = self._values(self.prefill, (*ids.meta["val"].shape, state.lookahead))
+        return out
 
     @property
     def reduce(self) -> str:

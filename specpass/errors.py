@@ -126,6 +126,22 @@ class OutputFileError(SpecpassError, ValueError):
     """A file that cannot be written, or whose ending names no known format."""
 
 
+class ExportError(SpecpassError, RuntimeError):
+    """A model that has no ONNX form; the message names the operator and the layer."""
+
+
+class OnnxMissingError(SpecpassError, RuntimeError):
+    """A package that export or the runtime needs is not installed."""
+
+
+class BundleError(SpecpassError, ValueError):
+    """An exported folder that is of another version, incomplete, truncated, or leads outside of itself."""
+
+
+class SamplingError(SpecpassError, ValueError):
+    """A temperature, top_k, top_p or penalty that no token can be drawn with."""
+
+
 class BenchmarkError(SpecpassError, ValueError):
     """A task, method or length that no benchmark can be made of, or a result file that does not fit the command."""
 

@@ -1,117 +1,204 @@
-"""What runs around a compiled graph on each call: checks before it, bookkeeping of the cache after it."""
+"""Generate from an exported folder with numpy and ONNX Runtime; nothing here needs torch or transformers.
+
+    model = specpass.runtime.load("folder")
+    model.generate([[1, 2, 3], [4, 5]], max_new_tokens=64)      # one list of new tokens per prompt
+
+The cache is one buffer [B, K, slots, D] per layer for keys and one for values, bound as input and as output of each
+decode step: a step writes its own slot and copies nothing else.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from specpass.cache import BudgetCache
-from specpass.errors import (
-    CacheStateError,
-    DraftContextError,
-    GradientsError,
-    LookaheadError,
-    MaskError,
-    PositionsError,
-)
+from specpass.bundle import DECODE, PREFILL, Bundle, read_bundle
+from specpass.errors import BundleError, DraftContextError, OnnxMissingError, PromptError
+from specpass.sampling import Sampler, Sampling
+
+ROOM_STEP = 64  # slots for generated tokens come in blocks of this many, as in the compiled cache
+
+
+def load(folder: str | Path, *, threads: int | None = None, verify: bool = False) -> Runtime:
+    """Open what `specpass export` wrote.
+
+    Args:
+        threads: of ONNX Runtime; None is one a core that this process may use.
+        verify: compare the SHA-256 of every file too, not only its size.
+
+    Raises: BundleError, OnnxMissingError.
+    """
+    bundle = read_bundle(folder, full=verify)
+    return Runtime(Path(folder), bundle, threads or len(os.sched_getaffinity(0)))
 
 
 @dataclasses.dataclass
-class Call:
-    """One compiled graph with what is needed to call it.
+class State:
+    """A batch after its prefill.
 
     Attributes:
-        run: takes Dynamo's inputs and the lifted draft tensors.
-        kind: prefill, short, decode or append; exact graphs (refused ones) are named the same.
-        places: index of the inputs handle, input_ids, attention_mask, position_ids among Dynamo's inputs.
-        static: output index -> axes whose sizes are constants of the decode graph.
-        context: positions that the draft can read, or None.
+        logits: [B, V] of the last position. positions: per layer [B, K, C] kept prompt positions, unused slots -1.
+        lengths: [layers, B, K] slots in use. told: [B] position of the next token, as the target counts.
+        storage: `past.0.key`, ... [B, K, slots, D], as OrtValues.
+        lookahead_ids: [B, L] or None; prompt_positions: [B, C] or None.
     """
 
-    run: Callable[..., Any]
-    kind: str
-    places: dict[str, int]
-    lifted: tuple[Tensor, ...] = ()
-    static: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    context: int | None = None
-    lookahead: int = 0
-    packed: bool = False
-    refusal: str = ""  # why this graph runs exactly; "" where it was rewritten
+    logits: np.ndarray
+    positions: list[np.ndarray]
+    lengths: np.ndarray
+    told: np.ndarray
+    storage: dict[str, Any]
+    lookahead_ids: np.ndarray | None
+    prompt_positions: np.ndarray | None
+    itemsize: int
 
-    def __call__(self, *args: Any) -> Any:
-        cache = owner_of(args[self.places["handle"]])
-        self.check(cache, args)
-        out = self.run(*args, *self.lifted)
-        for index, axes in self.static.items():
-            for axis in axes:
-                torch._dynamo.mark_static(out[index], axis)
-        if self.kind in ("prefill", "short"):
-            cache.padded, cache.exact = self.packed, bool(self.refusal)
-        else:
-            cache.appended += self._query_length(args)
-            cache.reserve(1)  # so that the next token finds its slot; a full cache grows by a block
-        return out
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the K and V buffers."""
+        return sum(math.prod(value.shape()) * self.itemsize for value in self.storage.values())
 
-    def _query_length(self, args: tuple[Any, ...]) -> int:
-        place = self.places.get("input_ids", self.places.get("inputs_embeds"))
-        return 1 if place is None else args[place].shape[1]
 
-    def check(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            raise GradientsError(
-                "gradients are wanted (autograd is on and the weights require them), and pruning has no backward: call "
-                "the model under torch.no_grad() or torch.inference_mode()."
-            )
-        if self.kind in ("prefill", "short"):
-            if not self.refusal:
-                self._check_prompt(cache, args)
-            return
-        if self.refusal and not cache.exact:
-            raise CacheStateError(
-                f"the prompt was pruned, and the graph that goes on from it cannot be rewritten ({self.refusal}): the "
-                "answer would be wrong. Call specpass.restore(model), or a model whose decode step is one graph."
-            )
-        if cache.padded and "position_ids" not in self.places:
-            raise PositionsError(
-                "a padded batch is decoded without position_ids, so each row's next position is unknown: pass "
-                "position_ids [B, 1] (generate() does)."
-            )
-        needed, free = self._query_length(args), cache.free_at_prefill - cache.appended
-        if needed > free:
-            raise CacheStateError(
-                f"{needed} tokens are appended and the cache has {free} free slots: call cache.reserve({needed}) first."
-            )
+class Runtime:
+    """Prefill and decode sessions of one export; made by `load`."""
 
-    def _check_prompt(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
-        batch, size = args[self.places["input_ids"]].shape
-        mask = args[self.places["attention_mask"]] if "attention_mask" in self.places else None
-        if mask is not None and mask.shape != (batch, size):
-            raise MaskError(f"attention_mask is {tuple(mask.shape)} and input_ids ({batch}, {size}): they must agree.")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise MaskError(
-                "attention_mask ends with 0 in some row, so that row has no last token: pad on the left "
-                "(tokenizer.padding_side = 'left')."
-            )
-        if self.kind == "short" or self.lookahead == 0:
-            return
-        if cache.given_ids is not None and cache.given_ids.shape[0] != batch:
-            raise LookaheadError(
-                f"lookahead_ids has {cache.given_ids.shape[0]} rows and the batch has {batch}; give one row a prompt."
-            )
-        if self.context is not None and size + self.lookahead > self.context:
+    def __init__(self, folder: Path, bundle: Bundle, threads: int) -> None:
+        self.folder, self.bundle = folder, bundle
+        self._ort = _onnxruntime()
+        self._decode = self._session(DECODE, threads)
+        self._prefill = self._session(PREFILL, threads)
+        self._outputs = [output.name for output in self._prefill.get_outputs()]
+        self.state: State | None = None
+
+    def _session(self, name: str, threads: int) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Packed copies of the weights would stand beside the mapped file, once for each session.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            return self._ort.InferenceSession(str(self.folder / name), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own classes are no API
+            raise BundleError(f"{self.folder / name} does not load in ONNX Runtime ({error}): export the model again, "
+                              "or install the onnxruntime that specpass.json names.") from error
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 256, *, temperature: float = 0.0,
+                 top_k: int = 0, top_p: float = 1.0, repetition_penalty: float | None = None, seed: int = 0,
+                 stop_tokens: Iterable[int] | None = None,
+                 on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+        """New tokens of each prompt, its stop token included.
+
+        Args:
+            prompts: token ids, one list a prompt; rows of unequal length are padded on the left.
+            repetition_penalty: None is the target's own, as in generate.
+            stop_tokens: None is the target's EOS ids.
+            on_token: called as on_token(row, token) with each new token.
+
+        Raises: PromptError, SamplingError, DraftContextError.
+        """
+        found: list[list[int]] = [[] for _ in prompts]
+        for row, token in self.stream(prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                                      repetition_penalty=repetition_penalty, seed=seed, stop_tokens=stop_tokens):
+            found[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
+        return found
+
+    def stream(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 256, *, temperature: float = 0.0,
+               top_k: int = 0, top_p: float = 1.0, repetition_penalty: float | None = None, seed: int = 0,
+               stop_tokens: Iterable[int] | None = None) -> Iterator[tuple[int, int]]:
+        """(row, token) as they come; arguments as in `generate`."""
+        penalty = self.bundle.repetition_penalty if repetition_penalty is None else repetition_penalty
+        sampler = Sampler(Sampling(temperature, top_k, top_p, penalty, seed))
+        stops = set(self.bundle.eos_ids if stop_tokens is None else stop_tokens)
+        if max_new_tokens < 1:
+            raise PromptError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
+        state = self.state = self.prefill(prompts, max_new_tokens)
+        seen = [list(prompt) for prompt in prompts]
+        ended = np.zeros(len(prompts), dtype=bool)
+        for index in range(max_new_tokens):
+            tokens = sampler(state.logits, seen)
+            for row in np.flatnonzero(~ended):
+                token = int(tokens[row])
+                seen[row].append(token)
+                ended[row] = token in stops
+                yield int(row), token
+            if ended.all() or index == max_new_tokens - 1:
+                return
+            self.step(state, np.where(ended, self.bundle.pad_id, tokens))
+
+    def prefill(self, prompts: Sequence[Sequence[int]], room: int = 1) -> State:
+        """Read the prompts, prune, and make room for `room` new tokens (in blocks of 64 slots)."""
+        ids, mask = self._pad(prompts)
+        out = dict(zip(self._outputs, self._prefill.run(None, {"input_ids": ids, "attention_mask": mask}), strict=True))
+        free = -(-room // ROOM_STEP) * ROOM_STEP
+        storage = {}
+        for name in [name for name in out if name.startswith("present.")]:
+            states = out.pop(name)
+            batch, heads, used, dim = states.shape
+            buffer = np.zeros((batch, heads, used + free, dim), states.dtype)
+            buffer[:, :, :used] = states
+            storage[name.replace("present", "past", 1)] = self._ort.OrtValue.ortvalue_from_numpy(buffer)
+        positions = [out[f"positions.{layer}"] for layer in range(len(self.bundle.kv))]
+        told = mask.sum(1) - out.get("shift", np.zeros(len(ids), np.int64))
+        most = max(heads for heads, _, _ in self.bundle.kv)
+        lengths = np.zeros((len(positions), len(ids), most), np.int64)
+        for layer, own in enumerate(positions):
+            lengths[layer, :, : own.shape[1]] = (own >= 0).sum(-1)
+        return State(out["logits"][:, -1], positions, lengths, told, storage, out.get("lookahead_ids"),
+                     out.get("prompt_positions"), np.dtype(self.bundle.dtype).itemsize)
+
+    def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        if not len(prompts) or any(not len(prompt) for prompt in prompts):
+            raise PromptError("a prompt is empty: give at least one token id a prompt, and at least one prompt.")
+        size = max(len(prompt) for prompt in prompts)
+        context, lookahead = self.bundle.context, self.bundle.lookahead
+        if context is not None and size + lookahead > context:
             raise DraftContextError(
-                f"the prompt has {size} tokens and the draft writes {self.lookahead} more, but the draft reads at most "
-                f"{self.context}: shorten the prompt, lower lookahead, or use a draft with a longer context."
+                f"the prompt has {size} tokens and the draft writes {lookahead} more, but the draft reads at most "
+                f"{context}: shorten the prompt, or export with a lower lookahead."
             )
+        ids = np.full((len(prompts), size), self.bundle.pad_id, np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            own = np.asarray(prompt)
+            if own.dtype.kind not in "iu" or own.ndim != 1 or own.min() < 0 or own.max() >= self.bundle.vocab:
+                raise PromptError(f"prompt {row} is no list of token ids from 0 to {self.bundle.vocab - 1}.")
+            ids[row, size - len(own) :] = own
+            mask[row, size - len(own) :] = 1
+        return ids, mask
+
+    def step(self, state: State, tokens: np.ndarray) -> None:
+        """One decode step on tokens [B]: the cache is written in place, `state.logits` are the new ones [B, V]."""
+        slots = min(value.shape()[2] for value in state.storage.values())
+        if state.lengths.max() >= slots:
+            raise PromptError(f"the cache's {slots} slots are full: call prefill with a larger room.")
+        binding = self._decode.io_binding()
+        for name, array in (("input_ids", tokens[:, None]), ("position_ids", state.told[:, None]),
+                            ("lengths", state.lengths)):
+            binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
+        for name, value in state.storage.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name.replace("past", "present", 1), value)
+        binding.bind_output("logits", "cpu")
+        self._decode.run_with_iobinding(binding)
+        state.logits = binding.get_outputs()[-1].numpy()[:, -1]
+        state.lengths += 1
+        state.told = state.told + 1
 
 
-def owner_of(handle: Tensor) -> BudgetCache:
-    """The cache that a graph input `handle` belongs to."""
-    cache = handle._specpass_cache()
-    if cache is None:
-        raise CacheStateError("the BudgetCache of this call no longer exists")
-    return cache
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise OnnxMissingError(
+            "an exported model runs in ONNX Runtime, which is not installed: pip install onnxruntime"
+        ) from None
+    return onnxruntime

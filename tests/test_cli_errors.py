@@ -12,6 +12,7 @@ import transformers
 from cli_models import save_model
 from typer.testing import CliRunner
 
+import specpass
 from specpass import cli, errors, hub
 
 runner = CliRunner()
@@ -32,6 +33,7 @@ NOT_HERE = {
     errors.CacheStateError: "one prompt, one cache",
     errors.MethodHookError: "needs a method of one's own",
     errors.TritonMissingError: "needs an environment without Triton",
+    errors.OnnxMissingError: "needs an environment without onnx or onnxruntime",
     errors.NoCudaError: "CUDA graphs are asked for in Python",
     errors.PeerError: "a benchmark goes on without the peer, and says so",
     errors.UnsupportedCallError: "--lowering is checked as an option; no labels",
@@ -65,6 +67,13 @@ class Folders:
         sizes = {"vocab_size": 128, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
         transformers.T5Config(**sizes, decoder_start_token_id=0).save_pretrained(self.root / "t5")
         return str(self.root / "t5")
+
+    def exported(self) -> str:
+        folder = self.root / "exported"
+        if not folder.exists():
+            target, tokenizer = hub.load(self.good)
+            specpass.export_onnx(target, method=specpass.StreamingLLM(budget=24), out=folder, tokenizer=tokenizer)
+        return str(folder)
 
     def results(self) -> str:
         """A quality file whose only record claims more than its answer is worth."""
@@ -121,6 +130,17 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     (errors.OutputFileError,
      lambda f: ["explain", "-t", f.good, "-m", "snapkv", "-b", "40", *EAGER, "--graph", "/dev/null/x.dot"],
      ("/dev/null", "may write")),
+    (errors.ExportError, lambda f: ["export", "-t", f.make("sliding", family="mistral-sliding"), "-m", "snapkv",
+                                    "-b", "64", "--out", str(f.root / "out")], ("layer 0", "sliding_attention")),
+    (errors.BudgetError, lambda f: ["export", "-t", f.good, "-m", "snapkv", "-b", "0.5", "--out", "out"],
+     ("0.5", "budget=256")),
+    (errors.LookaheadError, lambda f: ["export", "-t", f.good, "-d", f.good, "-b", "64", "--out", "out"],
+     ("lookahead=None", "lookahead=16")),
+    (errors.OutputFileError, lambda f: ["export", "-t", f.good, "-m", "streamingllm", "-b", "64", "--out", f.good],
+     ("no earlier export", "new folder")),
+    (errors.BundleError, lambda f: ["generate", "--onnx", f.empty(), "-p", TEXT], ("specpass.json", "specpass export")),
+    (errors.SamplingError, lambda f: ["generate", "--onnx", f.exported(), "-p", TEXT, "--raw", "--temperature", "1",
+                                      "--top-p", "0"], ("top_p=0.0",)),
     (errors.OutputFileError, lambda f: ["demo", "-t", f.good, "-d", f.good, "-b", "40", "--out", "/dev/null/x"],
      ("/dev/null/x", "may write")),
     (errors.TokenizerMismatchError, lambda f: ["demo", "-t", f.good, "-d", f.make("other", words=60), "-b", "40"],

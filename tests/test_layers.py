@@ -45,7 +45,7 @@ def test_kernels_know_nothing_of_fx(file: Path) -> None:
         assert not name.startswith(("torch.fx", "torch._dynamo", "torch._inductor", "specpass.passes")), name
 
 
-@pytest.mark.parametrize("module", ["specpass", "specpass.cli"])
+@pytest.mark.parametrize("module", ["specpass", "specpass.cli", "specpass.runtime"])
 def test_importing_loads_no_torch(module: str) -> None:
     code = f"import sys, {module}; print([name for name in ('torch', 'transformers', 'sympy') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

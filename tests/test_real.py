@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import eager_prompt as ep
@@ -163,3 +164,22 @@ def test_the_qwen_pair_answers_lookups_from_96_slots() -> None:
     report = specpass.report(model)
     assert not report.refusals
     assert {record.kind: len(record.sites) for record in report.graphs} == {"prefill": 28, "decode": 28}
+
+
+# -- exported
+
+
+def test_smollm2_as_its_own_draft_in_onnx_runtime(smol: Smol, tmp_path: Path) -> None:
+    """Tokens, lookahead and every kept position of the long prompt are torch.compile's; a batch equals single rows."""
+    runtime = pytest.importorskip("specpass.runtime")
+    pytest.importorskip("onnxruntime")
+    model = runtime.load(specpass.export_onnx(smol.twin, smol.twin, smol.method, tmp_path / "out"))
+    prompts = [smol.long[0].tolist(), smol.short[0].tolist()]
+    both = model.generate(prompts, max_new_tokens=L)
+    assert [model.generate([own], max_new_tokens=L)[0] for own in prompts] == both
+    ours = run(smol.model, smol.long, L)
+    state = model.prefill(prompts[:1])
+    assert both[0] == ours.tokens[0]
+    assert state.lookahead_ids.tolist() == ours.cache.lookahead_ids.tolist()
+    for theirs, layer in zip(state.positions, ours.cache.layers, strict=True):
+        assert theirs.tolist() == layer.positions.tolist()

@@ -1,0 +1,117 @@
+"""What runs around a compiled graph on each call: checks before it, bookkeeping of the cache after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specpass.cache import BudgetCache
+from specpass.errors import (
+    CacheStateError,
+    DraftContextError,
+    GradientsError,
+    LookaheadError,
+    MaskError,
+    PositionsError,
+)
+
+
+@dataclasses.dataclass
+class Call:
+    """One compiled graph with what is needed to call it.
+
+    Attributes:
+        run: takes Dynamo's inputs and the lifted draft tensors.
+        kind: prefill, short, decode or append; exact graphs (refused ones) are named the same.
+        places: index of the inputs handle, input_ids, attention_mask, position_ids among Dynamo's inputs.
+        static: output index -> axes whose sizes are constants of the decode graph.
+        context: positions that the draft can read, or None.
+    """
+
+    run: Callable[..., Any]
+    kind: str
+    places: dict[str, int]
+    lifted: tuple[Tensor, ...] = ()
+    static: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    context: int | None = None
+    lookahead: int = 0
+    packed: bool = False
+    refusal: str = ""  # why this graph runs exactly; "" where it was rewritten
+
+    def __call__(self, *args: Any) -> Any:
+        cache = owner_of(args[self.places["handle"]])
+        self.check(cache, args)
+        out = self.run(*args, *self.lifted)
+        for index, axes in self.static.items():
+            for axis in axes:
+                torch._dynamo.mark_static(out[index], axis)
+        if self.kind in ("prefill", "short"):
+            cache.padded, cache.exact = self.packed, bool(self.refusal)
+        else:
+            cache.appended += self._query_length(args)
+            cache.reserve(1)  # so that the next token finds its slot; a full cache grows by a block
+        return out
+
+    def _query_length(self, args: tuple[Any, ...]) -> int:
+        place = self.places.get("input_ids", self.places.get("inputs_embeds"))
+        return 1 if place is None else args[place].shape[1]
+
+    def check(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
+        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            raise GradientsError(
+                "gradients are wanted (autograd is on and the weights require them), and pruning has no backward: call "
+                "the model under torch.no_grad() or torch.inference_mode()."
+            )
+        if self.kind in ("prefill", "short"):
+            if not self.refusal:
+                self._check_prompt(cache, args)
+            return
+        if self.refusal and not cache.exact:
+            raise CacheStateError(
+                f"the prompt was pruned, and the graph that goes on from it cannot be rewritten ({self.refusal}): the "
+                "answer would be wrong. Call specpass.restore(model), or a model whose decode step is one graph."
+            )
+        if cache.padded and "position_ids" not in self.places:
+            raise PositionsError(
+                "a padded batch is decoded without position_ids, so each row's next position is unknown: pass "
+                "position_ids [B, 1] (generate() does)."
+            )
+        needed, free = self._query_length(args), cache.free_at_prefill - cache.appended
+        if needed > free:
+            raise CacheStateError(
+                f"{needed} tokens are appended and the cache has {free} free slots: call cache.reserve({needed}) first."
+            )
+
+    def _check_prompt(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
+        batch, size = args[self.places["input_ids"]].shape
+        mask = args[self.places["attention_mask"]] if "attention_mask" in self.places else None
+        if mask is not None and mask.shape != (batch, size):
+            raise MaskError(f"attention_mask is {tuple(mask.shape)} and input_ids ({batch}, {size}): they must agree.")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise MaskError(
+                "attention_mask ends with 0 in some row, so that row has no last token: pad on the left "
+                "(tokenizer.padding_side = 'left')."
+            )
+        if self.kind == "short" or self.lookahead == 0:
+            return
+        if cache.given_ids is not None and cache.given_ids.shape[0] != batch:
+            raise LookaheadError(
+                f"lookahead_ids has {cache.given_ids.shape[0]} rows and the batch has {batch}; give one row a prompt."
+            )
+        if self.context is not None and size + self.lookahead > self.context:
+            raise DraftContextError(
+                f"the prompt has {size} tokens and the draft writes {self.lookahead} more, but the draft reads at most "
+                f"{self.context}: shorten the prompt, lower lookahead, or use a draft with a longer context."
+            )
+
+
+def owner_of(handle: Tensor) -> BudgetCache:
+    """The cache that a graph input `handle` belongs to."""
+    cache = handle._specpass_cache()
+    if cache is None:
+        raise CacheStateError("the BudgetCache of this call no longer exists")
+    return cache

@@ -1,0 +1,58 @@
+"""`specpass export`: write a target with its draft and method for ONNX Runtime."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specpass.cli_options import (
+    Budget,
+    Draft,
+    Lookahead,
+    MethodName,
+    Options,
+    Target,
+    Window,
+    choose,
+)
+
+
+def export(
+    target: Target,
+    out: Annotated[Path, typer.Option("--out", help="The folder to write; an earlier export there is replaced.")],
+    draft: Draft = None,
+    method: MethodName = "speckv",
+    budget: Budget = "1024",
+    window: Window = None,
+    lookahead: Lookahead = None,
+    option: Options = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    weights: Annotated[str, typer.Option(help="float, or int8: quantized by ONNX Runtime.")] = "float",
+) -> None:
+    """Write a target with its draft and method for ONNX Runtime: prefill.onnx, decode.onnx, specpass.json.
+
+    --method none exports the exact model. What was written runs without torch: `specpass generate --onnx`.
+    """
+    if dtype not in ("float32", "float16"):
+        raise typer.BadParameter(f"{dtype!r} is neither float32 nor float16.", param_hint="--dtype")
+    if weights not in ("float", "int8"):
+        raise typer.BadParameter(f"{weights!r} is neither float nor int8.", param_hint="--weights")
+    choice = choose(target, draft, "full" if method.lower() == "none" else method, budget, window, lookahead, option,
+                    dtype, "eager")
+    from specpass import hub
+    from specpass.export.api import check_method, check_packages, export_onnx
+
+    check_packages(weights)
+    check_method(choice.method)
+    start = time.perf_counter()
+    model, tokenizer = hub.load(choice.target, dtype=dtype)
+    small = model if choice.draft == choice.target else None
+    if choice.draft is not None and small is None:
+        small = hub.load(choice.draft, dtype=dtype)[0]
+    folder = export_onnx(model, small, choice.method, out, weights=weights, tokenizer=tokenizer)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    typer.echo(f"{folder}: {size / 1e6:,.0f} MB in {time.perf_counter() - start:.0f} s", err=True)
+    typer.echo(folder)

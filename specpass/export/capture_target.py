@@ -1,0 +1,233 @@
+"""The target as the two graphs that ONNX gets: the PRUNED graphs of torch.compile's own pipeline.
+
+The BudgetCache of torch.compile is traced (see model_trace), so the passes meet the operators that they meet there.
+No mask reaches the model: pack_rows makes one length per row of it, and packed rows need none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from specpass.cache import BudgetCache
+from specpass.checks import as_ids
+from specpass.draft_capture import capture_draft
+from specpass.draft_graphs import DraftGraphs
+from specpass.export.draft_loop import LoopedDraft
+from specpass.export.flatten import Inliner, flatten, named, outputs_of
+from specpass.export.forms import FORMS, by_head
+from specpass.methods import Method
+from specpass.model_trace import BATCH, SLOTS, ModelTrace
+from specpass.passes.base import Refusal, State
+from specpass.passes.graph import fake_mode_of
+from specpass.passes.pipeline import Pipeline
+
+
+@dataclasses.dataclass
+class Program:
+    """One graph in plain ATen: placeholders are `inputs`, then `weights`; it returns `outputs`."""
+
+    graph: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    weights: dict[str, Tensor]  # by the name that the ONNX initializer gets
+
+
+@dataclasses.dataclass
+class Capture:
+    """Prefill and decode, with what the runtime must know of them."""
+
+    prefill: Program
+    decode: Program
+    kv: list[tuple[int, int, int]]  # K, D, Dv of each layer
+
+
+def capture_target(target: nn.Module, method: Method | None, draft: nn.Module | None,
+                   unrolled: bool = False) -> Capture:
+    """Both graphs of `target`; method None keeps every KV pair.
+
+    Args: unrolled: the draft's steps as copies instead of a loop (to measure what a loop saves).
+    Raises: Refusal naming the layer that no pass understands.
+    """
+    return _Exact(target).capture() if method is None else _Pruned(target, method, draft, unrolled).capture()
+
+
+def names(kind: str, layers: int) -> list[str]:
+    """`present.0.key`, `present.0.value`, ... of all layers."""
+    return [f"{kind}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+
+
+class _Pruned:
+    """Prefill and decode through the pipeline."""
+
+    def __init__(self, target: nn.Module, method: Method, draft: nn.Module | None, unrolled: bool) -> None:
+        self.model, self.method, self.draft, self.unrolled = ModelTrace(target), method, draft, unrolled
+        self.config = target.config.get_text_config(decoder=True)
+        self.layers = self.config.num_hidden_layers
+        self.weights = {f"target.{name}": tensor for name, tensor in self.model.params.items()}
+
+    def capture(self) -> Capture:
+        prefill = self._prefill()
+        return Capture(prefill, self._decode(), self.kv)
+
+    def _cache(self) -> BudgetCache:
+        # A prompt that fits the budget goes through selection too: one graph serves every length.
+        cache = BudgetCache(self.config, self.method, early_exit=False)
+        cache.room = 0
+        for index, kind in enumerate(cache.layer_types):
+            if kind != "full_attention":
+                raise Refusal(f"layer {index} is configured as {kind}; only full attention is pruned")
+        return cache
+
+    def _prefill(self) -> Program:
+        outputs = ["logits", *names("present", self.layers), *(f"positions.{i}" for i in range(self.layers))]
+        extra = [name for name, there in (("lookahead_ids", self.method.drafts),
+                                          ("prompt_positions", self.method.prompt is not None),
+                                          ("shift", self.method.prompt is not None)) if there]
+
+        def run(ids: Tensor, mask: Tensor, *params: Tensor) -> list[Tensor]:
+            cache = self._cache()
+            logits = self.model.forward(params, ids, cache)
+            states = [states for layer in cache.layers for states in (layer.key_buffer, layer.value_buffer)]
+            positions = [layer.positions for layer in cache.layers]
+            return [logits, *states, *positions, *(getattr(cache, name) for name in extra)]
+
+        model = self.model
+        with model.mode:
+            mask = model.ids.new_ones(model.ids.shape)
+        gm = model.trace(run, model.ids, mask)
+        inputs = gm.graph.find_nodes(op="placeholder")
+        state = State("prefill", self.method, inputs={"input_ids": inputs[0], "attention_mask": inputs[1]})
+        if self.method.drafts:
+            state.lookahead = self._cache().lookahead
+            state.draft = self._draft()
+        source = self.draft.generation_config if self.draft is not None else self.config
+        state.eos_ids = as_ids(source.eos_token_id)
+        pruned = named_submodules(named(Pipeline().run(gm, state)))
+        self.kv = [(site.kv_heads, int(site.key.meta["val"].shape[3]), int(site.value.meta["val"].shape[3]))
+                   for site in state.sites]
+        weights = self.weights | {f"draft.{name}": tensor for name, tensor in
+                                  (state.draft.params if state.lifted else {}).items()}
+
+        def plain(*args: Tensor) -> tuple[Tensor, ...]:
+            inner = Inliner(pruned)
+            out = list(inner.run(*args))
+            for index in range(1, 2 * self.layers + 1):  # storage [B, K * C, D] as [B, K, C, D]
+                out[index] = by_head(out[index], self.kv[(index - 1) // 2][0])
+            return tuple(out)
+
+        # The prompt's length is the symbol itself here; to the pipeline the symbol means S + L.
+        values = [node.meta["val"] for node in pruned.graph.find_nodes(op="placeholder")[2:]]
+        flat = flatten(pruned, plain, [model.ids, mask, *values])
+        return Program(flat, ("input_ids", "attention_mask"), (*outputs, *extra), weights)
+
+    def _draft(self) -> DraftGraphs:
+        try:
+            graphs = capture_draft(self.draft, self.method.prompt)
+        except Refusal as refusal:
+            raise Refusal(f"the draft cannot be captured: {refusal}") from refusal
+        method: Any = self.method
+        kind = DraftGraphs if self.unrolled else LoopedDraft
+        fields = {field.name: getattr(graphs, field.name) for field in dataclasses.fields(graphs)}
+        return kind(**fields | {"temperature": method.temperature, "seed": method.seed,
+                                "target_vocab": self.config.vocab_size})
+
+    def _decode(self) -> Program:
+        model, layers = self.model, self.layers
+        budgets = self.method.layer_budgets(layers)
+
+        def run(ids: Tensor, position: Tensor, *rest: Tensor) -> Tensor:
+            cache, params = self._cache(), rest[3 * layers :]
+            for layer, group in zip(cache.layers, zip(*[iter(rest[: 3 * layers])] * 3, strict=True), strict=True):
+                layer.key_buffer, layer.value_buffer, layer.lengths = group
+                layer.is_initialized = True
+            cache.seen = group[2].max()
+            cache.free_at_prefill = SLOTS
+            return model.forward(params, ids, cache, position_ids=position)
+
+        ids, position = (model.dynamic((BATCH, 1), torch.int64, (0,)) for _ in range(2))
+        caches = []
+        for (heads, dim, value_dim), budget in zip(self.kv, budgets, strict=True):
+            slots = SLOTS + budget - max(budgets)  # unlike budgets are unlike symbols
+            caches += [model.dynamic((BATCH, heads * slots, width), model.dtype, (0, 1)) for width in (dim, value_dim)]
+            caches.append(model.dynamic((BATCH, heads), torch.int64, (0,)))
+        gm = model.trace(run, ids, position, *caches)
+        state = State("decode", self.method)
+        return decode_program(model, Pipeline().run(gm, state), self.kv, self.weights)
+
+
+class _Exact:
+    """The exact model: every KV pair is kept. The draft's capture, which prunes nothing, is taken for the target."""
+
+    def __init__(self, target: nn.Module) -> None:
+        self.target = target
+
+    def capture(self) -> Capture:
+        graphs = capture_draft(self.target)
+        weights = {f"target.{name}": tensor for name, tensor in graphs.params.items()}
+        layers = graphs.layers
+        prefill = named(graphs.prefill)
+        inputs = prefill.graph.find_nodes(op="placeholder")
+        ids, count = inputs[0].meta["val"], len(inputs) - len(weights)
+        heads = [outputs_of(prefill)[3 + 3 * index].meta["val"].shape[1] for index in range(layers)]
+
+        def run(ids: Tensor, mask: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+            order, lengths = FORMS["pack_order"](mask, ids)
+            out = Inliner(prefill).run(FORMS["pack_ids"](ids, order), lengths, 0, *params)
+            states = [by_head(out[1 + 3 * layer + part], heads[layer])
+                      for layer in range(layers) for part in (0, 1)]
+            column = torch.arange(ids.shape[1])
+            row = torch.where(column < lengths[:, None], column, -1)[:, None]
+            return (out[0], *states, *(row.expand(-1, heads[layer], -1).clone() for layer in range(layers)))
+
+        with fake_mode_of(prefill):
+            mask = ids.new_ones(ids.shape)
+        flat = flatten(prefill, run, [ids, mask, *(node.meta["val"] for node in inputs[count:])])
+        widths = [int(node.meta["val"].shape[2]) if index % 3 else 0 for index, node in enumerate(outputs_of(prefill))]
+        kv = [(heads[layer], widths[1 + 3 * layer], widths[2 + 3 * layer]) for layer in range(layers)]
+        outputs = ("logits", *names("present", layers), *(f"positions.{layer}" for layer in range(layers)))
+        first = Program(flat, ("input_ids", "attention_mask"), outputs, weights)
+        return Capture(first, decode_program(None, graphs.step, kv, weights), kv)
+
+
+def decode_program(model: ModelTrace | None, gm: fx.GraphModule, kv: list[tuple[int, int, int]],
+                   weights: dict[str, Tensor]) -> Program:
+    """step(ids [B, 1], position [B, 1], lengths [layers, B, K], storages [B, K, P, D], weights) -> logits, storages."""
+    gm = named(gm)
+    layers = len(kv)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    ids, position = (node.meta["val"] for node in inputs[:2])
+    places = inputs[2 : 2 + 3 * layers]
+    stores = [place for index, place in enumerate(places) if index % 3 < 2]
+    with fake_mode_of(gm):
+        storages = [by_head(place.meta["val"], kv[index // 2][0]) for index, place in enumerate(stores)]
+        lengths = ids.new_zeros(layers, ids.shape[0], max(heads for heads, _, _ in kv))
+
+    def run(ids: Tensor, position: Tensor, lengths: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        storages, params = rest[: 2 * layers], rest[2 * layers :]
+        inner = Inliner(gm)
+        inner.stores = dict(zip(stores, storages, strict=True))
+        args = []
+        for layer in range(layers):
+            args += [states.flatten(1, 2) for states in storages[2 * layer : 2 * layer + 2]]
+            args.append(lengths[layer, :, : kv[layer][0]])
+        logits = inner.run(ids, position, *args, *params)
+        logits = logits[0] if isinstance(logits, (list, tuple)) else logits
+        return (logits, *(inner.stores[store] for store in stores))
+
+    flat = flatten(gm, run, [ids, position, lengths, *storages, *(n.meta["val"] for n in inputs[2 + 3 * layers :])])
+    return Program(flat, ("input_ids", "position_ids", "lengths", *names("past", layers)),
+                   ("logits", *names("present", layers)), weights)
+
+
+def named_submodules(gm: fx.GraphModule) -> fx.GraphModule:
+    """The draft's nodes are named by its module paths behind `draft.`"""
+    for name, child in list(gm.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(gm, name, named(child, "draft"))
+        elif hasattr(child, "draft"):
+            child.draft = dataclasses.replace(child.draft, step=named(child.draft.step, "draft"))
+    return gm

@@ -1,0 +1,113 @@
+"""The draft's decode steps as one loop: in ONNX a Loop whose body is one step, however many tokens it looks ahead.
+
+torch.compile calls one compiled step L - 1 times; ONNX has no calls, so unrolled steps would be L - 1 copies of the
+draft's nodes (figures: docs/onnx.md). A sampling draft (temperature > 0) stays unrolled: its noise depends on the
+step's number, a constant of each copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from specpass.draft_graphs import DraftGraphs
+from specpass.export.flatten import Inliner
+from specpass.export.forms import by_head
+from specpass.kernels import reference, reference_prompt
+from specpass.passes.base import State
+from specpass.passes.graph import Editor, quiet
+
+
+@dataclasses.dataclass
+class LoopedDraft(DraftGraphs):
+    """DraftGraphs whose steps are inserted as one node."""
+
+    def insert(self, editor: Editor, state: State, ids: fx.Node, anchor: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        """As DraftGraphs.insert."""
+        if self.temperature > 0 or state.lookahead == 1:
+            return super().insert(editor, state, ids, anchor)
+        params = self._lift(editor, state)
+        out = self._insert_prefill(editor, state, ids, params, anchor)
+        length = state.lookahead
+        editor.gm.add_submodule("draft_steps", DraftSteps(self, length))
+        values = [editor.item(out, index, anchor) for index in range(len(out.meta["val"]))]
+        with editor.graph.inserting_before(anchor):
+            steps = editor.graph.call_module("draft_steps", (state.lengths, *values, *params))
+        with quiet(editor.mode):
+            like = ids.meta["val"]
+            steps.meta["val"] = (torch.empty(like.shape[0], length, dtype=torch.int64, device=like.device),)
+            if self.prompt is not None:
+                steps.meta["val"] += (torch.empty(like.shape, device=like.device),)
+        scores = None if self.prompt is None else editor.item(steps, 1, anchor)
+        return editor.item(steps, 0, anchor), scores
+
+
+class DraftSteps(nn.Module):
+    """L tokens from the draft's prefill on: (lengths [B], logits, caches, [scores], params) -> ids [B, L], [scores]."""
+
+    def __init__(self, draft: LoopedDraft, length: int) -> None:
+        super().__init__()
+        self.draft, self.length = draft, length
+
+    def inline(self, lengths: Tensor, logits: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """Called under make_fx by an Inliner."""
+        draft, length, count = self.draft, self.length, 3 * self.draft.layers
+        scored = draft.prompt is not None
+        caches, rest = rest[:count], rest[count:]
+        scores, params = rest[: int(scored)], rest[int(scored):]
+        heads = caches[2::3]
+        storage = [by_head(states, owner.shape[1]) for index, owner in enumerate(heads)
+                   for states in caches[3 * index : 3 * index + 2]]
+        ended = torch.zeros_like(lengths, dtype=torch.bool)
+        token, after = self._next(logits, ended)
+        ids = torch.cat([token, token.new_zeros(token.shape[0], length - 1)], 1)
+        index = torch.ones((), dtype=torch.int64, device=lengths.device)
+        carried = (index, token, ended, after.clone(), ids, *scores, *storage)
+
+        def proceed(index: Tensor, *_: Tensor) -> Tensor:
+            return index < length
+
+        def step(index: Tensor, token: Tensor, over: Tensor, ended: Tensor, ids: Tensor,
+                 *rest: Tensor) -> tuple[Tensor, ...]:
+            """One token more; `over` says which rows had ended in front of `token`."""
+            scores, rest = rest[: int(scored)], rest[int(scored):]
+            storage, (lengths, *params) = rest[: 2 * draft.layers], rest[2 * draft.layers :]
+            position = (lengths + index - 1)[:, None]
+            extra = (position.masked_fill(over[:, None], -1), lengths) if scored else ()
+            out, stored = self._step(token, position, extra, storage, lengths + index - 1, params)
+            logits, *new = out if scored else (out,)
+            if scored:
+                scores = (reference_prompt.merge_step(scores[0], new[0], draft.reduce),)
+            following, after = self._next(logits, ended)
+            column = torch.arange(length, device=ids.device) == index
+            ids = torch.where(column, following, ids)
+            return (index + 1, following, ended.clone(), after.clone(), ids, *scores, *stored)
+
+        done = torch.ops.higher_order.while_loop(proceed, step, carried, (lengths, *params))
+        return (done[4], *done[5 : 5 + int(scored)])
+
+    def _next(self, logits: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
+        draft = self.draft
+        vocab = min(draft.vocab, draft.target_vocab or draft.vocab)
+        return reference.next_token(logits, ended, vocab, 0.0, draft.seed, 0, list(draft.eos_ids), draft.pad_id)
+
+    def _step(self, token: Tensor, position: Tensor, extra: tuple[Tensor, ...], storage: tuple[Tensor, ...],
+              used: Tensor, params: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        """The step's graph on caches of `used` [B] slots; returns its result and the storages one token longer."""
+        gm = self.draft.step
+        inner = Inliner(gm)
+        args = [token, position, *extra]
+        places = gm.graph.find_nodes(op="placeholder")[len(args) :]
+        stored = []
+        for index in range(self.draft.layers):
+            pair = storage[2 * index : 2 * index + 2]
+            args += [states.flatten(1, 2) for states in pair]
+            args.append(used[:, None].expand(-1, pair[0].shape[1]))
+            for place, states in zip(places[3 * index :], pair, strict=False):
+                inner.stores[place] = states
+                stored.append(place)
+        out = inner.run(*args, *params)
+        return out, [inner.stores[place] for place in stored]

@@ -1,0 +1,103 @@
+"""Trace a decoder's own forward on fake tensors: parameters become inputs, sizes become symbols.
+
+make_fx runs the model's code (no bytecode analysis, a few seconds for 24 layers) into pre-dispatch ATen, the IR that
+the passes see. The draft is captured this way for torch.compile, draft and target for ONNX.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from transformers import Cache
+
+from specpass.passes.graph import quiet
+
+# Sizes while tracing: all different, so that no two dimensions are taken for one.
+BATCH, PROMPT, ROOM, SLOTS = 3, 1021, 31, 1087
+
+
+class ModelTrace:
+    """`model` (a Hugging Face decoder in eval mode) with fake parameters, and prompt inputs of symbolic size.
+
+    Attributes:
+        params: the model's real parameters and buffers by name, in the order in which graphs take them.
+        ids: fake [B, S] int64; lengths: fake [B] int64; room: a symbolic count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.params = {n: p.detach() for n, p in (*model.named_parameters(), *model.named_buffers())}
+        self.dtype = next(model.parameters()).dtype
+        self.device = next(iter(self.params.values())).device
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.fakes = [self.mode.from_tensor(param, static_shapes=True) for param in self.params.values()]
+        self.ids = self.dynamic((BATCH, PROMPT), torch.int64, (0, 1))
+        self.lengths = self.dynamic((BATCH,), torch.int64, (0,))
+        self.room = self.dynamic((ROOM,), torch.int64, (0,)).shape[0]
+        self.sizes = [dim.node.expr for dim in (*self.ids.shape, self.room)]
+
+    def dynamic(self, shape: tuple[int, ...], dtype: torch.dtype, axes: tuple[int, ...]) -> Tensor:
+        """A fake tensor; `axes` are symbols, and equal sizes are one symbol."""
+        context = StatelessSymbolicContext(
+            dynamic_sizes=[DimDynamic.DUCK if axis in axes else DimDynamic.STATIC for axis in range(len(shape))]
+        )
+        real = torch.zeros(shape, dtype=dtype, device=self.device)
+        name = f"trace_{len(shape)}_{shape[0]}_{shape[-1]}_{dtype}".replace(".", "_")
+        return self.mode.from_tensor(real, symbolic_context=context, source=ConstantSource(name))
+
+    def trace(self, run: Any, *inputs: Any) -> fx.GraphModule:
+        """Pre-dispatch ATen of `run(*inputs, *params)`; nodes know the module that made them."""
+        with quiet(self.mode), fx_traceback.preserve_node_meta(), module_paths(self.model):
+            return make_fx(run, pre_dispatch=True)(*inputs, *self.fakes)
+
+    def forward(self, params: tuple[Tensor, ...], ids: Tensor, cache: Cache, **kwargs: Any) -> Tensor:
+        """Logits [B, 1, V] of the model's own forward with `params` in the place of its own."""
+        named = {f"model.{name}": param for name, param in zip(self.params, params, strict=True)}
+        out = torch.func.functional_call(
+            _Uncompiled(self.model), named, (), {"input_ids": ids, "past_key_values": cache, "use_cache": True,
+                                                 "logits_to_keep": 1, **kwargs})
+        return out.logits
+
+
+class _Uncompiled(nn.Module):
+    """The model without its compiled call: a target may be its own draft."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **kwargs: Any) -> Any:
+        return self.model._call_impl(**kwargs)
+
+
+@contextlib.contextmanager
+def module_paths(model: nn.Module) -> Iterator[None]:
+    """While tracing, give each node the path of the module whose forward made it (as Dynamo does)."""
+    paths = {module: name for name, module in model.named_modules()}
+    stack: list[Any] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append(fx_traceback.current_meta.get("nn_module_stack"))
+        if module in paths:
+            path = f"L['self'].{paths[module]}"
+            fx_traceback.current_meta["nn_module_stack"] = {path: (path, type(module))}
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        fx_traceback.current_meta["nn_module_stack"] = stack.pop()
+
+    first = nn.modules.module.register_module_forward_pre_hook(enter)
+    second = nn.modules.module.register_module_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        first.remove()
+        second.remove()
