@@ -80,8 +80,11 @@ def flatten(gm: fx.GraphModule, run: Callable[..., Any], inputs: list[Any]) -> f
     """ATen of `run(*inputs)`, over fake inputs of the mode of `gm`'s values; `run` interprets `gm` with an Inliner."""
     with quiet(fake_mode_of(gm)), fx_traceback.preserve_node_meta():
         flat = make_fx(run, pre_dispatch=True)(*inputs)
-    write_nothing(flat.graph)
-    flat.graph.eliminate_dead_code()
+    for module in flat.modules():
+        if isinstance(module, fx.GraphModule):  # the graph, and the body of the draft's loop
+            write_nothing(module.graph)
+            module.graph.eliminate_dead_code()
+            module.recompile()
     return flat
 
 
