@@ -58,26 +58,15 @@ def prefill_flops(model: Any, length: int) -> int:
     return counter.get_total_flops()
 
 
-def matmul_rate(size: int = 2048) -> float:
-    """FLOPs per second of a bfloat16 product of square matrices; the best of several."""
-    import torch
-
-    a, b, best = torch.ones(size, size, dtype=torch.bfloat16), torch.ones(size, size, dtype=torch.bfloat16), 0.0
-    for _ in range(8):
-        since = time.perf_counter()
-        a @ b
-        best = max(best, 2 * size**3 / (time.perf_counter() - since))
-    return best
-
-
 def main() -> None:
     args = arguments()
     import specpass
+    from specpass.benchmarks.rates import matmul_rate
 
     full, target, draft = (common.load_model(name) for name in (args.target, args.target, args.draft))
     method = specpass.SpecPC(budget=args.budget)
     model = specpass.compile(target, draft=draft, method=method)
-    rate = matmul_rate()
+    rate = matmul_rate("cpu", "bfloat16")
     flops = {"full": prefill_flops(full, args.tokens),
              "specpc": prefill_flops(draft, args.tokens) + prefill_flops(full, args.budget)}  # fmt: skip
 

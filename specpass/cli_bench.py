@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,6 +45,17 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
         raise typer.BadParameter(f"{text!r}: expected numbers separated by commas.", param_hint=name) from None
 
 
+def _changed(grid: Any, given: dict[str, Any]) -> Any:
+    """The grid or plan with those of its fields that were given."""
+    return dataclasses.replace(grid, **{name: value for name, value in given.items() if value is not None})
+
+
+def _limit(minutes: float | None, quick: bool) -> float:
+    if minutes is not None:
+        return minutes
+    return QUICK_MINUTES if quick else MINUTES
+
+
 @bench_app.command(epilog="Example: [bold]specpass bench quality --quick[/bold]")
 def quality(
     target: Target = "qwen2.5-coder-1.5b",
@@ -63,8 +75,6 @@ def quality(
     """Answers of every method to long prompts, scored: RULER's tasks and code. Resumes; stops at its time limit."""
     check_words(dtype, lowering)
     _quiet_threads()
-    import dataclasses
-
     from specpass.benchmarks import quality as runner
     from specpass.benchmarks.models import Pair
     from specpass.benchmarks.summary import markdown
@@ -73,11 +83,9 @@ def quality(
         "methods": methods and _words(methods), "tasks": tasks and _words(tasks),
         "lengths": lengths and _numbers("--lengths", lengths), "seeds": seeds,
     }  # fmt: skip
-    changes = {name: value for name, value in given.items() if value is not None}
-    grid = dataclasses.replace(runner.QUICK if quick else runner.Grid(), **changes)  # type: ignore[arg-type]
+    grid = _changed(runner.QUICK if quick else runner.Grid(), given)
     out = out or RESULTS / ("quality_quick.json" if quick else "quality.json")
-    limit = minutes if minutes is not None else QUICK_MINUTES if quick else MINUTES
-    run = runner.Run(Pair(target, draft, dtype, device, lowering), grid, out, limit, restart)
+    run = runner.Run(Pair(target, draft, dtype, device, lowering), grid, out, _limit(minutes, quick), restart)
     complete = run.run()
     table = markdown(run.store.parts["summary"])
     _finish(out, table, complete)
@@ -112,8 +120,6 @@ def speed(
     """First token, decode rate, memory and compile time of each method, with floors. Resumes; stops at its limit."""
     check_words(dtype, lowering)
     _quiet_threads()
-    import dataclasses
-
     from specpass.benchmarks import speed as runner
     from specpass.benchmarks.models import Pair
     from specpass.benchmarks.results import read_results
@@ -123,11 +129,10 @@ def speed(
         "methods": methods and _words(methods), "lengths": lengths and _numbers("--lengths", lengths),
         "batches": batches and _numbers("--batches", batches),
     }  # fmt: skip
-    changes = {name: value for name, value in given.items() if value is not None}
-    plan = dataclasses.replace(runner.QUICK if quick else runner.Plan(), **changes)  # type: ignore[arg-type]
+    plan = _changed(runner.QUICK if quick else runner.Plan(), given)
     out = out or RESULTS / ("speed_quick.json" if quick else "speed.json")
-    limit = minutes if minutes is not None else QUICK_MINUTES if quick else MINUTES
-    complete = runner.Run(Pair(target, draft, dtype, device, lowering), plan, out, limit, restart, quick=quick).run()
+    pair = Pair(target, draft, dtype, device, lowering)
+    complete = runner.Run(pair, plan, out, _limit(minutes, quick), restart, quick=quick).run()
     _finish(out, markdown(read_results(out)), complete)
 
 

@@ -58,3 +58,14 @@ def autograd_stays_on() -> Iterator[None]:
     left = torch.is_grad_enabled()
     torch.set_grad_enabled(True)  # the tests behind this one are not to blame
     assert left, "the test left autograd off"
+
+
+@pytest.fixture
+def triton_counts_as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The table of kernels decides as where Triton is, whatever this machine has."""
+    from specpass.kernels import dispatch
+
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()

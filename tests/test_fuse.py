@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,16 +23,8 @@ from specpass.lowering.choose import choose_sites
 from specpass.lowering.fuse import fuse
 from specpass.passes.graph import SPEC, find
 
+pytestmark = pytest.mark.usefixtures("triton_counts_as_installed")
 B, H, K, T, R, P, W, D = 2, 8, 2, 60, 12, 84, 4, 64
-
-
-@pytest.fixture(autouse=True)
-def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton counts as installed, whatever this machine has."""
-    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
-    dispatch._choose.cache_clear()
-    yield
-    dispatch._choose.cache_clear()
 
 
 @pytest.fixture

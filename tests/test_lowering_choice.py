@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,16 +20,8 @@ from specpass.kernels.dispatch import choose
 from specpass.lowering.choose import choose_sites
 
 SPEC = torch.ops.specpass
+pytestmark = pytest.mark.usefixtures("triton_counts_as_installed")
 B, H, K, T, R, C, N, W = 2, 8, 2, 90, 12, 20, 64, 4
-
-
-@pytest.fixture(autouse=True)
-def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton counts as installed, whatever this machine has."""
-    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
-    dispatch._choose.cache_clear()
-    yield
-    dispatch._choose.cache_clear()
 
 
 def tensors(device: str, dim: int = 64, group: int = H // K, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
