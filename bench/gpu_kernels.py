@@ -60,10 +60,13 @@ def correctness(run: Run) -> None:
         # What SpecPC asks of importance besides: rows with weights, and a sum over them.
         variants = [dataclasses.replace(shapes[-1], reduce="sum", weighted=True),
                     dataclasses.replace(shapes[0], reduce="mean")] if kernel.startswith("importance") else []
+        if kernel != "gather":
+            variants += [dataclasses.replace(shapes[0], softcap=30.0), dataclasses.replace(shapes[-1], sinks=True)]
         for index, each in enumerate([*shapes, *variants]):
             name = f"{kernel}, {each.dtype}, D {each.dim}, G {each.group}"
             if kernel.startswith("importance"):
                 name += f", {each.reduce}{' of weighted rows' if each.weighted else ''}"
+            name += f"{', soft cap' if each.softcap else ''}{', sinks' if each.sinks else ''}"
             run.step("correctness", name, lambda kernel=kernel, each=each, index=index: {
                 "error_share": round(measure.check(measure.make_case(kernel, each, run.device, seed=index)), 4)})
 

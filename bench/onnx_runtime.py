@@ -124,7 +124,7 @@ def run_loop(args: argparse.Namespace) -> dict[str, Any]:
 
     config = AutoConfig.from_pretrained(common.model_folder(args.draft))
     config.num_hidden_layers = LOOP_LAYERS
-    config.layer_types = None
+    config.layer_types = config.layer_types[:LOOP_LAYERS]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     ids = np.random.default_rng(0).integers(100, 20_000, (1, args.tokens))

@@ -10,7 +10,7 @@ Glossary
     BLOCK_G     rows of a tile of queries: G rounded up to 16, the least that tensor cores take
     BLOCK_N     slots read at a time
     WRITE       the new token's K/V goes into its slot in the same launch, and `lengths` is advanced by one
-    UPCAST, PRECISION: as in importance.py
+    SOFTCAP, SINKS, UPCAST, PRECISION: as in importance.py
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from specpass.kernels.logits import add_sink, base2_logits
 
 
 @triton.jit(do_not_specialize=["stride"])
-def attend_slots(query, keys, values, lengths, key, value, out, partial, lse, stride, scale, G: tl.constexpr,
-                 D: tl.constexpr, DV: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, SPLIT: tl.constexpr,
-                 BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-                 WRITE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def attend_slots(query, keys, values, lengths, key, value, sinks, out, partial, lse, stride, scale, K: tl.constexpr,
+                 G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr,
+                 SPLIT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                 BLOCK_DV: tl.constexpr, WRITE: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+                 UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """One split of one KV head; grid (B * K, SPLITS).
 
     query [B, H, D]; keys [B, K, stride, D], values [B, K, stride, DV]; lengths [B, K] int64; key [B, K, D] and
-    value [B, K, DV]: the new token's, read where WRITE, and then lengths does not count it yet.
+    value [B, K, DV]: the new token's, read where WRITE, and then lengths does not count it yet; sinks [H] float32,
+    natural logits, read where SINKS.
     SPLITS = 1 writes out [B, H, DV]; more write partial [B * K, SPLITS, G, DV] and lse [B * K, SPLITS, G] float32.
     """
     tl.static_assert(BLOCK_G >= G, "a tile holds the whole group")
@@ -52,9 +54,13 @@ def attend_slots(query, keys, values, lengths, key, value, out, partial, lse, st
         new_v = tl.load(value + head * DV + dv, mask=dv < DV, other=0.0)
         tl.store(keys + (slots + used) * D + d, new_k, mask=d < D)
         tl.store(values + (slots + used) * DV + dv, new_v, mask=dv < DV)
-        best = tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1) * (scale * LOG2E)
+        best = base2_logits(tl.sum(q.to(tl.float32) * new_k.to(tl.float32)[None, :], 1), scale, SOFTCAP)
         total += 1.0
         acc += new_v.to(tl.float32)[None, :]
+    if SINKS and split == 0:  # a logit of the softmax that has no value
+        new, total = add_sink(best, total, sinks, head, g, g < G, K, G)
+        acc = acc * tl.exp2(best - new)[:, None]
+        best = new
     end = tl.minimum(split * SPLIT + SPLIT, used)
     for start in tl.range(split * SPLIT, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
@@ -64,7 +70,7 @@ def attend_slots(query, keys, values, lengths, key, value, out, partial, lse, st
                     other=0.0)  # [BLOCK_N, BLOCK_DV]
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
-        scores = tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2E)  # [BLOCK_G, BLOCK_N]
+        scores = base2_logits(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)  # [BLOCK_G, BLOCK_N]
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new = tl.maximum(best, tl.max(scores, 1))  # finite: a tile is entered for its first slot at least
         weights = tl.exp2(scores - new[:, None])

@@ -53,6 +53,8 @@ def choose(operator: str, args: tuple[Any, ...]) -> Choice:
     first = args[0]
     if first.device.type != "cuda":
         return Choice(operator, None, f"{first.device.type} tensors")
+    if operator == "prefill_attention" and args[4:5] not in ((), (0.0,)):
+        return Choice(operator, None, "flash attention knows no soft cap: products of 256 query rows at a time")
     if operator in ATEN_OPERATORS:
         return Choice(operator, None, ATEN_OPERATORS[operator])
     if operator in ("attend", "append_attend"):
@@ -119,9 +121,10 @@ def _choose(operator: str, kernel: str, facts: Shapes, device: int) -> Choice:
 
 
 def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window: int, scale: float,
-               reduce: str, weights: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
+               reduce: str, weights: Tensor | None = None, lse: Tensor | None = None, softcap: float = 0.0,
+               sinks: Tensor | None = None) -> Tensor:
     """reference.importance, by its kernel where the table says so."""
-    args = (query, key, rows, lengths, window, scale, reduce, weights, lse)
+    args = (query, key, rows, lengths, window, scale, reduce, weights, lse, softcap, sinks)
     if choose("importance", args).kernel is None:
         return reference.importance(*args)
     from specpass.kernels import launch
@@ -138,22 +141,34 @@ def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple
     return launch.gather_kv(key, value, positions, room)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0,
+                      sinks: Tensor | None = None) -> Tensor:
+    """reference.prefill_attention, or what serves a soft cap or sinks: flash attention knows no cap."""
+    if sinks is not None and not softcap and returns_lse(query, key, value):
+        return reference.prefill_with_sinks(query, key, value, scale, sinks)
+    if softcap or sinks is not None:
+        return reference.prefill_modified(query, key, value, scale, softcap, sinks)
+    return reference.prefill_attention(query, key, value, scale)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, softcap: float = 0.0,
+           sinks: Tensor | None = None) -> Tensor:
     """reference.attend, by its kernel where the table says so."""
-    if choose("attend", (query, keys, values)).kernel is None:
-        return reference.attend(query, keys, values, lengths, scale)
+    args = (query, keys, values, lengths, scale, softcap, sinks)
+    if choose("attend", args).kernel is None:
+        return reference.attend(*args)
     from specpass.kernels import launch
 
-    return launch.attend(query, keys, values, lengths, scale)
+    return launch.attend(*args)
 
 
 def append_attend(keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, key: Tensor, value: Tensor,
-                  scale: float) -> Tensor:
+                  scale: float, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
     """reference.append_attend, by its kernel where the table says so."""
-    args = (keys, values, lengths, query, key, value, scale)
+    args = (keys, values, lengths, query, key, value, scale, softcap, sinks)
     if choose("append_attend", args).kernel is None:
         return reference.append_attend(*args)
     from specpass.kernels import launch
 
     keys, values = (states.unflatten(1, (key.shape[1], -1)) for states in (keys, values))
-    return launch.attend(query, keys, values, lengths, scale, new=(key, value))
+    return launch.attend(query, keys, values, lengths, scale, softcap, sinks, new=(key, value))

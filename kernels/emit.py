@@ -1,4 +1,5 @@
-"""Emit a kernel as a module of its own for one site: constants bound, branches that they decide gone.
+"""Emit a kernel as a module of its own for one site: constants bound, branches that they decide gone, what is done to
+its logits (logits.py) spliced in.
 
 The kernels' own source is the template: parameters of type tl.constexpr become constants at the top of the module,
 and leave signatures and calls. The module is what a person reads to see what runs, and it compiles as it stands.
@@ -22,14 +23,14 @@ def emit(kernel: Kernel, shapes: Shapes, tile: Tile) -> str:
         for name, value in launch.constants.items():
             if constants.setdefault(name, value) != value:
                 raise ValueError(f"{kernel.name}: {name} is {constants[name]} in one launch and {value} in another")
-    tree = ast.parse((FOLDER / f"{kernel.module}.py").read_text())
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    wanted = _reached([launch.function for launch in plan], functions)
+    body = [node for name in ("logits", kernel.module) for node in ast.parse((FOLDER / f"{name}.py").read_text()).body]
+    functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     bind = _Bind(constants, functions)
-    bodies = [ast.unparse(ast.fix_missing_locations(bind.visit(functions[name]))) for name in functions
-              if name in wanted]
-    text = "\n\n\n".join(bodies)
-    shared = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign) and _is_constexpr(node.value)]
+    bound = {name: ast.fix_missing_locations(bind.visit(node)) for name, node in functions.items()}
+    wanted = _reached([launch.function for launch in plan], bound)
+    text = "\n\n\n".join(ast.unparse(bound[name]) for name in bound if name in wanted)
+    shared = [ast.unparse(node) for node in body if isinstance(node, ast.Assign) and _is_constexpr(node.value)
+              and _mentions(text, ast.unparse(node.targets[0]))]
     used = [f"{name} = tl.constexpr({value!r})" for name, value in constants.items() if _mentions(text, name)]
     launches = "\n".join(f"    {launch.function}: {launch.warps} warps, {launch.stages} stages" for launch in plan)
     head = f'"""{kernel.name}, emitted by specpass for one attention site.\n\n{_describe(shapes)}\n{launches}\n"""'

@@ -10,6 +10,8 @@ Glossary
     UPCAST      operands become float32 before each dot: for bfloat16 in Triton's interpreter, whose
                 bfloat16 arithmetic is wrong
     REDUCE      over the M rows: "max", "mean" of the rows that are not left out, or "sum"
+    SOFTCAP     logits are SOFTCAP * tanh(logits / SOFTCAP), as in Gemma 2; 0.0: no cap
+    SINKS       each query head has a logit that belongs to no key and takes its share of the softmax, as in gpt-oss
     WEIGHTED    each of the R rows counts by its own weight (SpecPC's window rows do)
     PRECISION   of float32 dots: "tf32x3" is float32 in three tensor-core products, "ieee" has no tensor cores on CUDA
 
@@ -27,7 +29,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)  # scores are in base 2, as the hardware's exponential is; lse stays natural
+from specpass.kernels.logits import LOG2E, add_sink, base2_logits
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def load_keys(key, tile, head, T, stride_b, stride_k, stride_t, K: tl.constexpr,
 @triton.jit
 def tile_scores(keys, query, rows, tile, head, first, scale, K: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
                 D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+                SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """Base-2 scores of rows first .. first + BLOCK_M - 1 of M [BLOCK_N, BLOCK_M]; -inf where the row may not look.
 
     A row that is left out stands at position -1 and so sees no column.
@@ -58,7 +60,7 @@ def tile_scores(keys, query, rows, tile, head, first, scale, K: tl.constexpr, G:
     if UPCAST:
         q = q.to(tl.float32)  # [BLOCK_D, BLOCK_M]
     position = tl.load(rows + (head // K) * R + row % R, mask=row < M, other=-1)  # [BLOCK_M]
-    scores = tl.dot(keys, q, input_precision=PRECISION) * (scale * LOG2E)
+    scores = base2_logits(tl.dot(keys, q, input_precision=PRECISION), scale, SOFTCAP)
     return tl.where(column[:, None] <= position[None, :], scores, float("-inf"))
 
 
@@ -72,7 +74,7 @@ def last_row(rows, head, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr
 @triton.jit(do_not_specialize=["T"])
 def tile_lse(query, key, rows, partial, T, stride_b, stride_k, stride_t, scale, K: tl.constexpr, G: tl.constexpr,
              R: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_R: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+             BLOCK_R: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     """partial [B * K, tiles, M] float32: base-2 log-sum-exp of each row over one tile; grid (tiles, B * K)."""
     tl.static_assert(BLOCK_D >= D, "a tile holds whole keys")
     tl.static_assert(BLOCK_R >= R, "a tile holds all positions")
@@ -85,8 +87,8 @@ def tile_lse(query, key, rows, partial, T, stride_b, stride_k, stride_t, scale, 
         keys = keys.to(tl.float32)
     out = partial + (head.to(tl.int64) * tl.num_programs(0) + tile) * M
     for first in tl.range(0, M, BLOCK_M):
-        scores = tile_scores(keys, query, rows, tile, head, first, scale, K, G, R, D, BLOCK_N, BLOCK_M, BLOCK_D, UPCAST,
-                             PRECISION)
+        scores = tile_scores(keys, query, rows, tile, head, first, scale, K, G, R, D, BLOCK_N, BLOCK_M, BLOCK_D,
+                             SOFTCAP, UPCAST, PRECISION)
         best = tl.max(scores, 0)  # [BLOCK_M]
         base = tl.where(best == float("-inf"), 0.0, best)  # -inf minus -inf is not a number
         total = tl.sum(tl.exp2(scores - base[None, :]), 0)
@@ -96,10 +98,12 @@ def tile_lse(query, key, rows, partial, T, stride_b, stride_k, stride_t, scale, 
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def combine_lse(partial, rows, lse, tiles, K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr):
+def combine_lse(partial, rows, sinks, lse, tiles, K: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+                SINKS: tl.constexpr):
     """lse [B * K, M] float32, natural: of each row over all tiles; grid (M in steps of BLOCK_S, B * K).
 
+    sinks [H] float32, natural logits, read where SINKS.
     BLOCK_T tiles of BLOCK_S rows are read at a time; BLOCK_N is tile_lse's.
     """
     tl.static_assert(BLOCK_R >= R, "a tile holds all positions")
@@ -117,6 +121,8 @@ def combine_lse(partial, rows, lse, tiles, K: tl.constexpr, G: tl.constexpr, R: 
         base = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2(best - base) + tl.sum(tl.exp2(part - base[None, :]), 0)
         best = new
+    if SINKS:
+        best, total = add_sink(best, total, sinks, head, row // R, row < M, K, G)
     out = tl.where(total > 0, (best + tl.log2(tl.maximum(total, 1e-37))) / LOG2E, float("-inf"))
     tl.store(lse + head * M + row, out, mask=row < M)
 
@@ -125,7 +131,8 @@ def combine_lse(partial, rows, lse, tiles, K: tl.constexpr, G: tl.constexpr, R: 
 def column_scores(query, key, rows, lengths, lse, weights, scores, T, stride_b, stride_k, stride_t, scale,
                   K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
                   REDUCE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+                  BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
+                  PRECISION: tl.constexpr):
     """scores [B, K, T] float32: probabilities of each column, reduced over M rows; 0 from lengths - W on.
 
     lse [B * K, M] float32, natural; weights [R] float32, >= 0, read where WEIGHTED. Grid (tiles, B * K).
@@ -146,8 +153,8 @@ def column_scores(query, key, rows, lengths, lse, weights, scores, T, stride_b, 
         keys = keys.to(tl.float32)
     reduced = tl.full([BLOCK_N], float("-inf") if REDUCE == "max" else 0.0, tl.float32)
     for first in tl.range(0, M, BLOCK_M):
-        part = tile_scores(keys, query, rows, tile, head, first, scale, K, G, R, D, BLOCK_N, BLOCK_M, BLOCK_D, UPCAST,
-                             PRECISION)
+        part = tile_scores(keys, query, rows, tile, head, first, scale, K, G, R, D, BLOCK_N, BLOCK_M, BLOCK_D,
+                             SOFTCAP, UPCAST, PRECISION)
         row = first + tl.arange(0, BLOCK_M)
         norm = tl.load(lse + head * M + row, mask=row < M, other=0.0) * LOG2E  # [BLOCK_M]
         if WEIGHTED:

@@ -55,21 +55,25 @@ def rows_contiguous(states: Tensor) -> Tensor:
     return states if states.stride(3) == 1 or states.shape[3] == 1 else states.contiguous()
 
 
-def score_shapes(query: Tensor, key: Tensor, window: int, reduce: str, weighted: bool = False) -> Shapes:
+def score_shapes(query: Tensor, key: Tensor, window: int, reduce: str, weighted: bool = False, softcap: float = 0.0,
+                 sinks: bool = False) -> Shapes:
     """Shapes of `importance` for query [B, H, R, D] and key [B, K, T, D]."""
     batch, kv_heads, columns, dim = key.shape
     return Shapes(str(key.dtype)[6:], batch, kv_heads, query.shape[1] // kv_heads, dim, dim, rows=query.shape[2],
-                  window=window, columns=power_of_two(columns), reduce=reduce, weighted=weighted)
+                  window=window, columns=power_of_two(columns), reduce=reduce, weighted=weighted, softcap=softcap,
+                  sinks=sinks)
 
 
 def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window: int, scale: float, reduce: str,
-               weights: Tensor | None = None, lse: Tensor | None = None, tile: Tile | None = None) -> Tensor:
+               weights: Tensor | None = None, lse: Tensor | None = None, softcap: float = 0.0,
+               sinks: Tensor | None = None, tile: Tile | None = None) -> Tensor:
     """Scores [B, K, T] float32, as reference.importance.
 
     Args: lse [B, H, R] float32: natural log-sum-exp of each query row over the columns that it sees, where the
     attention pass returned it; K is then read once instead of twice.
     """
-    shapes = score_shapes(query, key, window, reduce, weights is not None)
+    sinks = sinks if lse is None else None  # a log-sum-exp that is given has them in it
+    shapes = score_shapes(query, key, window, reduce, weights is not None, softcap, sinks is not None)
     kernel = "importance" if lse is None else "importance_given_lse"
     tile = tile or find_tile(kernel, shapes, key.device)
     plan = REGISTRY[kernel].plan(shapes, tile)
@@ -82,7 +86,7 @@ def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window
         lse = key.new_empty(heads, members, dtype=torch.float32)
         launch(kernel, plan[0], (tiles, heads), query, key, rows, partial, *sizes)
         steps = -(-members // plan[1].constants["BLOCK_S"])
-        launch(kernel, plan[1], (steps, heads), partial, rows, lse, tiles)
+        launch(kernel, plan[1], (steps, heads), partial, rows, lse if sinks is None else sinks.float(), lse, tiles)
     scores, lse = key.new_empty(*key.shape[:3], dtype=torch.float32), lse.contiguous()
     weights = lse if weights is None else weights.contiguous()
     launch(kernel, plan[-1], (tiles, heads), query, key, rows, lengths, lse, weights, scores, *sizes)
@@ -110,7 +114,7 @@ def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int,
     return keys, values, lengths
 
 
-def decode_shapes(query: Tensor, keys: Tensor, values: Tensor) -> Shapes:
+def decode_shapes(query: Tensor, keys: Tensor, values: Tensor, softcap: float = 0.0, sinks: bool = False) -> Shapes:
     """Shapes of `attend` for query [B, H, 1, D], keys [B, K, P, D], values [B, K, P, Dv]; P counts as the budget.
 
     P is rounded up, by an eighth at most: a draft's storage differs from prompt to prompt.
@@ -118,17 +122,18 @@ def decode_shapes(query: Tensor, keys: Tensor, values: Tensor) -> Shapes:
     batch, kv_heads, slots, dim = keys.shape
     step = max(64, power_of_two(slots) // 16)
     slots = -(-slots // step) * step
-    return Shapes(str(keys.dtype)[6:], batch, kv_heads, query.shape[1] // kv_heads, dim, values.shape[3], budget=slots)
+    return Shapes(str(keys.dtype)[6:], batch, kv_heads, query.shape[1] // kv_heads, dim, values.shape[3], budget=slots,
+                  softcap=softcap, sinks=sinks)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float,
-           new: tuple[Tensor, Tensor] | None = None, tile: Tile | None = None) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, softcap: float = 0.0,
+           sinks: Tensor | None = None, new: tuple[Tensor, Tensor] | None = None, tile: Tile | None = None) -> Tensor:
     """[B, H, 1, Dv] as reference.attend for one query, keys and values contiguous.
 
     Args: new: the token's key [B, K, 1, D] and value [B, K, 1, Dv], which `lengths` does not count yet: they are
     written into their slot and `lengths` advances, in place.
     """
-    shapes = decode_shapes(query, keys, values)
+    shapes = decode_shapes(query, keys, values, softcap, sinks is not None)
     kernel = "decode" if new is None else "decode_append"
     tile = tile or find_tile(kernel, shapes, keys.device)
     plan = REGISTRY[kernel].plan(shapes, tile)
@@ -138,8 +143,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: 
     splits, members = plan[0].constants["SPLITS"], shapes.group
     partial = out if splits == 1 else out.new_empty(shapes.heads, splits, members, values.shape[3], dtype=torch.float32)
     lse = partial if splits == 1 else out.new_empty(shapes.heads, splits, members, dtype=torch.float32)
-    launch(kernel, plan[0], (shapes.heads, splits), query, keys, values, lengths, key, value, out, partial, lse,
-           keys.shape[2], scale)
+    launch(kernel, plan[0], (shapes.heads, splits), query, keys, values, lengths, key, value,
+           lse if sinks is None else sinks.float(), out, partial, lse, keys.shape[2], scale)
     if splits > 1:
         launch(kernel, plan[1], (shapes.heads, members), partial, lse, lengths, out)
     return out

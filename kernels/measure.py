@@ -30,6 +30,16 @@ class Case:
     args: tuple[Any, ...]
     lse: Tensor | None = None
     new: tuple[Tensor, Tensor] | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is done to the logits, as arguments of launchers and references."""
+        return {"softcap": self.shapes.softcap, "sinks": self.sinks}
+
+    def logits(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """Scaled and capped, float64."""
+        return reference.soft_capped(query.double() @ key.double().transpose(2, 3) * scale, self.shapes.softcap)
 
 
 def make_case(kernel: str, shapes: Shapes, device: str, seed: int = 0) -> Case:
@@ -41,6 +51,7 @@ def make_case(kernel: str, shapes: Shapes, device: str, seed: int = 0) -> Case:
     def normal(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
+    sinks = torch.randn(heads, generator=generator, device=device) if shapes.sinks else None
     if kernel.startswith("importance"):
         columns, ahead = shapes.columns, shapes.rows - shapes.window
         length = columns - ahead
@@ -50,10 +61,11 @@ def make_case(kernel: str, shapes: Shapes, device: str, seed: int = 0) -> Case:
         rows = (torch.arange(-shapes.window, ahead, device=device) + length).clamp(min=-1).expand(batch, -1)
         weights = torch.linspace(0, 1, shapes.rows, device=device) if shapes.weighted else None
         scale = 1 / math.sqrt(shapes.dim)
-        args = (query, key, rows.contiguous(), lengths, shapes.window, scale, shapes.reduce, weights)
-        case = Case(kernel, shapes, args)
+        rows = rows.contiguous()
+        case = Case(kernel, shapes, (query, key, rows, lengths, shapes.window, scale, shapes.reduce, weights),
+                    sinks=sinks)
         if kernel == "importance_given_lse":
-            case.lse = _log_sum_exp(*args[:3], scale).float()
+            case.lse = _log_sum_exp(case).float()
         return case
     if kernel == "gather":
         columns = max(shapes.columns, shapes.budget)
@@ -62,7 +74,8 @@ def make_case(kernel: str, shapes: Shapes, device: str, seed: int = 0) -> Case:
         return Case(kernel, shapes, (key, value, chosen[..., : shapes.budget].sort(-1).values, shapes.room))
     keys, values = (normal(batch, kv_heads, shapes.slots, d) for d in (shapes.dim, shapes.value_dim))
     lengths = torch.full((batch, kv_heads), shapes.slots, device=device)
-    case = Case(kernel, shapes, (normal(batch, heads, 1, shapes.dim), keys, values, lengths, 1 / math.sqrt(shapes.dim)))
+    args = (normal(batch, heads, 1, shapes.dim), keys, values, lengths, 1 / math.sqrt(shapes.dim))
+    case = Case(kernel, shapes, args, sinks=sinks)
     if kernel == "decode_append":
         lengths.sub_(1)
         case.new = normal(batch, kv_heads, 1, shapes.dim), normal(batch, kv_heads, 1, shapes.value_dim)
@@ -76,9 +89,9 @@ def run(case: Case, tile: Tile | None = None) -> Any:
     launcher: Callable[..., Any] = launch.gather_kv
     named: dict[str, Any] = {"tile": tile}
     if case.kernel.startswith("importance"):
-        launcher, named["lse"] = launch.importance, case.lse
+        launcher, named = launch.importance, named | {"lse": case.lse, **case.changes}
     elif case.kernel.startswith("decode"):
-        launcher, named["new"] = launch.attend, case.new
+        launcher, named = launch.attend, named | {"new": case.new, **case.changes}
     return launcher(*case.args, **named)
 
 
@@ -86,13 +99,13 @@ def fallback(case: Case) -> Any:
     """The same result by aten."""
     if case.kernel.startswith("importance"):
         query, key, rows, lengths, window, scale, reduce, weights = case.args
-        return reference.importance(query, key, rows, lengths, window, scale, reduce, weights, case.lse)
+        return reference.importance(query, key, rows, lengths, window, scale, reduce, weights, case.lse, **case.changes)
     if case.kernel == "gather":
         return reference.gather_kv(*case.args)
     query, keys, values, lengths, scale = case.args
     if case.new is not None:
         reference.append_kv(keys.flatten(1, 2), values.flatten(1, 2), lengths, *case.new)
-    return reference.attend(query, keys, values, lengths, scale)
+    return reference.attend(query, keys, values, lengths, scale, **case.changes)
 
 
 def check(case: Case, tile: Tile | None = None) -> float:
@@ -119,25 +132,27 @@ def check(case: Case, tile: Tile | None = None) -> float:
     return float(error) / TOLERANCE[case.shapes.dtype] if right else math.inf
 
 
-def _log_sum_exp(query: Tensor, key: Tensor, rows: Tensor, scale: float) -> Tensor:
+def _log_sum_exp(case: Case) -> Tensor:
     """[B, H, R] float64, one KV head at a time: all heads at once would be gigabytes."""
+    query, key, rows, _, _, scale, *_ = case.args
     group = query.shape[1] // key.shape[1]
     hidden = (torch.arange(key.shape[2], device=key.device) > rows[..., None])[:, None]
-    return torch.cat([
-        (query[:, head * group : (head + 1) * group].double() @ key[:, [head]].double().transpose(2, 3) * scale)
+    lse = torch.cat([
+        case.logits(query[:, head * group : (head + 1) * group], key[:, [head]], scale)
         .masked_fill_(hidden, -math.inf).logsumexp(-1)
         for head in range(key.shape[1])
     ], 1)
+    return lse if case.sinks is None else torch.logaddexp(lse, case.sinks.double()[:, None])
 
 
 def _importance64(case: Case) -> Tensor:
     query, key, rows, lengths, window, scale, reduce, weights = case.args
-    group, lse = case.shapes.group, _log_sum_exp(query, key, rows, scale)
+    group, lse = case.shapes.group, _log_sum_exp(case)
     hidden = (torch.arange(key.shape[2], device=key.device) > rows[..., None])[:, None]
     scores = []
     for head in range(key.shape[1]):
         own = slice(head * group, (head + 1) * group)
-        logits = query[:, own].double() @ key[:, [head]].double().transpose(2, 3) * scale
+        logits = case.logits(query[:, own], key[:, [head]], scale)
         shares = (logits - lse[:, own, :, None]).exp_().masked_fill_(hidden, 0.0)
         if weights is not None:
             shares.mul_(weights.double()[:, None])
@@ -150,10 +165,13 @@ def _importance64(case: Case) -> Tensor:
 def _attend64(case: Case) -> Tensor:
     query, keys, values, lengths, scale = case.args
     batch, heads = query.shape[:2]
-    folded = query.double().view(batch, keys.shape[1], -1, query.shape[3])
+    folded = query.view(batch, keys.shape[1], -1, query.shape[3])
     unused = torch.arange(keys.shape[2], device=keys.device) >= lengths[..., None]
-    logits = (folded @ keys.double().transpose(2, 3) * scale).masked_fill(unused[:, :, None], -math.inf)
-    return (logits.softmax(-1) @ values.double()).view(batch, heads, 1, -1)
+    logits = case.logits(folded, keys, scale).masked_fill(unused[:, :, None], -math.inf)
+    if case.sinks is not None:  # a column of a value that is zero
+        column = case.sinks.double().view(1, keys.shape[1], -1, 1).expand(batch, -1, -1, -1)
+        logits = torch.cat([logits, column], -1)
+    return (logits.softmax(-1)[..., : keys.shape[2]] @ values.double()).view(batch, heads, 1, -1)
 
 
 def rewind(case: Case) -> Callable[[], None]:

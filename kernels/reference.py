@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ROWS = 256  # query rows whose logits are held at once where no flash attention serves
+
 
 def pack_order(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Columns of each row with the real tokens first.
@@ -82,25 +84,28 @@ def take_rows(query: Tensor, rows: Tensor) -> Tensor:
 
 
 def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window: int, scale: float, reduce: str,
-               weights: Tensor | None = None, lse: Tensor | None = None) -> Tensor:
+               weights: Tensor | None = None, lse: Tensor | None = None, softcap: float = 0.0,
+               sinks: Tensor | None = None) -> Tensor:
     """Attention probability that each prompt column gets from the query rows, reduced over the rows of a KV head.
 
     Args: query [B, H, R, D]; key [B, K, T, D]; rows [B, R] positions (-1: left out); lengths [B] prompt lengths;
     reduce "max", "mean" or "sum"; weights [R] float32 >= 0 of the rows, or None; lse [B, H, R] float32: the rows'
-    natural log-sum-exp over the columns that they see, where `prefill_attention_lse` found it already.
+    natural log-sum-exp over the columns that they see, where `prefill_attention_lse` found it already; softcap, sinks:
+    as `modified_attention`.
     Returns: scores [B, K, T] float32; columns outside [0, lengths - W) are 0.
     """
     batch, heads, count, dim = query.shape
     kv_heads, columns = key.shape[1], key.shape[2]
     group = heads // kv_heads
     folded = query.reshape(batch, kv_heads, group * count, dim).float()  # K is never repeated to H heads
-    logits = torch.matmul(folded, key.float().transpose(2, 3)) * scale
+    logits = soft_capped(torch.matmul(folded, key.float().transpose(2, 3)) * scale, softcap)
     column = torch.arange(columns, device=key.device)
     hidden = (column > rows[:, :, None])[:, None, None]  # [B, 1, 1, R, T]
     logits = logits.view(batch, kv_heads, group, count, columns).masked_fill_(hidden, float("-inf"))
     live = rows >= 0
     if lse is None:
-        probabilities = torch.softmax(logits, dim=-1).masked_fill(~live[:, None, None, :, None], 0.0)
+        probabilities = softmax_with_sinks(logits, None if sinks is None else sinks.view(kv_heads, group, 1))
+        probabilities = probabilities.masked_fill(~live[:, None, None, :, None], 0.0)
         if weights is not None:
             probabilities = probabilities * weights[:, None]
         scores = probabilities.amax(dim=(2, 3)) if reduce == "max" else probabilities.sum(dim=(2, 3))
@@ -218,15 +223,19 @@ def extend_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> tuple
     return torch.cat([keys, key], 2).flatten(1, 2), torch.cat([values, value], 2).flatten(1, 2)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, softcap: float = 0.0,
+           sinks: Tensor | None = None) -> Tensor:
     """Budgeted attention of q new queries; the GQA group is folded into the query length.
 
-    Args: query [B, H, q, D]; keys [B, K, P, D], values [B, K, P, Dv]; lengths [B, K] with the q new slots counted.
+    Args: query [B, H, q, D]; keys [B, K, P, D], values [B, K, P, Dv]; lengths [B, K] with the q new slots counted;
+    softcap, sinks: as `modified_attention`.
     Returns: [B, H, q, Dv]; query i reads the slots below lengths - (q - 1 - i).
     """
     batch, heads, count, dim = query.shape
     group = heads // keys.shape[1]
     mask = slots_read(lengths, count, keys.shape[2], group)
+    if softcap or sinks is not None:
+        return modified_attention(query, keys, values, mask.unflatten(2, (-1, count)), scale, softcap, sinks)
     folded = query.reshape(batch, keys.shape[1], group * count, dim)
     out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, count, values.shape[3])
@@ -239,6 +248,65 @@ def slots_read(lengths: Tensor, count: int, slots: int, group: int) -> Tensor:
     if count > 1:
         mask = mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(*lengths.shape, group * count, slots)
     return mask
+
+
+def soft_capped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(logits / softcap), as Gemma 2 has it (arXiv 2408.00118); 0 caps nothing."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax in float32 over the last axis and, where there are sinks, one logit more that belongs to no key.
+
+    Args: logits [..., M, T]; sinks, broadcast to [..., M]: each row's further logit (gpt-oss, arXiv 2508.10925).
+    """
+    if sinks is None:
+        return torch.softmax(logits, dim=-1, dtype=torch.float32)
+    column = sinks.to(logits.dtype).expand(logits.shape[:-1])[..., None]
+    return torch.softmax(torch.cat([logits, column], -1), dim=-1, dtype=torch.float32)[..., :-1]
+
+
+def modified_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float,
+                       sinks: Tensor | None) -> Tensor:
+    """Attention whose logits are soft-capped, or whose softmax has a sink: what eager models compute.
+
+    Args: query [B, H, q, D]; key [B, K, T, D], value [B, K, T, Dv]; mask: True where a query reads, or added to the
+    logits, broadcast to [B, H, q, T] or [B, K, G, q, T]; softcap: 0 for none; sinks [H] natural logits.
+    Returns: [B, H, q, Dv].
+    """
+    batch, heads, count, dim = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    folded = query.reshape(batch, kv_heads, group * count, dim)
+    logits = soft_capped(torch.matmul(folded, key.transpose(2, 3)) * scale, softcap)
+    logits = logits.view(batch, kv_heads, group, count, key.shape[2])
+    if mask is not None:
+        if mask.dim() == 4:
+            mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, group))
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    weights = softmax_with_sinks(logits, None if sinks is None else sinks.view(kv_heads, group, 1))
+    out = torch.matmul(weights.to(value.dtype).flatten(2, 3), value)
+    return out.view(batch, heads, count, value.shape[3])
+
+
+def prefill_modified(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float,
+                     sinks: Tensor | None) -> Tensor:
+    """`prefill_attention` with a soft cap or sinks, for ROWS queries at a time: never [T, T] logits."""
+    columns = torch.arange(key.shape[2], device=key.device)
+    parts = []
+    for start in range(0, query.shape[2], ROWS):
+        seen = min(start + ROWS, query.shape[2])
+        mask = (columns[:seen] <= columns[start:seen, None])[None, None]
+        parts.append(modified_attention(query[:, :, start:seen], key[:, :, :seen], value[:, :, :seen], mask, scale,
+                                        softcap, sinks))
+    return torch.cat(parts, 2)
+
+
+def prefill_with_sinks(query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor) -> Tensor:
+    """`prefill_attention` with sinks [H]: flash attention, each row scaled by the share that its sink leaves."""
+    every = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
+    out, lse = prefill_attention_lse(query, key, value, every, scale)
+    return out * torch.sigmoid(lse - sinks.float()[:, None])[..., None].to(out.dtype)
 
 
 def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -282,7 +350,7 @@ def prefill_attention_lse(query: Tensor, key: Tensor, value: Tensor, rows: Tenso
 
 
 def append_attend(keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, key: Tensor, value: Tensor,
-                  scale: float) -> Tensor:
+                  scale: float, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
     """`append_kv` of one token, then `attend`: [B, H, 1, Dv].
 
     Args: keys [B, K * P, D], values [B, K * P, Dv], lengths [B, K], changed in place; query [B, H, 1, D];
@@ -290,7 +358,7 @@ def append_attend(keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, 
     """
     append_kv(keys, values, lengths, key, value)
     keys, values = (states.unflatten(1, (key.shape[1], -1)) for states in (keys, values))
-    return attend(query, keys, values, lengths, scale)
+    return attend(query, keys, values, lengths, scale, softcap, sinks)
 
 
 def _hash_uniform(seed: int, step: int, size: int, device: torch.device) -> Tensor:

@@ -48,7 +48,7 @@ class Kernel:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Changes with the kernel's source and with how it is launched."""
-        files = (f"{self.module}.py", "registry.py", "launch.py", "shapes.py")
+        files = (f"{self.module}.py", "logits.py", "registry.py", "launch.py", "shapes.py")
         return hashlib.sha256(b"\0".join((FOLDER / name).read_bytes() for name in files)).hexdigest()[:16]
 
 
@@ -67,7 +67,7 @@ def _column_launch(shapes: Shapes, tile: Tile) -> Launch:
 def _score_constants(shapes: Shapes, tile: Tile) -> dict[str, Any]:
     return {"K": shapes.kv_heads, "G": shapes.group, "R": shapes.rows, "D": shapes.dim, "BLOCK_N": tile.block_n,
             "BLOCK_M": tile.block_m, "BLOCK_D": block_of(shapes.dim), "BLOCK_R": power_of_two(shapes.rows),
-            "UPCAST": 0, "PRECISION": tile.precision}
+            "SOFTCAP": shapes.softcap, "UPCAST": 0, "PRECISION": tile.precision}
 
 
 @functools.lru_cache(maxsize=256)
@@ -78,8 +78,8 @@ def plan_importance(shapes: Shapes, tile: Tile) -> tuple[Launch, ...]:
     combine = {name: constants[name] for name in ("K", "G", "R", "BLOCK_N", "BLOCK_R")}
     return (
         Launch("tile_lse", arguments, constants, tile.warps, tile.stages, True, ("T",)),
-        Launch("combine_lse", {"partial": "*fp32", "rows": "*i64", "lse": "*fp32", "tiles": "i32"},
-               {**combine, "BLOCK_S": 16, "BLOCK_T": 64}, 4, 2, unaligned=("tiles",)),
+        Launch("combine_lse", {"partial": "*fp32", "rows": "*i64", "sinks": "*fp32", "lse": "*fp32", "tiles": "i32"},
+               {**combine, "SINKS": int(shapes.sinks), "BLOCK_S": 16, "BLOCK_T": 64}, 4, 2, unaligned=("tiles",)),
         _column_launch(shapes, tile),
     )
 
@@ -105,11 +105,12 @@ def _plan_decode(shapes: Shapes, tile: Tile, write: bool) -> tuple[Launch, ...]:
     step = tile.splits * tile.block_n
     split = -(-shapes.slots // step) * tile.block_n  # a multiple of block_n, so that no slot is read twice
     splits = -(-shapes.slots // split)
-    arguments = {"query": x, "keys": x, "values": x, "lengths": "*i64", "key": x, "value": x, "out": x,
-                 "partial": "*fp32", "lse": "*fp32", "stride": "i32", "scale": "fp32"}
-    constants = {"G": shapes.group, "D": shapes.dim, "DV": shapes.value_dim, "P": shapes.slots, "SPLITS": splits,
-                 "SPLIT": split, "BLOCK_G": 16, "BLOCK_N": tile.block_n, "BLOCK_D": block_of(shapes.dim),
-                 "BLOCK_DV": block_of(shapes.value_dim), "WRITE": int(write), "UPCAST": 0, "PRECISION": tile.precision}
+    arguments = {"query": x, "keys": x, "values": x, "lengths": "*i64", "key": x, "value": x,
+                 "sinks": "*fp32", "out": x, "partial": "*fp32", "lse": "*fp32", "stride": "i32", "scale": "fp32"}
+    constants = {"K": shapes.kv_heads, "G": shapes.group, "D": shapes.dim, "DV": shapes.value_dim, "P": shapes.slots,
+                 "SPLITS": splits, "SPLIT": split, "BLOCK_G": 16, "BLOCK_N": tile.block_n,
+                 "BLOCK_D": block_of(shapes.dim), "BLOCK_DV": block_of(shapes.value_dim), "WRITE": int(write),
+                 "SOFTCAP": shapes.softcap, "SINKS": int(shapes.sinks), "UPCAST": 0, "PRECISION": tile.precision}
     attend = Launch("attend_slots", arguments, constants, tile.warps, tile.stages, True, ("stride",))
     if splits == 1:
         return (attend,)

@@ -18,6 +18,8 @@ class Shapes:
         budget, room: C, N.
         columns: T, rounded up to a power of two: prompts differ, and tiles are chosen for their order of magnitude.
         reduce: "max", "mean" or "sum". weighted: whether each query row counts by a weight of its own.
+        softcap: logits are softcap * tanh(logits / softcap), 0 for none. sinks: whether each query head has a logit
+        that belongs to no key.
     """
 
     dtype: str
@@ -33,6 +35,8 @@ class Shapes:
     columns: int = 0
     reduce: str = "max"
     weighted: bool = False
+    softcap: float = 0.0
+    sinks: bool = False
 
     @property
     def slots(self) -> int:

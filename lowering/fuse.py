@@ -14,8 +14,7 @@ from typing import Any
 from torch import fx
 
 from specpass.kernels.dispatch import choose, returns_lse
-from specpass.passes.canonicalize import VIEWS
-from specpass.passes.graph import ATEN, SPEC, Editor, copy_module, find, is_op, value
+from specpass.passes.graph import ATEN, SPEC, VIEWS, Editor, copy_module, find, is_op, value
 
 SAME_STORAGE = (*VIEWS, ATEN.unflatten)
 
@@ -45,7 +44,7 @@ def share_lse(gm: fx.GraphModule, importance: fx.Node) -> None:
         return
     query = taken.args[0]
     attention = next((user for user in query.users if is_op(user, SPEC.prefill_attention)
-                      and user.args[1] is key and user.args[3] == scale), None)
+                      and user.args[1] is key and user.args[3:] == (scale,)), None)  # a cap changes the log-sum-exp
     if attention is None or not rows < attention < importance:
         return
     tensors = attention.args[:3]
@@ -55,19 +54,19 @@ def share_lse(gm: fx.GraphModule, importance: fx.Node) -> None:
     both = editor.call(SPEC.prefill_attention_lse, *tensors, rows, scale, before=attention, like=attention)
     out, lse = (editor.item(both, index, attention) for index in (0, 1))
     editor.replace(attention, out)
-    given = list(importance.args) + [None] * (8 - len(importance.args))
+    given = [*importance.args, None][:8]  # with or without weights
     importance.args = (*given, lse)
 
 
 def fuse_append(gm: fx.GraphModule, attend: fx.Node) -> None:
     """Let attention write the token that it attends to."""
-    query, keys, values, lengths, scale = attend.args
+    query, keys, values, lengths, *logits = attend.args
     storage = [storage_of(node) for node in (keys, values)]
     append = next((user for user in storage[0].users if is_op(user, SPEC.append_kv)
                    and [*user.args[:3]] == [*storage, lengths] and user < attend), None)
     if append is None or any(reads(node, {*storage, lengths}) for node in between(append, attend)):
         return
-    args = (*append.args[:3], query, *append.args[3:5], scale)
+    args = (*append.args[:3], query, *append.args[3:5], *logits)
     if choose("append_attend", tuple(map(value, args))).kernel is None:
         return
     editor = Editor(gm)

@@ -18,8 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from specpass.cli_options import Lookahead, MaxNewTokens, MethodName, Options, Window
 from specpass.errors import BudgetError, TritonMissingError, UnknownArchError
 from specpass.files import check_folder, write_file
+from specpass.method_table import make_method
+from specpass.methods import Method
 
 if TYPE_CHECKING:
     from specpass.kernels.store import Entry
@@ -32,14 +35,19 @@ def tune(
     target: Annotated[
         str, typer.Option("--target", "-t", help="A model's name or folder; only its config.json is read.")
     ] = "",
+    draft: Annotated[
+        str, typer.Option("--draft", "-d", help="The draft's name or folder, to tune its kernels too.")
+    ] = "",
+    method: MethodName = "speckv",
     budget: Annotated[str, typer.Option("--budget", "-b", help="Budgets C, separated by commas.")] = "256,512,1024",
     arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; default: the GPU here, or sm_90.")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     prompt: Annotated[int, typer.Option(min=1, help="Prompt length in tokens: its order of magnitude.")] = 32_000,
-    window: Annotated[int, typer.Option(min=1, help="The method's window W.")] = 32,
-    lookahead: Annotated[int, typer.Option(min=1, help="The method's lookahead L.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to be generated.")] = 256,
+    window: Window = None,
+    lookahead: Lookahead = None,
+    options: Options = None,
+    max_new_tokens: MaxNewTokens = 256,
     tiles: Annotated[int, typer.Option(min=1, help="Tiles of each kernel to compile.")] = 8,
     jobs: Annotated[int, typer.Option(min=0, help="Compiler processes; 0: one for each core.")] = 0,
     json_path: Annotated[str, typer.Option("--json", help="Write the winners to this file.")] = "",
@@ -61,7 +69,8 @@ def tune(
         return
     if not target:
         raise typer.BadParameter("--target is missing: a model's name or folder")
-    work, aten = plan(target, budget, arch, dtype, batch, prompt, window, lookahead, max_new_tokens)
+    methods = [make_method(method, part, options or (), window=window, lookahead=lookahead) for part in counts(budget)]
+    work, aten = plan(target, draft, methods, arch, dtype, batch, prompt, max_new_tokens)
     for folder in ([Path(emit_path)] if emit_path else []) + ([Path(json_path).parent] if json_path else []):
         check_folder(folder)  # before the work, not after
     found = run(work, tiles, jobs)
@@ -73,7 +82,18 @@ def tune(
         typer.echo(f"wrote {json_path}")
 
 
-def plan(target: str, budget: str, arch: str, dtype: str, batch: int, prompt: int, window: int, lookahead: int,
+def counts(budget: str) -> list[int]:
+    """Budgets from text, ascending.
+
+    Raises: BudgetError: something else than counts; a ratio has no shape before there is a prompt.
+    """
+    parts = [part.strip() for part in budget.split(",")]
+    if not all(part.isdigit() for part in parts):
+        raise BudgetError(f"budget={budget!r}: expected counts separated by commas, e.g. 256,512,1024.")
+    return sorted(set(map(int, parts)))
+
+
+def plan(target: str, draft: str, methods: list[Method], arch: str, dtype: str, batch: int, prompt: int,
          max_new_tokens: int) -> tuple[list[Job], list[dict[str, Any]]]:
     """What to tune, and entries for what stays with torch's operators."""
     from transformers import AutoConfig
@@ -83,7 +103,7 @@ def plan(target: str, budget: str, arch: str, dtype: str, batch: int, prompt: in
     from specpass.kernels.archs import ARCHS, device_arch
     from specpass.kernels.dispatch import ATEN_OPERATORS, triton_installed
     from specpass.kernels.shapes import DTYPES
-    from specpass.methods import SpecKV
+    from specpass.tune_jobs import Layer, draft_jobs, target_jobs
 
     if not triton_installed():
         raise TritonMissingError("tune compiles with Triton, which is not installed: pip install 'specpass[triton]'.")
@@ -93,40 +113,20 @@ def plan(target: str, budget: str, arch: str, dtype: str, batch: int, prompt: in
     if dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     config = AutoConfig.from_pretrained(model_path(target)).get_text_config(decoder=True)
-    if not all(part.strip().isdigit() for part in budget.split(",")):
-        raise BudgetError(f"budget={budget!r}: expected counts separated by commas, e.g. 256,512,1024.")
-    budgets = sorted({SpecKV(int(part), window=window, lookahead=lookahead).budget for part in budget.split(",")})
-    sites = [job for slots in budgets
-             for job in site_jobs(config, name, dtype, batch, prompt, window, lookahead, int(slots),
-                                  round_room(max_new_tokens))]
+    own = Layer.of(config, batch, dtype)
+    drafts = Layer.of(AutoConfig.from_pretrained(model_path(draft)), batch, dtype) if draft else None
+    jobs = []
+    for method in methods:
+        # None stands for the generation's length, as in generate.
+        lookahead = getattr(method, "lookahead", 0)
+        lookahead = max_new_tokens if lookahead is None else lookahead
+        jobs += target_jobs(own, config.num_hidden_layers, method, name, prompt, lookahead, round_room(max_new_tokens))
+        if drafts is not None:
+            jobs += draft_jobs(drafts, method, name, prompt, lookahead)
     aten = [{"kernel": operator, "arch": name, "dtype": dtype, "shapes": None, "config": None, "regs": None,
              "spills": None, "shared_bytes": None, "measured": False, "reason": reason}
             for operator, reason in ATEN_OPERATORS.items()]
-    return list(dict.fromkeys(sites)), aten
-
-
-def site_jobs(config: Any, arch: str, dtype: str, batch: int, prompt: int, window: int, lookahead: int, budget: int,
-              room: int) -> list[Job]:
-    """The kernels of one attention site. Shapes come from tensors without data, as the launcher makes them."""
-    import torch
-
-    from specpass.kernels import launch
-    from specpass.kernels.tuner import Job
-
-    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    kv_heads = kv_heads or heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-
-    def empty(*sizes: int) -> torch.Tensor:
-        return torch.empty(*sizes, dtype=getattr(torch, dtype), device="meta")
-
-    key = empty(batch, kv_heads, prompt + lookahead, dim)
-    scored = launch.score_shapes(empty(batch, heads, window + lookahead, dim), key, window, "max")
-    slots = empty(batch, kv_heads, budget + room, dim)
-    decode = launch.decode_shapes(empty(batch, heads, 1, dim), slots, slots)
-    found = {"importance": scored, "importance_given_lse": scored,
-             "gather": launch.gather_shapes(key, key, budget, room), "decode": decode, "decode_append": decode}
-    return [Job(kernel, shapes, arch) for kernel, shapes in found.items()]
+    return list(dict.fromkeys(jobs)), aten
 
 
 def run(work: list[Job], count: int, processes: int) -> list[Entry]:

@@ -78,7 +78,7 @@ def _is_weight(node: fx.Node) -> bool:
 
 def _size_names(gm: fx.GraphModule) -> dict[str, str]:
     """Symbol -> the name that the documentation uses, read off the first attention site."""
-    site = find(gm.graph, ATEN.scaled_dot_product_attention, SPEC.prefill_attention)[0]
+    site = find(gm.graph, ATEN.scaled_dot_product_attention, SPEC.modified_attention, SPEC.prefill_attention)[0]
     batch, _, columns, _ = site.args[0].meta["val"].shape
     drafted = bool(find(gm.graph, SPEC.append_ids))
     return {str(batch): "B", str(columns): "(S+L)" if drafted else "S"}

@@ -147,7 +147,7 @@ define(
 
 define(
     "importance(Tensor query, Tensor key, Tensor rows, Tensor lengths, int window, float scale, str reduce, "
-    "Tensor? weights=None, Tensor? lse=None) -> Tensor",
+    "Tensor? weights=None, Tensor? lse=None, float softcap=0.0, Tensor? sinks=None) -> Tensor",
     dispatch.importance,
     lambda query, key, *rest: key.new_empty(key.shape[:3], dtype=torch.float32),
 )
@@ -198,19 +198,26 @@ define(
 
 # Attention and the draft's next token --------------------------------------------------------------------------------
 
+define(
+    "modified_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, float softcap, "
+    "Tensor? sinks) -> Tensor",
+    reference.modified_attention,
+    lambda query, key, value, *rest: query.new_empty(*query.shape[:3], value.shape[3]),
+)
 
-def _attend_fake(query, keys, values, lengths, scale):
+def _attend_fake(query, keys, values, lengths, scale, softcap=0.0, sinks=None):
     return query.new_empty(query.shape[0], query.shape[1], query.shape[2], values.shape[3])
 
 
 define(
-    "attend(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale) -> Tensor",
+    "attend(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale, float softcap=0.0, "
+    "Tensor? sinks=None) -> Tensor",
     dispatch.attend,
     _attend_fake,
 )
 
 
-def _prefill_attention_fake(query, key, value, scale):
+def _prefill_attention_fake(query, key, value, scale, softcap=0.0, sinks=None):
     batch, heads, columns, _ = query.shape
     return query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
 
@@ -220,12 +227,13 @@ def _rows_in_place(out):
     return out if out.transpose(1, 2).is_contiguous() else out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _prefill_attention(query, key, value, scale):
-    return _rows_in_place(reference.prefill_attention(query, key, value, scale))
+def _prefill_attention(query, key, value, scale, softcap=0.0, sinks=None):
+    return _rows_in_place(dispatch.prefill_attention(query, key, value, scale, softcap, sinks))
 
 
 define(
-    "prefill_attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor",
+    "prefill_attention(Tensor query, Tensor key, Tensor value, float scale, float softcap=0.0, Tensor? sinks=None) "
+    "-> Tensor",
     _prefill_attention,
     _prefill_attention_fake,
 )
@@ -247,9 +255,9 @@ define(
 )
 define(
     "append_attend(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor query, Tensor key, Tensor value, "
-    "float scale) -> Tensor",
+    "float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
     dispatch.append_attend,
-    lambda keys, values, lengths, query, key, value, scale: _attend_fake(query, key, value, lengths, scale),
+    lambda keys, values, lengths, query, key, value, scale, *rest: _attend_fake(query, key, value, lengths, scale),
 )
 
 # ---------------------------------------------------------------------------------------------------------------------

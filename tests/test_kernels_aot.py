@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -24,13 +25,14 @@ EMITTED = Path(__file__).with_name("emitted")
 LLAMA = Shapes("bfloat16", 1, 8, 4, 128, 128, rows=64, window=32, budget=1024, room=256, columns=32768)
 
 
-def other(dtype: str, group: int, dim: int, **sizes: int) -> Shapes:
+def other(dtype: str, group: int, dim: int, **sizes: Any) -> Shapes:
     return Shapes(dtype, **{"batch": 2, "kv_heads": 2, "rows": 40, "window": 33, "budget": 257, "room": 64,
                             "columns": 8192, **sizes}, group=group, dim=dim, value_dim=dim)
 
 
-OTHERS = [other("bfloat16", 7, 64, reduce="mean"), other("float16", 1, 80, reduce="sum"),
-          other("bfloat16", 16, 96, budget=34, batch=512), other("float16", 2, 256), other("float32", 7, 64),
+OTHERS = [other("bfloat16", 7, 64, reduce="mean", sinks=True), other("float16", 1, 80, reduce="sum"),
+          other("bfloat16", 16, 96, budget=34, batch=512), other("float16", 2, 256, softcap=50.0),
+          other("float32", 7, 64),
           other("float32", 3, 128, weighted=True)]
 SLOTS = ("gather", "decode", "decode_append")
 CASES = [(LLAMA, arch, tuple(REGISTRY)) for arch in ARCHS]
@@ -73,6 +75,8 @@ def test_the_cases_cover_what_they_say() -> None:
     assert {shapes.group for shapes, _, _ in CASES} >= {1, 2, 3, 4, 7, 16}
     assert {(shapes.reduce, shapes.weighted) for shapes, _, names in CASES if "importance" in names} >= {
         ("max", False), ("max", True), ("mean", False), ("sum", False)}
+    for changed in (lambda shapes: shapes.softcap, lambda shapes: shapes.sinks):
+        assert {name for shapes, _, names in CASES if changed(shapes) for name in names} == set(REGISTRY)
 
 
 def test_the_report_sees_spills_and_oversized_shared_memory() -> None:
@@ -85,24 +89,30 @@ def test_the_report_sees_spills_and_oversized_shared_memory() -> None:
     assert large.shared_bytes > ARCHS["sm_80"].shared
 
 
-@pytest.mark.parametrize("name", REGISTRY)
-def test_emitted_modules_are_golden_and_compile(name: str, tmp_path: Path) -> None:
+# What a golden file holds: each kernel for a plain layer, and those that read logits for a capped one with sinks.
+CHANGED = dataclasses.replace(LLAMA, softcap=50.0, sinks=True)
+GOLDEN = [(name, LLAMA, name) for name in REGISTRY] + [
+    (name, CHANGED, f"{name}_changed") for name in ("importance", "decode_append")]
+
+
+@pytest.mark.parametrize(("name", "shapes", "file"), GOLDEN, ids=[file for _, _, file in GOLDEN])
+def test_emitted_modules_are_golden_and_compile(name: str, shapes: Shapes, file: str, tmp_path: Path) -> None:
     """SPECPASS_ACCEPT=1 writes the golden files anew."""
     kernel, arch = REGISTRY[name], ARCHS["sm_90"]
-    tile = default_tile(name, LLAMA, arch)
-    text, golden = emit(kernel, LLAMA, tile), EMITTED / f"{name}.txt"
+    tile = default_tile(name, shapes, arch)
+    text, golden = emit(kernel, shapes, tile), EMITTED / f"{file}.txt"
     if os.environ.get("SPECPASS_ACCEPT"):
         golden.write_text(text)
     assert text == golden.read_text()
-    file = tmp_path / f"{name}.py"
-    file.write_text(text)
-    spec = importlib.util.spec_from_file_location(name, file)
+    path = tmp_path / f"{file}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(file, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     template = importlib.import_module(f"specpass.kernels.{kernel.module}")
-    for launch in kernel.plan(LLAMA, tile):
+    for launch in kernel.plan(shapes, tile):
         emitted, generic = (inspect(compile_launch(code, launch, arch), launch) for code in (module, template))
         assert emitted == generic
 

@@ -29,6 +29,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     positions = SPEC.select(scores, lengths, C, W, 3, "max")
     keys, values, used = SPEC.gather_kv(key, value, positions, N)
     heads = [states.view(B, K, C + N, -1) for states in (keys, values)]
+    sinks = torch.randn(H)
     handle, step = torch.zeros((), dtype=torch.int64), (torch.randn(B, K, 2, D), torch.randn(B, K, 2, D + 1))
     return {
         "fill": [(key, value, handle, C, N, L, 0, 2, False), (key, value, handle, S + L + 1, N, L, 0, 2, True)],
@@ -49,16 +50,21 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "take_rows": [(query, rows)],
         "importance": [(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.3, how) for how in ("max", "mean")]
         + [(SPEC.take_rows(query, rows), key, rows, lengths, 0, 0.3, "sum", torch.rand(W + L), lse)
-           for lse in (None, torch.rand(B, H, W + L))],
+           for lse in (None, torch.rand(B, H, W + L))]
+        + [(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.3, "max", None, None, 2.0, sinks)],
         "select": [(scores, lengths, C, W, 3, "max"), (scores, lengths, S + 4, W, 7, "avg")],
         "select_recent": [(lengths, K, C, 1), (lengths, K, S + 4, 0)],
         "keep_all": [(lengths, K, S + 4)],
         "gather_kv": [(key, value, positions, N)],
         "keep_kv": [(key, value, lengths, N)],
-        "attend": [(query[:, :, :q], *heads, used, 0.3) for q in (1, 3)],
-        "prefill_attention": [(query, key, value, 0.3), (query[:, :K], key, value, 0.3)],
+        "attend": [(query[:, :, :q], *heads, used, 0.3, *last) for q in (1, 3) for last in ((), (2.0, sinks))],
+        "prefill_attention": [(query, key, value, 0.3), (query[:, :K], key, value, 0.3)]
+        + [(query, key, states, 0.3, softcap, sinks) for softcap in (0.0, 2.0) for states in (key, value)],
+        "modified_attention": [(query, key, value, mask, 0.3, 2.0, some) for some in (sinks, None)
+                               for mask in (None, torch.zeros(B, 1, S + L, S + L))],
         "prefill_attention_lse": [(states, key, key, rows, 0.3) for states in (query, query[:, :K])],
-        "append_attend": [(keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3)],
+        "append_attend": [(keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3, *last)
+                          for last in ((), (2.0, sinks))],
         "read_prompt": [(key,)],
         "widen": [(keys, K, C + N), (keys, K, C + N + 3)],
         "advance": [(torch.tensor(5), None, 2), (torch.tensor(5), lengths, 2)],

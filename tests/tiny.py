@@ -41,6 +41,7 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-sliding": ("Mistral", {**_ROTARY, "sliding_window": 24}),
     "gemma2": ("Gemma2", {**_ROTARY, "sliding_window": 24, **_GEMMA2}),
+    "gpt-oss": ("GptOss", {**_ROTARY, "sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 1}),
     "gpt2": ("GPT2", {"n_embd": 64, "n_inner": 96, "n_head": 4, "n_positions": 512}),
     "opt": (
         "OPT",
@@ -53,6 +54,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+EAGER = ("gemma2", "gpt-oss")
 
 
 def tiny(
@@ -71,7 +74,8 @@ def tiny(
         family: a key of `FULL` or `OTHERS`.
         seed: seeds the weights; the global generator is left as it was.
         eos: end-of-sequence ids; None never stops.
-        attention: attn_implementation; Gemma2 is always "eager", since its soft cap has no SDPA form.
+        attention: attn_implementation; always "eager" for the `EAGER` families, whose soft caps and sinks have no SDPA
+            form.
         overrides: further config arguments, e.g. `num_key_value_heads=1`.
 
     Raises:
@@ -85,7 +89,7 @@ def tiny(
     ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": PAD}
     settings = {**shared, depth: layers, spread: SPREAD, "vocab_size": vocab, **ids, **overrides}
     config = config_class(**settings)
-    config._attn_implementation = "eager" if family == "gemma2" else attention
+    config._attn_implementation = "eager" if family in EAGER else attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config).to(torch.float32).eval().requires_grad_(False)

@@ -41,17 +41,23 @@ def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple
     return compact(key), compact(value), (positions >= 0).sum(-1)
 
 
-def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0,
+                      sinks: Tensor | None = None) -> Tensor:
     """As the reference: one product per member of the GQA group, so that one member's [B, K, T, T] is held."""
     members = query.unflatten(1, (key.shape[1], -1)).unbind(2)
     column = torch.arange(key.shape[2], device=key.device)
     later = (column > column[:, None])[None, None]
+    if softcap or sinks is not None:
+        return reference.modified_attention(query, key, value, ~later, scale, softcap, sinks)
     outs = [attention(member, key, value, later, scale) for member in members]
     return outs[0] if len(outs) == 1 else torch.stack(outs, 2).flatten(1, 2)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, softcap: float = 0.0,
+           sinks: Tensor | None = None) -> Tensor:
     """As the reference."""
+    if softcap or sinks is not None:
+        return reference.attend(query, keys, values, lengths, scale, softcap, sinks)
     batch, heads, count, dim = query.shape
     group = heads // keys.shape[1]
     unread = ~reference.slots_read(lengths, count, keys.shape[2], group)

@@ -14,8 +14,8 @@ from torch import fx
 
 from specpass.errors import NoAttentionSiteError
 from specpass.passes.base import Pass, Refusal, Site, State
-from specpass.passes.canonicalize import VIEWS, skip_full_slices
-from specpass.passes.graph import ATEN, SPEC, find, is_op, module_path, value
+from specpass.passes.canonicalize import skip_full_slices
+from specpass.passes.graph import ATEN, SPEC, VIEWS, find, is_op, module_path, value
 from specpass.passes.logits import changed_logits
 from specpass.passes.masks import mask_class
 
@@ -33,7 +33,7 @@ class Annotate(Pass):
         for write in writes:
             owners[write.args[0]] = write  # prefill: attention reads the key itself; decode: the storage
         classes: dict[Any, str] = {}
-        for attention in find(gm.graph, ATEN.scaled_dot_product_attention):
+        for attention in find(gm.graph, ATEN.scaled_dot_product_attention, SPEC.modified_attention):
             site = describe(attention, owners, state, classes)
             if site is not None:
                 state.sites.append(site)
@@ -54,8 +54,14 @@ class Annotate(Pass):
 
 
 def describe(attention: fx.Node, owners: dict, state: State, classes: dict) -> Site | None:
-    given = list(attention.args)
-    query, key, val, mask, dropout, causal = given + [None, 0.0, False][len(given) - 3 :]
+    softcap, sinks, dropout, causal = 0.0, None, 0.0, False
+    if is_op(attention, SPEC.modified_attention):
+        query, key, val, mask, scale, softcap, sinks = attention.args
+    else:
+        given = list(attention.args)
+        query, key, val, mask, dropout, causal = given + [None, 0.0, False][len(given) - 3 :]
+        scale = attention.kwargs.get("scale")
+        scale = 1.0 / math.sqrt(value(query).shape[-1]) if scale is None else scale
     module = module_path(attention)
     key, val = (node if node in owners else storage_of(node) for node in map(skip_full_slices, (key, val)))
     write = owners.get(key)
@@ -67,9 +73,6 @@ def describe(attention: fx.Node, owners: dict, state: State, classes: dict) -> S
         raise Refusal("values change between the cache and attention", module)
     if dropout:
         raise Refusal(f"attention dropout {dropout} is on", module)
-    scale = attention.kwargs.get("scale")
-    if scale is None:
-        scale = 1.0 / math.sqrt(value(query).shape[-1])
     if is_op(write, SPEC.append_kv):
         label = "lengths"  # whatever mask the model built in slot coordinates, lengths say it exactly
     elif mask is not None:
@@ -84,7 +87,8 @@ def describe(attention: fx.Node, owners: dict, state: State, classes: dict) -> S
     if heads % kv_heads:
         raise Refusal(f"{heads} query heads are no multiple of {kv_heads} KV heads", module)
     layer = int(write.args[6]) if is_op(write, SPEC.fill) else len(state.sites)
-    site = Site(layer, module, query, attention.args[1], attention.args[2], write, attention, float(scale), label)
+    site = Site(layer, module, query, attention.args[1], attention.args[2], write, attention, float(scale), label,
+                softcap, sinks)
     if is_op(write, SPEC.fill):
         site.budget = int(write.args[3])
     return site

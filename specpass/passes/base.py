@@ -24,7 +24,8 @@ class Site:
     """One attention site of the target.
 
     `query` [B, H, T, D], `key` [B, K, T, D], `value` [B, K, T, Dv] as attention reads them, `cache` the fill or
-    append_kv node, `attention` the attention node, `mask` its mask's class, `scale` the softmax scale.
+    append_kv node, `attention` the attention node, `mask` its mask's class, `scale` the softmax scale, `softcap` and
+    `sinks` [H] what else is done to its logits.
     """
 
     layer: int
@@ -36,9 +37,16 @@ class Site:
     attention: fx.Node
     scale: float
     mask: str
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
     budget: int = 0
     positions: fx.Node | None = None
     scores: fx.Node | None = None
+
+    @property
+    def changes(self) -> tuple[Any, ...]:
+        """Last arguments of an attention operator; none where nothing is done to the logits."""
+        return (self.softcap, self.sinks) if self.softcap or self.sinks is not None else ()
 
     @property
     def kv_heads(self) -> int:

@@ -1,8 +1,9 @@
 """canonicalize: one spelling for attention, whatever the model wrote.
 
 before: `sdpa(q, reshape(expand(unsqueeze(k))), reshape(expand(unsqueeze(v))), mask, 0.0, causal, scale=s)`
-    or  `matmul(softmax(matmul(q, transpose(k)) * s + mask), v)` (attn_implementation="eager")
+    or  `matmul(softmax(matmul(q, transpose(k)) * s + mask), v)` (attn_implementation="eager", see eager_attention.py)
 after:  `sdpa(q, k, v, mask, 0.0, causal, scale=s, enable_gqa=True)` with k, v [B, K, T, D] as the cache op saw them.
+    or  `modified_attention(q, k, v, mask, s, softcap, sinks)` where the logits are capped or the softmax has sinks
 
 Matches by structure and fake shapes; what does not match is left alone, and annotate says so.
 """
@@ -16,11 +17,10 @@ import torch
 from torch import fx
 
 from specpass.passes.base import Pass, State
-from specpass.passes.graph import ATEN, Editor, find, is_op, quiet, value
+from specpass.passes.eager_attention import fuse_eager_attention
+from specpass.passes.graph import ATEN, SPEC, VIEWS, Editor, find, is_op, quiet, value
 
 FULL = (1 << 63) - 1
-VIEWS = (ATEN.reshape, ATEN.view, ATEN._unsafe_view)
-CASTS = (ATEN.to, ATEN._to_copy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Canonicalize(Pass):
         unify_sizes(gm.graph)
         for softmax in find(gm.graph, ATEN.softmax, ATEN._softmax):
             fuse_eager_attention(editor, softmax)
-        for node in find(gm.graph, ATEN.scaled_dot_product_attention):
+        for node in find(gm.graph, ATEN.scaled_dot_product_attention, SPEC.modified_attention):
             unrepeat(node)
+        for node in find(gm.graph, ATEN.scaled_dot_product_attention):
             unfold_query(editor, node)
         gm.graph.eliminate_dead_code()
 
@@ -65,7 +66,8 @@ def unrepeat(node: fx.Node) -> None:
     if any(source is None for source in sources):
         return
     node.args = (query, *sources, *rest)
-    node.kwargs = {**node.kwargs, "enable_gqa": True}
+    if is_op(node, ATEN.scaled_dot_product_attention):
+        node.kwargs = {**node.kwargs, "enable_gqa": True}
 
 
 def unfold_query(editor: Editor, node: fx.Node) -> None:
@@ -115,37 +117,3 @@ def skip_full_slices(node: Any) -> Any:
     while is_op(node, ATEN.slice) and tuple(node.args[2:4]) in ((0, FULL), (None, None)) and len(node.args) < 5:
         node = node.args[0]
     return node
-
-
-def skip_casts(node: Any) -> Any:
-    """Step over casts and inactive dropout."""
-    while is_op(node, *CASTS, ATEN.dropout, ATEN.contiguous, ATEN.clone):
-        node = node.args[0]
-    return node
-
-
-def fuse_eager_attention(editor: Editor, softmax: fx.Node) -> None:
-    """matmul(softmax(matmul(q, k^T) * scale [+ mask]), v) -> sdpa(q, k, v, mask, scale=scale)."""
-    logits, mask, scale = skip_casts(softmax.args[0]), None, 1.0
-    if is_op(logits, ATEN.add) and all(isinstance(arg, fx.Node) for arg in logits.args):
-        logits, mask = skip_casts(logits.args[0]), logits.args[1]
-    if is_op(logits, ATEN.mul, ATEN.div) and isinstance(logits.args[1], (int, float)):
-        factor = float(logits.args[1])
-        scale = factor if is_op(logits, ATEN.mul) else 1.0 / factor
-        logits = skip_casts(logits.args[0])
-    if not is_op(logits, ATEN.matmul) or softmax.args[1] not in (-1, 3):
-        return
-    query, turned = logits.args
-    if not is_op(turned, ATEN.transpose) or set(turned.args[1:]) not in ({2, 3}, {-1, -2}):
-        return
-    if value(query).dim() != 4 or (mask is not None and value(mask).dim() != 4):
-        return
-    weights: fx.Node = softmax
-    while len(weights.users) == 1 and is_op(next(iter(weights.users)), *CASTS, ATEN.dropout, ATEN.contiguous):
-        weights = next(iter(weights.users))
-    for user in list(weights.users):
-        if is_op(user, ATEN.matmul) and user.args[0] is weights:
-            sdpa = editor.call(ATEN.scaled_dot_product_attention, query, turned.args[0], user.args[1], mask,
-                               before=user, like=user)
-            sdpa.kwargs = {"scale": scale}
-            editor.replace(user, sdpa)

@@ -15,6 +15,7 @@ _ROOT = re.compile(r"^[LG]\['\w+'\]\.?")  # how Dynamo names the module that it 
 
 SPEC = torch.ops.specpass
 ATEN = torch.ops.aten
+VIEWS = (ATEN.reshape, ATEN.view, ATEN._unsafe_view)
 
 
 def is_op(node: Any, *packets: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from specpass.passes.base import Pass, State
+from specpass.passes.base import Pass, Refusal, State
 from specpass.passes.graph import SPEC, Editor
 from specpass.passes.inline import Inline, check_result
 
@@ -40,9 +40,12 @@ class ScoreImportance(Pass):
             before, like = site.attention.next, site.attention
             taken = editor.call(SPEC.take_rows, site.query, rows, before=before, like=like)
             if method.score is None:
+                changes = (None, None, *site.changes) if site.changes else ()  # no weights, no log-sum-exp yet
                 site.scores = editor.call(SPEC.importance, taken, site.key, rows, state.lengths, method.window,
-                                          site.scale, method.reduce, before=before, like=like)
+                                          site.scale, method.reduce, *changes, before=before, like=like)
                 continue
+            if site.changes:
+                raise Refusal(f"{method.name}.score is not told of this layer's soft cap or sinks", site.module)
             name = f"{method.name}.score"
             function = functools.partial(method.score, scale=site.scale)
             inline = own.setdefault(site.scale, Inline(editor, function, name))

@@ -49,8 +49,8 @@ def _reduce(editor: Editor, state: State, how: SpecPC, total: fx.Node, rows: fx.
         site = state.sites[index]
         before = site.attention.next
         query, weights = score(site, before)
-        scores = editor.call(SPEC.importance, query, site.key, rows, lengths, 0, site.scale, reduce, weights,
-                             before=before, like=site.attention)
+        scores = editor.call(SPEC.importance, query, site.key, rows, lengths, 0, site.scale, reduce, weights, None,
+                             *site.changes, before=before, like=site.attention)
         total = editor.call(SPEC.merge_layer, total, scores, reduce, before=before, like=site.attention)
     output = output_of(editor.graph)
     result = output.args[0]

@@ -36,7 +36,7 @@ def attend_slots(editor: Editor, state: State) -> None:
     for site in state.sites:
         site.key, site.value = (own_slots(editor, node, site) for node in (site.key, site.value))
         new = editor.call(SPEC.attend, site.query, site.key, site.value, site.cache.args[2], site.scale,
-                          before=site.attention, like=site.attention)
+                          *site.changes, before=site.attention, like=site.attention)
         editor.replace(site.attention, new)
         site.attention = new
 

@@ -14,7 +14,7 @@ FORBIDDEN: dict[str, tuple[Any, ...]] = {
     "TRACED": (),
     "DRAFTED": (),
     "PRUNED": (),
-    "FINAL": (SPEC.fill, torch.ops.aten.scaled_dot_product_attention),
+    "FINAL": (SPEC.fill, SPEC.modified_attention, torch.ops.aten.scaled_dot_product_attention),
 }
 
 

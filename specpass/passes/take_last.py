@@ -23,7 +23,7 @@ from specpass.passes.graph import ATEN, SPEC, Editor, find, is_op, output_of
 
 POINTWISE_TAGS = torch.Tag.pointwise
 ROW_OPS = (ATEN.linear, ATEN.to, ATEN._to_copy, ATEN.matmul, ATEN.layer_norm, ATEN.rms_norm, ATEN.dropout,
-           ATEN.contiguous, ATEN.clone, ATEN.silu, ATEN.gelu, ATEN.addmm, ATEN.mm)
+           ATEN.contiguous, ATEN.clone, ATEN.silu, ATEN.gelu, ATEN.addmm, ATEN.mm, ATEN.type_as)
 
 
 @dataclasses.dataclass(frozen=True)
