@@ -1,7 +1,8 @@
-"""What a model does to attention logits that pruned attention does not: soft caps, ALiBi, sinks.
+"""What a model does to attention logits that pruned attention does not: ALiBi, and caps or sinks in another spelling.
 
-Found by walking from a softmax back to the product with the cached keys. Neither the kernels nor the aten paths know
-such changes, so these models run exactly, and this says why.
+Found by walking from a softmax that `eager_attention.py` could not read back to the product with the cached keys. Such
+models run exactly, and this says why. ALiBi cannot be had by tracing: models build it as wide as the attention mask
+that they are given, and a pruned cache has fewer slots than positions.
 """
 
 from __future__ import annotations

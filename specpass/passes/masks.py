@@ -26,11 +26,13 @@ def mask_class(mask: fx.Node, inputs: dict[str, fx.Node]) -> str:
             not _is_constant(value(node)) and str(value(node)) not in sizes
         ):
             return f"unknown: the mask depends on the input {node.name}"
+    given = inputs.get("attention_mask")
+    masked = given is not None and bool(given.users)  # an export knows of padding that its model was not told of
     window: set[int] = set()
     for length, pads in ((6, (0, 0)), (7, (0, 3)), (5, (2, 1))):
         batch = len(pads) if isinstance(ids_value.shape[0], torch.SymInt) else int(ids_value.shape[0])
         real = torch.ones(batch, length, dtype=torch.int64)
-        if "attention_mask" in inputs:
+        if masked:
             for row, pad in enumerate(pads[:batch]):
                 real[row, :pad] = 0
         feeds: dict[fx.Node, Any] = {}
