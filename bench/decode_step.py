@@ -2,7 +2,7 @@
 
 Steps are timed between tokens of `model.generate`, as a user's streamer sees them. Long and short prompts
 alternate, so that a busy machine slows both. Beside the medians stands the floor that memory sets: the bytes
-that a step must read (weights once, C + N slots of K/V) over the measured copy bandwidth.
+that a step must read (weights once, C + N slots of K/V) over the measured bandwidth.
 
     python -m bench.decode_step
     python -m bench.decode_step --target qwen2.5-coder-1.5b --draft qwen2.5-coder-0.5b --method speckv
@@ -11,8 +11,6 @@ that a step must read (weights once, C + N slots of K/V) over the measured copy 
 from __future__ import annotations
 
 import argparse
-import itertools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +33,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class StepClock:
-    """A streamer for `generate` that notes when each token comes."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    def steps(self) -> list[float]:
-        """Milliseconds of each decode step; the prompt's `put` and the first token (prefill) are left out."""
-        tokens = self.times[1:]
-        return [1000 * (b - a) for a, b in itertools.pairwise(tokens)]
-
-
 def generate(model: Any, length: int, steps: int) -> tuple[list[float], Any]:
     """(milliseconds per step, the cache) of a generation after a random prompt of `length` tokens."""
     import torch
 
+    from specpass.streaming import Clock
+
     ids = torch.randint(100, 20_000, (1, length), generator=torch.Generator().manual_seed(length))
-    clock = StepClock()
+    clock = Clock()
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -69,7 +51,7 @@ def generate(model: Any, length: int, steps: int) -> tuple[list[float], Any]:
         streamer=clock,
         return_dict_in_generate=True,
     )
-    return clock.steps(), out.past_key_values
+    return [1000 * seconds for seconds in clock.steps], out.past_key_values
 
 
 def alternate(model: Any, lengths: tuple[int, ...], steps: int, rounds: int) -> tuple[dict[int, list[float]], Any]:
@@ -82,19 +64,6 @@ def alternate(model: Any, lengths: tuple[int, ...], steps: int, rounds: int) -> 
             found, cache = generate(model, length, steps)
             times[length] += found
     return times, cache
-
-
-def copy_bandwidth(mebibytes: int = 256) -> float:
-    """Bytes read and written per second by a copy that no cache holds; the best of several."""
-    import torch
-
-    source = torch.ones(mebibytes * 2**20, dtype=torch.uint8)
-    target, best = torch.empty_like(source), 0.0
-    for _ in range(8):
-        since = time.perf_counter()
-        target.copy_(source)
-        best = max(best, 2 * source.numel() / (time.perf_counter() - since))
-    return best
 
 
 def read_bytes(model: Any, cache: Any) -> tuple[int, int]:
@@ -126,25 +95,26 @@ def main() -> None:
     args = arguments()
     target = common.load_model(args.target)
     draft = common.load_model(args.draft) if args.draft else None
-    lengths, bandwidth = (args.short, args.long), copy_bandwidth()
+    import specpass
+    from specpass.benchmarks.rates import bandwidth
+
+    lengths, rate = (args.short, args.long), bandwidth("cpu")
     engines: dict[str, Any] = {}
     if args.full:
-        engines["full"] = figures(target, *alternate(target, lengths, args.steps, args.rounds), bandwidth)
-
-    import specpass
+        engines["full"] = figures(target, *alternate(target, lengths, args.steps, args.rounds), rate)
 
     if args.method == "snapkv":
         method: Any = specpass.SnapKV(budget=args.budget)
     else:
         method = specpass.SpecKV(budget=args.budget, lookahead=32)
     model = specpass.compile(target, draft=draft, method=method, lowering=args.lowering)
-    engines["specpass"] = figures(model, *alternate(model, lengths, args.steps, args.rounds), bandwidth)
+    engines["specpass"] = figures(model, *alternate(model, lengths, args.steps, args.rounds), rate)
 
     settings = {k: getattr(args, k) for k in ("method", "budget", "steps", "rounds", "lowering")}
     settings |= {"target": Path(args.target).name, "draft": args.draft and Path(args.draft).name}
     for engine, found in engines.items():
         print(engine, found)
-    common.save_results(args.out, settings, copy_bytes_per_second=round(bandwidth), engines=engines)
+    common.save_results(args.out, settings, bytes_per_second=round(rate), engines=engines)
 
 
 if __name__ == "__main__":

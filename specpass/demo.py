@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 import specpass
@@ -25,6 +24,7 @@ from specpass.demo_prompt import EXPECTED, FACT, Prompt, build_prompt
 from specpass.files import check_folder
 from specpass.methods import Method
 from specpass.storage import cache_bytes
+from specpass.streaming import Clock
 
 DRAFT, TARGET = "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
 METHODS = ("snapkv", "speckv", "specpc", "speckvpc")  # those that the package has, in this order
@@ -57,19 +57,6 @@ class Result:
         return self.answer.strip().strip("\"'`") == EXPECTED
 
 
-class _Clock(BaseStreamer):
-    """Notes when `generate` hands over each token; the first call brings the prompt."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def demo_methods(budget: int) -> list[Method]:
     """The methods of METHODS that specpass exports, at one budget."""
     made = []
@@ -90,7 +77,7 @@ def measure(name: str, model: Any, tokenizer: Any, prompt: Prompt, warm_up: Prom
         _generate(model, warm_up.inputs, max_new_tokens=WARM_UP_NEW)
         compile_s = time.perf_counter() - start
     _LOG.print(f"{name}: reading {len(prompt):,} tokens, then answering")
-    clock = _Clock()
+    clock = Clock()
     start = time.perf_counter()
     out = _generate(model, prompt.inputs, max_new_tokens=NEW_TOKENS, streamer=clock)
     times = clock.times[1:]

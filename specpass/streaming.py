@@ -1,13 +1,15 @@
-"""A streamer for `generate`: hands over text as it comes, and keeps the tokens, the text and the times."""
+"""Streamers for `generate`: one hands over text as it comes and keeps tokens, text and times, one keeps times alone."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 
 class Streamer(TextStreamer):
@@ -38,3 +40,24 @@ class Streamer(TextStreamer):
         self.text += text
         if self.write is not None:
             self.write(text, nl=stream_end)
+
+
+class Clock(BaseStreamer):
+    """Notes `time.perf_counter()` when each token is there; the first call brings the prompt.
+
+    Attributes: times: of the prompt and of each token. steps: seconds of each decode step.
+    """
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        value.cpu()  # waits for the device
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """`generate` asks for it."""
+
+    @property
+    def steps(self) -> list[float]:
+        return [after - before for before, after in itertools.pairwise(self.times[1:])]

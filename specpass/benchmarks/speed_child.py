@@ -7,12 +7,10 @@ JOB: {"what": "compile" | "measure" | "profile" | "rates", "method", "budget", "
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +21,10 @@ from specpass.benchmarks import profiles, rates
 from specpass.benchmarks.models import Pair
 from specpass.benchmarks.variants import LOOKAHEAD, WINDOW
 from specpass.storage import cache_bytes
+from specpass.streaming import Clock
 
 WARM_UP_STEPS = 3
 COMPILE_TOKENS = 8
-
-
-@dataclass
-class Clock:
-    """A streamer for `generate` that notes when each token comes; the first call brings the prompt."""
-
-    times: list[float] = field(default_factory=list)
-
-    def put(self, value: torch.Tensor) -> None:
-        value.cpu()  # waits for the device
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """`generate` asks for it."""
 
 
 class Engine:
@@ -132,8 +117,7 @@ class Engine:
         """Seconds of each decode step behind what `cache` holds."""
         ids, clock = self.ids(int(cache.get_seq_length()) + 1), Clock()
         self.generate(ids, steps + 1, past_key_values=cache, streamer=clock)
-        tokens = clock.times[1:]
-        return [after - before for before, after in itertools.pairwise(tokens)]
+        return clock.steps
 
 
 def reset_peak(device: str) -> None:
