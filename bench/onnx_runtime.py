@@ -171,9 +171,14 @@ def run_torch(args: argparse.Namespace) -> dict[str, Any]:
         cache = out.past_key_values
         rows.append({"prompt_tokens": len(ids), "tokens": out.sequences[0, len(ids):].tolist(),
                      "lookahead_ids": cache.lookahead_ids[0].tolist(),
-                     "positions": [layer.positions[0].tolist() for layer in cache.layers]})
+                     "positions": [[texts(head) for head in layer.positions[0].tolist()] for layer in cache.layers]})
         print(f"torch: prompt {len(rows)} of {args.prompts}", flush=True)
     return {"answers": rows, "peak_gib": peak()}
+
+
+def texts(positions: list[int]) -> str:
+    """One line of the file for a KV head, not one for each number."""
+    return " ".join(map(str, positions))
 
 
 def run_onnx(args: argparse.Namespace) -> dict[str, Any]:
@@ -190,7 +195,8 @@ def run_onnx(args: argparse.Namespace) -> dict[str, Any]:
         tokens = model.generate([ids], max_new_tokens=args.new)[0]
         seconds = time.perf_counter() - start
         state: Any = model.state
-        pairs = [(set(ours), set(other)) for layer, layer2 in zip(state.positions, theirs["positions"], strict=True)
+        pairs = [(set(ours), set(map(int, other.split())))
+                 for layer, layer2 in zip(state.positions, theirs["positions"], strict=True)
                  for ours, other in zip(layer[0].tolist(), layer2, strict=True)]
         rows.append({"prompt_tokens": len(ids), "tokens_equal": tokens == theirs["tokens"], "tokens": tokens,
                      "lookahead_equal": state.lookahead_ids[0].tolist() == theirs["lookahead_ids"],
