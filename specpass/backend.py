@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from specpass import checks
 from specpass.cache import BudgetCache
@@ -111,7 +111,8 @@ class Backend:
         places |= {name: inputs.index(node) for name, node in named.items()}
         self._check_whole(traced, writes, cache, named)
         self._check_call(traced, cache)
-        state = State(kind_of(writes), dataclasses.replace(cache.method), inputs=named)
+        weights = {node: value for node, value in zip(inputs, example_inputs, strict=True) if isinstance(value, Tensor)}
+        state = State(kind_of(writes), dataclasses.replace(cache.method), inputs=named, weights=weights)
         record = GraphRecord(state.kind, trace_seconds=trace_seconds)
         self.report.graphs.append(record)
         try:

@@ -93,6 +93,7 @@ class _Capture:
         inputs = gm.graph.find_nodes(op="placeholder")
         state = State("short", None, inputs={"input_ids": inputs[0]})  # type: ignore[arg-type]
         state.lengths, state.lookahead_ids = inputs[1], inputs[1]
+        state.weights = dict(zip(inputs[3:], self.model.params.values(), strict=True))
         self._rewrite(gm, state)
         attend_packed(Editor(gm), state)
         TakeLast().run(gm, state)

@@ -55,6 +55,13 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Decoders whose last layer sorts tokens by expert.
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {**_ROTARY, "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": ("Qwen3Moe", {**_ROTARY, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                               "decoder_sparse_step": 1, "mlp_only_layers": []}),
+    "olmoe": ("Olmoe", {**_ROTARY, "num_experts": 4, "num_experts_per_tok": 2}),
+}
 EAGER = ("gemma2", "gpt-oss")
 
 
@@ -71,7 +78,7 @@ def tiny(
     """A random model of one family: hidden 64, H 4, K 2 (K 4 for GPT-2 and OPT), D 16.
 
     Args:
-        family: a key of `FULL` or `OTHERS`.
+        family: a key of `FULL`, `OTHERS` or `EXPERTS`.
         seed: seeds the weights; the global generator is left as it was.
         eos: end-of-sequence ids; None never stops.
         attention: attn_implementation; always "eager" for the `EAGER` families, whose soft caps and sinks have no SDPA
@@ -81,7 +88,7 @@ def tiny(
     Raises:
         KeyError: an unknown family.
     """
-    prefix, shared = {**FULL, **OTHERS}[family]
+    prefix, shared = {**FULL, **OTHERS, **EXPERTS}[family]
     config_class = getattr(transformers, f"{prefix}Config")
     model_class = getattr(transformers, "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM")
     depth = "n_layer" if prefix == "GPT2" else "num_hidden_layers"

@@ -100,7 +100,8 @@ class _Pruned:
             mask = model.ids.new_ones(model.ids.shape)
         gm = model.trace(run, model.ids, mask)
         inputs = gm.graph.find_nodes(op="placeholder")
-        state = State("prefill", self.method, inputs={"input_ids": inputs[0], "attention_mask": inputs[1]})
+        state = State("prefill", self.method, inputs={"input_ids": inputs[0], "attention_mask": inputs[1]},
+                      weights=dict(zip(inputs[2:], self.model.params.values(), strict=True)))
         if self.method.drafts:
             state.lookahead = self._cache().lookahead
             state.draft = self._draft()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from specpass.errors import SpecpassError
 from specpass.methods import Method
@@ -64,6 +64,7 @@ class State:
     eos_ids: tuple[int, ...] = ()
     sites: list[Site] = dataclasses.field(default_factory=list)
     inputs: dict[str, fx.Node] = dataclasses.field(default_factory=dict)  # input_ids, attention_mask, position_ids
+    weights: dict[fx.Node, Tensor] = dataclasses.field(default_factory=dict)  # the target's, by placeholder
     lengths: fx.Node | None = None  # [B] prompt lengths without padding
     order: fx.Node | None = None  # [B, S] packing order, None without a padding mask
     anchor: fx.Node | None = None  # the target's first own node: what is inserted ahead of the target stands before it
