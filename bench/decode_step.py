@@ -66,21 +66,14 @@ def alternate(model: Any, lengths: tuple[int, ...], steps: int, rounds: int) -> 
     return times, cache
 
 
-def read_bytes(model: Any, cache: Any) -> tuple[int, int]:
-    """(weight bytes, K/V bytes) that a decode step reads: an untied input embedding is one row, left out."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    if head.weight.data_ptr() != embedding.weight.data_ptr():
-        weights.pop(embedding.weight.data_ptr())
-    layers = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(weights.values()), sum(t.numel() * t.element_size() for t in layers)
-
-
 def figures(model: Any, times: dict[int, list[float]], cache: Any, bandwidth: float) -> dict[str, Any]:
     """Medians, their ratio (long over short), and the floor in ms for the cache after the last run."""
+    from specpass.storage import step_weight_bytes
+
     short, long = sorted(times)
     medians = {f"ms_after_{length}": common.median(times[length], 3) for length in (short, long)}
-    weights, kv = read_bytes(model, cache)
+    weights = step_weight_bytes(model)
+    kv = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     return {
         **medians,
         "ratio": round(common.median(times[long], 6) / common.median(times[short], 6), 4),

@@ -1,4 +1,4 @@
-"""What a KV cache occupies, measured."""
+"""What a KV cache occupies, and what a decode step reads of the weights."""
 
 from __future__ import annotations
 
@@ -22,3 +22,12 @@ def cache_bytes(cache: Any) -> int:
         elif hasattr(item, "__dict__"):
             stack.append(vars(item))
     return sum(storages.values())
+
+
+def step_weight_bytes(model: Any) -> int:
+    """Bytes of a Hugging Face decoder's weights that a decode step reads: all but an untied input embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    weights = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    if head.weight.data_ptr() != embedding.weight.data_ptr():
+        weights.pop(embedding.weight.data_ptr())
+    return sum(weights.values())

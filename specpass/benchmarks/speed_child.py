@@ -20,7 +20,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from specpass.benchmarks import profiles, rates
 from specpass.benchmarks.models import Pair
 from specpass.benchmarks.variants import LOOKAHEAD, WINDOW
-from specpass.storage import cache_bytes
+from specpass.storage import cache_bytes, step_weight_bytes
 from specpass.streaming import Clock
 
 WARM_UP_STEPS = 3
@@ -159,14 +159,13 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     engine.decode_seconds(cache, WARM_UP_STEPS)
     reset_peak(device)
     steps = engine.decode_seconds(cache, job["steps"])
-    weights = {p.data_ptr(): p.numel() * p.element_size() for p in engine.model.parameters()}
     return {
         "ttft_s": statistics.median(times) if times else None,
         "decode_ms": 1000 * statistics.median(steps),
         "decode_tokens_per_s": job["batch"] / statistics.median(steps),
         "kv_bytes": cache_bytes(cache),
         "peak_bytes": max(filter(None, (prefill_peak, peak_bytes(device))), default=None),
-        "weight_bytes": sum(weights.values()),
+        "weight_bytes": step_weight_bytes(engine.model),
     }
 
 
