@@ -162,8 +162,8 @@ def check_tokens_apart(gm: fx.GraphModule, block: Block, weights: dict[fx.Node, 
         raise Refusal(f"{where} behind the last attention site cannot be tried on a few rows ({error})") from error
     for whole, part in zip(every, some, strict=True):
         expected = whole[:, list(SOME)].float()
-        error = (part.float() - expected).abs().max()
-        if not error <= TOLERANCE.get(whole.dtype, 2e-2) * expected.abs().max():
+        apart = (part.float() - expected).abs().max()
+        if not apart <= TOLERANCE.get(whole.dtype, 2e-2) * expected.abs().max():
             raise Refusal(f"{where} mixes positions behind the last attention site")
 
 
@@ -196,7 +196,7 @@ class _Trial:
                 self.known[node] = self.weights[node]
             else:
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self.value)
-                self.known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                self.known[node] = node.target(*args, **kwargs)
         return self.known[node]
 
 
