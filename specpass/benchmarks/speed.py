@@ -149,7 +149,7 @@ class Run:
         compiled = self.store.parts.setdefault("compile", {})
         to_compile = [name for name in COMPILED if name in self.plan.methods and name not in compiled]
         pace = Pace(sum(config.work for config in configs) + 120 * len(to_compile), self.minutes)
-        rates = self.child(caches, what="rates")
+        rates = self.store.parts.get("rates") or self.child(caches, what="rates")  # one rate for all floors of a file
         self.store.save(rates=rates)
         left_out: dict[str, str] = {}
         for config in configs:
