@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import signal
@@ -118,7 +119,9 @@ def test_ctrl_c_while_loading_is_130(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_real_sigint_ends_with_130_and_no_traceback(folder: Path) -> None:
     line = [sys.executable, "-m", "specpass.cli", "generate", "-t", str(folder), "-m", "full", "--raw", "-n", "4000"]
-    with subprocess.Popen([*line, "-p", TEXT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    with subprocess.Popen([*line, "-p", TEXT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=heard) as process:
         assert process.stdout is not None
         first = process.stdout.read(2)  # the first word has come
         time.sleep(0.2)
