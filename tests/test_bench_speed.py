@@ -148,6 +148,18 @@ def test_rates_and_shares_are_measured() -> None:
     assert 0 <= shares["other"] <= 1
 
 
+def test_fused_kernels_are_seen_by_the_profile() -> None:
+    @torch.compile(dynamic=False)
+    def fused(x: torch.Tensor) -> torch.Tensor:
+        return ((x.sin() + 1).cos() * 2).tanh()
+
+    x = torch.ones(1000, 1000)
+    with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
+        fused(x)
+    shares = profiles.shares(lambda: [fused(x) for _ in range(20)])
+    assert shares["fused pointwise"] > 0.5 > shares["other"]
+
+
 def record(method: str, budget: int | None, length: int, batch: int, rate: float, ttft: float | None) -> dict[str, Any]:
     return {"method": method, "budget": budget, "length": length, "batch": batch, "ttft_s": ttft, "ttft_floor_s": 0.5,
             "decode_ms": 1000 * batch / rate, "decode_tokens_per_s": rate, "decode_floor_ms": 1.0, "kv_bytes": 1 << 20,

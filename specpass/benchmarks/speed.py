@@ -203,6 +203,8 @@ class Run:
             # large blocks by mmap: freed memory goes back at once, so the mark shows what is alive
             environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "MALLOC_MMAP_THRESHOLD_": "65536",
                            "MALLOC_TRIM_THRESHOLD_": "65536"}
+            if job["what"] == "profile":  # fused kernels show up by name
+                environment["TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE"] = "1"
             done = subprocess.run([sys.executable, "-m", "specpass.benchmarks.speed_child", file.name],
                                   env=environment, capture_output=True, text=True)
         if done.returncode:

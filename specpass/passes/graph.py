@@ -35,6 +35,22 @@ def value(argument: Any) -> Any:
     return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
 
+def is_size(size: Any, columns: Any) -> bool:
+    """Whether `size` is the symbolic size `columns` (a SymInt or its expression)."""
+    expr = columns.node.expr if isinstance(columns, torch.SymInt) else columns
+    return isinstance(size, torch.SymInt) and size.node.expr == expr
+
+
+def depends(val: Any, columns: Any) -> bool:
+    """Whether a number, or some size or stride of a value or of a list's items, has a symbol of `columns` in it."""
+    expr = columns.node.expr if isinstance(columns, torch.SymInt) else columns
+    if isinstance(val, torch.SymInt):
+        return bool(expr.free_symbols & val.node.expr.free_symbols)
+    if isinstance(val, torch.Tensor):
+        return any(depends(dim, expr) for dim in (*val.shape, *val.stride()))
+    return isinstance(val, (list, tuple)) and any(depends(item, expr) for item in val)
+
+
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     """The mode that the graph's fake values belong to."""
     for node in gm.graph.nodes:

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from specpass.passes.base import Pass, Refusal, State
-from specpass.passes.graph import SPEC, Editor, find, is_op, quiet, value
+from specpass.passes.graph import SPEC, Editor, find, is_op, is_size, quiet, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +63,15 @@ def restate_prompt_length(gm: fx.GraphModule, editor: Editor, size: torch.SymInt
         if not own:
             continue
         with quiet(editor.mode):
-            if isinstance(val, torch.SymInt) and val.node.expr == expr:
+            if is_size(val, expr):
                 node.meta["val"] = val - length
-            elif isinstance(val, torch.Tensor) and any(_is(dim, expr) for dim in val.shape):
-                shape = [dim - length if _is(dim, expr) else dim for dim in val.shape]
+            elif isinstance(val, torch.Tensor) and any(is_size(dim, expr) for dim in val.shape):
+                shape = [dim - length if is_size(dim, expr) else dim for dim in val.shape]
                 node.meta["val"] = torch.empty(shape, dtype=val.dtype, device=val.device)
             elif isinstance(val, (tuple, list)):
-                node.meta["val"] = tuple(
-                    torch.empty([d - length if _is(d, expr) else d for d in v.shape], dtype=v.dtype, device=v.device)
-                    for v in val
-                )
+                shapes = [[dim - length if is_size(dim, expr) else dim for dim in v.shape] for v in val]
+                node.meta["val"] = tuple(torch.empty(shape, dtype=v.dtype, device=v.device)
+                                         for shape, v in zip(shapes, val, strict=True))
 
 
 def is_pack(node: fx.Node) -> bool:
@@ -80,10 +79,6 @@ def is_pack(node: fx.Node) -> bool:
     packs = (SPEC.pack_order, SPEC.pack_ids, SPEC.full_lengths, SPEC.expand_rows)
     target = getattr(node.target, "overloadpacket", node.target)
     return target in packs or (node.target is operator.getitem and is_pack(node.args[0]))
-
-
-def _is(dim: object, expr: object) -> bool:
-    return isinstance(dim, torch.SymInt) and dim.node.expr == expr
 
 
 def first_target_use(gm: fx.GraphModule) -> fx.Node:
@@ -96,8 +91,7 @@ def extend_prompt(gm: fx.GraphModule, editor: Editor, state: State, ids: fx.Node
     """Let the target's nodes read S + L tokens."""
     behind = {node for node in gm.graph.nodes if node >= anchor}
     columns = next((node for node in gm.graph.nodes if node.op == "placeholder"
-                    and isinstance(value(node), torch.SymInt) and _is(value(node) + state.lookahead, size.node.expr)),
-                   None)
+                    and isinstance(value(node), torch.SymInt) and is_size(value(node) + state.lookahead, size)), None)
     users = {node: [user for user in node.users if user in behind]
              for node in (ids, columns, state.inputs.get("position_ids")) if node is not None}
     for node, readers in users.items():

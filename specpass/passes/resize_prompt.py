@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from specpass.passes.base import Pass, Refusal, State
-from specpass.passes.graph import ATEN, SPEC, Editor, is_op, quiet, value
+from specpass.passes.graph import ATEN, SPEC, Editor, depends, is_op, is_size, quiet, value
 from specpass.passes.masks import ancestors
 
 
@@ -70,7 +70,7 @@ def computed_positions(nodes: list[fx.Node], symbol: Any) -> list[fx.Node]:
     for node in nodes:
         if is_op(node, ATEN.unsqueeze) and node.args[1] == 0:
             val = value(node)
-            counts = val.dtype == torch.int64 and val.dim() == 2 and _is(val.shape[1], symbol)
+            counts = val.dtype == torch.int64 and val.dim() == 2 and is_size(val.shape[1], symbol)
             if counts and all(not isinstance(value(source), torch.Tensor) or is_op(source, ATEN.arange, ATEN.add)
                               or source is node for source in ancestors(node)):
                 found.append(node)
@@ -92,7 +92,7 @@ def resize(editor: Editor, nodes: list[fx.Node], symbol: Any, columns: int) -> N
             for user in [user for user in size.users if user in inside]:
                 _replace_constant(user, size, columns)
     for node in nodes:
-        if node.op == "call_function" and not is_op(node, SPEC.size) and _depends(node.meta.get("val"), symbol):
+        if node.op == "call_function" and not is_op(node, SPEC.size) and depends(node.meta.get("val"), symbol):
             with quiet(editor.mode):
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
                 node.meta["val"] = node.target(*args, **kwargs)
@@ -105,15 +105,3 @@ def _replace_constant(user: fx.Node, node: fx.Node, constant: int) -> None:
     user.args, user.kwargs = fx.map_arg(
         (user.args, dict(user.kwargs)), lambda n: constant if n is node else n
     )
-
-
-def _depends(val: Any, symbol: Any) -> bool:
-    if isinstance(val, torch.SymInt):
-        return symbol in val.node.expr.free_symbols
-    if isinstance(val, torch.Tensor):
-        return any(_depends(dim, symbol) for dim in (*val.shape, *val.stride()))
-    return isinstance(val, (list, tuple)) and any(_depends(item, symbol) for item in val)
-
-
-def _is(dim: Any, symbol: Any) -> bool:
-    return isinstance(dim, torch.SymInt) and dim.node.expr == symbol

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
 from specpass.errors import UnsupportedCallError
 from specpass.passes.base import State
 from specpass.passes.canonicalize import FULL
-from specpass.passes.graph import ATEN, SPEC, Editor, is_op
+from specpass.passes.graph import ATEN, SPEC, Editor, is_op, is_size
 
 POINTWISE_TAGS = torch.Tag.pointwise
 ROW_OPS = (ATEN.linear, ATEN.to, ATEN._to_copy, ATEN.matmul, ATEN.layer_norm, ATEN.rms_norm, ATEN.dropout,
@@ -44,11 +42,6 @@ def is_rows(node: fx.Node, columns: object) -> bool:
     """Whether the value is [B, T, ...] with three axes."""
     val = node.meta.get("val")
     return isinstance(val, Tensor) and val.dim() == 3 and is_size(val.shape[1], columns)
-
-
-def is_size(size: Any, columns: object) -> bool:
-    """Whether a size is the number of columns T, a symbol."""
-    return isinstance(size, torch.SymInt) and isinstance(columns, torch.SymInt) and size.node.expr == columns.node.expr
 
 
 def keeps_rows(node: fx.Node, columns: object) -> bool:

@@ -32,7 +32,7 @@ class TakeLast(Pass):
         if state.lookahead_ids is None and state.order is None:
             return
         editor = Editor(gm)
-        hidden = next(node for node in gm.graph.nodes if node is state.sites[-1].attention)
+        hidden = state.sites[-1].attention
         columns = hidden.meta["val"].shape[2]
         output = output_of(gm.graph)
         done = take_in_front_of_blocks(editor, state, hidden, columns)  # behind a take, in the caller's layout already

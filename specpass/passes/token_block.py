@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from specpass.passes.base import Refusal, State
-from specpass.passes.graph import ATEN, SPEC, Editor
-from specpass.passes.rows import behind, every_row, has_rows, is_rows, is_size, keeps_rows, last_only, last_row
+from specpass.passes.graph import ATEN, SPEC, Editor, depends, is_size
+from specpass.passes.rows import behind, every_row, has_rows, is_rows, keeps_rows, last_only, last_row
 
 ROWS, SOME = 5, (3, 0, 4)  # rows of the trial, and those that are run once more
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative to the largest number; 16 bits: 2e-2
@@ -112,7 +112,7 @@ def find_block(start: fx.Node, tail: set[fx.Node], columns: torch.SymInt) -> Blo
         for source in node.all_input_nodes:
             if is_rows(source, columns):
                 entries.add(source)
-            elif depends(source, columns) and not is_length(source, columns):
+            elif depends(source.meta.get("val"), columns) and not is_length(source, columns):
                 work.append(source)
         if is_rows(node, columns):
             exits.add(node)
@@ -127,15 +127,6 @@ def find_block(start: fx.Node, tail: set[fx.Node], columns: torch.SymInt) -> Blo
 def is_length(node: fx.Node, columns: torch.SymInt) -> bool:
     """Whether the node is the number T itself."""
     return is_size(node.meta.get("val"), columns)
-
-
-def depends(node: fx.Node, columns: torch.SymInt) -> bool:
-    """Whether some size of the value, or the number that it is, has T in it."""
-    val = node.meta.get("val")
-    parts = val if isinstance(val, (tuple, list)) else (val,)
-    sizes = [size for part in parts for size in (part.shape if isinstance(part, Tensor) else (part,))]
-    return any(isinstance(size, torch.SymInt) and columns.node.expr.free_symbols & size.node.expr.free_symbols
-               for size in sizes)
 
 
 def check_tokens_apart(gm: fx.GraphModule, block: Block, weights: dict[fx.Node, Tensor],
@@ -156,8 +147,8 @@ def check_tokens_apart(gm: fx.GraphModule, block: Block, weights: dict[fx.Node, 
             sizes = (batch, ROWS, *map(int, val.shape[2:]))
             given.append(torch.randn(sizes, generator=generator).to(val.device, val.dtype))
         with torch.no_grad():
-            every = _Trial(gm, block, weights, columns).run(given)
-            some = _Trial(gm, block, weights, columns).run([rows[:, list(SOME)] for rows in given])
+            trial = _Trial(gm, block, weights, columns)
+            every, some = trial.run(given), trial.run([rows[:, list(SOME)] for rows in given])
     except Exception as error:
         raise Refusal(f"{where} behind the last attention site cannot be tried on a few rows ({error})") from error
     for whole, part in zip(every, some, strict=True):
@@ -173,10 +164,9 @@ class _Trial:
     def __init__(self, gm: fx.GraphModule, block: Block, weights: dict[fx.Node, Tensor],
                  columns: torch.SymInt) -> None:
         self.gm, self.block, self.weights, self.columns = gm, block, weights, columns
-        self.known: dict[fx.Node, Any] = {}
 
     def run(self, rows: list[Tensor]) -> list[Tensor]:
-        self.known = dict(zip(self.block.entries, rows, strict=True))
+        self.known: dict[fx.Node, Any] = dict(zip(self.block.entries, rows, strict=True))
         batch = self.block.entries[0].meta["val"].shape[0]
         self.sizes = {self.columns.node.expr: rows[0].shape[1]}
         if isinstance(batch, torch.SymInt):
