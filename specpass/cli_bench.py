@@ -56,6 +56,11 @@ def _limit(minutes: float | None, quick: bool) -> float:
     return QUICK_MINUTES if quick else MINUTES
 
 
+def _default(kind: str, quick: bool) -> Path:
+    """Where a benchmark's results go, and are looked for."""
+    return RESULTS / f"{kind}{'_quick' if quick else ''}.json"
+
+
 @bench_app.command(epilog="Example: [bold]specpass bench quality --quick[/bold]")
 def quality(
     target: Target = "qwen2.5-coder-1.5b",
@@ -84,7 +89,7 @@ def quality(
         "lengths": lengths and _numbers("--lengths", lengths), "seeds": seeds,
     }  # fmt: skip
     grid = _changed(runner.QUICK if quick else runner.Grid(), given)
-    out = out or RESULTS / ("quality_quick.json" if quick else "quality.json")
+    out = out or _default("quality", quick)
     run = runner.Run(Pair(target, draft, dtype, device, lowering), grid, out, _limit(minutes, quick), restart)
     complete = run.run()
     table = markdown(run.store.parts["summary"])
@@ -130,7 +135,7 @@ def speed(
         "batches": batches and _numbers("--batches", batches),
     }  # fmt: skip
     plan = _changed(runner.QUICK if quick else runner.Plan(), given)
-    out = out or RESULTS / ("speed_quick.json" if quick else "speed.json")
+    out = out or _default("speed", quick)
     pair = Pair(target, draft, dtype, device, lowering)
     complete = runner.Run(pair, plan, out, _limit(minutes, quick), restart, quick=quick).run()
     _finish(out, markdown(read_results(out)), complete)
@@ -138,24 +143,33 @@ def speed(
 
 @bench_app.command(epilog="Example: [bold]specpass bench verify bench/results/quality.json[/bold]")
 def verify(
-    file: Annotated[Path, typer.Argument(help="A file that `specpass bench quality` wrote.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="What `specpass bench quality` wrote; by default its default file.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="By default what `quality --quick` wrote.")] = False,
     target: Annotated[str | None, typer.Option("--target", "-t", help="The target, where it was a folder.")] = None,
 ) -> None:
     """Make the prompts anew from their seeds, score the answers anew; ends with 1 where anything differs."""
     _quiet_threads()
     from specpass.benchmarks.verify import verify as check
 
-    typer.echo(f"{check(file, target)} answers verified: prompts, scores and summary are those of the seeds")
+    count = check(file or _default("quality", quick), target)
+    typer.echo(f"{count} answers verified: prompts, scores and summary are those of the seeds")
 
 
 @bench_app.command(epilog="Example: [bold]specpass bench plot bench/results/quality.json[/bold]")
 def plot(
-    files: Annotated[list[Path], typer.Argument(help="Files that `specpass bench quality` or `speed` wrote.")],
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="What `specpass bench quality` or `speed` wrote; by default their default files."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="By default what their --quick wrote.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; by default beside each file.")] = None,
 ) -> None:
     """Draw a file's results: score and retention over budget; decode time and first token over prompt length."""
     from specpass.benchmarks.plots import draw
 
-    for file in files:
+    both = [_default(kind, quick) for kind in ("quality", "speed")]
+    for file in files or [file for file in both if file.exists()] or both:
         for path in draw(file, out or file.parent):
             typer.echo(f"wrote {path}")

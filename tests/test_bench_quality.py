@@ -13,7 +13,7 @@ from cli_models import save_model
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from specpass import cli, hub
+from specpass import cli, cli_bench, hub
 from specpass.benchmarks import pace, peers, quality, summary, variants
 from specpass.benchmarks.models import Pair, told
 from specpass.benchmarks.prompts import Prompt
@@ -130,6 +130,34 @@ def test_verify_finds_a_changed_summary(file: Path, folder: str, tmp_path: Path)
 def test_other_settings_are_not_mixed_into_a_file(file: Path, folder: str) -> None:
     with pytest.raises(BenchmarkError, match="--restart"):
         Run(Pair(folder, folder, "bfloat16", lowering="eager"), Grid(), file, minutes=1)
+
+
+def test_other_machines_and_versions_are_not_mixed_into_a_file(file: Path, folder: str, tmp_path: Path) -> None:
+    for part, name in (("machine", "cpu"), ("versions", "torch")):
+        document = json.loads(file.read_text())
+        document[part][name] = "of long ago"
+        other = tmp_path / "other.json"
+        other.write_text(json.dumps(document))
+        with pytest.raises(BenchmarkError, match=f"{name} of long ago.*--restart"):
+            Run(pair(folder), Grid(), other, minutes=1)
+
+
+def test_verify_and_plot_find_the_default_files(file: Path, folder: str, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / cli_bench.RESULTS
+    results.mkdir(parents=True)
+    (results / "quality_quick.json").write_text(file.read_text())
+    monkeypatch.chdir(tmp_path)
+    done = runner.invoke(cli.app, ["bench", "verify", "--quick", "-t", folder])
+    assert "8 answers verified" in done.stdout
+    assert "100 % niah_multikey_2 320 seed 1" in done.stderr
+    done = runner.invoke(cli.app, ["bench", "plot", "--quick"])
+    assert done.exit_code == 0, done.output
+    assert (results / "quality_quick_accuracy.png").exists()
+    assert not (results / "speed_quick_decode.png").exists()
+    done = runner.invoke(cli.app, ["bench", "verify"])
+    assert done.exit_code == 1
+    assert "quality.json" in done.stderr
 
 
 # -- what the figures mean

@@ -62,7 +62,7 @@ class Store:
         path: JSON file. settings: what the records depend on; records made with others are refused.
         key: the fields that tell records apart. restart: forget what is stored.
 
-    Raises: BenchmarkError: the file holds records of other settings.
+    Raises: BenchmarkError: the file holds records of other settings, of another machine or of other versions.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], key: Sequence[str], restart: bool = False) -> None:
@@ -78,6 +78,12 @@ class Store:
                 "name another file."
             )
         self.records = {self.key_of(record): record for record in document["results"]}
+        made, here = ({**found.get("machine", {}), **found.get("versions", {})} for found in (document, self._head()))
+        other = [f"{name} {made.get(name)} (here {here[name]})" for name in here
+                 if name != "memory_gib" and made.get(name) != here[name]]
+        if other:
+            raise BenchmarkError(f"{path} holds results of another machine or of other versions, {', '.join(other)}: "
+                                 "pass --restart to replace them, or name another file.")
         own = {"machine", "versions", "settings", "results"}
         self.parts = {name: part for name, part in document.items() if name not in own}
 
@@ -97,5 +103,9 @@ class Store:
 
     def save(self, **parts: Any) -> None:
         self.parts |= parts
-        head = {"machine": machine(), "versions": versions(), "settings": self.settings, **self.parts}
-        write_json(self.path, {**head, "results": list(self.records.values())})
+        write_json(self.path, {**self._head(), "settings": self.settings, **self.parts,
+                               "results": list(self.records.values())})
+
+    @staticmethod
+    def _head() -> dict[str, dict[str, Any]]:
+        return {"machine": machine(), "versions": versions()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from pathlib import Path
 from typing import Any
 
 from specpass.benchmarks.models import label, load_tokenizer
+from specpass.benchmarks.pace import Pace
 from specpass.benchmarks.prompts import Prompt
 from specpass.benchmarks.results import read_results
 from specpass.benchmarks.summary import summarise
@@ -31,8 +33,8 @@ def verify(path: Path, target: str | None = None) -> int:
     if target is not None and label(target) != named:
         raise BenchmarkError(f"{path} was made with --target {named}, not {label(target)}: its tokenizer is needed.")
     tokenizer = load_tokenizer(target or named)
-    prompts: dict[tuple[Any, ...], Prompt] = {}
-    wrong = [fault for record in records for fault in _faults(record, tokenizer, prompts)]
+    made = _Prompts(tokenizer, {_key(record) for record in records})
+    wrong = [fault for record in records for fault in _faults(record, made)]
     if not wrong and document.get("summary") != summarise(records):
         wrong = ["the summary is not that of the records"]
     if wrong:
@@ -43,19 +45,36 @@ def verify(path: Path, target: str | None = None) -> int:
     return len(records)
 
 
-def _faults(record: dict[str, Any], tokenizer: Any, prompts: dict[tuple[Any, ...], Prompt]) -> list[str]:
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record.get(name) for name in ("task", "length", "seed"))
+
+
+class _Prompts:
+    """The prompts of a file's keys, each made once, with progress."""
+
+    def __init__(self, tokenizer: Any, keys: set[tuple[Any, ...]]) -> None:
+        self.tokenizer, self.made = tokenizer, dict[tuple[Any, ...], Prompt]()
+        self.pace = Pace(len(keys), math.inf)
+
+    def __getitem__(self, key: tuple[Any, ...]) -> Prompt:
+        if key not in self.made:
+            task, length, seed = key
+            self.made[key] = TASKS[task].prompt(seed, length, self.tokenizer)
+            self.pace.step(1, f"{task} {length} seed {seed}")
+        return self.made[key]
+
+
+def _faults(record: dict[str, Any], prompts: _Prompts) -> list[str]:
     """What is wrong with a record, as texts."""
     missing = [name for name in FIELDS if name not in record]
     if missing or record["task"] not in TASKS:
         return [f"a record without {', '.join(missing) or 'a known task'}"]
-    task, key = TASKS[record["task"]], (record["task"], record["length"], record["seed"])
-    if key not in prompts:
-        prompts[key] = task.prompt(record["seed"], record["length"], tokenizer)
-    prompt, name = prompts[key], f"{record.get('method')} {record['task']} {record['length']} seed {record['seed']}"
+    task, prompt = TASKS[record["task"]], prompts[_key(record)]
+    name = f"{record.get('method')} {record['task']} {record['length']} seed {record['seed']}"
     found = []
     if record["digest"] != prompt.digest or record["expected"] != list(prompt.expected):
         found.append(f"{name}: the prompt is not what its seed gives")
-    if record["answer"] != tokenizer.decode(record["tokens"], skip_special_tokens=True):
+    if record["answer"] != prompts.tokenizer.decode(record["tokens"], skip_special_tokens=True):
         found.append(f"{name}: the answer is not its tokens' text")
     score = task.score(record["answer"], prompt.expected)
     if abs(score - record["score"]) > TOLERANCE:
