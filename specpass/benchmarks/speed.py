@@ -144,8 +144,6 @@ class Run:
 
     def _run(self, caches: Path) -> bool:
         configs = self.todo()
-        if not configs:
-            return True
         compiled = self.store.parts.setdefault("compile", {})
         to_compile = [name for name in COMPILED if name in self.plan.methods and name not in compiled]
         pace = Pace(sum(config.work for config in configs) + 120 * len(to_compile), self.minutes)
