@@ -97,6 +97,18 @@ def test_a_peer_that_fails_is_left_out(folder: str, tmp_path: Path, monkeypatch:
     assert read_results(tmp_path / "s.json")["left_out"] == {"kvpress_snapkv": "no room"}
 
 
+def test_a_file_of_a_machine_of_another_pace_is_refused(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(Pair(folder, folder, "float32"), Plan(("full_eager",), (64,), (1,)), tmp_path / "s.json", 9)
+    run.store.save(rates={"bytes_per_s": 2.0, "flops_per_s": 2.0})
+    monkeypatch.setattr(Run, "child", lambda *_, **__: {"bytes_per_s": 2.0, "flops_per_s": 1.7})
+    assert run.rates(tmp_path) == {"bytes_per_s": 2.0, "flops_per_s": 2.0}
+    monkeypatch.setattr(Run, "child", lambda *_, **__: {"bytes_per_s": 2.0, "flops_per_s": 4.0})
+    with pytest.raises(BenchmarkError, match=r"2\.00 times .* --restart"):
+        run.run()
+
+
 def test_the_plan_starts_with_what_matters() -> None:
     configs = Plan().configs()
     assert len({config.key for config in configs}) == len(configs)

@@ -53,6 +53,14 @@ def _png(figure: Any) -> bytes:
     return out.getvalue()
 
 
+def _colour(number: int) -> Any:
+    """Twenty that can be told apart, the ten strong ones first."""
+    from matplotlib import color_sequences
+
+    strong_and_pale = color_sequences["tab20"]
+    return [*strong_and_pale[::2], *strong_and_pale[1::2]][number % 20]
+
+
 def _accuracy(document: dict[str, Any]) -> bytes:
     """Mean score over budget, a panel for each prompt length; full KV and the draft as horizontal lines."""
     lengths = sorted({entry["length"] for entry in document["summary"]})
@@ -82,7 +90,7 @@ def _over_budget(axis: Any, entries: list[dict[str, Any]], value: str, interval:
         values, bars = _bars(found, value, interval)
         axis.errorbar([e["budget"] * shift for e in found], values, yerr=bars, label=method,
                       marker="s" if method.startswith("kvpress") else "o", ms=4, capsize=2, lw=1,
-                      ls="--" if method.startswith("kvpress") else "-", color=f"C{number % 10}")
+                      ls="--" if method.startswith("kvpress") else "-", color=_colour(number))
     budgets = sorted({entry["budget"] for entry in entries if entry["budget"] is not None})
     if budgets:
         axis.set_xscale("log", base=2)
@@ -127,7 +135,7 @@ def _lines(document: dict[str, Any], field: Callable[[dict[str, Any]], float | N
             found = sorted((r for r in results if (r["method"], r["budget"], r["batch"]) == (method, budget, batch)),
                            key=lambda r: r["length"])
             if found:
-                lengths, colour = [r["length"] for r in found], f"C{number % 10}"
+                lengths, colour = [r["length"] for r in found], _colour(number)
                 axis.plot(lengths, [field(r) for r in found], marker="o", ms=4, lw=1.2, color=colour,
                           label=method if budget is None else f"{method} {budget}")
                 axis.plot(lengths, [floor(r) for r in found], ls=":", lw=1, color=colour)

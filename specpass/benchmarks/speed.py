@@ -32,6 +32,7 @@ METHODS: dict[str, int | None] = {
 COMPILED = ("full_static_compiled", "specpass_speckv", "specpass_specpc", "specpass_snapkv")
 PROFILED = ("full_eager", "full_static_compiled", "specpass_speckv", "specpass_specpc")
 STEPS = 16
+SAME_MACHINE = 1.5  # rates further apart are of two machines: virtual ones of one name differ by a factor of two
 NOTES = (
     "Every figure is `generate` as users call it; medians; prompts are random tokens. Decode steps run behind caches "
     "of S tokens that are filled with random keys and values: their time does not depend on what they hold.",
@@ -41,7 +42,7 @@ NOTES = (
     "decode steps transformers compiles with torch.compile (it leaves prefills uncompiled). kvpress_snapkv: its press "
     "in its own environment, an uncompiled loop of forward calls.",
     "Floors: ttft_floor_s is FLOPs over the measured matmul rate, decode_floor_ms weights + K/V bytes over the "
-    "measured bandwidth, both measured at the start of the run.",
+    "measured bandwidth, the best of all starts and resumptions of the run.",
     "compile_cold_s: the first generation less a second one in a fresh process with an empty Inductor cache, and "
     "compile_warm_s in another process with that cache.",
 )
@@ -147,7 +148,7 @@ class Run:
         compiled = self.store.parts.setdefault("compile", {})
         to_compile = [name for name in COMPILED if name in self.plan.methods and name not in compiled]
         pace = Pace(sum(config.work for config in configs) + 120 * len(to_compile), self.minutes)
-        rates = self.store.parts.get("rates") or self.child(caches, what="rates")  # one rate for all floors of a file
+        rates = self.rates(caches)
         self.store.save(rates=rates)
         left_out: dict[str, str] = {}
         for config in configs:
@@ -164,9 +165,8 @@ class Run:
                 print(f"note: {config.method} left out: {error}", file=sys.stderr, flush=True)
                 continue
             times = compiled.get(config.method, {"compile_cold_s": None, "compile_warm_s": None})
-            bounds = floors(self.pair, config.method, config.budget, config.length, config.batch, found, rates)
-            record = {**dict(zip(KEY, config.key, strict=True)), **found, **bounds, **times}
-            self.store.add({name: _rounded(value) for name, value in record.items()})
+            record = {**dict(zip(KEY, config.key, strict=True)), **found, **times}
+            self.store.add(self.with_floors({name: _rounded(value) for name, value in record.items()}, rates))
             step = f"{found['decode_ms']:.0f} ms a step"
             pace.step(config.work, f"{config.text}: ttft {shown(found['ttft_s'])} s, {step}")
         profiles = self.store.parts.setdefault("profiles", {})
@@ -174,8 +174,33 @@ class Run:
             if method in self.plan.methods and method not in profiles and not pace.over and not self.quick:
                 config = Config(method, METHODS[method], self.profiled, 1, 0)
                 profiles[method] = {"length": self.profiled, **self.child(caches, config, what="profile")}
+        for key, record in self.store.records.items():  # all on the same rates
+            self.store.records[key] = self.with_floors(record, rates)
         self.store.save(left_out=left_out, aims=aims(self.store.records))
         return not self.todo() and not left_out
+
+    def rates(self, caches: Path) -> dict[str, float]:
+        """What the machine can do: the best of the file's rates and of those measured now.
+
+        Raises: BenchmarkError: this machine, though it bears the same name, is a faster or slower one.
+        """
+        stored = self.store.parts.get("rates")
+        if stored and not self.todo():
+            return stored
+        here = self.child(caches, what="rates")
+        stored = stored or here
+        ratio = here["flops_per_s"] / stored["flops_per_s"]
+        if not 1 / SAME_MACHINE < ratio < SAME_MACHINE:
+            raise BenchmarkError(
+                f"{self.out} was measured on another machine, or beside other work: matrix products run at {ratio:.2f} "
+                "times its rate here, and ratios of its times would mean nothing. Wait until the machine is quiet, "
+                "pass --restart, or name another file.")
+        return {name: max(rate, stored[name]) for name, rate in here.items()}
+
+    def with_floors(self, record: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
+        method, budget, length, batch = (record[name] for name in KEY)
+        bounds = floors(self.pair, method, budget, length, batch, record, rates)
+        return {**record, **{name: _rounded(value) for name, value in bounds.items()}}
 
     def compile(self, config: Config, caches: Path) -> dict[str, float]:
         """Compile times of a method, cold and warm: two processes on one fresh cache."""
