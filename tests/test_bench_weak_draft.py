@@ -27,7 +27,7 @@ def test_a_cut_model_is_the_first_layers_and_the_last() -> None:
     ids = torch.arange(5, 45)[None]
     ours, theirs = (m.generate(input_ids=ids, max_new_tokens=6, do_sample=False) for m in (model, expected))
     assert ours.tolist() == theirs.tolist()
-    with pytest.raises(SystemExit, match="--layers 9: .* at most 3"):
+    with pytest.raises(SystemExit, match=r"--layers 9: .* at most 3"):
         weak_draft.cut(model, 9)
 
 
