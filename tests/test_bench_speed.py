@@ -55,6 +55,16 @@ def test_a_pruned_cache_is_measured_at_its_budget(folder: str) -> None:
     assert cache.layers[0].lengths.tolist() == [[64 + 5] * 2]
 
 
+def test_steps_by_turns_are_of_both_methods(folder: str) -> None:
+    ours = job(folder, "specpass_snapkv", budget=128, length=512)
+    found = speed_child.by_turns({**ours, "other": {"method": "full_eager", "budget": None, "length": 128}})
+    assert found["decode_ms"] > 0
+    assert found["other_decode_ms"] > 0
+    layer = 2 * 2 * 2 * 16 * 4  # keys and values, layers, KV heads, head size, float32
+    assert 128 <= found["kv_bytes"] // layer <= 256  # slots, and room for new tokens
+    assert 128 < found["other_kv_bytes"] // layer <= 256
+
+
 def test_a_static_cache_is_filled(folder: str) -> None:
     cache = speed_child.Engine(job(folder, "full_static_compiled")).filled_cache()
     assert cache.get_seq_length() == 500
@@ -107,6 +117,26 @@ def test_a_file_of_a_machine_of_another_pace_is_refused(
     monkeypatch.setattr(Run, "child", lambda *_, **__: {"bytes_per_s": 2.0, "flops_per_s": 4.0})
     with pytest.raises(BenchmarkError, match=r"2\.00 times .* --restart"):
         run.run()
+
+
+def test_equal_kv_is_measured_once(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = []
+
+    def child(run: Run, caches: Path, config: Config | None = None, **changes: Any) -> dict[str, Any]:
+        if changes["what"] == "by_turns":
+            jobs.append((config, changes["other"]))
+            return {"decode_ms": 2.0, "other_decode_ms": 3.0, "kv_bytes": 8, "other_kv_bytes": 8}
+        return {"bytes_per_s": 1.0, "flops_per_s": 1.0, "compile_s": 1.0, "ttft_s": 1.0, "decode_ms": 1.0,
+                "kv_bytes": 1, "decode_tokens_per_s": 1.0}
+
+    monkeypatch.setattr(Run, "child", child)
+    plan = Plan(("specpass_snapkv", "full_static_compiled"), (1024,), (1, 4))
+    for _ in range(2):
+        assert Run(Pair(folder, folder, "float32"), plan, tmp_path / "s.json", 9).run()
+    assert [(config.batch, config.budget, other["batch"], other["length"]) for config, other in jobs] == [
+        (1, 1024, 1, 1024), (4, 1024, 4, 1024)]
+    found = read_results(tmp_path / "s.json")["aims"]
+    assert [value for name, value in found.items() if "equal KV" in name] == [1.5, 1.5]
 
 
 def test_the_plan_starts_with_what_matters() -> None:
@@ -184,9 +214,10 @@ RECORDS = [record("full_eager", None, 8192, 1, 2.0, 50.0), record("specpass_spec
 
 
 def test_aims_are_ratios_of_one_run() -> None:
-    found = list(aims({tuple(r[name] for name in speed.KEY): r for r in RECORDS}).values())
-    assert found[:3] == [0.4, 1.5, 1.0]
-    assert found[3:] == [None] * 3
+    equal = {"1": {"decode_ms": 4.0, "other_decode_ms": 5.0}}
+    records = {tuple(r[name] for name in speed.KEY): r for r in RECORDS}
+    assert list(aims(records, equal).values()) == [0.4, 1.5, 1.0, 1.25]
+    assert list(aims({}, {}).values()) == [None] * 3
 
 
 def test_tables_and_plots(tmp_path: Path) -> None:

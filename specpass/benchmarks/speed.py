@@ -43,6 +43,8 @@ NOTES = (
     "in its own environment, an uncompiled loop of forward calls.",
     "Floors: ttft_floor_s is FLOPs over the measured matmul rate, decode_floor_ms weights + K/V bytes over the "
     "measured bandwidth, the best of all starts and resumptions of the run.",
+    "equal_kv: decode steps of specpass_snapkv and of full_static_compiled (other_...) at as many slots, a few of each "
+    "by turns in one process; other ratios are of processes one after the other, and drift by a tenth.",
     "compile_cold_s: the first generation less a second one in a fresh process with an empty Inductor cache, and "
     "compile_warm_s in another process with that cache.",
 )
@@ -96,13 +98,18 @@ class Plan:
         found = [self._config(method, length, first) for length in self.lengths for method in self.methods
                  if length <= self.timed]
         found += [self._config(method, longest, batch) for batch in batches for method in self.methods]
-        if "specpass_snapkv" in self.methods:  # as many slots as the static cache at its shortest
-            found += [Config("specpass_snapkv", EQUAL, 4 * EQUAL, batch, 0) for batch in self.batches
-                      if EQUAL in self.lengths]
+        found += [config for config, _ in self.equal_kv()]
         found += [self._config(method, length, batch) for batch in batches for length in sorted(self.lengths)
                   for method in self.methods]
         found += [self._config(method, length, first) for length in self.lengths for method in self.methods]
         return list(dict.fromkeys(found))
+
+    def equal_kv(self) -> list[tuple[Config, Config]]:
+        """A pruned cache and a static one of as many slots, for each batch."""
+        if EQUAL not in self.lengths or not {"specpass_snapkv", "full_static_compiled"} <= {*self.methods}:
+            return []
+        return [(Config("specpass_snapkv", EQUAL, 4 * EQUAL, batch, 0),
+                 Config("full_static_compiled", None, EQUAL, batch, 0)) for batch in self.batches]
 
     def _config(self, method: str, length: int, batch: int) -> Config:
         prefills = 0 if batch > 1 or length > self.timed else 3 if length <= 2048 else 1
@@ -169,6 +176,11 @@ class Run:
             self.store.add(self.with_floors({name: _rounded(value) for name, value in record.items()}, rates))
             step = f"{found['decode_ms']:.0f} ms a step"
             pace.step(config.work, f"{config.text}: ttft {shown(found['ttft_s'])} s, {step}")
+        equal = self.store.parts.setdefault("equal_kv", {})
+        for ours, static in self.plan.equal_kv():
+            if str(ours.batch) not in equal and not pace.over and not self.quick:
+                equal[str(ours.batch)] = self.child(caches, ours, what="by_turns", other=static._asdict())
+                self.store.save()
         profiles = self.store.parts.setdefault("profiles", {})
         for method in PROFILED:
             if method in self.plan.methods and method not in profiles and not pace.over and not self.quick:
@@ -176,7 +188,7 @@ class Run:
                 profiles[method] = {"length": self.profiled, **self.child(caches, config, what="profile")}
         for key, record in self.store.records.items():  # all on the same rates
             self.store.records[key] = self.with_floors(record, rates)
-        self.store.save(left_out=left_out, aims=aims(self.store.records))
+        self.store.save(left_out=left_out, aims=aims(self.store.records, equal))
         return not self.todo() and not left_out
 
     def rates(self, caches: Path) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """One measurement in a process of its own, so that memory and compilation are its own: python -m ... JOB.json.
 
-JOB: {"what": "compile" | "measure" | "profile" | "rates", "method", "budget", "length", "batch", "prefills", "steps",
-"target", "draft", "dtype", "device", "lowering"}. The last line printed is the result as JSON.
+JOB: {"what": "compile" | "measure" | "by_turns" | "profile" | "rates", "method", "budget", "length", "batch",
+"prefills", "steps", "target", "draft", "dtype", "device", "lowering"}. The last line printed is the result as JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from specpass.streaming import Clock
 
 WARM_UP_STEPS = 3
 COMPILE_TOKENS = 8
+TURNS, TURN_STEPS = 8, 4
 
 
 class Engine:
@@ -169,6 +170,26 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def by_turns(job: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of decode steps of the job's method and of job["other"]'s, a few of each by turns in one process.
+
+    A machine that others share drifts by a tenth in minutes, which two processes one after the other would show as a
+    difference of the methods.
+    """
+    room = {"steps": TURNS * (TURN_STEPS + 1)}
+    engines = [Engine({**job, **room}), Engine({**job, **job["other"], **room})]
+    caches = [engine.filled_cache() for engine in engines]
+    steps: list[list[float]] = [[], []]
+    for engine, cache in zip(engines, caches, strict=True):
+        engine.decode_seconds(cache, WARM_UP_STEPS)
+    for _ in range(TURNS):
+        for engine, cache, times in zip(engines, caches, steps, strict=True):
+            times += engine.decode_seconds(cache, TURN_STEPS)
+    ours, other = (1000 * statistics.median(times) for times in steps)
+    kv, other_kv = (cache_bytes(cache) for cache in caches)
+    return {"decode_ms": ours, "other_decode_ms": other, "kv_bytes": kv, "other_kv_bytes": other_kv}
+
+
 def profile(job: dict[str, Any]) -> dict[str, Any]:
     """Where the time of a prefill and of a decode step goes, by groups of operators."""
     engine = Engine(job)
@@ -189,8 +210,9 @@ def machine_rates(job: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    found = {"compile": compile_time, "measure": measure, "profile": profile, "rates": machine_rates}[job["what"]](job)
-    print(json.dumps(found), flush=True)
+    calls = {"compile": compile_time, "measure": measure, "by_turns": by_turns, "profile": profile,
+             "rates": machine_rates}  # fmt: skip
+    print(json.dumps(calls[job["what"]](job)), flush=True)
 
 
 if __name__ == "__main__":
