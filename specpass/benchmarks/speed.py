@@ -44,7 +44,8 @@ NOTES = (
     "Floors: ttft_floor_s is FLOPs over the measured matmul rate, decode_floor_ms weights + K/V bytes over the "
     "measured bandwidth, the best of all starts and resumptions of the run.",
     "equal_kv: decode steps of specpass_snapkv and of full_static_compiled (other_...) at as many slots, a few of each "
-    "by turns in one process; other ratios are of processes one after the other, and drift by a tenth.",
+    "by turns in one process. Other ratios are of processes one after the other: where a machine is shared, steps of "
+    "170 ms have become steps of 225 and back within a minute.",
     "compile_cold_s: the first generation less a second one in a fresh process with an empty Inductor cache, and "
     "compile_warm_s in another process with that cache.",
 )

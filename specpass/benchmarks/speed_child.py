@@ -173,7 +173,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 def by_turns(job: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of decode steps of the job's method and of job["other"]'s, a few of each by turns in one process.
 
-    A machine that others share drifts by a tenth in minutes, which two processes one after the other would show as a
+    A machine that others share drifts within minutes, which two processes one after the other would show as a
     difference of the methods.
     """
     room = {"steps": TURNS * (TURN_STEPS + 1)}
