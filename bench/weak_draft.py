@@ -98,8 +98,9 @@ class Bench:
                 score = TASKS[prompt.task].score(text, prompt.expected)
                 fields = dict(zip(KEY, self.key(layers, variant, prompt), strict=True))
                 self.store.add({**fields, "digest": prompt.digest, "expected": list(prompt.expected), "answer": text,
-                                "score": score, "tokens": answer.tokens}, summary=self.summary())
+                                "score": score, "tokens": answer.tokens})
                 pace.step(1, f"{layers or 'no'} draft layers, {variant.label} {prompt.task} {prompt.seed}: {score:.2f}")
+        self.store.save(summary=self.summary())
 
     def summary(self) -> list[dict[str, Any]]:
         """As the quality benchmark's, for each depth of the draft."""

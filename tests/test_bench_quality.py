@@ -96,6 +96,20 @@ def test_it_stops_at_its_limit_and_says_so(folder: str, tmp_path: Path) -> None:
     assert verify(out, folder).exit_code == 0
 
 
+def test_a_file_that_was_cut_off_verifies(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "cut.json"
+
+    def cut(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pace.Pace, "step", cut)
+        Run(pair(folder), Grid(("full",), (TASK,), (320,), 2), out, minutes=9).run()
+    result = verify(out, folder)
+    assert result.exit_code == 0, result.output
+    assert "1 answer" in result.stdout
+
+
 def test_verify_finds_the_file_right(file: Path, folder: str) -> None:
     result = verify(file, folder)
     assert result.exit_code == 0, result.output

@@ -45,4 +45,5 @@ def test_each_depth_is_measured_once(tmp_path: Path) -> None:
         (None, "full"), (None, "specpass_snapkv"), (2, "draft"), (2, "specpass_speckv"), (2, "specpass_specpc")}
     assert [(e["draft_layers"], e["method"]) for e in document["summary"]] == [
         (None, "full"), (None, "specpass_snapkv"), (2, "draft"), (2, "specpass_speckv"), (2, "specpass_specpc")]
+    assert {e["prompts"] for e in document["summary"]} == {4}
     assert not list(weak_draft.Bench(args).todo())

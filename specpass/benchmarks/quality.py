@@ -177,9 +177,10 @@ class Run:
         text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
         cell = Cell(variant, prompt.task, prompt.length, prompt.seed)
         score = TASKS[prompt.task].score(text, prompt.expected)
-        self.store.add({
+        self.store.records[cell.key] = {
             **dict(zip(KEY, cell.key, strict=True)), "prompt_tokens": len(prompt.ids), "digest": prompt.digest,
             "expected": list(prompt.expected), "answer": text, "score": score, "tokens": answer.tokens,
             "seconds": round(answer.seconds, 2), **({} if answer.kept is None else {"kept_slots": answer.kept}),
-        }, summary=summarise(self.store.records.values()))  # fmt: skip
+        }  # fmt: skip
+        self.store.save(summary=summarise(self.store.records.values()))  # of this record too: a cut file verifies
         pace.step(self.work(cell), f"{variant.label} {prompt.task} {prompt.length} seed {prompt.seed}: {score:.2f}")
