@@ -102,9 +102,11 @@ def test_a_file_that_was_cut_off_verifies(folder: str, tmp_path: Path, monkeypat
     def cut(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    run = Run(pair(folder), Grid(("full",), (TASK,), (320,), 2), out, minutes=9)
+    with monkeypatch.context() as patch:
         patch.setattr(pace.Pace, "step", cut)
-        Run(pair(folder), Grid(("full",), (TASK,), (320,), 2), out, minutes=9).run()
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
     result = verify(out, folder)
     assert result.exit_code == 0, result.output
     assert "1 answer" in result.stdout
