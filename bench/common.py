@@ -41,13 +41,12 @@ def median(values: Iterable[float], digits: int = 4) -> float:
 class Store(results.Store):
     """Results of a long run, one record per (method, seed), written after each so that a rerun goes on."""
 
-    def __init__(self, path: Path, settings: dict[str, Any], restart: bool = False) -> None:
-        super().__init__(path, settings, ("method", "seed"), restart)
+    def __init__(self, path: Path, settings: dict[str, Any], restart: bool, summarise: results.Summarise) -> None:
+        super().__init__(path, settings, ("method", "seed"), restart, summarise)
 
-    def put(self, method: str, seed: int, summary: Any = None, **fields: Any) -> None:
-        """Add or replace a record and write the file, `summary` on top of the records."""
-        parts = {} if summary is None else {"summary": summary}
-        self.add({"method": method, "seed": seed, **fields}, **parts)
+    def put(self, method: str, seed: int, **fields: Any) -> None:
+        """Add or replace a record and write the file."""
+        self.add({"method": method, "seed": seed, **fields})
 
 
 def model_folder(name: str) -> str:

@@ -59,7 +59,7 @@ class Bench:
         self.args = args
         settings = {k: getattr(args, k) for k in ("kind", "tokens", "budget", "window", "lookahead", "new_tokens")}
         settings |= {"target": Path(args.target).name, "draft": Path(args.draft).name, "dtype": "bfloat16"}
-        self.store = common.Store(args.out, settings, args.restart)
+        self.store = common.Store(args.out, settings, args.restart, summarise)
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         self.scratch = Path(tempfile.gettempdir()) / "specpass-bench" / f"multikey-{key}"
         if args.restart:
@@ -89,7 +89,6 @@ class Bench:
         self.store.put(
             method,
             prompt.seed,
-            self.summary(),
             prompt_tokens=len(prompt.ids),
             expected=list(prompt.answers),
             answer=answer,
@@ -225,22 +224,21 @@ class Bench:
         more |= compare(kept, reference, self.args.window)
         self.record(f"{name}/compiled", prompt, tokens, since, **more)
 
-    # -- summary
 
-    def summary(self) -> dict[str, dict[str, Any]]:
-        """Per method: prompts, mean scores of both engines, answers that agree, mean overlap of kept sets."""
-        found = {}
-        for method in METHODS:
-            entry: dict[str, Any] = {}
-            for engine in ("eager", "compiled"):
-                records = [r for (m, _), r in self.store.records.items() if m == f"{method}/{engine}"]
-                if records:
-                    entry |= {f"{engine}_prompts": len(records), engine: _mean(r["score"] for r in records)}
-            if "compiled" in entry:
-                entry["agree"] = sum(record["agrees"] for record in records)
-                entry["overlap"] = _mean(_mean(record["overlap"]) for record in records)
-            found[method] = entry
-        return found
+def summarise(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Per method: prompts, mean scores of both engines, answers that agree, mean overlap of kept sets."""
+    listed, found = list(records), {}
+    for method in METHODS:
+        entry: dict[str, Any] = {}
+        for engine in ("eager", "compiled"):
+            own = [record for record in listed if record["method"] == f"{method}/{engine}"]
+            if own:
+                entry |= {f"{engine}_prompts": len(own), engine: _mean(record["score"] for record in own)}
+        if "compiled" in entry:
+            entry["agree"] = sum(record["agrees"] for record in own)
+            entry["overlap"] = _mean(_mean(record["overlap"]) for record in own)
+        found[method] = entry
+    return found
 
 
 def compare(kept: list[Any], reference: Any, window: int) -> dict[str, Any]:
@@ -284,8 +282,8 @@ def main() -> None:
         bench.run_eager()
     if args.stage in ("compiled", "all"):
         bench.run_compiled()
-    bench.store.save(summary=bench.summary())
-    show(bench.summary())
+    bench.store.save()
+    show(bench.store.parts["summary"])
     print(f"wrote {os.path.relpath(args.out)}")
 
 

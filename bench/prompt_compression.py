@@ -15,7 +15,8 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,12 @@ def generate(model: Any, prompt: needles.Prompt, new_tokens: int, pad: int) -> t
     return out.sequences[0, ids.shape[1] :].tolist(), out.past_key_values
 
 
-def summary(store: common.Store, kinds: list[str]) -> dict[str, Any]:
+def summarise(records: Iterable[dict[str, Any]], kinds: list[str]) -> dict[str, Any]:
     """Mean score by method and kind, with the number of prompts."""
-    found: dict[str, Any] = {}
+    listed, found = list(records), dict[str, Any]()
     for name in methods():
         for kind in kinds:
-            scores = [r["score"] for (method, _), r in store.records.items() if method == f"{name}/{kind}"]
+            scores = [record["score"] for record in listed if record["method"] == f"{name}/{kind}"]
             if scores:
                 entry = {"prompts": len(scores), "score": round(statistics.mean(scores), 4)}
                 found.setdefault(name, {})[kind] = entry
@@ -85,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
     settings = {"tokens": args.tokens, "new_tokens": args.new_tokens, "dtype": "bfloat16",
                 "target": Path(args.target).name, "draft": Path(args.draft).name,
                 "methods": {name: method.key for name, method in methods().items()}}
-    store = common.Store(args.out or common.RESULTS / "prompt_compression.json", settings, args.restart)
+    store = common.Store(args.out or common.RESULTS / "prompt_compression.json", settings, args.restart,
+                         partial(summarise, kinds=args.kinds))
     tokenizer = common.load_tokenizer(args.target)
     target, draft = common.load_model(args.target), common.load_model(args.draft)
     work = list(prompts(args, tokenizer))
@@ -99,13 +101,13 @@ def run(args: argparse.Namespace) -> None:
             tokens, cache = generate(model, prompt, args.new_tokens, tokenizer.pad_token_id or 0)
             answer = tokenizer.decode(tokens, skip_special_tokens=True)
             read = int((cache.prompt_positions >= 0).sum())
-            store.put(f"{name}/{prompt.kind}", prompt.seed, summary(store, args.kinds), prompt_tokens=len(prompt.ids),
+            store.put(f"{name}/{prompt.kind}", prompt.seed, prompt_tokens=len(prompt.ids),
                       tokens_read=read, expected=list(prompt.answers), answer=answer,
                       score=needles.score(answer, prompt.answers), seconds=round(time.perf_counter() - since, 2))
         specpass.restore(target)
-    store.save(summary=summary(store, args.kinds))
+    store.save()
     table = Table("method", *args.kinds, title="share answered right (prompts)")
-    for name, entry in summary(store, args.kinds).items():
+    for name, entry in store.parts["summary"].items():
         table.add_row(name, *(f"{entry[k]['score']:.3f} ({entry[k]['prompts']})" if k in entry else "-"
                               for k in args.kinds))
     Console().print(table)

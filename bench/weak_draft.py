@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class Bench:
         self.pair = Pair(args.target, args.draft, lowering=args.lowering)
         settings = {"kind": "weak_draft", "target": label(args.target), "draft": label(args.draft), "dtype": "bfloat16",
                     "window": WINDOW, "lookahead": LOOKAHEAD}
-        self.store = Store(args.out, settings, KEY, args.restart)
+        self.store = Store(args.out, settings, KEY, args.restart, summary)
         self.prompts = [TASKS[task].prompt(seed, args.tokens, self.pair.tokenizer)
                         for seed in range(args.seeds) for task in SEPARATING]
 
@@ -94,24 +94,22 @@ class Bench:
                 cut(self.pair.draft, layers)
             for answer in answers(self.pair, variant, [(p, TASKS[p.task].new_tokens) for p in prompts], None):
                 prompt = answer.prompt
-                text = self.pair.tokenizer.decode(answer.tokens, skip_special_tokens=True)
-                score = TASKS[prompt.task].score(text, prompt.expected)
-                fields = dict(zip(KEY, self.key(layers, variant, prompt), strict=True))
-                self.store.add({**fields, "digest": prompt.digest, "expected": list(prompt.expected), "answer": text,
-                                "score": score, "tokens": answer.tokens})
-                pace.step(1, f"{layers or 'no'} draft layers, {variant.label} {prompt.task} {prompt.seed}: {score:.2f}")
-        self.store.save(summary=self.summary())
+                scored = TASKS[prompt.task].scored(prompt, answer.tokens, self.pair.tokenizer)
+                self.store.add({**dict(zip(KEY, self.key(layers, variant, prompt), strict=True)), **scored})
+                pace.step(1, f"{layers or 'no'} draft layers, {variant.label} {prompt.task} {prompt.seed}: "
+                             f"{scored['score']:.2f}")
+        self.store.save()
 
-    def summary(self) -> list[dict[str, Any]]:
-        """As the quality benchmark's, for each depth of the draft."""
-        records = list(self.store.records.values())
-        full = [record for record in records if record["method"] == FULL]
-        found = []
-        for layers in dict.fromkeys(record["draft_layers"] for record in records):
-            own = [r for r in records if r["draft_layers"] == layers and r["method"] != FULL]
-            entries = summarise([*full, *own])
-            found += [{"draft_layers": layers, **e} for e in entries if e["method"] != FULL or layers is None]
-        return found
+
+def summary(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the quality benchmark's, for each depth of the draft."""
+    listed, found = list(records), []
+    full = [record for record in listed if record["method"] == FULL]
+    for layers in dict.fromkeys(record["draft_layers"] for record in listed):
+        own = [r for r in listed if r["draft_layers"] == layers and r["method"] != FULL]
+        entries = summarise([*full, *own])
+        found += [{"draft_layers": layers, **e} for e in entries if e["method"] != FULL or layers is None]
+    return found
 
 
 def show(summary: list[dict[str, Any]]) -> None:
@@ -127,7 +125,7 @@ def main() -> None:
     args = arguments()
     bench = Bench(args)
     bench.run()
-    show(bench.summary())
+    show(bench.store.parts["summary"])
     print(f"wrote {os.path.relpath(args.out)}")
 
 

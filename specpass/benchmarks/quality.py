@@ -105,7 +105,7 @@ class Run:
             "dtype": self.pair.dtype, "device": self.pair.device.partition(":")[0], "window": WINDOW,
             "lookahead": LOOKAHEAD, "prompt_budget": PROMPT_BUDGET,
         }  # fmt: skip
-        self.store = Store(self.out, settings, KEY, self.restart)
+        self.store = Store(self.out, settings, KEY, self.restart, summarise)
         self.store.parts |= {"notes": NOTES}
         self.tokenizer = self.pair.tokenizer
 
@@ -152,7 +152,7 @@ class Run:
                 left_out |= dict.fromkeys(names, str(error))
                 pace.total -= sum(self.work(cell) for cell in batch if cell.key not in self.store)
                 print(f"note: {', '.join(names)} left out: {error}", file=sys.stderr, flush=True)
-        self.store.save(summary=summarise(self.store.records.values()), left_out=left_out)
+        self.store.save(left_out=left_out)
         return not self.todo()
 
     def answer(self, batch: list[Cell], pace: Pace) -> Iterator[Answer]:
@@ -174,13 +174,11 @@ class Run:
     def record(self, answer: Answer, pace: Pace) -> None:
         """Score an answer and write it into the file."""
         prompt, variant = answer.prompt, answer.variant
-        text = self.tokenizer.decode(answer.tokens, skip_special_tokens=True)
         cell = Cell(variant, prompt.task, prompt.length, prompt.seed)
-        score = TASKS[prompt.task].score(text, prompt.expected)
-        self.store.records[cell.key] = {
-            **dict(zip(KEY, cell.key, strict=True)), "prompt_tokens": len(prompt.ids), "digest": prompt.digest,
-            "expected": list(prompt.expected), "answer": text, "score": score, "tokens": answer.tokens,
+        scored = TASKS[prompt.task].scored(prompt, answer.tokens, self.tokenizer)
+        self.store.add({
+            **dict(zip(KEY, cell.key, strict=True)), "prompt_tokens": len(prompt.ids), **scored,
             "seconds": round(answer.seconds, 2), **({} if answer.kept is None else {"kept_slots": answer.kept}),
-        }  # fmt: skip
-        self.store.save(summary=summarise(self.store.records.values()))  # of this record too: a cut file verifies
-        pace.step(self.work(cell), f"{variant.label} {prompt.task} {prompt.length} seed {prompt.seed}: {score:.2f}")
+        })  # fmt: skip
+        name = f"{variant.label} {prompt.task} {prompt.length} seed {prompt.seed}"
+        pace.step(self.work(cell), f"{name}: {scored['score']:.2f}")

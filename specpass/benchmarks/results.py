@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from specpass.errors import BenchmarkError
 from specpass.files import write_file
+
+Summarise = Callable[[Iterable[dict[str, Any]]], Any]
 
 PACKAGES = ("torch", "transformers", "triton", "specpass")
 
@@ -61,12 +63,14 @@ class Store:
     Args:
         path: JSON file. settings: what the records depend on; records made with others are refused.
         key: the fields that tell records apart. restart: forget what is stored.
+        summarise: what "summary" says of the records, at every save.
 
     Raises: BenchmarkError: the file holds records of other settings, of another machine or of other versions.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], key: Sequence[str], restart: bool = False) -> None:
-        self.path, self.settings, self.key = path, settings, tuple(key)
+    def __init__(self, path: Path, settings: dict[str, Any], key: Sequence[str], restart: bool = False,
+                 summarise: Summarise | None = None) -> None:
+        self.path, self.settings, self.key, self.summarise = path, settings, tuple(key), summarise
         self.records: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.parts: dict[str, Any] = {}  # more top-level fields
         if restart or not path.exists():
@@ -96,12 +100,15 @@ class Store:
     def __getitem__(self, key: tuple[Any, ...]) -> dict[str, Any]:
         return self.records[key]
 
-    def add(self, record: dict[str, Any], **parts: Any) -> None:
-        """Add or replace a record, and write the file with `parts` above the records."""
+    def add(self, record: dict[str, Any]) -> None:
+        """Add or replace a record, and write the file."""
         self.records[self.key_of(record)] = record
-        self.save(**parts)
+        self.save()
 
     def save(self, **parts: Any) -> None:
+        """Write the file, `parts` above the records."""
+        if self.summarise is not None:
+            self.parts["summary"] = self.summarise(self.records.values())
         self.parts |= parts
         write_json(self.path, {**self._head(), "settings": self.settings, **self.parts,
                                "results": list(self.records.values())})

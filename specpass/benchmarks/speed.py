@@ -157,6 +157,8 @@ class Run:
         to_compile = [name for name in COMPILED if name in self.plan.methods and name not in compiled]
         pace = Pace(sum(config.work for config in configs) + 120 * len(to_compile), self.minutes)
         rates = self.rates(caches)
+        for key, record in self.store.records.items():
+            self.store.records[key] = self.with_floors(record, rates)  # all on the same rates
         self.store.save(rates=rates)
         left_out: dict[str, str] = {}
         for config in configs:
@@ -187,8 +189,6 @@ class Run:
             if method in self.plan.methods and method not in profiles and not pace.over and not self.quick:
                 config = Config(method, METHODS[method], self.profiled, 1, 0)
                 profiles[method] = {"length": self.profiled, **self.child(caches, config, what="profile")}
-        for key, record in self.store.records.items():  # all on the same rates
-            self.store.records[key] = self.with_floors(record, rates)
         self.store.save(left_out=left_out, aims=aims(self.store.records, equal))
         return not self.todo() and not left_out
 
