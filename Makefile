@@ -37,8 +37,9 @@ test-real: $(STAMP)  ## tests on real models
 demo: $(STAMP)  ## full KV and the methods on a real pair, side by side; pictures in specpass-demo/
 	$(BIN)/specpass demo
 
-lint: $(STAMP)  ## ruff, mypy, import contracts
+lint: $(STAMP)  ## ruff's rules and format, mypy, import contracts
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 

@@ -101,11 +101,7 @@ def child(args: argparse.Namespace) -> None:
         call()
         seconds.append(time.perf_counter() - since)
     cpu = sum(os.times()[:4])  # children included: Inductor compiles C++ in worker processes
-    found = {
-        "first_s": round(seconds[0], 2),
-        "second_s": round(seconds[1], 2),
-        "process_cpu_s": round(cpu, 1),
-    }
+    found = {"first_s": round(seconds[0], 2), "second_s": round(seconds[1], 2), "process_cpu_s": round(cpu, 1)}
     print(json.dumps({"compile_s": round(seconds[0] - seconds[1], 2), **found}))
 
 

@@ -35,8 +35,9 @@ def first_token(model: Any, length: int, seed: int) -> float:
 
     ids = torch.randint(100, 20_000, (1, length), generator=torch.Generator().manual_seed(seed))
     since = time.perf_counter()
-    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False,
-                   pad_token_id=0)  # fmt: skip
+    model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0
+    )
     return time.perf_counter() - since
 
 
@@ -67,8 +68,10 @@ def main() -> None:
     method = specpass.SpecPC(budget=args.budget)
     model = specpass.compile(target, draft=draft, method=method)
     rate = matmul_rate("cpu", "bfloat16")
-    flops = {"full": prefill_flops(full, args.tokens),
-             "specpc": prefill_flops(draft, args.tokens) + prefill_flops(full, args.budget)}  # fmt: skip
+    flops = {
+        "full": prefill_flops(full, args.tokens),
+        "specpc": prefill_flops(draft, args.tokens) + prefill_flops(full, args.budget),
+    }
 
     engines = {"full": full, "specpc": model}
     since = time.perf_counter()
@@ -82,14 +85,26 @@ def main() -> None:
             print(name, seconds[name][-1])
 
     medians = {name: common.median(found, 3) for name, found in seconds.items()}
-    settings = {"target": Path(args.target).name, "draft": Path(args.draft).name, "dtype": "bfloat16",
-                "tokens": args.tokens, "rounds": args.rounds, "method": method.key}  # fmt: skip
+    settings = {
+        "target": Path(args.target).name,
+        "draft": Path(args.draft).name,
+        "dtype": "bfloat16",
+        "tokens": args.tokens,
+        "rounds": args.rounds,
+        "method": method.key,
+    }
     common.save_results(
-        args.out, settings, seconds=seconds, median_s=medians, ratio=round(medians["specpc"] / medians["full"], 4),
-        flops=flops, flop_ratio=round(flops["specpc"] / flops["full"], 4), matmul_flops_per_second=round(rate),
+        args.out,
+        settings,
+        seconds=seconds,
+        median_s=medians,
+        ratio=round(medians["specpc"] / medians["full"], 4),
+        flops=flops,
+        flop_ratio=round(flops["specpc"] / flops["full"], 4),
+        matmul_flops_per_second=round(rate),
         floor_s={name: round(count / rate, 3) for name, count in flops.items()},
         first_call_s=round(compiled, 2),
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

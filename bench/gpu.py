@@ -33,7 +33,9 @@ class Run:
         self.path, self.device, self.tiny = path, device, tiny
         self.deadline = time.monotonic() + 60 * minutes
         self.document: dict[str, Any] = {
-            "machine": machine(), "gpu": gpu_kernels.describe_device(device), "versions": versions(),
+            "machine": machine(),
+            "gpu": gpu_kernels.describe_device(device),
+            "versions": versions(),
             "settings": {"device": device, "tiny": tiny, "minutes": minutes},
             "note": "sizes are tiny: the script is proved, times mean nothing" if tiny else "",
         }

@@ -30,8 +30,11 @@ def describe_device(device: str) -> dict[str, Any]:
     if not device.startswith("cuda"):
         return {"name": platform.processor() or platform.machine()}
     found = torch.cuda.get_device_properties(device)
-    return {"name": found.name, "memory_gib": round(found.total_memory / 2**30, 1),
-            "processors": found.multi_processor_count}
+    return {
+        "name": found.name,
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "processors": found.multi_processor_count,
+    }
 
 
 def free(device: str) -> None:
@@ -45,21 +48,34 @@ def sizes(run: Run, kernel: str) -> Shapes:
     """Shapes to time a kernel at: importance at one long sequence, the others at a batch."""
     if run.tiny:
         return SMALL
-    return dataclasses.replace(LARGE, batch=1) if kernel.startswith("importance") else \
-        dataclasses.replace(LARGE, columns=4096)
+    return (
+        dataclasses.replace(LARGE, batch=1)
+        if kernel.startswith("importance")
+        else dataclasses.replace(LARGE, columns=4096)
+    )
 
 
 def correctness(run: Run) -> None:
     """Largest error of each kernel as a share of its tolerance (at most 1 is right), for several dtypes and shapes."""
-    shapes = [SMALL] if run.tiny else [
-        dataclasses.replace(SMALL, columns=1024, dim=64, value_dim=64, budget=200, room=56),
-        dataclasses.replace(LARGE, batch=2, columns=8192),
-        dataclasses.replace(LARGE, batch=1, columns=2048, dtype="float16", dim=80, value_dim=80, group=7),
-    ]
+    shapes = (
+        [SMALL]
+        if run.tiny
+        else [
+            dataclasses.replace(SMALL, columns=1024, dim=64, value_dim=64, budget=200, room=56),
+            dataclasses.replace(LARGE, batch=2, columns=8192),
+            dataclasses.replace(LARGE, batch=1, columns=2048, dtype="float16", dim=80, value_dim=80, group=7),
+        ]
+    )
     for kernel in REGISTRY:
         # What SpecPC asks of importance besides: rows with weights, and a sum over them.
-        variants = [dataclasses.replace(shapes[-1], reduce="sum", weighted=True),
-                    dataclasses.replace(shapes[0], reduce="mean")] if kernel.startswith("importance") else []
+        variants = (
+            [
+                dataclasses.replace(shapes[-1], reduce="sum", weighted=True),
+                dataclasses.replace(shapes[0], reduce="mean"),
+            ]
+            if kernel.startswith("importance")
+            else []
+        )
         if kernel != "gather":
             variants += [dataclasses.replace(shapes[0], softcap=30.0), dataclasses.replace(shapes[-1], sinks=True)]
         for index, each in enumerate([*shapes, *variants]):
@@ -67,8 +83,13 @@ def correctness(run: Run) -> None:
             if kernel.startswith("importance"):
                 name += f", {each.reduce}{' of weighted rows' if each.weighted else ''}"
             name += f"{', soft cap' if each.softcap else ''}{', sinks' if each.sinks else ''}"
-            run.step("correctness", name, lambda kernel=kernel, each=each, index=index: {
-                "error_share": round(measure.check(measure.make_case(kernel, each, run.device, seed=index)), 4)})
+            run.step(
+                "correctness",
+                name,
+                lambda kernel=kernel, each=each, index=index: {
+                    "error_share": round(measure.check(measure.make_case(kernel, each, run.device, seed=index)), 4)
+                },
+            )
 
 
 def rates(run: Run) -> dict[str, float]:
@@ -94,18 +115,27 @@ def floors(run: Run) -> None:
 def against_floor(run: Run, kernel: str, measured: dict[str, float]) -> dict[str, Any]:
     """Times in microseconds. `of_floor` is time over floor; `bandwidth_share` is floor bytes over the copy's rate."""
     shapes = sizes(run, kernel)
-    case, tile = measure.make_case(kernel, shapes, run.device), launch.find_tile(kernel, shapes,
-                                                                                torch.device(run.device))
+    case, tile = (
+        measure.make_case(kernel, shapes, run.device),
+        launch.find_tile(kernel, shapes, torch.device(run.device)),
+    )
     # The floor of importance reads K once and multiplies once: the second pass is the kernel's own cost.
     least = "importance_given_lse" if kernel == "importance" else kernel
     moved, flops = (cost.evaluate(least, field, shapes, tile) for field in ("bytes", "flops"))
     floor = 1e6 * max(moved / measured["copy_bytes_s"], flops / measured["matmul_flop_s"])
     back = measure.rewind(case)
-    cold, warm = (measure.time_us(lambda: measure.run(case), run.device, cold=flag, before=back)
-                  for flag in (True, False))
-    found = {"cold_us": cold, "warm_us": warm, "floor_us": floor, "of_floor": cold / floor,
-             "bandwidth_share": 1e6 * moved / measured["copy_bytes_s"] / cold, "slots": shapes.heads
-             * (shapes.columns if kernel.startswith("importance") else shapes.slots), "tile": str(tile)}
+    cold, warm = (
+        measure.time_us(lambda: measure.run(case), run.device, cold=flag, before=back) for flag in (True, False)
+    )
+    found = {
+        "cold_us": cold,
+        "warm_us": warm,
+        "floor_us": floor,
+        "of_floor": cold / floor,
+        "bandwidth_share": 1e6 * moved / measured["copy_bytes_s"] / cold,
+        "slots": shapes.heads * (shapes.columns if kernel.startswith("importance") else shapes.slots),
+        "tile": str(tile),
+    }
     found["peers_us"] = {name: _time(call, run.device, back) for name, call in peers(case).items()}
     return found
 
@@ -153,8 +183,18 @@ def _flashinfer(case: measure.Case) -> Callable[[], Any] | None:
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
     pages = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
     last = torch.full((batch,), slots, dtype=torch.int32, device=query.device)
-    wrapper.plan(pages, pages[:-1], last, query.shape[1], kv_heads, dim, slots, q_data_type=query.dtype,
-                 kv_data_type=keys.dtype, sm_scale=scale)
+    wrapper.plan(
+        pages,
+        pages[:-1],
+        last,
+        query.shape[1],
+        kv_heads,
+        dim,
+        slots,
+        q_data_type=query.dtype,
+        kv_data_type=keys.dtype,
+        sm_scale=scale,
+    )
     return lambda: wrapper.run(query[:, :, 0], (keys, values))
 
 
@@ -168,8 +208,10 @@ def full_kv(run: Run) -> None:
         query, keys, values, _, scale = long.args
         ours = measure.time_us(lambda: measure.run(case), run.device, cold=True)
         theirs = measure.time_us(
-            lambda: scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True), run.device,
-            cold=True)
+            lambda: scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True),
+            run.device,
+            cold=True,
+        )
         return {"pruned_us": ours, "full_sdpa_us": theirs, "times_faster": theirs / ours, "slots": whole.slots}
 
     run.step("full_kv", "decode attention", compare)

@@ -12,13 +12,34 @@ import specpass
 if TYPE_CHECKING:
     from bench.gpu import Run
 
-TARGET = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-          "num_key_value_heads": 8, "head_dim": 128}  # Llama-3.1-8B
-DRAFT = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-         "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True}  # Llama-3.2-1B
+TARGET = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}  # Llama-3.1-8B
+DRAFT = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}  # Llama-3.2-1B
 SHARED = {"vocab_size": 128256, "max_position_embeddings": 140_000, "rope_theta": 500_000.0}
-TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 512}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+}
 # Prompt length and batch, in the order of what they tell, and the least seconds left that each is begun with.
 CASES = {(8192, 1): 30.0, (32768, 1): 40.0, (131072, 1): 75.0, (8192, 8): 40.0, (32768, 8): 75.0, (131072, 8): 240.0}
 LONG = 100_000  # tokens of a prompt from which on each time is taken once: a prefill takes many seconds
@@ -54,9 +75,12 @@ def end_to_end(run: Run) -> None:
     cases = {(60, 1): 0.0, (60, 2): 0.0} if run.tiny else CASES
     for (length, batch), needs in cases.items():
         for name, method in methods.items():
-            run.step("end_to_end", f"{name}, S {length}, batch {batch}",
-                     lambda method=method, length=length, batch=batch:
-                     one(run, target, draft, method, length, batch), needs=needs)
+            run.step(
+                "end_to_end",
+                f"{name}, S {length}, batch {batch}",
+                lambda method=method, length=length, batch=batch: one(run, target, draft, method, length, batch),
+                needs=needs,
+            )
     torch._dynamo.reset()
 
 
@@ -99,8 +123,14 @@ def one(run: Run, target: Any, draft: Any, method: Any, length: int, batch: int)
     kept = length if method is None else min(length, method.budget)
     rate = run.document["rates"]["device"].get("copy_bytes_s")
     bound = None if rate is None else batch * rate / step_bytes(target, kept, batch)
-    return {"first_token_s": first, "decode_tokens_s": batch * (new - 1) / max(whole - first, 1e-9),
-            "bound_tokens_s": bound, "peak_gib": peak, "new_tokens": new, "compiled": compiled}
+    return {
+        "first_token_s": first,
+        "decode_tokens_s": batch * (new - 1) / max(whole - first, 1e-9),
+        "bound_tokens_s": bound,
+        "peak_gib": peak,
+        "new_tokens": new,
+        "compiled": compiled,
+    }
 
 
 def step_bytes(model: Any, slots: int, batch: int) -> float:

@@ -18,13 +18,7 @@ from specpass.benchmarks.vocabulary import ADJECTIVES, NOUNS
 KINDS = ("single", "multikey", "multiquery")
 QUERIES = 4
 
-FILLER = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
-)
+FILLER = ("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.")
 
 INTRO = "Some special magic numbers are hidden within the following text. Memorize them: I will ask about them."
 

@@ -106,8 +106,13 @@ def run_export(args: argparse.Namespace, exact: bool = False) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     files = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     own = model_bytes(target) + (0 if draft is None else model_bytes(draft))
-    return {"seconds": round(seconds, 1), "files": files, "models_bytes": own,
-            "disk_over_models": round(sum(files.values()) / own, 4), "peak_gib": peak()}
+    return {
+        "seconds": round(seconds, 1),
+        "files": files,
+        "models_bytes": own,
+        "disk_over_models": round(sum(files.values()) / own, 4),
+        "peak_gib": peak(),
+    }
 
 
 def run_loop(args: argparse.Namespace) -> dict[str, Any]:
@@ -144,8 +149,12 @@ def run_loop(args: argparse.Namespace) -> dict[str, Any]:
             start = time.perf_counter()
             session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
             times.append(time.perf_counter() - start)
-        found[kind] = {"graph_bytes": (out / "prefill.onnx").stat().st_size, "export_seconds": round(made, 1),
-                       "load_seconds": round(loaded, 2), "prefill_seconds": common.median(times[1:])}
+        found[kind] = {
+            "graph_bytes": (out / "prefill.onnx").stat().st_size,
+            "export_seconds": round(made, 1),
+            "load_seconds": round(loaded, 2),
+            "prefill_seconds": common.median(times[1:]),
+        }
         print(kind, found[kind], flush=True)
         shutil.rmtree(out)
     return found
@@ -166,12 +175,22 @@ def run_torch(args: argparse.Namespace) -> dict[str, Any]:
     specpass.compile(target, draft=draft, method=method_of(args), lowering="eager")
     rows = []
     for ids in prompts(args):
-        out = target.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-                              max_new_tokens=args.new, do_sample=False, return_dict_in_generate=True)
+        out = target.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            max_new_tokens=args.new,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
         cache = out.past_key_values
-        rows.append({"prompt_tokens": len(ids), "tokens": out.sequences[0, len(ids):].tolist(),
-                     "lookahead_ids": cache.lookahead_ids[0].tolist(),
-                     "positions": [[texts(head) for head in layer.positions[0].tolist()] for layer in cache.layers]})
+        rows.append(
+            {
+                "prompt_tokens": len(ids),
+                "tokens": out.sequences[0, len(ids) :].tolist(),
+                "lookahead_ids": cache.lookahead_ids[0].tolist(),
+                "positions": [[texts(head) for head in layer.positions[0].tolist()] for layer in cache.layers],
+            }
+        )
         print(f"torch: prompt {len(rows)} of {args.prompts}", flush=True)
     return {"answers": rows, "peak_gib": peak()}
 
@@ -195,14 +214,22 @@ def run_onnx(args: argparse.Namespace) -> dict[str, Any]:
         tokens = model.generate([ids], max_new_tokens=args.new)[0]
         seconds = time.perf_counter() - start
         state: Any = model.state
-        pairs = [(set(ours), set(map(int, other.split())))
-                 for layer, layer2 in zip(state.positions, theirs["positions"], strict=True)
-                 for ours, other in zip(layer[0].tolist(), layer2, strict=True)]
-        rows.append({"prompt_tokens": len(ids), "tokens_equal": tokens == theirs["tokens"], "tokens": tokens,
-                     "lookahead_equal": state.lookahead_ids[0].tolist() == theirs["lookahead_ids"],
-                     "positions": sum(len(ours) for ours, _ in pairs),
-                     "positions_unlike": sum(len(ours - other) for ours, other in pairs),
-                     "seconds": round(seconds, 2)})
+        pairs = [
+            (set(ours), set(map(int, other.split())))
+            for layer, layer2 in zip(state.positions, theirs["positions"], strict=True)
+            for ours, other in zip(layer[0].tolist(), layer2, strict=True)
+        ]
+        rows.append(
+            {
+                "prompt_tokens": len(ids),
+                "tokens_equal": tokens == theirs["tokens"],
+                "tokens": tokens,
+                "lookahead_equal": state.lookahead_ids[0].tolist() == theirs["lookahead_ids"],
+                "positions": sum(len(ours) for ours, _ in pairs),
+                "positions_unlike": sum(len(ours - other) for ours, other in pairs),
+                "seconds": round(seconds, 2),
+            }
+        )
         print(f"onnx: {rows[-1]['tokens_equal']}, {rows[-1]['positions_unlike']} positions unlike", flush=True)
     return {"load_seconds": round(loaded, 2), "answers": rows, "peak_gib": peak()}
 
@@ -249,8 +276,13 @@ def copied(model: Any, state: Any) -> dict[str, Any]:
     written = sum(heads * (key + value) for heads, key, value in model.bundle.kv) * state.itemsize
     in_place = all(value.data_ptr() == before[name] for name, value in state.storage.items())
     inputs = np.int64().nbytes * (2 * len(token) + state.lengths.size)
-    return {"cache_in_place": in_place, "new_slots_bytes": written, "inputs_bytes": inputs,
-            "logits_bytes": state.logits.nbytes, "cache_bytes": state.cache_bytes}
+    return {
+        "cache_in_place": in_place,
+        "new_slots_bytes": written,
+        "inputs_bytes": inputs,
+        "logits_bytes": state.logits.nbytes,
+        "cache_bytes": state.cache_bytes,
+    }
 
 
 def main() -> None:
@@ -261,11 +293,21 @@ def main() -> None:
         plain = [value for value in sys.argv[1:] if value != "--restart"]
         for part in PARTS:
             if part not in read(args):
-                subprocess.run([sys.executable, "-m", "bench.onnx_runtime", *plain, "--part", part], check=True,
-                               cwd=common.ROOT, env=os.environ)
+                subprocess.run(
+                    [sys.executable, "-m", "bench.onnx_runtime", *plain, "--part", part],
+                    check=True,
+                    cwd=common.ROOT,
+                    env=os.environ,
+                )
         return
-    run = {"loop": run_loop, "export": run_export, "export_exact": lambda args: run_export(args, exact=True),
-           "torch": run_torch, "onnx": run_onnx, "decode": run_decode}
+    run = {
+        "loop": run_loop,
+        "export": run_export,
+        "export_exact": lambda args: run_export(args, exact=True),
+        "torch": run_torch,
+        "onnx": run_onnx,
+        "decode": run_decode,
+    }
     found = run[args.part](args)
     done = read(args) | {args.part: found}
     packages = {name: metadata.version(name) for name in ("onnx", "onnxruntime", "onnxscript")}

@@ -62,9 +62,14 @@ def generate(model: Any, prompt: needles.Prompt, new_tokens: int, pad: int) -> t
 
     ids = torch.tensor([prompt.ids])
     out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
-        repetition_penalty=1.0, pad_token_id=pad, return_dict_in_generate=True,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+    )
     return out.sequences[0, ids.shape[1] :].tolist(), out.past_key_values
 
 
@@ -83,11 +88,20 @@ def summarise(records: Iterable[dict[str, Any]], kinds: list[str]) -> dict[str, 
 def run(args: argparse.Namespace) -> None:
     import specpass
 
-    settings = {"tokens": args.tokens, "new_tokens": args.new_tokens, "dtype": "bfloat16",
-                "target": Path(args.target).name, "draft": Path(args.draft).name,
-                "methods": {name: method.key for name, method in methods().items()}}
-    store = common.Store(args.out or common.RESULTS / "prompt_compression.json", settings, args.restart,
-                         partial(summarise, kinds=args.kinds))
+    settings = {
+        "tokens": args.tokens,
+        "new_tokens": args.new_tokens,
+        "dtype": "bfloat16",
+        "target": Path(args.target).name,
+        "draft": Path(args.draft).name,
+        "methods": {name: method.key for name, method in methods().items()},
+    }
+    store = common.Store(
+        args.out or common.RESULTS / "prompt_compression.json",
+        settings,
+        args.restart,
+        partial(summarise, kinds=args.kinds),
+    )
     tokenizer = common.load_tokenizer(args.target)
     target, draft = common.load_model(args.target), common.load_model(args.draft)
     work = list(prompts(args, tokenizer))
@@ -101,15 +115,23 @@ def run(args: argparse.Namespace) -> None:
             tokens, cache = generate(model, prompt, args.new_tokens, tokenizer.pad_token_id or 0)
             answer = tokenizer.decode(tokens, skip_special_tokens=True)
             read = int((cache.prompt_positions >= 0).sum())
-            store.put(f"{name}/{prompt.kind}", prompt.seed, prompt_tokens=len(prompt.ids),
-                      tokens_read=read, expected=list(prompt.answers), answer=answer,
-                      score=needles.score(answer, prompt.answers), seconds=round(time.perf_counter() - since, 2))
+            store.put(
+                f"{name}/{prompt.kind}",
+                prompt.seed,
+                prompt_tokens=len(prompt.ids),
+                tokens_read=read,
+                expected=list(prompt.answers),
+                answer=answer,
+                score=needles.score(answer, prompt.answers),
+                seconds=round(time.perf_counter() - since, 2),
+            )
         specpass.restore(target)
     store.save()
     table = Table("method", *args.kinds, title="share answered right (prompts)")
     for name, entry in store.parts["summary"].items():
-        table.add_row(name, *(f"{entry[k]['score']:.3f} ({entry[k]['prompts']})" if k in entry else "-"
-                              for k in args.kinds))
+        table.add_row(
+            name, *(f"{entry[k]['score']:.3f} ({entry[k]['prompts']})" if k in entry else "-" for k in args.kinds)
+        )
     Console().print(table)
     print(f"wrote {os.path.relpath(store.path)}")
 
@@ -136,11 +158,21 @@ def compare(args: argparse.Namespace) -> None:
         scores = eager_prompt.pooled(eager_prompt.prompt_scores(draft, ids, how), how)
         expected = eager_prompt.choose(scores, 512, how)
         ours = cache.prompt_positions[0].tolist()
-        rows.append({"kind": prompt.kind, "seed": prompt.seed, "prompt_tokens": len(prompt.ids),
-                     "equal": ours == expected, "differing_tokens": len(set(ours) ^ set(expected))})
+        rows.append(
+            {
+                "kind": prompt.kind,
+                "seed": prompt.seed,
+                "prompt_tokens": len(prompt.ids),
+                "equal": ours == expected,
+                "differing_tokens": len(set(ours) ^ set(expected)),
+            }
+        )
         print(rows[-1])
-    common.save_results(args.out or common.RESULTS / "prompt_selection_float32.json",
-                        {"method": method.key, "tokens": args.tokens}, results=rows)
+    common.save_results(
+        args.out or common.RESULTS / "prompt_selection_float32.json",
+        {"method": method.key, "tokens": args.tokens},
+        results=rows,
+    )
 
 
 def main() -> None:

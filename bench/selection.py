@@ -60,7 +60,10 @@ def by_threshold(pooled: Tensor, top: int) -> Tensor:
 
 
 WAYS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "sort": by_sort, "topk": by_topk, "topk of keys": by_keys, "threshold": by_threshold
+    "sort": by_sort,
+    "topk": by_topk,
+    "topk of keys": by_keys,
+    "threshold": by_threshold,
 }
 
 
@@ -82,8 +85,13 @@ def bytes_of(columns: int) -> dict[str, Any]:
     """
     attention, importance = 2 * DIM * 2 * columns, (2 * DIM + 4) * columns  # K and V once; K once, scores out
     sort, least = 4 * 2 * 12 * columns, 4 * columns
-    return {"attention": attention, "importance": importance, "sort": sort, "least": least,
-            "could_save": round((sort - least) / (attention + importance + sort), 3)}
+    return {
+        "attention": attention,
+        "importance": importance,
+        "sort": sort,
+        "least": least,
+        "could_save": round((sort - least) / (attention + importance + sort), 3),
+    }
 
 
 def measure(columns: int, repeats: int) -> dict[str, Any]:
@@ -93,23 +101,40 @@ def measure(columns: int, repeats: int) -> dict[str, Any]:
     rows = reference.score_rows(lengths, None, ROWS, [])
     query, key = torch.randn(BATCH, KV_HEADS * GROUP, ROWS, DIM), torch.randn(BATCH, KV_HEADS, columns, DIM)
     args = (query, key, rows, lengths, WINDOW, DIM**-0.5, "max")
-    lse = torch.cat([(query[:, head * GROUP : (head + 1) * GROUP] @ key[:, [head]].mT * DIM**-0.5).masked_fill_(
-        torch.arange(columns) > rows[:, None, :, None], float("-inf")).logsumexp(-1) for head in range(KV_HEADS)], 1)
+    lse = torch.cat(
+        [
+            (query[:, head * GROUP : (head + 1) * GROUP] @ key[:, [head]].mT * DIM**-0.5)
+            .masked_fill_(torch.arange(columns) > rows[:, None, :, None], float("-inf"))
+            .logsumexp(-1)
+            for head in range(KV_HEADS)
+        ],
+        1,
+    )
     scores = reference.importance(*args)
     error = (reference.importance(*args, lse=lse) - scores).abs().max()
     pooled = torch.nn.functional.max_pool1d(scores, KERNEL, 1, KERNEL // 2)  # plateaus: ties are the rule
     top = BUDGET - WINDOW
     expected = by_sort(pooled, top)
-    found: dict[str, Any] = {name: {"ms": median(milliseconds(lambda way=way: way(pooled, top), repeats), 3),
-                                    "same_as_sort": bool(torch.equal(way(pooled, top), expected))}
-                             for name, way in WAYS.items()}
-    select = median(milliseconds(
-        lambda: reference.select(scores, lengths, BUDGET, WINDOW, KERNEL, "max"), repeats), 3)
-    importance, given = (median(milliseconds(lambda known=known: reference.importance(*args, lse=known), 3), 1)
-                         for known in (None, lse))
-    return {"columns": columns, "ways": found, "select_ms": select, "importance_ms": importance,
-            "importance_given_lse_ms": given, "given_lse_error": float(error),
-            "gpu_bytes_of_a_kv_head": bytes_of(columns)}
+    found: dict[str, Any] = {
+        name: {
+            "ms": median(milliseconds(lambda way=way: way(pooled, top), repeats), 3),
+            "same_as_sort": bool(torch.equal(way(pooled, top), expected)),
+        }
+        for name, way in WAYS.items()
+    }
+    select = median(milliseconds(lambda: reference.select(scores, lengths, BUDGET, WINDOW, KERNEL, "max"), repeats), 3)
+    importance, given = (
+        median(milliseconds(lambda known=known: reference.importance(*args, lse=known), 3), 1) for known in (None, lse)
+    )
+    return {
+        "columns": columns,
+        "ways": found,
+        "select_ms": select,
+        "importance_ms": importance,
+        "importance_given_lse_ms": given,
+        "given_lse_error": float(error),
+        "gpu_bytes_of_a_kv_head": bytes_of(columns),
+    }
 
 
 def main() -> None:
@@ -123,8 +148,18 @@ def main() -> None:
     for columns in options.lengths:
         found.append(measure(columns, options.repeats))
         print(found[-1], flush=True)
-    settings = {"batch": BATCH, "kv_heads": KV_HEADS, "group": GROUP, "dim": DIM, "budget": BUDGET, "window": WINDOW,
-                "rows": ROWS, "repeats": options.repeats, "threads": 1, "dtype": "float32"}
+    settings = {
+        "batch": BATCH,
+        "kv_heads": KV_HEADS,
+        "group": GROUP,
+        "dim": DIM,
+        "budget": BUDGET,
+        "window": WINDOW,
+        "rows": ROWS,
+        "repeats": options.repeats,
+        "threads": 1,
+        "dtype": "float32",
+    }
     save_results(options.out, settings, note="GPU not measured: its column holds bytes, not times", results=found)
 
 

@@ -67,11 +67,20 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.pair = Pair(args.target, args.draft, lowering=args.lowering)
-        settings = {"kind": "weak_draft", "target": label(args.target), "draft": label(args.draft), "dtype": "bfloat16",
-                    "window": WINDOW, "lookahead": LOOKAHEAD}
+        settings = {
+            "kind": "weak_draft",
+            "target": label(args.target),
+            "draft": label(args.draft),
+            "dtype": "bfloat16",
+            "window": WINDOW,
+            "lookahead": LOOKAHEAD,
+        }
         self.store = Store(args.out, settings, KEY, args.restart, summary)
-        self.prompts = [TASKS[task].prompt(seed, args.tokens, self.pair.tokenizer)
-                        for seed in range(args.seeds) for task in SEPARATING]
+        self.prompts = [
+            TASKS[task].prompt(seed, args.tokens, self.pair.tokenizer)
+            for seed in range(args.seeds)
+            for task in SEPARATING
+        ]
 
     def key(self, layers: int | None, variant: Variant, prompt: Prompt) -> tuple[Any, ...]:
         return layers, variant.method, variant.budget, prompt.task, prompt.length, prompt.seed
@@ -96,8 +105,11 @@ class Bench:
                 prompt = answer.prompt
                 scored = TASKS[prompt.task].scored(prompt, answer.tokens, self.pair.tokenizer)
                 self.store.add({**dict(zip(KEY, self.key(layers, variant, prompt), strict=True)), **scored})
-                pace.step(1, f"{layers or 'no'} draft layers, {variant.label} {prompt.task} {prompt.seed}: "
-                             f"{scored['score']:.2f}")
+                pace.step(
+                    1,
+                    f"{layers or 'no'} draft layers, {variant.label} {prompt.task} {prompt.seed}: "
+                    f"{scored['score']:.2f}",
+                )
         self.store.save()
 
 
@@ -116,8 +128,13 @@ def show(summary: list[dict[str, Any]]) -> None:
     table = Table("draft layers", "method", "budget", "score", "of full KV (95 %)")
     for entry in summary:
         low, high = entry["retention_interval"]
-        table.add_row(str(entry["draft_layers"] or "-"), entry["method"], str(entry["budget"] or "-"),
-                      f"{entry['score']:.2f}", f"{entry['retention']:.2f} ({low:.2f}-{high:.2f})")
+        table.add_row(
+            str(entry["draft_layers"] or "-"),
+            entry["method"],
+            str(entry["budget"] or "-"),
+            f"{entry['score']:.2f}",
+            f"{entry['retention']:.2f} ({low:.2f}-{high:.2f})",
+        )
     Console().print(table)
 
 

@@ -63,7 +63,6 @@ def nearest(name: str | None) -> Arch:
     if name and name.startswith("gfx"):
         return ARCHS["gfx942"]
     if name and name.startswith("sm_"):
-        older = [arch for arch in ARCHS.values()
-                 if arch.backend == "cuda" and int(arch.capability) <= int(name[3:])]
+        older = [arch for arch in ARCHS.values() if arch.backend == "cuda" and int(arch.capability) <= int(name[3:])]
         return older[-1] if older else ARCHS["sm_80"]
     return ARCHS["sm_90"]

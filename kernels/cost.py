@@ -43,20 +43,44 @@ class Cost:
 
 
 _SCORE_TILE = n * Dp * e + (s - 2) * m * Dp * e
-_PASS = {"reread": B * K * T / n * M * D * e, "flops": 2 * B * K * M * T * Dp, "accumulators": n * m,
-         "programs": B * K * sympy.ceiling(T / n)}
+_PASS = {
+    "reread": B * K * T / n * M * D * e,
+    "flops": 2 * B * K * M * T * Dp,
+    "accumulators": n * m,
+    "programs": B * K * sympy.ceiling(T / n),
+}
 _OUTER = B * K * M * (D * e + 8) + B * K * T * 4
-_DECODE = {"bytes": B * K * (P + G) * (D + V) * e + sympy.Min(1, p - 1) * 2 * B * K * p * G * (V + 1) * 4,
-           "reread": sympy.Integer(0), "flops": 2 * B * K * 16 * P * (Dp + Vp), "shared": (s - 1) * n * (Dp + Vp) * e,
-           "accumulators": 16 * (n + Vp), "programs": B * K * p}
+_DECODE = {
+    "bytes": B * K * (P + G) * (D + V) * e + sympy.Min(1, p - 1) * 2 * B * K * p * G * (V + 1) * 4,
+    "reread": sympy.Integer(0),
+    "flops": 2 * B * K * 16 * P * (Dp + Vp),
+    "shared": (s - 1) * n * (Dp + Vp) * e,
+    "accumulators": 16 * (n + Vp),
+    "programs": B * K * p,
+}
 
 COSTS: dict[str, Cost] = {
-    "importance": Cost(2 * B * K * T * D * e + _OUTER + 2 * B * K * T / n * M * 4, 2 * _PASS["reread"],
-                       2 * _PASS["flops"], _SCORE_TILE, n * m, _PASS["programs"], 3),
-    "importance_given_lse": Cost(B * K * T * D * e + _OUTER, _PASS["reread"], _PASS["flops"], _SCORE_TILE, n * m,
-                                 _PASS["programs"], 1),
-    "gather": Cost(B * K * ((C + P) * (D + V) * e + C * 8), sympy.Integer(0), sympy.Integer(0), sympy.Integer(0),
-                   n * (Dp + Vp) * e / 4, B * K * sympy.ceiling(P / n), 1),
+    "importance": Cost(
+        2 * B * K * T * D * e + _OUTER + 2 * B * K * T / n * M * 4,
+        2 * _PASS["reread"],
+        2 * _PASS["flops"],
+        _SCORE_TILE,
+        n * m,
+        _PASS["programs"],
+        3,
+    ),
+    "importance_given_lse": Cost(
+        B * K * T * D * e + _OUTER, _PASS["reread"], _PASS["flops"], _SCORE_TILE, n * m, _PASS["programs"], 1
+    ),
+    "gather": Cost(
+        B * K * ((C + P) * (D + V) * e + C * 8),
+        sympy.Integer(0),
+        sympy.Integer(0),
+        sympy.Integer(0),
+        n * (Dp + Vp) * e / 4,
+        B * K * sympy.ceiling(P / n),
+        1,
+    ),
     "decode": Cost(**_DECODE, launches=2),
     "decode_append": Cost(**_DECODE, launches=2),
 }
@@ -71,9 +95,24 @@ def _compiled(kernel: str, field: str) -> Any:
 
 def evaluate(kernel: str, field: str, shapes: Shapes, tile: Tile) -> float:
     """The value of one closed form, e.g. evaluate("decode", "bytes", shapes, tile)."""
-    values = (shapes.batch, shapes.kv_heads, shapes.group, shapes.rows, shapes.columns, shapes.budget, shapes.room,
-              shapes.dim, shapes.value_dim, shapes.itemsize, tile.block_n, tile.block_m, tile.stages, tile.splits,
-              block_of(shapes.dim), block_of(shapes.value_dim))
+    values = (
+        shapes.batch,
+        shapes.kv_heads,
+        shapes.group,
+        shapes.rows,
+        shapes.columns,
+        shapes.budget,
+        shapes.room,
+        shapes.dim,
+        shapes.value_dim,
+        shapes.itemsize,
+        tile.block_n,
+        tile.block_m,
+        tile.stages,
+        tile.splits,
+        block_of(shapes.dim),
+        block_of(shapes.value_dim),
+    )
     return float(_compiled(kernel, field)(*values))
 
 
@@ -100,8 +139,9 @@ def seconds(kernel: str, shapes: Shapes, tile: Tile, arch: Arch) -> float:
     resident = max(1, min(8, int(arch.shared_unit // max(shared, 1)), arch.threads // (tile.warps * arch.warp)))
     filled = min(1.0, programs * tile.warps / (arch.units * 8))  # eight warps of a processor keep its memory busy
     hidden = min(1.0, (resident * tile.warps * tile.stages) / 16)  # what is in flight hides latency
-    slowest = max(cost("bytes") / arch.bandwidth, cost("reread") / (CACHE_FACTOR * arch.bandwidth),
-                  cost("flops") / arch.flops)
+    slowest = max(
+        cost("bytes") / arch.bandwidth, cost("reread") / (CACHE_FACTOR * arch.bandwidth), cost("flops") / arch.flops
+    )
     launches = 1 if kernel.startswith("decode") and tile.splits == 1 else COSTS[kernel].launches
     return slowest / (filled * hidden) + launches * LAUNCH_SECONDS
 

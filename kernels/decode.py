@@ -22,11 +22,36 @@ from specpass.kernels.logits import add_sink, base2_logits
 
 
 @triton.jit(do_not_specialize=["stride"])
-def attend_slots(query, keys, values, lengths, key, value, sinks, out, partial, lse, stride, scale, K: tl.constexpr,
-                 G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr,
-                 SPLIT: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_DV: tl.constexpr, WRITE: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-                 UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def attend_slots(
+    query,
+    keys,
+    values,
+    lengths,
+    key,
+    value,
+    sinks,
+    out,
+    partial,
+    lse,
+    stride,
+    scale,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    P: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WRITE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One split of one KV head; grid (B * K, SPLITS).
 
     query [B, H, D]; keys [B, K, stride, D], values [B, K, stride, DV]; lengths [B, K] int64; key [B, K, D] and
@@ -66,8 +91,9 @@ def attend_slots(query, keys, values, lengths, key, value, sinks, out, partial, 
         n = start + tl.arange(0, BLOCK_N)
         inside = n < end
         k = tl.load(keys + (slots + n)[None, :] * D + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
-        v = tl.load(values + (slots + n)[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :],
-                    other=0.0)  # [BLOCK_N, BLOCK_DV]
+        v = tl.load(
+            values + (slots + n)[:, None] * DV + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0
+        )  # [BLOCK_N, BLOCK_DV]
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
         scores = base2_logits(tl.dot(q, k, input_precision=PRECISION), scale, SOFTCAP)  # [BLOCK_G, BLOCK_N]
@@ -92,8 +118,18 @@ def attend_slots(query, keys, values, lengths, key, value, sinks, out, partial, 
 
 
 @triton.jit
-def combine_splits(partial, lse, lengths, out, G: tl.constexpr, DV: tl.constexpr,
-                   SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_DV: tl.constexpr, WRITE: tl.constexpr):
+def combine_splits(
+    partial,
+    lse,
+    lengths,
+    out,
+    G: tl.constexpr,
+    DV: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WRITE: tl.constexpr,
+):
     """out [B, H, DV]: the splits' results, each weighted by its share of the softmax; grid (B * K, G).
 
     `lengths` advances here where WRITE: in the first launch another split might still have read it.
@@ -105,8 +141,9 @@ def combine_splits(partial, lse, lengths, out, G: tl.constexpr, DV: tl.constexpr
     part = tl.load(lse + where, mask=split < SPLITS, other=float("-inf"))  # [BLOCK_S], base 2
     best = tl.max(part, 0)
     weights = tl.exp2(part - tl.where(best == float("-inf"), 0.0, best))
-    rows = tl.load(partial + where[:, None] * DV + dv[None, :], mask=(split < SPLITS)[:, None] & (dv < DV)[None, :],
-                   other=0.0)  # [BLOCK_S, BLOCK_DV]
+    rows = tl.load(
+        partial + where[:, None] * DV + dv[None, :], mask=(split < SPLITS)[:, None] & (dv < DV)[None, :], other=0.0
+    )  # [BLOCK_S, BLOCK_DV]
     total = tl.sum(weights, 0)
     result = tl.sum(rows * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + (head * G + g) * DV + dv, result.to(out.dtype.element_ty), mask=dv < DV)

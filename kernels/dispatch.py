@@ -63,8 +63,9 @@ def choose(operator: str, args: tuple[Any, ...]) -> Choice:
             return Choice(operator, None, "several new queries at once")
         if not all(_dense(states) for states in storage):
             return Choice(operator, None, "the cache's storage is not dense")
-    kernel = "importance_given_lse" if operator == "importance" and args[8:9] not in ((), (None,)) \
-        else KERNELS[operator]
+    kernel = (
+        "importance_given_lse" if operator == "importance" and args[8:9] not in ((), (None,)) else KERNELS[operator]
+    )
     return _choose(operator, kernel, _facts(operator, args), first.device.index or 0)
 
 
@@ -82,8 +83,11 @@ def returns_lse(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def _dense(states: Tensor) -> bool:
     # A symbolic batch says nothing about strides that are constants, and must not be guarded on.
-    return states.stride(-1) == 1 and states.stride(-2) == states.shape[-1] \
+    return (
+        states.stride(-1) == 1
+        and states.stride(-2) == states.shape[-1]
         and (states.dim() == 3 or states.stride(1) == states.shape[2] * states.shape[3])
+    )
 
 
 def _facts(operator: str, args: tuple[Any, ...]) -> Shapes:
@@ -120,9 +124,19 @@ def _choose(operator: str, kernel: str, facts: Shapes, device: int) -> Choice:
     return Choice(operator, kernel, "shapes are supported")
 
 
-def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window: int, scale: float,
-               reduce: str, weights: Tensor | None = None, lse: Tensor | None = None, softcap: float = 0.0,
-               sinks: Tensor | None = None) -> Tensor:
+def importance(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    window: int,
+    scale: float,
+    reduce: str,
+    weights: Tensor | None = None,
+    lse: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """reference.importance, by its kernel where the table says so."""
     args = (query, key, rows, lengths, window, scale, reduce, weights, lse, softcap, sinks)
     if choose("importance", args).kernel is None:
@@ -141,8 +155,9 @@ def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple
     return launch.gather_kv(key, value, positions, room)
 
 
-def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0,
-                      sinks: Tensor | None = None) -> Tensor:
+def prefill_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
     """reference.prefill_attention, or what serves a soft cap or sinks: flash attention knows no cap."""
     if sinks is not None and not softcap and returns_lse(query, key, value):
         return reference.prefill_with_sinks(query, key, value, scale, sinks)
@@ -151,8 +166,15 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, s
     return reference.prefill_attention(query, key, value, scale)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, softcap: float = 0.0,
-           sinks: Tensor | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """reference.attend, by its kernel where the table says so."""
     args = (query, keys, values, lengths, scale, softcap, sinks)
     if choose("attend", args).kernel is None:
@@ -162,8 +184,17 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: 
     return launch.attend(*args)
 
 
-def append_attend(keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, key: Tensor, value: Tensor,
-                  scale: float, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
+def append_attend(
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """reference.append_attend, by its kernel where the table says so."""
     args = (keys, values, lengths, query, key, value, scale, softcap, sinks)
     if choose("append_attend", args).kernel is None:

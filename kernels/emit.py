@@ -29,8 +29,11 @@ def emit(kernel: Kernel, shapes: Shapes, tile: Tile) -> str:
     bound = {name: ast.fix_missing_locations(bind.visit(node)) for name, node in functions.items()}
     wanted = _reached([launch.function for launch in plan], bound)
     text = "\n\n\n".join(ast.unparse(bound[name]) for name in bound if name in wanted)
-    shared = [ast.unparse(node) for node in body if isinstance(node, ast.Assign) and _is_constexpr(node.value)
-              and _mentions(text, ast.unparse(node.targets[0]))]
+    shared = [
+        ast.unparse(node)
+        for node in body
+        if isinstance(node, ast.Assign) and _is_constexpr(node.value) and _mentions(text, ast.unparse(node.targets[0]))
+    ]
     used = [f"{name} = tl.constexpr({value!r})" for name, value in constants.items() if _mentions(text, name)]
     launches = "\n".join(f"    {launch.function}: {launch.warps} warps, {launch.stages} stages" for launch in plan)
     head = f'"""{kernel.name}, emitted by specpass for one attention site.\n\n{_describe(shapes)}\n{launches}\n"""'
@@ -39,8 +42,17 @@ def emit(kernel: Kernel, shapes: Shapes, tile: Tile) -> str:
 
 
 def _describe(shapes: Shapes) -> str:
-    names = {"batch": "B", "kv_heads": "K", "group": "G", "dim": "D", "value_dim": "Dv", "rows": "R", "window": "W",
-             "budget": "C", "room": "N"}
+    names = {
+        "batch": "B",
+        "kv_heads": "K",
+        "group": "G",
+        "dim": "D",
+        "value_dim": "Dv",
+        "rows": "R",
+        "window": "W",
+        "budget": "C",
+        "room": "N",
+    }
     sizes = ", ".join(f"{short} {getattr(shapes, name)}" for name, short in names.items() if getattr(shapes, name))
     return f"    {shapes.dtype}: {sizes}"
 
@@ -60,8 +72,9 @@ def _reached(names: list[str], functions: dict[str, ast.FunctionDef]) -> set[str
         name = names.pop()
         if name not in found:
             found.add(name)
-            names += [node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name)
-                      and node.id in functions]
+            names += [
+                node.id for node in ast.walk(functions[name]) if isinstance(node, ast.Name) and node.id in functions
+            ]
     return found
 
 
@@ -71,10 +84,16 @@ class _Bind(ast.NodeTransformer):
     def __init__(self, constants: dict[str, Any], functions: dict[str, ast.FunctionDef]) -> None:
         self.constants = constants
         self.parameters = {name: [arg.arg for arg in node.args.args] for name, node in functions.items()}
-        self.bound = {name: {arg.arg for arg in node.args.args if arg.annotation is not None and arg.arg in constants}
-                      for name, node in functions.items()}
-        for call in (node for function in functions.values() for node in ast.walk(function)
-                     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self.bound):
+        self.bound = {
+            name: {arg.arg for arg in node.args.args if arg.annotation is not None and arg.arg in constants}
+            for name, node in functions.items()
+        }
+        for call in (
+            node
+            for function in functions.values()
+            for node in ast.walk(function)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self.bound
+        ):
             # A helper that is given something else under this name (copy_rows' D is DV for values) keeps its argument.
             for name, arg in zip(self.parameters[call.func.id], call.args, strict=True):  # type: ignore[attr-defined]
                 if not (isinstance(arg, ast.Name) and arg.id == name):

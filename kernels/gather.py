@@ -14,8 +14,20 @@ import triton.language as tl
 
 
 @triton.jit
-def copy_rows(states, storage, source, slot, head, stride_b, stride_k, stride_t, K: tl.constexpr, P: tl.constexpr,
-              D: tl.constexpr, BLOCK_D: tl.constexpr):
+def copy_rows(
+    states,
+    storage,
+    source,
+    slot,
+    head,
+    stride_b,
+    stride_k,
+    stride_t,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Rows `source` of one KV head's states [T, D] into rows `slot` of its storage [P, D]; -1 writes zeros."""
     d = tl.arange(0, BLOCK_D)
     base = states + (head // K).to(tl.int64) * stride_b + (head % K).to(tl.int64) * stride_k
@@ -26,9 +38,29 @@ def copy_rows(states, storage, source, slot, head, stride_b, stride_k, stride_t,
 
 
 @triton.jit
-def gather_slots(key, value, positions, keys, values, lengths, key_b, key_k, key_t, value_b, value_k, value_t,
-                 K: tl.constexpr, C: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                 BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
+def gather_slots(
+    key,
+    value,
+    positions,
+    keys,
+    values,
+    lengths,
+    key_b,
+    key_k,
+    key_t,
+    value_b,
+    value_k,
+    value_t,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
     """keys [B, K * P, D], values [B, K * P, DV], lengths [B, K] int64 from positions [B, K, C] (-1: unused).
 
     Grid (P in steps of BLOCK_P, B * K); a head's first program counts its slots in use.

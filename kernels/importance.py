@@ -33,8 +33,19 @@ from specpass.kernels.logits import LOG2E, add_sink, base2_logits
 
 
 @triton.jit
-def load_keys(key, tile, head, T, stride_b, stride_k, stride_t, K: tl.constexpr, D: tl.constexpr,
-              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_keys(
+    key,
+    tile,
+    head,
+    T,
+    stride_b,
+    stride_k,
+    stride_t,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """The keys of one tile [BLOCK_N, BLOCK_D] from [B, K, T, D] in whatever layout it has; zeros outside."""
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -45,9 +56,25 @@ def load_keys(key, tile, head, T, stride_b, stride_k, stride_t, K: tl.constexpr,
 
 
 @triton.jit
-def tile_scores(keys, query, rows, tile, head, first, scale, K: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
-                D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def tile_scores(
+    keys,
+    query,
+    rows,
+    tile,
+    head,
+    first,
+    scale,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Base-2 scores of rows first .. first + BLOCK_M - 1 of M [BLOCK_N, BLOCK_M]; -inf where the row may not look.
 
     A row that is left out stands at position -1 and so sees no column.
@@ -72,9 +99,28 @@ def last_row(rows, head, K: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["T"])
-def tile_lse(query, key, rows, partial, T, stride_b, stride_k, stride_t, scale, K: tl.constexpr, G: tl.constexpr,
-             R: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-             BLOCK_R: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def tile_lse(
+    query,
+    key,
+    rows,
+    partial,
+    T,
+    stride_b,
+    stride_k,
+    stride_t,
+    scale,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """partial [B * K, tiles, M] float32: base-2 log-sum-exp of each row over one tile; grid (tiles, B * K)."""
     tl.static_assert(BLOCK_D >= D, "a tile holds whole keys")
     tl.static_assert(BLOCK_R >= R, "a tile holds all positions")
@@ -87,8 +133,25 @@ def tile_lse(query, key, rows, partial, T, stride_b, stride_k, stride_t, scale, 
         keys = keys.to(tl.float32)
     out = partial + (head.to(tl.int64) * tl.num_programs(0) + tile) * M
     for first in tl.range(0, M, BLOCK_M):
-        scores = tile_scores(keys, query, rows, tile, head, first, scale, K, G, R, D, BLOCK_N, BLOCK_M, BLOCK_D,
-                             SOFTCAP, UPCAST, PRECISION)
+        scores = tile_scores(
+            keys,
+            query,
+            rows,
+            tile,
+            head,
+            first,
+            scale,
+            K,
+            G,
+            R,
+            D,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_D,
+            SOFTCAP,
+            UPCAST,
+            PRECISION,
+        )
         best = tl.max(scores, 0)  # [BLOCK_M]
         base = tl.where(best == float("-inf"), 0.0, best)  # -inf minus -inf is not a number
         total = tl.sum(tl.exp2(scores - base[None, :]), 0)
@@ -98,9 +161,21 @@ def tile_lse(query, key, rows, partial, T, stride_b, stride_k, stride_t, scale, 
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def combine_lse(partial, rows, sinks, lse, tiles, K: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
-                BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
-                SINKS: tl.constexpr):
+def combine_lse(
+    partial,
+    rows,
+    sinks,
+    lse,
+    tiles,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SINKS: tl.constexpr,
+):
     """lse [B * K, M] float32, natural: of each row over all tiles; grid (M in steps of BLOCK_S, B * K).
 
     sinks [H] float32, natural logits, read where SINKS.
@@ -128,11 +203,34 @@ def combine_lse(partial, rows, sinks, lse, tiles, K: tl.constexpr, G: tl.constex
 
 
 @triton.jit(do_not_specialize=["T"])
-def column_scores(query, key, rows, lengths, lse, weights, scores, T, stride_b, stride_k, stride_t, scale,
-                  K: tl.constexpr, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-                  REDUCE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
-                  PRECISION: tl.constexpr):
+def column_scores(
+    query,
+    key,
+    rows,
+    lengths,
+    lse,
+    weights,
+    scores,
+    T,
+    stride_b,
+    stride_k,
+    stride_t,
+    scale,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    REDUCE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """scores [B, K, T] float32: probabilities of each column, reduced over M rows; 0 from lengths - W on.
 
     lse [B * K, M] float32, natural; weights [R] float32, >= 0, read where WEIGHTED. Grid (tiles, B * K).
@@ -153,8 +251,25 @@ def column_scores(query, key, rows, lengths, lse, weights, scores, T, stride_b, 
         keys = keys.to(tl.float32)
     reduced = tl.full([BLOCK_N], float("-inf") if REDUCE == "max" else 0.0, tl.float32)
     for first in tl.range(0, M, BLOCK_M):
-        part = tile_scores(keys, query, rows, tile, head, first, scale, K, G, R, D, BLOCK_N, BLOCK_M, BLOCK_D,
-                             SOFTCAP, UPCAST, PRECISION)
+        part = tile_scores(
+            keys,
+            query,
+            rows,
+            tile,
+            head,
+            first,
+            scale,
+            K,
+            G,
+            R,
+            D,
+            BLOCK_N,
+            BLOCK_M,
+            BLOCK_D,
+            SOFTCAP,
+            UPCAST,
+            PRECISION,
+        )
         row = first + tl.arange(0, BLOCK_M)
         norm = tl.load(lse + head * M + row, mask=row < M, other=0.0) * LOG2E  # [BLOCK_M]
         if WEIGHTED:

@@ -55,18 +55,48 @@ def rows_contiguous(states: Tensor) -> Tensor:
     return states if states.stride(3) == 1 or states.shape[3] == 1 else states.contiguous()
 
 
-def score_shapes(query: Tensor, key: Tensor, window: int, reduce: str, weighted: bool = False, softcap: float = 0.0,
-                 sinks: bool = False) -> Shapes:
+def score_shapes(
+    query: Tensor,
+    key: Tensor,
+    window: int,
+    reduce: str,
+    weighted: bool = False,
+    softcap: float = 0.0,
+    sinks: bool = False,
+) -> Shapes:
     """Shapes of `importance` for query [B, H, R, D] and key [B, K, T, D]."""
     batch, kv_heads, columns, dim = key.shape
-    return Shapes(str(key.dtype)[6:], batch, kv_heads, query.shape[1] // kv_heads, dim, dim, rows=query.shape[2],
-                  window=window, columns=power_of_two(columns), reduce=reduce, weighted=weighted, softcap=softcap,
-                  sinks=sinks)
+    return Shapes(
+        str(key.dtype)[6:],
+        batch,
+        kv_heads,
+        query.shape[1] // kv_heads,
+        dim,
+        dim,
+        rows=query.shape[2],
+        window=window,
+        columns=power_of_two(columns),
+        reduce=reduce,
+        weighted=weighted,
+        softcap=softcap,
+        sinks=sinks,
+    )
 
 
-def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window: int, scale: float, reduce: str,
-               weights: Tensor | None = None, lse: Tensor | None = None, softcap: float = 0.0,
-               sinks: Tensor | None = None, tile: Tile | None = None) -> Tensor:
+def importance(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    window: int,
+    scale: float,
+    reduce: str,
+    weights: Tensor | None = None,
+    lse: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
     """Scores [B, K, T] float32, as reference.importance.
 
     Args: lse [B, H, R] float32: natural log-sum-exp of each query row over the columns that it sees, where the
@@ -99,8 +129,9 @@ def gather_shapes(key: Tensor, value: Tensor, budget: int, room: int) -> Shapes:
     return Shapes(str(key.dtype)[6:], batch, kv_heads, 1, dim, value.shape[3], budget=budget, room=room)
 
 
-def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int,
-              tile: Tile | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def gather_kv(
+    key: Tensor, value: Tensor, positions: Tensor, room: int, tile: Tile | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """keys [B, K * (C + N), D], values [B, K * (C + N), Dv], lengths [B, K], as reference.gather_kv."""
     batch, kv_heads, budget = positions.shape
     shapes = gather_shapes(key, value, budget, room)
@@ -109,8 +140,19 @@ def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int,
     keys, values = (s.new_empty(batch, kv_heads * shapes.slots, s.shape[3]) for s in (key, value))
     lengths = positions.new_empty(batch, kv_heads)
     grid = (-(-shapes.slots // tile.block_n), shapes.heads)
-    launch("gather", REGISTRY["gather"].plan(shapes, tile)[0], grid, key, value, positions.contiguous(), keys, values,
-           lengths, *key.stride()[:3], *value.stride()[:3])
+    launch(
+        "gather",
+        REGISTRY["gather"].plan(shapes, tile)[0],
+        grid,
+        key,
+        value,
+        positions.contiguous(),
+        keys,
+        values,
+        lengths,
+        *key.stride()[:3],
+        *value.stride()[:3],
+    )
     return keys, values, lengths
 
 
@@ -122,12 +164,30 @@ def decode_shapes(query: Tensor, keys: Tensor, values: Tensor, softcap: float = 
     batch, kv_heads, slots, dim = keys.shape
     step = max(64, power_of_two(slots) // 16)
     slots = -(-slots // step) * step
-    return Shapes(str(keys.dtype)[6:], batch, kv_heads, query.shape[1] // kv_heads, dim, values.shape[3], budget=slots,
-                  softcap=softcap, sinks=sinks)
+    return Shapes(
+        str(keys.dtype)[6:],
+        batch,
+        kv_heads,
+        query.shape[1] // kv_heads,
+        dim,
+        values.shape[3],
+        budget=slots,
+        softcap=softcap,
+        sinks=sinks,
+    )
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, softcap: float = 0.0,
-           sinks: Tensor | None = None, new: tuple[Tensor, Tensor] | None = None, tile: Tile | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    new: tuple[Tensor, Tensor] | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
     """[B, H, 1, Dv] as reference.attend for one query, keys and values contiguous.
 
     Args: new: the token's key [B, K, 1, D] and value [B, K, 1, Dv], which `lengths` does not count yet: they are
@@ -143,8 +203,23 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: 
     splits, members = plan[0].constants["SPLITS"], shapes.group
     partial = out if splits == 1 else out.new_empty(shapes.heads, splits, members, values.shape[3], dtype=torch.float32)
     lse = partial if splits == 1 else out.new_empty(shapes.heads, splits, members, dtype=torch.float32)
-    launch(kernel, plan[0], (shapes.heads, splits), query, keys, values, lengths, key, value,
-           lse if sinks is None else sinks.float(), out, partial, lse, keys.shape[2], scale)
+    launch(
+        kernel,
+        plan[0],
+        (shapes.heads, splits),
+        query,
+        keys,
+        values,
+        lengths,
+        key,
+        value,
+        lse if sinks is None else sinks.float(),
+        out,
+        partial,
+        lse,
+        keys.shape[2],
+        scale,
+    )
     if splits > 1:
         launch(kernel, plan[1], (shapes.heads, members), partial, lse, lengths, out)
     return out

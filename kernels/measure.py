@@ -62,8 +62,9 @@ def make_case(kernel: str, shapes: Shapes, device: str, seed: int = 0) -> Case:
         weights = torch.linspace(0, 1, shapes.rows, device=device) if shapes.weighted else None
         scale = 1 / math.sqrt(shapes.dim)
         rows = rows.contiguous()
-        case = Case(kernel, shapes, (query, key, rows, lengths, shapes.window, scale, shapes.reduce, weights),
-                    sinks=sinks)
+        case = Case(
+            kernel, shapes, (query, key, rows, lengths, shapes.window, scale, shapes.reduce, weights), sinks=sinks
+        )
         if kernel == "importance_given_lse":
             case.lse = _log_sum_exp(case).float()
         return case
@@ -137,11 +138,15 @@ def _log_sum_exp(case: Case) -> Tensor:
     query, key, rows, _, _, scale, *_ = case.args
     group = query.shape[1] // key.shape[1]
     hidden = (torch.arange(key.shape[2], device=key.device) > rows[..., None])[:, None]
-    lse = torch.cat([
-        case.logits(query[:, head * group : (head + 1) * group], key[:, [head]], scale)
-        .masked_fill_(hidden, -math.inf).logsumexp(-1)
-        for head in range(key.shape[1])
-    ], 1)
+    lse = torch.cat(
+        [
+            case.logits(query[:, head * group : (head + 1) * group], key[:, [head]], scale)
+            .masked_fill_(hidden, -math.inf)
+            .logsumexp(-1)
+            for head in range(key.shape[1])
+        ],
+        1,
+    )
     return lse if case.sinks is None else torch.logaddexp(lse, case.sinks.double()[:, None])
 
 
@@ -182,8 +187,9 @@ def rewind(case: Case) -> Callable[[], None]:
     return lambda: lengths.copy_(start)
 
 
-def time_us(call: Callable[[], Any], device: str, *, cold: bool, before: Callable[[], None] = lambda: None,
-            repeats: int = 25) -> float:
+def time_us(
+    call: Callable[[], Any], device: str, *, cold: bool, before: Callable[[], None] = lambda: None, repeats: int = 25
+) -> float:
     """Median microseconds of a call, the GPU's second-level cache flushed before each where `cold`.
 
     `before` runs ahead of each call, outside the time.

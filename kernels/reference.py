@@ -83,9 +83,19 @@ def take_rows(query: Tensor, rows: Tensor) -> Tensor:
     return query.gather(2, index)
 
 
-def importance(query: Tensor, key: Tensor, rows: Tensor, lengths: Tensor, window: int, scale: float, reduce: str,
-               weights: Tensor | None = None, lse: Tensor | None = None, softcap: float = 0.0,
-               sinks: Tensor | None = None) -> Tensor:
+def importance(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    window: int,
+    scale: float,
+    reduce: str,
+    weights: Tensor | None = None,
+    lse: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Attention probability that each prompt column gets from the query rows, reduced over the rows of a KV head.
 
     Args: query [B, H, R, D]; key [B, K, T, D]; rows [B, R] positions (-1: left out); lengths [B] prompt lengths;
@@ -223,8 +233,15 @@ def extend_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> tuple
     return torch.cat([keys, key], 2).flatten(1, 2), torch.cat([values, value], 2).flatten(1, 2)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, softcap: float = 0.0,
-           sinks: Tensor | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Budgeted attention of q new queries; the GQA group is folded into the query length.
 
     Args: query [B, H, q, D]; keys [B, K, P, D], values [B, K, P, Dv]; lengths [B, K] with the q new slots counted;
@@ -266,8 +283,9 @@ def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat([logits, column], -1), dim=-1, dtype=torch.float32)[..., :-1]
 
 
-def modified_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float,
-                       sinks: Tensor | None) -> Tensor:
+def modified_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
     """Attention whose logits are soft-capped, or whose softmax has a sink: what eager models compute.
 
     Args: query [B, H, q, D]; key [B, K, T, D], value [B, K, T, Dv]; mask: True where a query reads, or added to the
@@ -289,16 +307,20 @@ def modified_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
     return out.view(batch, heads, count, value.shape[3])
 
 
-def prefill_modified(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float,
-                     sinks: Tensor | None) -> Tensor:
+def prefill_modified(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
     """`prefill_attention` with a soft cap or sinks, for ROWS queries at a time: never [T, T] logits."""
     columns = torch.arange(key.shape[2], device=key.device)
     parts = []
     for start in range(0, query.shape[2], ROWS):
         seen = min(start + ROWS, query.shape[2])
         mask = (columns[:seen] <= columns[start:seen, None])[None, None]
-        parts.append(modified_attention(query[:, :, start:seen], key[:, :, :seen], value[:, :, :seen], mask, scale,
-                                        softcap, sinks))
+        parts.append(
+            modified_attention(
+                query[:, :, start:seen], key[:, :, :seen], value[:, :, :seen], mask, scale, softcap, sinks
+            )
+        )
     return torch.cat(parts, 2)
 
 
@@ -326,8 +348,9 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     return out
 
 
-def prefill_attention_lse(query: Tensor, key: Tensor, value: Tensor, rows: Tensor,
-                          scale: float) -> tuple[Tensor, Tensor]:
+def prefill_attention_lse(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """`prefill_attention`, and the log-sum-exp of the rows that score, which aten's flash attention finds on its way.
 
     Args: query [B, H, T, D], key and value [B, K, T, D], 16-bit on CUDA; rows [B, R] positions (-1 reads row 0).
@@ -349,8 +372,17 @@ def prefill_attention_lse(query: Tensor, key: Tensor, value: Tensor, rows: Tenso
     return out, lse
 
 
-def append_attend(keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, key: Tensor, value: Tensor,
-                  scale: float, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
+def append_attend(
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """`append_kv` of one token, then `attend`: [B, H, 1, Dv].
 
     Args: keys [B, K * P, D], values [B, K * P, Dv], lengths [B, K], changed in place; query [B, H, 1, D];
@@ -372,8 +404,9 @@ def _hash_uniform(seed: int, step: int, size: int, device: torch.device) -> Tens
     return ((mixed & 0xFFFFFFFFFFFF).double() + 0.5) / float(1 << 48)
 
 
-def next_token(logits: Tensor, ended: Tensor, vocab: int, temperature: float, seed: int, step: int,
-               eos_ids: list[int], pad_id: int) -> tuple[Tensor, Tensor]:
+def next_token(
+    logits: Tensor, ended: Tensor, vocab: int, temperature: float, seed: int, step: int, eos_ids: list[int], pad_id: int
+) -> tuple[Tensor, Tensor]:
     """The draft's next token of each row.
 
     Args: logits [B, M, V], the last of M is read, ids >= vocab are masked out; ended [B] bool. temperature 0.0 is

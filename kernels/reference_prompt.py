@@ -38,8 +38,9 @@ def merge_step(total: Tensor, scores: Tensor, reduce: str) -> Tensor:
     return torch.maximum(total, prompt) if reduce == "max" else total + prompt
 
 
-def select_prompt(scores: Tensor, lengths: Tensor, budget: int, window: int, kernel: int, neighbours: int,
-                  pool: str) -> Tensor:
+def select_prompt(
+    scores: Tensor, lengths: Tensor, budget: int, window: int, kernel: int, neighbours: int, pool: str
+) -> Tensor:
     """Scores -> the C prompt tokens to read: the last W, then peaks with their neighbours, best peak first.
 
     Args: scores [B, S] float32, >= 0 and 0 behind a row's prompt; lengths [B].

@@ -115,8 +115,11 @@ def load(key: Key) -> Entry | None:
 
 
 def _warn(path: Path, reason: str) -> None:
-    warnings.warn(f"specpass: the tuned tile in {path} is ignored: {reason}. Run `specpass tune` again, or "
-                  "`specpass tune --clear`.", stacklevel=3)
+    warnings.warn(
+        f"specpass: the tuned tile in {path} is ignored: {reason}. Run `specpass tune` again, or "
+        "`specpass tune --clear`.",
+        stacklevel=3,
+    )
 
 
 def read(path: Path) -> Entry:

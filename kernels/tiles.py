@@ -69,14 +69,18 @@ def candidate_tiles(kernel: str, shapes: Shapes, arch: Arch) -> Iterator[Tile]:
     default = default_tile(kernel, shapes, arch)
     yield default
     if kernel.startswith("importance"):
-        choices = [Tile(n, m, warps=w, stages=s) for n, m, w, s in
-                   itertools.product((64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3))]
+        choices = [
+            Tile(n, m, warps=w, stages=s)
+            for n, m, w, s in itertools.product((64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3))
+        ]
     elif kernel == "gather":
         choices = [Tile(n, warps=w, stages=1) for n, w in itertools.product((8, 16, 32, 64, 128), (2, 4, 8))]
     else:
         most = splits_for(shapes, arch, 16)
         counts = sorted({max(1, most // part) for part in (1, 2, 4)})
-        choices = [Tile(n, splits=p, warps=w, stages=s) for n, p, w, s in
-                   itertools.product((16, 32, 64, 128), counts, (2, 4, 8), (2, 3, 4))]
+        choices = [
+            Tile(n, splits=p, warps=w, stages=s)
+            for n, p, w, s in itertools.product((16, 32, 64, 128), counts, (2, 4, 8), (2, 3, 4))
+        ]
     choices = [dataclasses.replace(tile, precision=default.precision) for tile in choices]
     yield from (tile for tile in choices if tile != default)

@@ -84,12 +84,15 @@ class GraphedStep:
 def moving_inputs(gm: fx.GraphModule) -> tuple[int, ...]:
     """Inputs that the caller makes anew for each step: token ids, positions, masks."""
     return tuple(
-        index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))
+        index
+        for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))
         if isinstance(node.meta.get("val"), Tensor) and role_of(node.meta.get("specpass_source", "")) is not None
     )
 
 
 def on_cuda(gm: fx.GraphModule) -> bool:
     """Whether the graph's inputs live on a CUDA device (the cache's handle does not count: it is never read)."""
-    return any(isinstance(val := node.meta.get("val"), Tensor) and val.device.type == "cuda"
-               for node in gm.graph.find_nodes(op="placeholder"))
+    return any(
+        isinstance(val := node.meta.get("val"), Tensor) and val.device.type == "cuda"
+        for node in gm.graph.find_nodes(op="placeholder")
+    )

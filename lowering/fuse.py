@@ -43,8 +43,14 @@ def share_lse(gm: fx.GraphModule, importance: fx.Node) -> None:
     if not is_op(taken, SPEC.take_rows) or taken.args[1] is not rows:
         return
     query = taken.args[0]
-    attention = next((user for user in query.users if is_op(user, SPEC.prefill_attention)
-                      and user.args[1] is key and user.args[3:] == (scale,)), None)  # a cap changes the log-sum-exp
+    attention = next(
+        (
+            user
+            for user in query.users
+            if is_op(user, SPEC.prefill_attention) and user.args[1] is key and user.args[3:] == (scale,)
+        ),
+        None,
+    )  # a cap changes the log-sum-exp
     if attention is None or not rows < attention < importance:
         return
     tensors = attention.args[:3]
@@ -62,8 +68,14 @@ def fuse_append(gm: fx.GraphModule, attend: fx.Node) -> None:
     """Let attention write the token that it attends to."""
     query, keys, values, lengths, *logits = attend.args
     storage = [storage_of(node) for node in (keys, values)]
-    append = next((user for user in storage[0].users if is_op(user, SPEC.append_kv)
-                   and [*user.args[:3]] == [*storage, lengths] and user < attend), None)
+    append = next(
+        (
+            user
+            for user in storage[0].users
+            if is_op(user, SPEC.append_kv) and [*user.args[:3]] == [*storage, lengths] and user < attend
+        ),
+        None,
+    )
     if append is None or any(reads(node, {*storage, lengths}) for node in between(append, attend)):
         return
     args = (*append.args[:3], query, *append.args[3:5], *logits)

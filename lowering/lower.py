@@ -22,8 +22,9 @@ def prepare(lowering: str) -> None:
         compiler_probe()
 
 
-def lower(gm: fx.GraphModule, lowering: str, record: GraphRecord, cudagraphs: bool = False,
-          fingerprint: str = "") -> Callable[..., Any]:
+def lower(
+    gm: fx.GraphModule, lowering: str, record: GraphRecord, cudagraphs: bool = False, fingerprint: str = ""
+) -> Callable[..., Any]:
     """`lowering="eager"` runs the operators one by one; "inductor" compiles the decoder layers' regions.
 
     `cudagraphs` replays decode steps on CUDA as one CUDA graph. `fingerprint` of the pipeline goes into the keys of

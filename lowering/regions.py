@@ -92,8 +92,9 @@ def _in_order(regions: list[Region]) -> bool:
     rank = {node: index for index, region in enumerate(regions) for node in region.nodes}
     for index, region in enumerate(regions):
         for source in region.inputs:
-            if rank.get(source, -1) > index or (source not in rank and source.op == "call_function"
-                                                and _reads_layers(source, rank, index)):
+            if rank.get(source, -1) > index or (
+                source not in rank and source.op == "call_function" and _reads_layers(source, rank, index)
+            ):
                 return False
     return True
 

@@ -42,8 +42,15 @@ class Compiled:
         raise TypeError("a model compiled with specpass cannot be pickled: call specpass.restore(model) first")
 
 
-def compile(target: nn.Module, draft: nn.Module | None = None, method: Method | None = None, *,
-            lowering: str = "inductor", lookahead_ids: Any = None, **options: Any) -> nn.Module:
+def compile(
+    target: nn.Module,
+    draft: nn.Module | None = None,
+    method: Method | None = None,
+    *,
+    lowering: str = "inductor",
+    lookahead_ids: Any = None,
+    **options: Any,
+) -> nn.Module:
     """Compile `target` in place, so that `generate` and direct calls prune its KV cache.
 
     Args:
@@ -114,7 +121,7 @@ def _call(target: nn.Module, backend: Backend) -> Callable[..., Any]:
                     stacklevel=3,
                 )
                 warned = True
-            return target._call_impl(*args[len(ROLES):], **kwargs)
+            return target._call_impl(*args[len(ROLES) :], **kwargs)
         prepare(cache, kwargs)
         with torch._dynamo.config.patch(specialize_float=True), collector_rests_while_compiling():
             return compiled(**kwargs)
@@ -159,16 +166,19 @@ def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
 
 
 def _cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
-    def prepare_cache(generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int,
-                      max_cache_length: int) -> Any:
+    def prepare_cache(
+        generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:
         """Stands in for the method of the same name, and asks it wherever the user chose a cache."""
         chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
         if chosen or generation_config.use_cache is False:
             return type(target)._prepare_cache_for_generation(
-                target, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+                target, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
         prompt = prompt_length(generation_config, model_kwargs)
         model_kwargs["past_key_values"] = BudgetCache(
-            target.config, backend.method, max_new_tokens=generation_config.max_length - prompt, prompt_length=prompt)
+            target.config, backend.method, max_new_tokens=generation_config.max_length - prompt, prompt_length=prompt
+        )
         generation_config.disable_compile = True  # generate would compile the call a second time on a GPU
         return None
 

@@ -52,9 +52,18 @@ class Backend:
         MissingDraftError, GradientsError, EncoderDecoderError, NoCudaError: see specpass.errors.
     """
 
-    def __init__(self, draft: nn.Module | None = None, method: Method | None = None, *, lowering: str = "inductor",
-                 cudagraphs: bool = False, lookahead_ids: Any = None, skip_passes: Iterable[str] = (),
-                 full_verify: bool = False, keep_stages: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        draft: nn.Module | None = None,
+        method: Method | None = None,
+        *,
+        lowering: str = "inductor",
+        cudagraphs: bool = False,
+        lookahead_ids: Any = None,
+        skip_passes: Iterable[str] = (),
+        full_verify: bool = False,
+        keep_stages: Iterable[str] = (),
+    ) -> None:
         method = checks.check_method(method)
         if lookahead_ids is not None:
             method = with_lookahead_ids(method, lookahead_ids)
@@ -93,8 +102,11 @@ class Backend:
 
     def _warn_foreign(self, gm: fx.GraphModule) -> None:
         if not self.report.foreign:
-            warnings.warn("specpass: this call does not use a BudgetCache, so the model runs exactly, unpruned. Pass "
-                          "past_key_values=specpass.BudgetCache(model.config, method).", stacklevel=2)
+            warnings.warn(
+                "specpass: this call does not use a BudgetCache, so the model runs exactly, unpruned. Pass "
+                "past_key_values=specpass.BudgetCache(model.config, method).",
+                stacklevel=2,
+            )
         self.report.foreign += 1
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Call:
@@ -130,8 +142,16 @@ class Backend:
         static = static_outputs(graph) if alike else {}
         run = lower(graph, self.lowering, record, self.cudagraphs, Pipeline(self.skip_passes).fingerprint())
         context = None if state.draft is None else checks.context_length(self.draft)
-        return Call(run, state.kind, places, tuple(state.lifted.values()), static, context,
-                    state.lookahead, packed="attention_mask" in named and state.kind in ("prefill", "short"))
+        return Call(
+            run,
+            state.kind,
+            places,
+            tuple(state.lifted.values()),
+            static,
+            context,
+            state.lookahead,
+            packed="attention_mask" in named and state.kind in ("prefill", "short"),
+        )
 
     def _rewrite(self, traced: fx.GraphModule, state: State, cache: BudgetCache, record: GraphRecord) -> fx.GraphModule:
         for index, kind in enumerate(cache.layer_types):
@@ -166,14 +186,17 @@ class Backend:
                 raise Refusal(f"the draft cannot be captured: {refusal}") from refusal
             self.report.draft_seconds = time.perf_counter() - start
         method: Any = cache.method
-        return dataclasses.replace(self._graphs, temperature=method.temperature, seed=method.seed,
-                                   target_vocab=cache.config.vocab_size)
+        return dataclasses.replace(
+            self._graphs, temperature=method.temperature, seed=method.seed, target_vocab=cache.config.vocab_size
+        )
 
     def _check_cache(self, cache: BudgetCache) -> None:
         mine = dataclasses.replace(self.method, budget=cache.method.budget)
         same_budget = isinstance(self.method.budget, float) or self.method.budget == cache.method.budget
-        ours, theirs = (dataclasses.replace(m, lookahead_ids=None, lookahead=None) if m.appends else m  # type: ignore[call-arg]
-                        for m in (mine, cache.method))
+        ours, theirs = (
+            dataclasses.replace(m, lookahead_ids=None, lookahead=None) if m.appends else m  # type: ignore[call-arg]
+            for m in (mine, cache.method)
+        )
         if ours != theirs or not same_budget:
             raise MethodMismatchError(
                 f"the cache was made for {cache.method.key} and the backend for {self.method.key}: pass the same "
@@ -182,8 +205,11 @@ class Backend:
 
     def _check_whole(self, traced: fx.GraphModule, writes: list[fx.Node], cache: BudgetCache, named: dict) -> None:
         layers = len(cache.layers)
-        logits = [node for node in output_of(traced.graph).args[0] if node.meta["val"].dim() == 3
-                  and not is_op(node.args[0] if node.args else None, SPEC.fill)]
+        logits = [
+            node
+            for node in output_of(traced.graph).args[0]
+            if node.meta["val"].dim() == 3 and not is_op(node.args[0] if node.args else None, SPEC.fill)
+        ]
         if len(writes) != layers or not ({"input_ids", "inputs_embeds"} & named.keys()) or not logits:
             raise PartialGraphError(
                 f"a graph break left specpass with {len(writes)} of {layers} layers in this graph: pruning needs the "
@@ -207,8 +233,9 @@ class Backend:
 def with_lookahead_ids(method: Method, lookahead_ids: Any) -> Method:
     """The method with the caller's [B, L] token ids in the draft's place."""
     if not method.appends or method.prompt is not None:
-        raise LookaheadError(f"lookahead_ids were given, but {method.name} cannot use them in the draft's place: use "
-                             "SpecKV.")
+        raise LookaheadError(
+            f"lookahead_ids were given, but {method.name} cannot use them in the draft's place: use SpecKV."
+        )
     return dataclasses.replace(method, lookahead=None, lookahead_ids=lookahead_ids)  # type: ignore[call-arg]
 
 

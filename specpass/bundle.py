@@ -70,7 +70,9 @@ def read_bundle(folder: str | Path, *, full: bool = False) -> Bundle:
     try:
         bundle = Bundle(**data)
         bundle = dataclasses.replace(
-            bundle, budgets=tuple(map(int, bundle.budgets)), eos_ids=tuple(map(int, bundle.eos_ids)),
+            bundle,
+            budgets=tuple(map(int, bundle.budgets)),
+            eos_ids=tuple(map(int, bundle.eos_ids)),
             kv=tuple((int(k), int(d), int(v)) for k, d, v in bundle.kv),
         )
         needed = {name: int(entry["bytes"]) for name, entry in bundle.files.items()}

@@ -98,8 +98,15 @@ class BudgetLayer(CacheLayerMixin):
             short = cache.fits(key_states)
             budget = cache.whole if short else self.budget
             self.key_buffer, self.value_buffer, self.lengths, self.positions = torch.ops.specpass.fill(
-                key_states, value_states, cache.handle, budget, cache.room, cache.lookahead,
-                self.index, len(cache.layers), short,
+                key_states,
+                value_states,
+                cache.handle,
+                budget,
+                cache.room,
+                cache.lookahead,
+                self.index,
+                len(cache.layers),
+                short,
             )
             self.is_initialized = True
             return key_states, value_states
@@ -190,8 +197,16 @@ class BudgetCache(Cache):
         BudgetError: a ratio without prompt_length. LookaheadError: lookahead=None without max_new_tokens.
     """
 
-    def __init__(self, config: Any, method: Method, max_new_tokens: int | None = None, *,
-                 prompt_length: int | None = None, lookahead_ids: Any = None, early_exit: bool = True) -> None:
+    def __init__(
+        self,
+        config: Any,
+        method: Method,
+        max_new_tokens: int | None = None,
+        *,
+        prompt_length: int | None = None,
+        lookahead_ids: Any = None,
+        early_exit: bool = True,
+    ) -> None:
         if max_new_tokens is not None and max_new_tokens < 1:
             raise BudgetError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
         config = config.get_text_config(decoder=True)
@@ -241,8 +256,9 @@ class BudgetCache(Cache):
         self.free_at_prefill = self.room
         self.appended = 0  # upper bound of tokens written behind the prompt, kept on the host
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any,
-               **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Store a layer's new K/V [B, K, q, D]; only inside a graph compiled with specpass.
 
         Raises:

@@ -85,9 +85,11 @@ def quality(
     from specpass.benchmarks.summary import markdown
 
     given = {
-        "methods": methods and _words(methods), "tasks": tasks and _words(tasks),
-        "lengths": lengths and _numbers("--lengths", lengths), "seeds": seeds,
-    }  # fmt: skip
+        "methods": methods and _words(methods),
+        "tasks": tasks and _words(tasks),
+        "lengths": lengths and _numbers("--lengths", lengths),
+        "seeds": seeds,
+    }
     grid = _changed(runner.QUICK if quick else runner.Grid(), given)
     out = out or _default("quality", quick)
     run = runner.Run(Pair(target, draft, dtype, device, lowering), grid, out, _limit(minutes, quick), restart)
@@ -131,9 +133,10 @@ def speed(
     from specpass.benchmarks.speed_report import markdown
 
     given = {
-        "methods": methods and _words(methods), "lengths": lengths and _numbers("--lengths", lengths),
+        "methods": methods and _words(methods),
+        "lengths": lengths and _numbers("--lengths", lengths),
         "batches": batches and _numbers("--batches", batches),
-    }  # fmt: skip
+    }
     plan = _changed(runner.QUICK if quick else runner.Plan(), given)
     out = out or _default("speed", quick)
     pair = Pair(target, draft, dtype, device, lowering)

@@ -64,8 +64,15 @@ def explain(
         hub.read_config(name)  # a wrong name first, then the wait
     if lowering == "inductor":
         typer.echo(f"compiling {'the models' if weights else 'stand-ins'} (about a minute)", err=True)
-    report, stages = run(choice.target, choice.draft, choice.method, dtype=dtype, lowering=lowering,
-                          max_new_tokens=max_new_tokens, weights=weights)
+    report, stages = run(
+        choice.target,
+        choice.draft,
+        choice.method,
+        dtype=dtype,
+        lowering=lowering,
+        max_new_tokens=max_new_tokens,
+        weights=weights,
+    )
     if graph is not None:
         from specpass.graph_view import draw
 

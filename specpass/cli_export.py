@@ -8,16 +8,7 @@ from typing import Annotated
 
 import typer
 
-from specpass.cli_options import (
-    Budget,
-    Draft,
-    Lookahead,
-    MethodName,
-    Options,
-    Target,
-    Window,
-    choose,
-)
+from specpass.cli_options import Budget, Draft, Lookahead, MethodName, Options, Target, Window, choose
 
 
 def export(
@@ -40,8 +31,9 @@ def export(
         raise typer.BadParameter(f"{dtype!r} is neither float32 nor float16.", param_hint="--dtype")
     if weights not in ("float", "int8"):
         raise typer.BadParameter(f"{weights!r} is neither float nor int8.", param_hint="--weights")
-    choice = choose(target, draft, "full" if method.lower() == "none" else method, budget, window, lookahead, option,
-                    dtype, "eager")
+    choice = choose(
+        target, draft, "full" if method.lower() == "none" else method, budget, window, lookahead, option, dtype, "eager"
+    )
     from specpass import hub
     from specpass.export.api import check_method, check_packages, export_onnx
 

@@ -62,8 +62,12 @@ def generate(
         if target or draft:
             raise typer.BadParameter("holds its own models: leave --target and --draft out.", param_hint="--onnx")
         text = read_prompt(prompt, prompt_file)
-        _finish(cli_onnx.generate(onnx, text, raw, as_json, max_new_tokens, temperature=temperature, top_p=top_p,
-                                    seed=seed), as_json)
+        _finish(
+            cli_onnx.generate(
+                onnx, text, raw, as_json, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+            ),
+            as_json,
+        )
         return
     if not target:
         raise typer.BadParameter("is missing: name a model, or an exported folder with --onnx.", param_hint="--target")
@@ -129,4 +133,3 @@ def _answer(choice: Choice, text: str, raw: bool, device: str, seed: int, echo: 
             "total": round(ended - start, 3),
         },
     }
-

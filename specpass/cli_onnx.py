@@ -33,13 +33,13 @@ def generate(folder: Path, text: str, raw: bool, as_json: bool, max_new_tokens: 
             found.append(token)
             whole = tokenizer.decode(found, skip_special_tokens=True)
             if not as_json and whole.startswith(shown) and not whole.endswith("\N{REPLACEMENT CHARACTER}"):
-                typer.echo(whole[len(shown):], nl=False)
+                typer.echo(whole[len(shown) :], nl=False)
                 shown = whole
     except KeyboardInterrupt:
         interrupted = True
     whole = tokenizer.decode(found, skip_special_tokens=True)
     if not as_json:
-        typer.echo(whole[len(shown):])
+        typer.echo(whole[len(shown) :])
     return {
         "text": whole,
         "token_ids": found,
@@ -65,15 +65,18 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise OnnxMissingError("texts need the tokenizers package: pip install tokenizers, or call "
-                               "specpass.runtime.load with token ids.") from None
+        raise OnnxMissingError(
+            "texts need the tokenizers package: pip install tokenizers, or call specpass.runtime.load with token ids."
+        ) from None
     file = folder / "tokenizer.json"
     if not file.is_file():
         from specpass.bundle import read_bundle
 
         read_bundle(folder)  # a wrong folder is named first
-        raise PromptError(f"{folder} holds no tokenizer.json: pass tokenizer= to export_onnx, or call "
-                          "specpass.runtime.load with token ids.")
+        raise PromptError(
+            f"{folder} holds no tokenizer.json: pass tokenizer= to export_onnx, or call "
+            "specpass.runtime.load with token ids."
+        )
     return Tokenizer.from_file(str(file))
 
 
@@ -94,8 +97,9 @@ def encode(tokenizer: Any, folder: Path, text: str, raw: bool) -> list[int]:
 
     world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     world.globals["raise_exception"] = fail
-    chat = world.from_string(template).render(messages=[{"role": "user", "content": text}], add_generation_prompt=True,
-                                              **special)
+    chat = world.from_string(template).render(
+        messages=[{"role": "user", "content": text}], add_generation_prompt=True, **special
+    )
     return list(tokenizer.encode(chat, add_special_tokens=False).ids)
 
 
@@ -104,6 +108,9 @@ def read_template(folder: Path) -> tuple[str | None, dict[str, str]]:
     config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
     template = template_file.read_text("utf-8") if template_file.is_file() else config.get("chat_template")
-    special = {name: token["content"] if isinstance(token, dict) else token for name, token in config.items()
-               if name.endswith("_token") and isinstance(token, str | dict)}
+    special = {
+        name: token["content"] if isinstance(token, dict) else token
+        for name, token in config.items()
+        if name.endswith("_token") and isinstance(token, str | dict)
+    }
     return template, special

@@ -61,12 +61,22 @@ def check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise typer.BadParameter(f"{device!r}: torch cannot use it here ({reason}). Leave it out for the CPU.",
-                                 param_hint="--device") from error
+        raise typer.BadParameter(
+            f"{device!r}: torch cannot use it here ({reason}). Leave it out for the CPU.", param_hint="--device"
+        ) from error
 
 
-def choose(target: str, draft: str | None, method: str, budget: str, window: int | None, lookahead: int | None,
-           options: list[str] | None, dtype: str, lowering: str) -> Choice:
+def choose(
+    target: str,
+    draft: str | None,
+    method: str,
+    budget: str,
+    window: int | None,
+    lookahead: int | None,
+    options: list[str] | None,
+    dtype: str,
+    lowering: str,
+) -> Choice:
     """Check the options before any model is loaded.
 
     Raises: MethodOptionError, BudgetError, MissingDraftError, typer.BadParameter.

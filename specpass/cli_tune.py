@@ -93,8 +93,9 @@ def counts(budget: str) -> list[int]:
     return sorted(set(map(int, parts)))
 
 
-def plan(target: str, draft: str, methods: list[Method], arch: str, dtype: str, batch: int, prompt: int,
-         max_new_tokens: int) -> tuple[list[Job], list[dict[str, Any]]]:
+def plan(
+    target: str, draft: str, methods: list[Method], arch: str, dtype: str, batch: int, prompt: int, max_new_tokens: int
+) -> tuple[list[Job], list[dict[str, Any]]]:
     """What to tune, and entries for what stays with torch's operators."""
     from transformers import AutoConfig
 
@@ -123,9 +124,21 @@ def plan(target: str, draft: str, methods: list[Method], arch: str, dtype: str, 
         jobs += target_jobs(own, config.num_hidden_layers, method, name, prompt, lookahead, round_room(max_new_tokens))
         if drafts is not None:
             jobs += draft_jobs(drafts, method, name, prompt, lookahead)
-    aten = [{"kernel": operator, "arch": name, "dtype": dtype, "shapes": None, "config": None, "regs": None,
-             "spills": None, "shared_bytes": None, "measured": False, "reason": reason}
-            for operator, reason in ATEN_OPERATORS.items()]
+    aten = [
+        {
+            "kernel": operator,
+            "arch": name,
+            "dtype": dtype,
+            "shapes": None,
+            "config": None,
+            "regs": None,
+            "spills": None,
+            "shared_bytes": None,
+            "measured": False,
+            "reason": reason,
+        }
+        for operator, reason in ATEN_OPERATORS.items()
+    ]
     return list(dict.fromkeys(jobs)), aten
 
 
@@ -147,8 +160,10 @@ def run(work: list[Job], count: int, processes: int) -> list[Entry]:
     if found:
         console.print(f"{len(found)} of {len(work)} kernels are in the store")
     if not measure:
-        console.print(f"no {todo[0].arch} GPU here: tiles are compiled, ranked by the cost model, not measured, and "
-                      "their numbers are not checked on a device")
+        console.print(
+            f"no {todo[0].arch} GPU here: tiles are compiled, ranked by the cost model, not measured, and "
+            "their numbers are not checked on a device"
+        )
     lists = {job: cost.shortlist(job.kernel, job.shapes, ARCHS[job.arch], count) for job in todo}
     with workers(processes) as pool, _progress() as progress:
         bar = progress.add_task("", total=sum(map(len, lists.values())))
@@ -172,8 +187,9 @@ def workers(processes: int) -> Iterator[Executor | None]:
         yield None
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(wanted, context, initializer=signal.signal,
-                             initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+    with ProcessPoolExecutor(
+        wanted, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
         try:
             yield pool
         except BaseException:
@@ -182,22 +198,31 @@ def workers(processes: int) -> Iterator[Executor | None]:
 
 
 def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                    console=console)
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
 
 
 def describe(entry: Entry) -> dict[str, Any]:
     """A winner as JSON. `config` is null where no tile fits: the table's tile, or torch's operator, serves."""
     winner = entry.winner
     base: dict[str, Any] = {
-        "kernel": entry.key.kernel, "arch": entry.key.arch, "dtype": entry.key.shapes.dtype,
-        "shapes": dataclasses.asdict(entry.key.shapes), "triton": entry.key.triton,
+        "kernel": entry.key.kernel,
+        "arch": entry.key.arch,
+        "dtype": entry.key.shapes.dtype,
+        "shapes": dataclasses.asdict(entry.key.shapes),
+        "triton": entry.key.triton,
         "config": None if winner is None else dataclasses.asdict(winner.tile),
     }
     if winner is None:
         return {**base, "regs": None, "spills": None, "shared_bytes": None, "measured": False}
-    base |= {"regs": winner.regs, "spills": winner.spills, "shared_bytes": winner.shared_bytes,
-             "measured": entry.measured, "predicted_us": round(winner.predicted_s * 1e6, 2)}
+    base |= {
+        "regs": winner.regs,
+        "spills": winner.spills,
+        "shared_bytes": winner.shared_bytes,
+        "measured": entry.measured,
+        "predicted_us": round(winner.predicted_s * 1e6, 2),
+    }
     if winner.time_us is not None:
         base |= {"time_us": winner.time_us, "warm_us": winner.warm_us}
     return base
@@ -229,8 +254,15 @@ def show_store() -> None:
             continue
         tile = winner.tile
         time = "not measured" if winner.time_us is None else f"{winner.time_us:.1f} us"
-        table.add_row(entry.key.kernel, entry.key.arch, shapes.dtype, *sizes,
-                      f"{tile.block_n}, {tile.block_m}, {tile.splits} splits, {tile.warps} warps, {tile.stages} stages",
-                      str(winner.regs), str(winner.shared_bytes), time)
+        table.add_row(
+            entry.key.kernel,
+            entry.key.arch,
+            shapes.dtype,
+            *sizes,
+            f"{tile.block_n}, {tile.block_m}, {tile.splits} splits, {tile.warps} warps, {tile.stages} stages",
+            str(winner.regs),
+            str(winner.shared_bytes),
+            time,
+        )
     Console(width=None if os.isatty(1) else 160).print(table)
     typer.echo(f"{table.row_count} in {store.folder()}")

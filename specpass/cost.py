@@ -66,8 +66,17 @@ class Forms:
         return 2 * B * layers * self.H * self.D * rows * columns
 
     def values(self, decoder: Decoder) -> dict[Symbol, int]:
-        fields = {"n": "layers", "E": "hidden", "H": "heads", "K": "kv_heads", "D": "head_dim", "I": "intermediate",
-                  "m": "mlp_matrices", "V": "vocab", "b": "itemsize"}
+        fields = {
+            "n": "layers",
+            "E": "hidden",
+            "H": "heads",
+            "K": "kv_heads",
+            "D": "head_dim",
+            "I": "intermediate",
+            "m": "mlp_matrices",
+            "V": "vocab",
+            "b": "itemsize",
+        }
         return {getattr(self, symbol): getattr(decoder, field) for symbol, field in fields.items()}
 
 

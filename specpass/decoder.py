@@ -36,15 +36,26 @@ class Decoder:
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        inner = next((getattr(text, name) for name in ("intermediate_size", "ffn_dim", "n_inner")
-                      if getattr(text, name, None)), 4 * text.hidden_size)
+        inner = next(
+            (getattr(text, name) for name in ("intermediate_size", "ffn_dim", "n_inner") if getattr(text, name, None)),
+            4 * text.hidden_size,
+        )
         attention = text.hidden_size * head_dim * 2 * (heads + kv_heads)
         per_layer = layer_weights(config) / text.num_hidden_layers
         matrices = (per_layer - attention) / (text.hidden_size * inner)
         if matrices not in (2, 3):
             return None
-        return cls(text.num_hidden_layers, text.hidden_size, heads, kv_heads, head_dim, inner, text.vocab_size,
-                   int(matrices), itemsize or _itemsize(config))
+        return cls(
+            text.num_hidden_layers,
+            text.hidden_size,
+            heads,
+            kv_heads,
+            head_dim,
+            inner,
+            text.vocab_size,
+            int(matrices),
+            itemsize or _itemsize(config),
+        )
 
 
 def layer_weights(config: Any) -> int:
@@ -63,8 +74,9 @@ def _layer_weights(kind: Any, text: str) -> int:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(text)))
-    return sum(p.numel() for name, p in model.named_parameters()
-               if p.dim() > 1 and _LAYER.search(name) and "embed" not in name)
+    return sum(
+        p.numel() for name, p in model.named_parameters() if p.dim() > 1 and _LAYER.search(name) and "embed" not in name
+    )
 
 
 def _itemsize(config: Any) -> int:

@@ -85,7 +85,7 @@ def measure(name: str, model: Any, tokenizer: Any, prompt: Prompt, warm_up: Prom
     kept = kept_positions(out.past_key_values)
     return Result(
         method=name,
-        answer=tokenizer.decode(out.sequences[0, len(prompt):], skip_special_tokens=True),
+        answer=tokenizer.decode(out.sequences[0, len(prompt) :], skip_special_tokens=True),
         slots=len(prompt) if kept is None else max(len(head) for layer in kept for head in layer),
         cache_bytes=cache_bytes(out.past_key_values),
         first_token_s=times[0] - start,
@@ -108,12 +108,21 @@ def kept_positions(cache: Any) -> tuple[tuple[tuple[int, ...], ...], ...] | None
 @torch.no_grad()
 def _generate(model: Any, inputs: Any, **options: Any) -> Any:
     gc.collect()  # the cache of the run before must not count in this one's memory
-    return model.generate(**inputs, do_sample=False, temperature=None, top_p=None, top_k=None,
-                          return_dict_in_generate=True, **options)
+    return model.generate(
+        **inputs, do_sample=False, temperature=None, top_p=None, top_k=None, return_dict_in_generate=True, **options
+    )
 
 
-def run(budget: int = 128, tokens: int = 4000, *, target: str = TARGET, draft: str = DRAFT, dtype: str = "bfloat16",
-        lowering: str = "inductor", out: Path | None = None) -> list[Result]:
+def run(
+    budget: int = 128,
+    tokens: int = 4000,
+    *,
+    target: str = TARGET,
+    draft: str = DRAFT,
+    dtype: str = "bfloat16",
+    lowering: str = "inductor",
+    out: Path | None = None,
+) -> list[Result]:
     """Load the pair, run full KV and the methods one after the other, print the table; returns its rows.
 
     Args:

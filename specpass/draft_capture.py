@@ -74,8 +74,9 @@ def capture_draft(draft: nn.Module, prompt: SpecPC | None = None) -> DraftGraphs
     prefill, step = capture.prefill(), capture.step()
     result = output_of(step.graph).args[0]
     logits = result[0] if isinstance(result, (tuple, list)) else result
-    return DraftGraphs(prefill, step, capture.model.params, layers, int(logits.meta["val"].shape[-1]), eos_ids,
-                       int(pad), prompt=prompt)
+    return DraftGraphs(
+        prefill, step, capture.model.params, layers, int(logits.meta["val"].shape[-1]), eos_ids, int(pad), prompt=prompt
+    )
 
 
 class _Capture:

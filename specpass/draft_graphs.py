@@ -67,15 +67,26 @@ class DraftGraphs:
                 if self.prompt is not None:
                     logits, new = (editor.item(out, i, anchor) for i in (0, 1))
                     scores = editor.call(SPEC.merge_step, scores, new, self.reduce, before=anchor)
-            pair = editor.call(SPEC.next_token, logits, ended, vocab, self.temperature, self.seed, index,
-                               list(self.eos_ids), self.pad_id, before=anchor)
+            pair = editor.call(
+                SPEC.next_token,
+                logits,
+                ended,
+                vocab,
+                self.temperature,
+                self.seed,
+                index,
+                list(self.eos_ids),
+                self.pad_id,
+                before=anchor,
+            )
             over = ended  # whether a row had ended in front of this token, which is then none of its own
             token, ended = editor.item(pair, 0, anchor), editor.item(pair, 1, anchor)
             tokens.append(token)
         return editor.call(torch.ops.aten.cat, tokens, 1, before=anchor), scores
 
-    def _insert_prefill(self, editor: Editor, state: State, ids: fx.Node, params: list[fx.Node],
-                        anchor: fx.Node) -> fx.Node:
+    def _insert_prefill(
+        self, editor: Editor, state: State, ids: fx.Node, params: list[fx.Node], anchor: fx.Node
+    ) -> fx.Node:
         """The call of the draft's prefill: logits, caches, and scores where there is a `prompt`."""
         editor.gm.add_submodule("draft_prefill", self.prefill)
         with editor.graph.inserting_before(anchor):
@@ -89,8 +100,9 @@ class DraftGraphs:
         """Reduction over heads, rows, layers and steps: "mean" is a plain sum, only the order matters."""
         return "max" if self.prompt.reduce == "max" else "sum"  # type: ignore[union-attr]
 
-    def _rows(self, editor: Editor, position: fx.Node, ended: fx.Node, lengths: fx.Node,
-              anchor: fx.Node) -> tuple[fx.Node, ...]:
+    def _rows(
+        self, editor: Editor, position: fx.Node, ended: fx.Node, lengths: fx.Node, anchor: fx.Node
+    ) -> tuple[fx.Node, ...]:
         """What a scoring step takes besides: its row [B, 1], -1 where the sequence had ended, and the lengths [B]."""
         if self.prompt is None:
             return ()

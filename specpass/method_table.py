@@ -19,8 +19,11 @@ FULL = "full"  # on the command line: no method, the uncompiled model with its w
 
 def names() -> dict[str, str]:
     """Lower-case name -> class name, in the order in which the package lists them."""
-    return {name.lower(): name for name, home in specpass._HOME.items()
-            if home in ("specpass.methods", "specpass.prompt_methods") and name != Method.__name__}
+    return {
+        name.lower(): name
+        for name, home in specpass._HOME.items()
+        if home in ("specpass.methods", "specpass.prompt_methods") and name != Method.__name__
+    }
 
 
 def method_class(name: str) -> type[Method]:

@@ -63,8 +63,11 @@ class ModelTrace:
         """Logits [B, 1, V] of the model's own forward with `params` in the place of its own."""
         named = {f"model.{name}": param for name, param in zip(self.params, params, strict=True)}
         out = torch.func.functional_call(
-            _Uncompiled(self.model), named, (), {"input_ids": ids, "past_key_values": cache, "use_cache": True,
-                                                 "logits_to_keep": 1, **kwargs})
+            _Uncompiled(self.model),
+            named,
+            (),
+            {"input_ids": ids, "past_key_values": cache, "use_cache": True, "logits_to_keep": 1, **kwargs},
+        )
         return out.logits
 
 

@@ -73,8 +73,7 @@ def _append_kv(keys, values, lengths, key, value, handle):
 
 
 define(
-    "append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, Tensor? handle) "
-    "-> ()",
+    "append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, Tensor? handle) -> ()",
     _append_kv,
     lambda keys, values, lengths, key, value, handle: None,
 )
@@ -122,9 +121,7 @@ define(
     lambda ids: torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous(),
     lambda ids: ids.new_empty(ids.shape),
 )
-define(
-    "unpack_index(Tensor order) -> Tensor", reference.unpack_index, lambda order: order.new_empty(order.shape)
-)
+define("unpack_index(Tensor order) -> Tensor", reference.unpack_index, lambda order: order.new_empty(order.shape))
 define(
     "take_positions(Tensor hidden, Tensor index) -> Tensor",
     reference.take_positions,
@@ -204,6 +201,7 @@ define(
     reference.modified_attention,
     lambda query, key, value, *rest: query.new_empty(*query.shape[:3], value.shape[3]),
 )
+
 
 def _attend_fake(query, keys, values, lengths, scale, softcap=0.0, sinks=None):
     return query.new_empty(query.shape[0], query.shape[1], query.shape[2], values.shape[3])

@@ -49,9 +49,7 @@ define(
     lambda position_ids, shift: position_ids.new_empty(shift.shape[0], position_ids.shape[1]),
 )
 define(
-    "told_length(Tensor seen, Tensor shift) -> Tensor",
-    reference.told_length,
-    lambda seen, shift: seen.new_empty(()),
+    "told_length(Tensor seen, Tensor shift) -> Tensor", reference.told_length, lambda seen, shift: seen.new_empty(())
 )
 
 # Scores of prompt tokens ---------------------------------------------------------------------------------------------
@@ -95,11 +93,7 @@ define(
     reference.count_kept,
     lambda positions: positions.new_empty(positions.shape[0]),
 )
-define(
-    "number_anew(Tensor positions) -> Tensor",
-    reference.number_anew,
-    torch.empty_like,
-)
+define("number_anew(Tensor positions) -> Tensor", reference.number_anew, torch.empty_like)
 define(
     "map_positions(Tensor positions, Tensor prompt_positions) -> Tensor",
     reference.map_positions,

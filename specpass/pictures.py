@@ -52,14 +52,25 @@ def png(results: Sequence[Result], prompt: Prompt, title: str) -> bytes:
     axes = figure.subplots(max(len(pruned), 1), 1, sharex=True, squeeze=False)[:, 0]
     for axis, result in zip(axes, pruned, strict=False):
         matrix = kept_matrix(result, len(prompt))
-        axis.imshow(binned(matrix), aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest",
-                    extent=(0, len(prompt), len(matrix), 0))
+        axis.imshow(
+            binned(matrix),
+            aspect="auto",
+            cmap="Blues",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+            extent=(0, len(prompt), len(matrix), 0),
+        )
         axis.axvspan(prompt.answer.start, prompt.answer.stop, color="tab:red", alpha=0.2, linewidth=0)
         for edge in (prompt.answer.start, prompt.answer.stop):
             axis.axvline(edge, color="tab:red", linewidth=1)
         inside = matrix[:, prompt.answer.start : prompt.answer.stop].mean()
-        axis.set_title(f"{result.method}: {'right' if result.right else 'wrong'} answer; {inside:.0%} of the answer's "
-                       "tokens kept, over all layers and KV heads", fontsize=10, loc="left")
+        axis.set_title(
+            f"{result.method}: {'right' if result.right else 'wrong'} answer; {inside:.0%} of the answer's "
+            "tokens kept, over all layers and KV heads",
+            fontsize=10,
+            loc="left",
+        )
         axis.set_ylabel("layer, KV head", fontsize=9)
         heads = len(result.kept[0]) if result.kept else 1
         ticks = range(0, len(matrix), max(heads, heads * (len(matrix) // heads // 4)))
@@ -78,8 +89,16 @@ def page_data(results: Sequence[Result], prompt: Prompt) -> list[dict[str, Any]]
             continue
         matrix = kept_matrix(result, len(prompt))
         layers = np.any(matrix.reshape(len(result.kept), -1, len(prompt)), axis=1)
-        found.append({"method": result.method, "right": result.right, "heads": matrix.sum(0).tolist(),
-                      "layers": layers.sum(0).tolist(), "all_heads": len(matrix), "all_layers": len(layers)})
+        found.append(
+            {
+                "method": result.method,
+                "right": result.right,
+                "heads": matrix.sum(0).tolist(),
+                "layers": layers.sum(0).tolist(),
+                "all_heads": len(matrix),
+                "all_layers": len(layers),
+            }
+        )
     return found
 
 
@@ -88,9 +107,16 @@ def page(results: Sequence[Result], prompt: Prompt, title: str) -> str:
     from jinja2 import Environment
 
     template = resources.files("specpass").joinpath(_TEMPLATE).read_text("utf-8")
-    return Environment(autoescape=True).from_string(template).render(
-        title=title, results=results, methods=page_data(results, prompt), tokens=prompt.tokens,
-        answer={"start": prompt.answer.start, "stop": prompt.answer.stop},
+    return (
+        Environment(autoescape=True)
+        .from_string(template)
+        .render(
+            title=title,
+            results=results,
+            methods=page_data(results, prompt),
+            tokens=prompt.tokens,
+            answer={"start": prompt.answer.start, "stop": prompt.answer.stop},
+        )
     )
 
 

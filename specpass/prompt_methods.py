@@ -104,6 +104,11 @@ class SpecKVPC(SpecKV):
     @property
     def prompt(self) -> SpecPC:
         return SpecPC(
-            budget=self.prompt_budget, window=self.prompt_window, kernel=self.prompt_kernel,
-            neighbours=self.neighbours, first_layer=self.first_layer, reduce=self.reduce, positions=self.positions,
-        )  # fmt: skip
+            budget=self.prompt_budget,
+            window=self.prompt_window,
+            kernel=self.prompt_kernel,
+            neighbours=self.neighbours,
+            first_layer=self.first_layer,
+            reduce=self.reduce,
+            positions=self.positions,
+        )

@@ -41,9 +41,13 @@ def data(report: Report, new_tokens: int = NEW_TOKENS, lengths: Sequence[int] = 
         "method": report.method,
         "lowering": report.lowering,
         "draft_seconds": report.draft_seconds,
-        "graphs": [{**dataclasses.asdict(record), "sites": [{"module": module, "budget": budget}
-                                                            for module, budget in record.sites]}
-                   for record in report.graphs],
+        "graphs": [
+            {
+                **dataclasses.asdict(record),
+                "sites": [{"module": module, "budget": budget} for module, budget in record.sites],
+            }
+            for record in report.graphs
+        ],
         "refusals": list(report.refusals),
         "foreign": report.foreign,
         "costs": None if costs is None else cost_data(costs, new_tokens, lengths),
@@ -57,8 +61,10 @@ def cost_data(costs: Costs, new_tokens: int, lengths: Sequence[int]) -> dict[str
         "batch": 1,
         "formulas": {name: {"full": str(costs.full[name]), "method": str(costs.pruned[name])} for name in NAMES},
         "values": {str(symbol): value for symbol, value in costs.values.items()},
-        "numbers": {str(length): {name: {"full": pair[0], "method": pair[1]} for name, pair in found.items()}
-                    for length, found in numbers.items()},
+        "numbers": {
+            str(length): {name: {"full": pair[0], "method": pair[1]} for name, pair in found.items()}
+            for length, found in numbers.items()
+        },
         "break_even": {what: costs.break_even(what, new_tokens) for what in BREAK_EVENS},
     }
 
@@ -112,8 +118,11 @@ def budget_lines(report: Report) -> list[str]:
     lines = []
     for budget, run in itertools.groupby(sites, key=lambda site: site[1]):
         paths = [module for module, _ in run]
-        lines.append(f"{paths[0]} .. {paths[-1]}: {budget:,} slots per KV head" if len(paths) > 1
-                     else f"{paths[0]}: {budget:,} slots per KV head")
+        lines.append(
+            f"{paths[0]} .. {paths[-1]}: {budget:,} slots per KV head"
+            if len(paths) > 1
+            else f"{paths[0]}: {budget:,} slots per KV head"
+        )
     return lines
 
 
@@ -121,10 +130,16 @@ def _graphs(report: Report) -> Table:
     table = Table("graph", "sites found", "rewritten", "regions", "trace s", "passes s", "lowering s", "total s")
     for record in report.graphs:
         found = "all refused" if record.exact else str(len(record.sites))
-        table.add_row(record.kind, found, "0 (exact)" if record.exact else str(len(record.sites)),
-                      f"{record.distinct_regions} of {record.regions}", f"{record.trace_seconds:.1f}",
-                      f"{sum(record.pass_seconds.values()):.2f}", f"{record.lower_seconds:.1f}",
-                      f"{record.seconds:.1f}")
+        table.add_row(
+            record.kind,
+            found,
+            "0 (exact)" if record.exact else str(len(record.sites)),
+            f"{record.distinct_regions} of {record.regions}",
+            f"{record.trace_seconds:.1f}",
+            f"{sum(record.pass_seconds.values()):.2f}",
+            f"{record.lower_seconds:.1f}",
+            f"{record.seconds:.1f}",
+        )
     return table
 
 

@@ -86,13 +86,24 @@ class Runtime:
         try:
             return self._ort.InferenceSession(str(self.folder / name), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes are no API
-            raise BundleError(f"{self.folder / name} does not load in ONNX Runtime ({error}): export the model again, "
-                              "or install the onnxruntime that specpass.json names.") from error
+            raise BundleError(
+                f"{self.folder / name} does not load in ONNX Runtime ({error}): export the model again, "
+                "or install the onnxruntime that specpass.json names."
+            ) from error
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 256, *, temperature: float = 0.0,
-                 top_k: int = 0, top_p: float = 1.0, repetition_penalty: float | None = None, seed: int = 0,
-                 stop_tokens: Iterable[int] | None = None,
-                 on_token: Callable[[int, int], None] | None = None) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
+        stop_tokens: Iterable[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
         """New tokens of each prompt, its stop token included.
 
         Args:
@@ -104,16 +115,33 @@ class Runtime:
         Raises: PromptError, SamplingError, DraftContextError.
         """
         found: list[list[int]] = [[] for _ in prompts]
-        for row, token in self.stream(prompts, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                                      repetition_penalty=repetition_penalty, seed=seed, stop_tokens=stop_tokens):
+        for row, token in self.stream(
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop_tokens=stop_tokens,
+        ):
             found[row].append(token)
             if on_token is not None:
                 on_token(row, token)
         return found
 
-    def stream(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 256, *, temperature: float = 0.0,
-               top_k: int = 0, top_p: float = 1.0, repetition_penalty: float | None = None, seed: int = 0,
-               stop_tokens: Iterable[int] | None = None) -> Iterator[tuple[int, int]]:
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float | None = None,
+        seed: int = 0,
+        stop_tokens: Iterable[int] | None = None,
+    ) -> Iterator[tuple[int, int]]:
         """(row, token) as they come; arguments as in `generate`."""
         penalty = self.bundle.repetition_penalty if repetition_penalty is None else repetition_penalty
         sampler = Sampler(Sampling(temperature, top_k, top_p, penalty, seed))
@@ -152,8 +180,16 @@ class Runtime:
         lengths = np.zeros((len(positions), len(ids), most), np.int64)
         for layer, own in enumerate(positions):
             lengths[layer, :, : own.shape[1]] = (own >= 0).sum(-1)
-        return State(out["logits"][:, -1], positions, lengths, told, storage, out.get("lookahead_ids"),
-                     out.get("prompt_positions"), np.dtype(self.bundle.dtype).itemsize)
+        return State(
+            out["logits"][:, -1],
+            positions,
+            lengths,
+            told,
+            storage,
+            out.get("lookahead_ids"),
+            out.get("prompt_positions"),
+            np.dtype(self.bundle.dtype).itemsize,
+        )
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         if not len(prompts) or any(not len(prompt) for prompt in prompts):
@@ -181,8 +217,11 @@ class Runtime:
         if state.lengths.max() >= slots:
             raise PromptError(f"the cache's {slots} slots are full: call prefill with a larger room.")
         binding = self._decode.io_binding()
-        for name, array in (("input_ids", tokens[:, None]), ("position_ids", state.told[:, None]),
-                            ("lengths", state.lengths)):
+        for name, array in (
+            ("input_ids", tokens[:, None]),
+            ("position_ids", state.told[:, None]),
+            ("lengths", state.lengths),
+        ):
             binding.bind_cpu_input(name, np.ascontiguousarray(array, dtype=np.int64))
         for name, value in state.storage.items():
             binding.bind_ortvalue_input(name, value)

@@ -48,8 +48,9 @@ class Layer:
         return torch.empty(self.batch, heads, count, self.dim, dtype=getattr(torch, self.dtype), device="meta")
 
 
-def target_jobs(layer: Layer, layers: int, method: Method, arch: str, prompt: int, lookahead: int,
-                room: int) -> list[Job]:
+def target_jobs(
+    layer: Layer, layers: int, method: Method, arch: str, prompt: int, lookahead: int, room: int
+) -> list[Job]:
     """The target's own: importance where the method scores, gather and decode attention of each budget."""
     from specpass.kernels import launch
     from specpass.kernels.tuner import Job
@@ -65,8 +66,11 @@ def target_jobs(layer: Layer, layers: int, method: Method, arch: str, prompt: in
     for budget in sorted(set(method.layer_budgets(layers))):
         slots = layer.keys(budget + room)
         decode = launch.decode_shapes(layer.queries(1), slots, slots)
-        jobs += [Job("gather", launch.gather_shapes(layer.keys(columns), layer.keys(columns), budget, room), arch),
-                 Job("decode", decode, arch), Job("decode_append", decode, arch)]
+        jobs += [
+            Job("gather", launch.gather_shapes(layer.keys(columns), layer.keys(columns), budget, room), arch),
+            Job("decode", decode, arch),
+            Job("decode_append", decode, arch),
+        ]
     return jobs
 
 

@@ -32,8 +32,9 @@ def test_this_process_interprets() -> None:
     assert triton.knobs.runtime.interpret, "start with TRITON_INTERPRET=1"
 
 
-def softmax_rows(query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, scale: float, softcap: float,
-                 sinks: torch.Tensor | None) -> torch.Tensor:
+def softmax_rows(
+    query: torch.Tensor, key: torch.Tensor, rows: torch.Tensor, scale: float, softcap: float, sinks: torch.Tensor | None
+) -> torch.Tensor:
     """Natural log-sum-exp [B, H, R] of each row over the columns at or before it and its sink, in float64."""
     wide = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
     logits = query.double() @ wide.transpose(2, 3) * scale
@@ -52,8 +53,9 @@ def changes(data: Any, heads: int) -> tuple[float, torch.Tensor | None]:
 
 @FEW
 @given(st.data(), DTYPES, DIMS, st.sampled_from(["max", "mean", "sum"]), st.booleans(), SEEDS)
-def test_importance_with_and_without_the_log_sum_exp(data: Any, dtype: torch.dtype, dim: int, reduce: str,
-                                                    weighted: bool, seed: int) -> None:
+def test_importance_with_and_without_the_log_sum_exp(
+    data: Any, dtype: torch.dtype, dim: int, reduce: str, weighted: bool, seed: int
+) -> None:
     batch, kv_heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
     group = data.draw(st.sampled_from([1, 3, 7]))
     window, ahead = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
@@ -112,12 +114,17 @@ def test_gather_copies_bit_for_bit(data: Any, dtype: torch.dtype, dim: int, seed
 
 @FEW
 @given(st.data(), DTYPES, st.sampled_from([8, 64, 80, 96]), st.sampled_from([1, 2, 7, 16]), SEEDS)
-def test_decode_attention_and_its_writing_variant(data: Any, dtype: torch.dtype, dim: int, group: int,
-                                                  seed: int) -> None:
+def test_decode_attention_and_its_writing_variant(
+    data: Any, dtype: torch.dtype, dim: int, group: int, seed: int
+) -> None:
     batch, kv_heads, budget, room = (data.draw(st.integers(1, high)) for high in (2, 2, 50, 20))
     slots, heads = budget + room, (batch, kv_heads)
-    before = torch.tensor([data.draw(st.sampled_from([0, budget - 1, budget, slots - 1]))  # t = 0 .. t = N
-                           for _ in range(batch * kv_heads)]).view(heads)
+    before = torch.tensor(
+        [
+            data.draw(st.sampled_from([0, budget - 1, budget, slots - 1]))  # t = 0 .. t = N
+            for _ in range(batch * kv_heads)
+        ]
+    ).view(heads)
     torch.manual_seed(seed)
     keys, values = (torch.randn(*heads, slots, d).to(dtype) for d in (dim, 16))
     for states in (keys, values):  # free slots hold what no softmax may meet

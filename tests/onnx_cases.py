@@ -25,8 +25,9 @@ METHODS: dict[str, Any] = {
     "pyramidkv": specpass.PyramidKV(budget=BUDGET, window=WINDOW),
     "streamingllm": specpass.StreamingLLM(budget=BUDGET),
     "specpc": specpass.SpecPC(budget=BUDGET, window=WINDOW, lookahead=3, **SMALL),
-    "speckvpc": specpass.SpecKVPC(budget=16, window=WINDOW, lookahead=3, prompt_budget=32, prompt_window=WINDOW,
-                                  prompt_kernel=5, neighbours=5),
+    "speckvpc": specpass.SpecKVPC(
+        budget=16, window=WINDOW, lookahead=3, prompt_budget=32, prompt_window=WINDOW, prompt_kernel=5, neighbours=5
+    ),
     "none": None,
 }
 
@@ -71,9 +72,10 @@ def check_equal_to_torch(case: Case, prompts: list[list[int]] = PROMPTS, new: in
     if case.method is not None:
         compile_eager(case.target, case.method, case.draft)
     for own in prompts:
-        theirs = case.target.generate(torch.tensor([own]), max_new_tokens=new, do_sample=False,
-                                      return_dict_in_generate=True)
-        assert case.model.generate([own], max_new_tokens=new) == theirs.sequences[:, len(own):].tolist()
+        theirs = case.target.generate(
+            torch.tensor([own]), max_new_tokens=new, do_sample=False, return_dict_in_generate=True
+        )
+        assert case.model.generate([own], max_new_tokens=new) == theirs.sequences[:, len(own) :].tolist()
         if case.method is not None:
             check_cache(case.model.state, theirs.past_key_values)
 
@@ -83,7 +85,7 @@ def check_cache(state: Any, cache: Any) -> None:
     for ours, layer in zip(state.positions, cache.layers, strict=True):
         for head, other in zip(ours[0], layer.positions[0].numpy(), strict=True):
             np.testing.assert_array_equal(head[head >= 0], other[other >= 0])
-            assert (head[(head >= 0).sum():] == -1).all(), "unused slots come last"
+            assert (head[(head >= 0).sum() :] == -1).all(), "unused slots come last"
     if cache.lookahead_ids is not None:
         np.testing.assert_array_equal(state.lookahead_ids, cache.lookahead_ids.numpy())
     if cache.prompt_positions is not None:

@@ -96,8 +96,14 @@ def check_selection(positions: Sequence[Tensor], reference: eager.Selection, win
         assert eager.score_margin(scores, ours, window) >= MARGIN
 
 
-def check_answer(ours: Run, target: PreTrainedModel, ids: Tensor, positions: Sequence[Tensor] | None, row: int = 0,
-                 tolerance: float = 1e-4) -> None:
+def check_answer(
+    ours: Run,
+    target: PreTrainedModel,
+    ids: Tensor,
+    positions: Sequence[Tensor] | None,
+    row: int = 0,
+    tolerance: float = 1e-4,
+) -> None:
     """Tokens and logits of one row against eager decoding over the same kept positions (None: all of them)."""
     new = len(ours.tokens[row])
     theirs = eager.generate(target, ids, positions, new, eos_ids=())

@@ -24,8 +24,9 @@ def test_the_script_runs_anywhere(tmp_path: Path) -> None:
     assert "times mean nothing" in found["note"]
     assert list(dict.fromkeys(name.split(",")[0] for name in found["correctness"])) == list(REGISTRY)
     for kernel in ("importance", "importance_given_lse"):
-        assert any(name.startswith(f"{kernel},") and name.endswith("sum of weighted rows")
-                   for name in found["correctness"])
+        assert any(
+            name.startswith(f"{kernel},") and name.endswith("sum of weighted rows") for name in found["correctness"]
+        )
     assert all(step["error_share"] <= 1.0 for step in found["correctness"].values())
     assert found["floors"].keys() == REGISTRY.keys()
     for step in found["floors"].values():
@@ -35,14 +36,25 @@ def test_the_script_runs_anywhere(tmp_path: Path) -> None:
     assert found["full_kv"]["decode attention"]["times_faster"] > 0
     timed = [step for step in found["end_to_end"].values() if "skipped" not in step]
     assert len(timed) >= 4
-    assert all(step["first_token_s"] > 0 and step["decode_tokens_s"] > 0 and step["bound_tokens_s"] > 0
-               for step in timed)
+    assert all(
+        step["first_token_s"] > 0 and step["decode_tokens_s"] > 0 and step["bound_tokens_s"] > 0 for step in timed
+    )
 
 
 def test_steps_beyond_the_time_limit_are_named(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu", "--tiny", "--minutes", "0",
-               "--skip-models", "--out", str(out)]
+    command = [
+        sys.executable,
+        str(ROOT / "bench" / "gpu.py"),
+        "--device",
+        "cpu",
+        "--tiny",
+        "--minutes",
+        "0",
+        "--skip-models",
+        "--out",
+        str(out),
+    ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert run.returncode == 1  # nothing was found right
     assert set(map(str, json.loads(out.read_text())["correctness"].values())) == {"{'skipped': 'out of time'}"}

@@ -71,8 +71,9 @@ def test_full_kv_and_a_draft_that_is_the_target_answer_alike(file: Path) -> None
         assert tokens["full", seed][0] == tokens["specpass_snapkv", seed][0]  # the first one comes from the prefill
 
 
-def test_a_rerun_computes_nothing_and_a_wider_grid_goes_on(file: Path, folder: str, tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rerun_computes_nothing_and_a_wider_grid_goes_on(
+    file: Path, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = tmp_path / "copy.json"
     copy.write_text(file.read_text())
     with monkeypatch.context() as patch:
@@ -84,8 +85,28 @@ def test_a_rerun_computes_nothing_and_a_wider_grid_goes_on(file: Path, folder: s
 
 def test_it_stops_at_its_limit_and_says_so(folder: str, tmp_path: Path) -> None:
     out = tmp_path / "late.json"
-    args = ["bench", "quality", "-t", folder, "-d", folder, "--dtype", "float32", "--lowering", "eager", "--tasks",
-            TASK, "--methods", "full", "--lengths", "300", "--seeds", "1", "--out", str(out)]
+    args = [
+        "bench",
+        "quality",
+        "-t",
+        folder,
+        "-d",
+        folder,
+        "--dtype",
+        "float32",
+        "--lowering",
+        "eager",
+        "--tasks",
+        TASK,
+        "--methods",
+        "full",
+        "--lengths",
+        "300",
+        "--seeds",
+        "1",
+        "--out",
+        str(out),
+    ]
     result = runner.invoke(cli.app, [*args, "--minutes", "0"])
     assert result.exit_code == 0, result.output
     assert "not complete" in result.stdout
@@ -118,12 +139,19 @@ def test_verify_finds_the_file_right(file: Path, folder: str) -> None:
     assert "8 answers verified" in result.stdout
 
 
-@pytest.mark.parametrize(("field", "value", "says"), [
-    ("score", 1.0, "the score is 1.0"), ("answer", "w1 w2", "the answer is not"), ("seed", 7, "the prompt is not"),
-    ("digest", "0" * 16, "the prompt is not"), ("expected", ["1234567"], "the prompt is not"),
-])  # fmt: skip
-def test_verify_finds_a_changed_record(field: str, value: Any, says: str, file: Path, folder: str,
-                                       tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("score", 1.0, "the score is 1.0"),
+        ("answer", "w1 w2", "the answer is not"),
+        ("seed", 7, "the prompt is not"),
+        ("digest", "0" * 16, "the prompt is not"),
+        ("expected", ["1234567"], "the prompt is not"),
+    ],
+)
+def test_verify_finds_a_changed_record(
+    field: str, value: Any, says: str, file: Path, folder: str, tmp_path: Path
+) -> None:
     document = json.loads(file.read_text())
     document["results"][3][field] = value
     changed = tmp_path / "changed.json"
@@ -158,8 +186,9 @@ def test_other_machines_and_versions_are_not_mixed_into_a_file(file: Path, folde
             Run(pair(folder), Grid(), other, minutes=1)
 
 
-def test_verify_and_plot_find_the_default_files(file: Path, folder: str, tmp_path: Path,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_and_plot_find_the_default_files(
+    file: Path, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = tmp_path / cli_bench.RESULTS
     results.mkdir(parents=True)
     (results / "quality_quick.json").write_text(file.read_text())
@@ -180,8 +209,10 @@ def test_verify_and_plot_find_the_default_files(file: Path, folder: str, tmp_pat
 
 
 def records(method: str, budget: int | None, scores: list[float]) -> list[dict[str, Any]]:
-    return [{"method": method, "budget": budget, "task": "vt", "length": 2048, "seed": seed, "score": score}
-            for seed, score in enumerate(scores)]
+    return [
+        {"method": method, "budget": budget, "task": "vt", "length": 2048, "seed": seed, "score": score}
+        for seed, score in enumerate(scores)
+    ]
 
 
 def test_summary_is_means_and_paired_intervals() -> None:
@@ -271,8 +302,9 @@ for number, prompt in enumerate(job["prompts"]):
 """
 
 
-def test_peers_answer_line_by_line_and_a_failure_leaves_them_out(folder: str, tmp_path: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_answer_line_by_line_and_a_failure_leaves_them_out(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     monkeypatch.setattr(peers, "WORKER", worker)
@@ -281,7 +313,8 @@ def test_peers_answer_line_by_line_and_a_failure_leaves_them_out(folder: str, tm
     work = [(Prompt(TASK, seed, 300, "", (4, 5, 6), ("x",)), 8, chosen) for seed in (0, 1)]
     answers = peers.answers(pair(folder), work)
     assert [(found.variant, found.tokens, found.kept) for found in (next(answers), next(answers))] == [
-        (variant, [4, 5], 64.0) for variant in chosen]
+        (variant, [4, 5], 64.0) for variant in chosen
+    ]
     with pytest.raises(PeerError, match="no more memory"):
         next(answers)
 

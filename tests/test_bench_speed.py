@@ -31,8 +31,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def job(folder: str, method: str, **changes: Any) -> dict[str, Any]:
-    return {"method": method, "budget": None, "length": 500, "batch": 1, "prefills": 1, "steps": 4, "target": folder,
-            "draft": folder, "dtype": "float32", "device": "cpu", "lowering": "eager", **changes}
+    return {
+        "method": method,
+        "budget": None,
+        "length": 500,
+        "batch": 1,
+        "prefills": 1,
+        "steps": 4,
+        "target": folder,
+        "draft": folder,
+        "dtype": "float32",
+        "device": "cpu",
+        "lowering": "eager",
+        **changes,
+    }
 
 
 def test_full_kv_is_measured(folder: str) -> None:
@@ -73,8 +85,27 @@ def test_a_static_cache_is_filled(folder: str) -> None:
 
 def test_a_child_process_writes_the_file(folder: str, tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
-    args = ["bench", "speed", "-t", folder, "-d", folder, "--dtype", "float32", "--lowering", "eager", "--quick",
-            "--methods", "full_eager", "--lengths", "300", "--batches", "1", "--out", str(out)]
+    args = [
+        "bench",
+        "speed",
+        "-t",
+        folder,
+        "-d",
+        folder,
+        "--dtype",
+        "float32",
+        "--lowering",
+        "eager",
+        "--quick",
+        "--methods",
+        "full_eager",
+        "--lengths",
+        "300",
+        "--batches",
+        "1",
+        "--out",
+        str(out),
+    ]
     result = runner.invoke(cli.app, args)
     assert result.exit_code == 0, result.output
     document = read_results(out)
@@ -126,15 +157,24 @@ def test_equal_kv_is_measured_once(folder: str, tmp_path: Path, monkeypatch: pyt
         if changes["what"] == "by_turns":
             jobs.append((config, changes["other"]))
             return {"decode_ms": 2.0, "other_decode_ms": 3.0, "kv_bytes": 8, "other_kv_bytes": 8}
-        return {"bytes_per_s": 1.0, "flops_per_s": 1.0, "compile_s": 1.0, "ttft_s": 1.0, "decode_ms": 1.0,
-                "kv_bytes": 1, "decode_tokens_per_s": 1.0}
+        return {
+            "bytes_per_s": 1.0,
+            "flops_per_s": 1.0,
+            "compile_s": 1.0,
+            "ttft_s": 1.0,
+            "decode_ms": 1.0,
+            "kv_bytes": 1,
+            "decode_tokens_per_s": 1.0,
+        }
 
     monkeypatch.setattr(Run, "child", child)
     plan = Plan(("specpass_snapkv", "full_static_compiled"), (1024,), (1, 4))
     for _ in range(2):
         assert Run(Pair(folder, folder, "float32"), plan, tmp_path / "s.json", 9).run()
     assert [(config.batch, config.budget, other["batch"], other["length"]) for config, other in jobs] == [
-        (1, 1024, 1, 1024), (4, 1024, 4, 1024)]
+        (1, 1024, 1, 1024),
+        (4, 1024, 4, 1024),
+    ]
     found = read_results(tmp_path / "s.json")["aims"]
     assert [value for name, value in found.items() if "equal KV" in name] == [1.5, 1.5]
 
@@ -145,8 +185,12 @@ def test_the_plan_starts_with_what_matters() -> None:
     assert {config.batch for config in configs[:24]} == {1}
     assert {(c.length, c.batch) for c in configs[24:30]} == {(16384, 4)}
     keys = {config.key for config in configs}
-    assert {(method, speed.METHODS[method], length, batch) for method in speed.METHODS for length in Plan().lengths
-            for batch in (1, 4, 8)} <= keys
+    assert {
+        (method, speed.METHODS[method], length, batch)
+        for method in speed.METHODS
+        for length in Plan().lengths
+        for batch in (1, 4, 8)
+    } <= keys
     assert ("specpass_snapkv", 1024, 4096, 4) in keys
     assert all(config.prefills == 0 for config in configs if config.batch > 1 or config.length > 8192)
     with pytest.raises(BenchmarkError, match="h2o"):
@@ -203,14 +247,29 @@ def test_fused_kernels_are_seen_by_the_profile() -> None:
 
 
 def record(method: str, budget: int | None, length: int, batch: int, rate: float, ttft: float | None) -> dict[str, Any]:
-    return {"method": method, "budget": budget, "length": length, "batch": batch, "ttft_s": ttft, "ttft_floor_s": 0.5,
-            "decode_ms": 1000 * batch / rate, "decode_tokens_per_s": rate, "decode_floor_ms": 1.0, "kv_bytes": 1 << 20,
-            "peak_bytes": 1 << 30, "compile_cold_s": 3.0, "compile_warm_s": 1.0}
+    return {
+        "method": method,
+        "budget": budget,
+        "length": length,
+        "batch": batch,
+        "ttft_s": ttft,
+        "ttft_floor_s": 0.5,
+        "decode_ms": 1000 * batch / rate,
+        "decode_tokens_per_s": rate,
+        "decode_floor_ms": 1.0,
+        "kv_bytes": 1 << 20,
+        "peak_bytes": 1 << 30,
+        "compile_cold_s": 3.0,
+        "compile_warm_s": 1.0,
+    }
 
 
-RECORDS = [record("full_eager", None, 8192, 1, 2.0, 50.0), record("specpass_specpc", 1024, 8192, 1, 3.0, 20.0),
-           record("full_static_compiled", None, 16384, 4, 2.0, None),
-           record("specpass_speckv", 256, 16384, 4, 3.0, None)]
+RECORDS = [
+    record("full_eager", None, 8192, 1, 2.0, 50.0),
+    record("specpass_specpc", 1024, 8192, 1, 3.0, 20.0),
+    record("full_static_compiled", None, 16384, 4, 2.0, None),
+    record("specpass_speckv", 256, 16384, 4, 3.0, None),
+]
 
 
 def test_aims_are_ratios_of_one_run() -> None:
@@ -222,8 +281,12 @@ def test_aims_are_ratios_of_one_run() -> None:
 
 def test_tables_and_plots(tmp_path: Path) -> None:
     shares = {"seconds": 1.0, "matrix products": 0.6, "other": 0.4}
-    document = {"settings": {"kind": "speed"}, "results": RECORDS, "aims": {"an aim": 0.4, "none yet": None},
-                "profiles": {"full_eager": {"length": 2048, "prefill": shares, "decode": shares}}}
+    document = {
+        "settings": {"kind": "speed"},
+        "results": RECORDS,
+        "aims": {"an aim": 0.4, "none yet": None},
+        "profiles": {"full_eager": {"length": 2048, "prefill": shares, "decode": shares}},
+    }
     text = markdown(document)
     assert "| specpass_specpc | 1024 | 8192 | 1 | 20.00 (0.5) | 333.3 (1.0) | 3.00 | 1.0 | 1024 | 3 / 1 |" in text
     assert "| an aim | 0.40 |" in text

@@ -42,8 +42,18 @@ def test_each_depth_is_measured_once(tmp_path: Path) -> None:
     assert not list(bench.todo())
     document = read_results(out)
     assert {(r["draft_layers"], r["method"]) for r in document["results"]} == {
-        (None, "full"), (None, "specpass_snapkv"), (2, "draft"), (2, "specpass_speckv"), (2, "specpass_specpc")}
+        (None, "full"),
+        (None, "specpass_snapkv"),
+        (2, "draft"),
+        (2, "specpass_speckv"),
+        (2, "specpass_specpc"),
+    }
     assert [(e["draft_layers"], e["method"]) for e in document["summary"]] == [
-        (None, "full"), (None, "specpass_snapkv"), (2, "draft"), (2, "specpass_speckv"), (2, "specpass_specpc")]
+        (None, "full"),
+        (None, "specpass_snapkv"),
+        (2, "draft"),
+        (2, "specpass_speckv"),
+        (2, "specpass_specpc"),
+    ]
     assert {e["prompts"] for e in document["summary"]} == {4}
     assert not list(weak_draft.Bench(args).todo())

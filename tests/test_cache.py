@@ -70,7 +70,8 @@ def test_layout(model: Any, twin: Any) -> None:
         assert layer.positions.dtype == layer.lengths.dtype == torch.int64
         index = layer.positions[..., None].expand(-1, -1, -1, D)
         for buffer, view, source in (
-            (layer.key_buffer, layer.keys, everything.keys), (layer.value_buffer, layer.values, everything.values)
+            (layer.key_buffer, layer.keys, everything.keys),
+            (layer.value_buffer, layer.values, everything.values),
         ):
             assert buffer.shape == (1, K * (C + 64), D)
             assert view.shape == (1, K, C + 64, D)
@@ -269,5 +270,7 @@ def test_calls_in_a_row_are_independent(model: Any, twin: Any) -> None:
             check_answer(ours, twin, ids[[row]], kept(ours.cache, row), row)
             if length > C:
                 chosen = eager.select(twin, ids[[row]], C, None, eager.Scoring(W, reduce="mean", pool="avg"))
-                assert all(eager.score_margin(s, p, W) >= -1e-6
-                           for s, p in zip(chosen.scores, kept(ours.cache, row), strict=True))
+                assert all(
+                    eager.score_margin(s, p, W) >= -1e-6
+                    for s, p in zip(chosen.scores, kept(ours.cache, row), strict=True)
+                )

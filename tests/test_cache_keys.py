@@ -24,8 +24,9 @@ from specpass.passes import pipeline
 from specpass.passes.pipeline import SOURCES, Pipeline
 
 
-def test_the_pipelines_fingerprint_is_of_its_passes_and_sources(tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pipelines_fingerprint_is_of_its_passes_and_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Pipeline().fingerprint()
     assert whole == Pipeline().fingerprint()
     assert Pipeline(["take_last"]).fingerprint() != whole
@@ -37,8 +38,9 @@ def test_the_pipelines_fingerprint_is_of_its_passes_and_sources(tmp_path: Path,
 
 
 @pytest.mark.parametrize("changed", ["decode.py", "launch.py", "registry.py", "shapes.py", "gather.py"])
-def test_a_tuned_tiles_key_is_of_its_kernels_sources(changed: str, tmp_path: Path,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tuned_tiles_key_is_of_its_kernels_sources(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shapes = Shapes("float16", 2, 4, 2, 64, 64, budget=256, room=64)
     before = Key.of("decode", shapes, "sm_90")
     for path in registry.FOLDER.glob("*.py"):

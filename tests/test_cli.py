@@ -60,8 +60,12 @@ def test_debug_keeps_the_traceback():
 
 
 def test_a_reader_that_goes_away_ends_it_quietly():
-    with subprocess.Popen([sys.executable, "-m", "specpass.cli", "models", "list"], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "specpass.cli", "models", "list"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         process.stdout.close()
         error = process.stderr.read()
     assert process.returncode in (0, 1)
@@ -80,7 +84,8 @@ def test_threads_do_not_spin_unless_the_user_says_so(monkeypatch):
 @pytest.mark.parametrize("columns", ["40", "200"])
 def test_tables_have_no_colour_and_whole_names_in_a_pipe(columns):
     env = {**os.environ, "COLUMNS": columns, "NO_COLOR": "1"}
-    done = subprocess.run([sys.executable, "-m", "specpass.cli", "models", "list"], capture_output=True, text=True,
-                          env=env, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "specpass.cli", "models", "list"], capture_output=True, text=True, env=env, check=True
+    )
     assert "\x1b" not in done.stdout
     assert all(name in done.stdout for name in hub.MODELS)

@@ -82,8 +82,18 @@ class Folders:
 
         tokenizer = load_tokenizer(self.good)
         prompt = TASKS["niah_single_1"].prompt(0, 300, tokenizer)
-        record = {"method": "full", "budget": None, "task": prompt.task, "length": 300, "seed": 0, "score": 1.0,
-                  "digest": prompt.digest, "expected": prompt.expected, "tokens": [5], "answer": tokenizer.decode([5])}
+        record = {
+            "method": "full",
+            "budget": None,
+            "task": prompt.task,
+            "length": 300,
+            "seed": 0,
+            "score": 1.0,
+            "digest": prompt.digest,
+            "expected": prompt.expected,
+            "tokens": [5],
+            "answer": tokenizer.decode([5]),
+        }
         file = self.root / "claims.json"
         file.write_text(json.dumps({"settings": {"kind": "quality", "target": "good"}, "results": [record]}))
         return str(file)
@@ -106,51 +116,108 @@ Case = Callable[[Folders], list[str]]
 SMALL = ("-b", "24", "--window", "8", "--lookahead", "4")
 CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     (errors.BudgetError, lambda f: generate(f.good, "-d", f.good, "-b", "lots"), ("'lots'", "256")),
-    (errors.BudgetError, lambda f: generate(f.good, "-m", "snapkv", "-b", "8"),
-     ("budget=8", "window=32", "lower window")),
+    (
+        errors.BudgetError,
+        lambda f: generate(f.good, "-m", "snapkv", "-b", "8"),
+        ("budget=8", "window=32", "lower window"),
+    ),
     (errors.BudgetError, lambda f: generate(f.good, "-m", "snapkv", "-b", "1.5"), ("budget=1.5", "(0, 1]")),
-    (errors.PromptBudgetError, lambda f: generate(f.good, "-d", f.good, "-m", "speckvpc", "-b", "64", "-o",
-                                                  "prompt_budget=48"), ("prompt_budget=48", "budget=64")),
-    (errors.FirstLayerError, lambda f: generate(f.good, "-d", f.good, "-m", "specpc", "-b", "40", "--window", "8",
-                                                "-o", "first_layer=9"), ("first_layer=9", "layers")),
+    (
+        errors.PromptBudgetError,
+        lambda f: generate(f.good, "-d", f.good, "-m", "speckvpc", "-b", "64", "-o", "prompt_budget=48"),
+        ("prompt_budget=48", "budget=64"),
+    ),
+    (
+        errors.FirstLayerError,
+        lambda f: generate(f.good, "-d", f.good, "-m", "specpc", "-b", "40", "--window", "8", "-o", "first_layer=9"),
+        ("first_layer=9", "layers"),
+    ),
     (errors.MissingDraftError, lambda f: generate(f.good), ("--draft NAME", "--method snapkv")),
     (errors.MethodOptionError, lambda f: generate(f.good, "-m", "fastkv"), ("'fastkv'", "snapkv", "full")),
-    (errors.MethodOptionError, lambda f: generate(f.good, "-m", "streamingllm", "--window", "8"),
-     ("'window'", "sinks")),
+    (
+        errors.MethodOptionError,
+        lambda f: generate(f.good, "-m", "streamingllm", "--window", "8"),
+        ("'window'", "sinks"),
+    ),
     (errors.MethodOptionError, lambda f: generate(f.good, "-m", "snapkv", "-o", "kernel"), ("'kernel'", "NAME=VALUE")),
-    (errors.LookaheadError, lambda f: generate(f.good, "-b", "64", "-o", "lookahead_ids=[[1, 2], [3]]"),
-     ("lengths [1, 2]", "one length")),
+    (
+        errors.LookaheadError,
+        lambda f: generate(f.good, "-b", "64", "-o", "lookahead_ids=[[1, 2], [3]]"),
+        ("lengths [1, 2]", "one length"),
+    ),
     (errors.PromptError, lambda f: generate(f.good, "-m", "full", prompt="  "), ("empty",)),
     (errors.PromptError, lambda f: [*generate(f.good, "-m", "full"), "-f", "prompt.txt"], ("leave one out",)),
     (errors.PromptError, lambda f: ["generate", "-t", f.good, "-m", "full", "-f", "no/such.txt"], ("no/such.txt",)),
-    (errors.PromptError,
-     lambda f: ["generate", "-t", f.make("plain", template=None), "-m", "full", "-p", TEXT], ("--raw",)),
-    (errors.OutputFileError, lambda f: ["explain", "-t", f.good, "-m", "snapkv", "--graph", "x.png"],
-     ("x.png", ".svg or .dot")),
-    (errors.OutputFileError,
-     lambda f: ["explain", "-t", f.good, "-m", "snapkv", "-b", "40", *EAGER, "--graph", "/dev/null/x.dot"],
-     ("/dev/null", "may write")),
-    (errors.ExportError, lambda f: ["export", "-t", f.make("sliding", family="mistral-sliding"), "-m", "snapkv",
-                                    "-b", "64", "--out", str(f.root / "out")], ("layer 0", "sliding_attention")),
-    (errors.BudgetError, lambda f: ["export", "-t", f.good, "-m", "snapkv", "-b", "0.5", "--out", "out"],
-     ("0.5", "budget=256")),
-    (errors.LookaheadError, lambda f: ["export", "-t", f.good, "-d", f.good, "-b", "64", "--out", "out"],
-     ("lookahead=None", "lookahead=16")),
-    (errors.OutputFileError, lambda f: ["export", "-t", f.good, "-m", "streamingllm", "-b", "64", "--out", f.good],
-     ("no earlier export", "new folder")),
+    (
+        errors.PromptError,
+        lambda f: ["generate", "-t", f.make("plain", template=None), "-m", "full", "-p", TEXT],
+        ("--raw",),
+    ),
+    (
+        errors.OutputFileError,
+        lambda f: ["explain", "-t", f.good, "-m", "snapkv", "--graph", "x.png"],
+        ("x.png", ".svg or .dot"),
+    ),
+    (
+        errors.OutputFileError,
+        lambda f: ["explain", "-t", f.good, "-m", "snapkv", "-b", "40", *EAGER, "--graph", "/dev/null/x.dot"],
+        ("/dev/null", "may write"),
+    ),
+    (
+        errors.ExportError,
+        lambda f: [
+            "export",
+            "-t",
+            f.make("sliding", family="mistral-sliding"),
+            "-m",
+            "snapkv",
+            "-b",
+            "64",
+            "--out",
+            str(f.root / "out"),
+        ],
+        ("layer 0", "sliding_attention"),
+    ),
+    (
+        errors.BudgetError,
+        lambda f: ["export", "-t", f.good, "-m", "snapkv", "-b", "0.5", "--out", "out"],
+        ("0.5", "budget=256"),
+    ),
+    (
+        errors.LookaheadError,
+        lambda f: ["export", "-t", f.good, "-d", f.good, "-b", "64", "--out", "out"],
+        ("lookahead=None", "lookahead=16"),
+    ),
+    (
+        errors.OutputFileError,
+        lambda f: ["export", "-t", f.good, "-m", "streamingllm", "-b", "64", "--out", f.good],
+        ("no earlier export", "new folder"),
+    ),
     (errors.BundleError, lambda f: ["generate", "--onnx", f.empty(), "-p", TEXT], ("specpass.json", "specpass export")),
-    (errors.SamplingError, lambda f: ["generate", "--onnx", f.exported(), "-p", TEXT, "--raw", "--temperature", "1",
-                                      "--top-p", "0"], ("top_p=0.0",)),
-    (errors.OutputFileError, lambda f: ["demo", "-t", f.good, "-d", f.good, "-b", "40", "--out", "/dev/null/x"],
-     ("/dev/null/x", "may write")),
-    (errors.TokenizerMismatchError, lambda f: ["demo", "-t", f.good, "-d", f.make("other", words=60), "-b", "40"],
-     ("different tokenizers", "same family")),
+    (
+        errors.SamplingError,
+        lambda f: ["generate", "--onnx", f.exported(), "-p", TEXT, "--raw", "--temperature", "1", "--top-p", "0"],
+        ("top_p=0.0",),
+    ),
+    (
+        errors.OutputFileError,
+        lambda f: ["demo", "-t", f.good, "-d", f.good, "-b", "40", "--out", "/dev/null/x"],
+        ("/dev/null/x", "may write"),
+    ),
+    (
+        errors.TokenizerMismatchError,
+        lambda f: ["demo", "-t", f.good, "-d", f.make("other", words=60), "-b", "40"],
+        ("different tokenizers", "same family"),
+    ),
     (errors.UnknownModelError, lambda f: ["demo", "-t", "gpt-none", "-d", f.good], ("'gpt-none'", "smollm2-135m")),
     (errors.UnknownModelError, lambda f: ["explain", "-t", "gpt-none", "-m", "snapkv"], ("'gpt-none'",)),
     (errors.UnknownModelError, lambda f: ["models", "path", "gpt-none"], ("'gpt-none'",)),
     (errors.UnknownModelError, lambda f: ["tune", "-t", "gpt-none"], ("'gpt-none'",)),
-    (errors.OutputFileError, lambda f: ["tune", "-t", f.good, "--json", "/dev/null/x.json"],
-     ("/dev/null", "may write")),
+    (
+        errors.OutputFileError,
+        lambda f: ["tune", "-t", f.good, "--json", "/dev/null/x.json"],
+        ("/dev/null", "may write"),
+    ),
     (errors.OutputFileError, lambda f: ["tune", "-t", f.good, "--emit", "/dev/null/x"], ("/dev/null/x", "may write")),
     (errors.BudgetError, lambda f: ["demo", "-b", "0"], ("budget=0",)),
     (errors.BudgetError, lambda f: ["demo", "-b", "20"], ("budget=20", "window=32")),
@@ -162,22 +229,43 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     (errors.FetchError, lambda f: generate("nobody/nothing", "-m", "full"), ("HF_HUB_OFFLINE", "give a folder")),
     (errors.CorruptWeightsError, lambda f: generate(f.truncated(), "-m", "full"), ("bytes", "fetch or convert")),
     (errors.EncoderDecoderError, lambda f: generate(f.t5(), "-m", "full"), ("t5", "decoder-only")),
-    (errors.TokenizerMismatchError, lambda f: generate(f.good, "-d", f.make("other", words=60), *SMALL),
-     ("different tokenizers", "same family")),
-    (errors.DtypeMismatchError, lambda f: generate(f.good, "-d", f.bfloat16(), *SMALL),
-     ("float32", "bfloat16", "dtype")),
-    (errors.BenchmarkError, lambda f: ["bench", "quality", "-t", f.good, "-d", f.good, "--tasks", "riddles"],
-     ("'riddles'", "niah_single_1")),
-    (errors.BenchmarkError, lambda f: ["bench", "speed", "-t", f.good, "-d", f.good, "--methods", "h2o"],
-     ("'h2o'", "full_eager")),
+    (
+        errors.TokenizerMismatchError,
+        lambda f: generate(f.good, "-d", f.make("other", words=60), *SMALL),
+        ("different tokenizers", "same family"),
+    ),
+    (
+        errors.DtypeMismatchError,
+        lambda f: generate(f.good, "-d", f.bfloat16(), *SMALL),
+        ("float32", "bfloat16", "dtype"),
+    ),
+    (
+        errors.BenchmarkError,
+        lambda f: ["bench", "quality", "-t", f.good, "-d", f.good, "--tasks", "riddles"],
+        ("'riddles'", "niah_single_1"),
+    ),
+    (
+        errors.BenchmarkError,
+        lambda f: ["bench", "speed", "-t", f.good, "-d", f.good, "--methods", "h2o"],
+        ("'h2o'", "full_eager"),
+    ),
     (errors.BenchmarkError, lambda f: ["bench", "verify", "no/such.json"], ("no/such.json", "specpass bench")),
     (errors.BenchmarkError, lambda f: ["bench", "plot", f"{f.good}/config.json"], ("config.json", "specpass bench")),
-    (errors.BenchmarkError, lambda f: ["bench", "verify", f.results(), "-t", f.make("other", words=60)],
-     ("--target good", "other")),
-    (errors.VerificationError, lambda f: ["bench", "verify", f.results(), "-t", f.good],
-     ("claims.json", "the score is 1.0", "--restart")),
-    (errors.DraftContextError, lambda f: generate(f.good, "-d", f.make("short", max_position_embeddings=48), *SMALL),
-     ("60 tokens", "48", "lower lookahead")),
+    (
+        errors.BenchmarkError,
+        lambda f: ["bench", "verify", f.results(), "-t", f.make("other", words=60)],
+        ("--target good", "other"),
+    ),
+    (
+        errors.VerificationError,
+        lambda f: ["bench", "verify", f.results(), "-t", f.good],
+        ("claims.json", "the score is 1.0", "--restart"),
+    ),
+    (
+        errors.DraftContextError,
+        lambda f: generate(f.good, "-d", f.make("short", max_position_embeddings=48), *SMALL),
+        ("60 tokens", "48", "lower lookahead"),
+    ),
 ]
 
 
@@ -203,8 +291,17 @@ def test_every_error_is_here_or_has_a_reason() -> None:
     assert known == {case[0] for case in CASES} | set(NOT_HERE)
 
 
-@pytest.mark.parametrize("args", [["--lowering", "fast"], ["--dtype", "float8"], ["-n", "0"], ["--no-such-option"],
-                                  ["--device", "cuda:99"], ["--device", "toaster"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--lowering", "fast"],
+        ["--dtype", "float8"],
+        ["-n", "0"],
+        ["--no-such-option"],
+        ["--device", "cuda:99"],
+        ["--device", "toaster"],
+    ],
+)
 def test_wrong_options_are_2(folders: Folders, args: list[str]) -> None:
     result = runner.invoke(cli.app, ["generate", "-t", folders.good, "-m", "full", "-p", TEXT, *args])
     assert result.exit_code == 2

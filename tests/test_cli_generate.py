@@ -53,8 +53,9 @@ def test_json_says_what_happened(folder: Path) -> None:
 def test_a_pruned_answer_is_the_librarys(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    result = generate(folder, "-d", str(folder), "-b", "24", "--window", "8", "--lookahead", "4", "-p", TEXT, "--raw",
-                      "--json")
+    result = generate(
+        folder, "-d", str(folder), "-b", "24", "--window", "8", "--lookahead", "4", "-p", TEXT, "--raw", "--json"
+    )
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")
     specpass.compile(model, draft=model, method=specpass.SpecKV(24, window=8, lookahead=4), lowering="eager")
@@ -120,8 +121,9 @@ def test_ctrl_c_while_loading_is_130(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_a_real_sigint_ends_with_130_and_no_traceback(folder: Path) -> None:
     line = [sys.executable, "-m", "specpass.cli", "generate", "-t", str(folder), "-m", "full", "--raw", "-n", "4000"]
     heard = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-    with subprocess.Popen([*line, "-p", TEXT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          preexec_fn=heard) as process:
+    with subprocess.Popen(
+        [*line, "-p", TEXT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as process:
         assert process.stdout is not None
         first = process.stdout.read(2)  # the first word has come
         time.sleep(0.2)
@@ -166,7 +168,7 @@ def test_help_ends_with_a_line_that_parses(path: str) -> None:
     result = runner.invoke(cli.app, [*path.split(), "--help"], env={"COLUMNS": "100"})
     line = result.stdout.strip().splitlines()[-1].strip()
     assert line.startswith(f"Example: specpass {path}"), line
-    words = shlex.split(line.removeprefix("Example: specpass "))[len(path.split()):]
+    words = shlex.split(line.removeprefix("Example: specpass "))[len(path.split()) :]
     commands()[path].make_context(path, words)  # raises on anything that the command does not take
 
 
@@ -174,7 +176,11 @@ def test_help_ends_with_a_line_that_parses(path: str) -> None:
 def test_the_example_of_the_help_works_as_it_stands() -> None:
     help_text = runner.invoke(cli.app, ["generate", "--help"], env={"COLUMNS": "100"}).stdout
     line = help_text.strip().splitlines()[-1].strip().removeprefix("Example: specpass ")
-    done = subprocess.run([sys.executable, "-m", "specpass.cli", *shlex.split(line), "-n", "24"], capture_output=True,
-                          text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "specpass.cli", *shlex.split(line), "-n", "24"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     assert "light" in done.stdout.lower() or "sky" in done.stdout.lower()

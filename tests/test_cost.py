@@ -43,14 +43,23 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-METHODS = [specpass.SpecKV(C, window=W, lookahead=L), specpass.SnapKV(C, window=W), specpass.StreamingLLM(C),
-           specpass.SpecKV(0.25, window=W), specpass.PyramidKV(C, window=W, beta=4),
-           specpass.SpecPC(C, window=W, first_layer=1), specpass.SpecPC(0.25, window=W, lookahead=L, first_layer=0),
-           specpass.SpecKVPC(C, window=W, lookahead=L, prompt_budget=2 * C, prompt_window=2 * W, first_layer=1)]
+METHODS = [
+    specpass.SpecKV(C, window=W, lookahead=L),
+    specpass.SnapKV(C, window=W),
+    specpass.StreamingLLM(C),
+    specpass.SpecKV(0.25, window=W),
+    specpass.PyramidKV(C, window=W, beta=4),
+    specpass.SpecPC(C, window=W, first_layer=1),
+    specpass.SpecPC(0.25, window=W, lookahead=L, first_layer=0),
+    specpass.SpecKVPC(C, window=W, lookahead=L, prompt_budget=2 * C, prompt_window=2 * W, first_layer=1),
+]
 
 
-@pytest.mark.parametrize(("method", "batch"), [(METHODS[0], 1), *((method, 2) for method in METHODS)],
-                         ids=lambda value: str(value) if isinstance(value, int) else f"{value.name}-{value.budget}")
+@pytest.mark.parametrize(
+    ("method", "batch"),
+    [(METHODS[0], 1), *((method, 2) for method in METHODS)],
+    ids=lambda value: str(value) if isinstance(value, int) else f"{value.name}-{value.budget}",
+)
 def test_forms_are_what_runs(method: specpass.Method, batch: int, counts: list[int]) -> None:
     target, draft = tiny("qwen2", layers=3), tiny("llama", layers=2, seed=1)
     compile_eager(target, method, draft if method.drafts else None)
@@ -108,8 +117,11 @@ def test_operators_formulas_are_their_references_counts() -> None:
         assert numbers[0] == numbers[1] > 0
 
 
-@pytest.mark.parametrize("method", [specpass.SpecKV(1024, lookahead=32), specpass.SpecPC(1024),
-                                    specpass.SpecKVPC(1024, lookahead=32)], ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method",
+    [specpass.SpecKV(1024, lookahead=32), specpass.SpecPC(1024), specpass.SpecKVPC(1024, lookahead=32)],
+    ids=lambda method: method.name,
+)
 def test_break_even_is_where_the_sign_turns(method: specpass.Method) -> None:
     target, draft = Decoder(28, 1536, 12, 2, 128, 8960, 151936, 3, 2), Decoder(24, 896, 14, 2, 64, 4864, 151936, 3, 2)
     costs = cost.costs_of(method, target, draft)

@@ -163,8 +163,26 @@ def test_a_prompt_cannot_break_out_of_the_page(ran: tuple[list[demo.Result], Pat
 
 
 def test_from_the_command_line(folder: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli.app, ["demo", "-t", str(folder), "-d", str(folder), "-b", "40", "--tokens", "300",
-                                          "--dtype", "float32", "--lowering", "eager", "--out", str(tmp_path / "o")])
+    result = CliRunner().invoke(
+        cli.app,
+        [
+            "demo",
+            "-t",
+            str(folder),
+            "-d",
+            str(folder),
+            "-b",
+            "40",
+            "--tokens",
+            "300",
+            "--dtype",
+            "float32",
+            "--lowering",
+            "eager",
+            "--out",
+            str(tmp_path / "o"),
+        ],
+    )
     assert result.exit_code == 0, result.output
     assert "SpecKV 40" in result.stdout
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["kept.html", "kept.png"]

@@ -106,8 +106,9 @@ def test_the_name_serves_forward_calls(
 ) -> None:
     torch._dynamo.reset()
     target = tiny()
-    f = torch.compile(target, backend="specpass", dynamic=dynamic,
-                      options={"draft": draft, "method": METHOD, "lowering": "eager"})
+    f = torch.compile(
+        target, backend="specpass", dynamic=dynamic, options={"draft": draft, "method": METHOD, "lowering": "eager"}
+    )
     for length in (60, 61, 75):
         cache, ids = new_cache(target), prompt(length)
         logits = call(f, ids, cache)

@@ -26,8 +26,11 @@ METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)
 def state_of(model: torch.nn.Module) -> tuple[Any, ...]:
     """Classes and instance attributes of every submodule (hooks are among them), and the attention registry."""
     modules = {
-        name: (type(module), {key: id(value) for key, value in module.__dict__.items()},
-               {key: list(value) for key, value in module.__dict__.items() if key.endswith("_hooks")})
+        name: (
+            type(module),
+            {key: id(value) for key, value in module.__dict__.items()},
+            {key: list(value) for key, value in module.__dict__.items() if key.endswith("_hooks")},
+        )
         for name, module in model.named_modules()
     }
     return modules, dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
@@ -124,8 +127,14 @@ def enter(door: str, target: Any, draft: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("what", "door"),
-    [("vocabulary", "compile"), ("tokenizer", "compile"), ("dtype", "compile"), ("device", "compile"),
-     ("tokenizer", "plain"), ("device", "plain")],
+    [
+        ("vocabulary", "compile"),
+        ("tokenizer", "compile"),
+        ("dtype", "compile"),
+        ("device", "compile"),
+        ("tokenizer", "plain"),
+        ("device", "plain"),
+    ],
 )
 def test_pairs_that_cannot_work(what: str, door: str, tmp_path: Path) -> None:
     target, draft = tiny(), tiny(seed=1)

@@ -7,16 +7,7 @@ from typing import Any
 import eager_reference as eager
 import pytest
 import torch
-from support import (
-    call,
-    check_answer,
-    check_rules,
-    check_selection,
-    compile_eager,
-    kept,
-    padded,
-    run,
-)
+from support import call, check_answer, check_rules, check_selection, compile_eager, kept, padded, run
 from tiny import prompt, tiny
 
 import specpass
@@ -120,8 +111,9 @@ def test_the_first_logits_are_those_of_the_full_prefill(subject: Subject) -> Non
 
 def test_all_logits_of_a_padded_batch_stand_where_the_caller_put_the_tokens(subject: Subject) -> None:
     ids, mask = padded([prompt(60, seed=1), prompt(37, seed=2)])
-    full = call(subject.twin, ids, None, attention_mask=mask, logits_to_keep=0,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    full = call(
+        subject.twin, ids, None, attention_mask=mask, logits_to_keep=0, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+    )
     ours = call(subject.model, ids, subject.cache(), attention_mask=mask, logits_to_keep=0)
     assert ours.shape == full.shape
     real = mask.bool()

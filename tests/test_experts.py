@@ -51,10 +51,11 @@ def test_logits_of_several_positions(count: int, draft: Any) -> None:
     model, twin = compile_eager(make("olmoe"), METHOD, draft), make("olmoe")
     ids, mask = padded([prompt(60, seed=1), prompt(37, seed=2)])
     cache = specpass.BudgetCache(model.config, METHOD, max_new_tokens=6)
-    full = call(twin, ids, None, attention_mask=mask, logits_to_keep=count,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    full = call(
+        twin, ids, None, attention_mask=mask, logits_to_keep=count, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+    )
     ours = call(model, ids, cache, attention_mask=mask, logits_to_keep=count)
-    real = mask.bool()[:, -ours.shape[1]:]
+    real = mask.bool()[:, -ours.shape[1] :]
     torch.testing.assert_close(ours[real], full[real], atol=1e-4, rtol=1e-4)
 
 

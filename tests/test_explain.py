@@ -61,8 +61,9 @@ def test_the_stand_in_is_rewritten_like_the_model(pair: tuple[Path, Path]) -> No
 
 def test_a_refusal_names_the_models_own_module(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "sliding", family="mistral-sliding")
-    found = json.loads(runner.invoke(cli.app, ["explain", "-t", str(folder), "-m", "snapkv", *EAGER[:-2],
-                                               "--json"]).stdout)
+    found = json.loads(
+        runner.invoke(cli.app, ["explain", "-t", str(folder), "-m", "snapkv", *EAGER[:-2], "--json"]).stdout
+    )
     assert any("layer 0" in reason and "sliding" in reason for reason in found["refusals"])
     assert all(graph["exact"] for graph in found["graphs"])
     text = runner.invoke(cli.app, ["explain", "-t", str(folder), "-m", "snapkv", *EAGER[:-2]])
@@ -70,8 +71,25 @@ def test_a_refusal_names_the_models_own_module(tmp_path: Path) -> None:
 
 
 def test_a_ratio_is_resolved_for_each_length(pair: tuple[Path, Path]) -> None:
-    result = runner.invoke(cli.app, ["explain", "-t", str(pair[0]), "-m", "snapkv", "-b", "0.25", "--window", "8",
-                                     "--lowering", "eager", "--json", "-n", "64"])
+    result = runner.invoke(
+        cli.app,
+        [
+            "explain",
+            "-t",
+            str(pair[0]),
+            "-m",
+            "snapkv",
+            "-b",
+            "0.25",
+            "--window",
+            "8",
+            "--lowering",
+            "eager",
+            "--json",
+            "-n",
+            "64",
+        ],
+    )
     assert result.exit_code == 0, result.output
     numbers = json.loads(result.stdout)["costs"]["numbers"]
     for length in (4096, 32768):
@@ -81,8 +99,14 @@ def test_a_ratio_is_resolved_for_each_length(pair: tuple[Path, Path]) -> None:
 
 def test_tables(pair: tuple[Path, Path]) -> None:
     text = explain(pair[0], "-d", str(pair[1])).stdout
-    for part in ("model.layers.0.self_attn .. model.layers.2.self_attn: 24 slots", "prefill FLOPs", "S = 32,768",
-                 "pays from a prompt of", "as formulas", "draft captured in"):
+    for part in (
+        "model.layers.0.self_attn .. model.layers.2.self_attn: 24 slots",
+        "prefill FLOPs",
+        "S = 32,768",
+        "pays from a prompt of",
+        "as formulas",
+        "draft captured in",
+    ):
         assert part in text
 
 

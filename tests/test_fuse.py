@@ -50,12 +50,19 @@ def inputs(of: Callable[..., Any], device: str = "cpu", dtype: torch.dtype = tor
         rows = torch.full((B, R), 1, device=device).cumsum(1) + (T - R - 1)
         return query, key, value, rows, torch.full((B,), T - R + W, device=device)
     storage = tuple(torch.randn(B, K * P, D, **make) for _ in range(2))
-    return (*storage, torch.full((B, K), 20, device=device),
-            *(torch.randn(B, heads, 1, D, **make) for heads in (H, K, K)))
+    return (
+        *storage,
+        torch.full((B, K), 20, device=device),
+        *(torch.randn(B, heads, 1, D, **make) for heads in (H, K, K)),
+    )
 
 
-def traced(of: Callable[..., Any], device: str = "cpu", dtype: torch.dtype = torch.bfloat16,
-           function: Callable[..., Any] | None = None) -> fx.GraphModule:
+def traced(
+    of: Callable[..., Any],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    function: Callable[..., Any] | None = None,
+) -> fx.GraphModule:
     """The graph of `function` (`of` itself) on fake inputs of `of`."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         return make_fx(function or of, pre_dispatch=True)(*inputs(of, device, dtype))
@@ -63,17 +70,21 @@ def traced(of: Callable[..., Any], device: str = "cpu", dtype: torch.dtype = tor
 
 def text(gm: fx.GraphModule) -> str:
     """Calls of specpass's operators, one a line."""
-    return "\n".join(f"{node.name} = {node.target}{node.args}" for node in gm.graph.nodes
-                     if str(node.target).startswith("specpass"))
+    return "\n".join(
+        f"{node.name} = {node.target}{node.args}" for node in gm.graph.nodes if str(node.target).startswith("specpass")
+    )
 
 
 def test_attention_hands_its_log_sum_exp_to_importance() -> None:
     gm = traced(prefill, "cuda")
     fuse(gm)
-    assert_expected_inline(text(gm), """\
+    assert_expected_inline(
+        text(gm),
+        """\
 prefill_attention_lse_default = specpass.prefill_attention_lse.default(query_1, key_1, value_1, rows_1, 0.1)
 take_rows = specpass.take_rows.default(query_1, rows_1)
-importance = specpass.importance.default(take_rows, key_1, rows_1, lengths_1, 4, 0.1, 'max', None, getitem_1)""")
+importance = specpass.importance.default(take_rows, key_1, rows_1, lengths_1, 4, 0.1, 'max', None, getitem_1)""",
+    )
     assert [str(choice) for _, choice in choose_sites(gm)] == [
         "prefill_attention_lse: aten (torch's flash attention, whose log-sum-exp saves importance its first pass over "
         "K)",
@@ -87,10 +98,12 @@ importance = specpass.importance.default(take_rows, key_1, rows_1, lengths_1, 4,
 def test_a_decode_step_writes_and_attends_in_one_launch() -> None:
     gm = traced(step, "cuda")
     fuse(gm)
-    assert text(gm) == ("append_attend_default = specpass.append_attend.default(keys_1, values_1, used_1, query_1, "
-                        "key_1, value_1, 0.1)")
+    assert text(gm) == (
+        "append_attend_default = specpass.append_attend.default(keys_1, values_1, used_1, query_1, key_1, value_1, 0.1)"
+    )
     assert [str(choice) for _, choice in choose_sites(gm)] == [
-        "append_attend: kernel decode_append (shapes are supported)"]
+        "append_attend: kernel decode_append (shapes are supported)"
+    ]
     out = find(gm.graph, SPEC.append_attend)[0].meta["val"]
     assert (out.shape, out.dtype, out.device.type) == ((B, H, 1, D), torch.bfloat16, "cuda")
 
@@ -173,8 +186,10 @@ def test_on_the_cpu_appends_stay_with_aten() -> None:
     assert find(gm.graph, SPEC.append_kv)
 
 
-METHODS = [(specpass.SpecKV(budget=24, window=8, lookahead=4), "inductor"),
-           (specpass.SpecPC(24, window=8, lookahead=3), "eager")]
+METHODS = [
+    (specpass.SpecKV(budget=24, window=8, lookahead=4), "inductor"),
+    (specpass.SpecPC(24, window=8, lookahead=3), "eager"),
+]
 
 
 @pytest.mark.parametrize(("method", "lowering"), METHODS, ids=["SpecKV", "SpecPC"])

@@ -95,8 +95,10 @@ def test_rows_that_end_early_are_padded() -> None:
     free = run(tiny(), ids, 12, mask).tokens
     eos = free[0][4]
     assert eos not in free[0][:4]
-    ours, full = (model_with_eos(eos, compiled).generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
-                  for compiled in (True, False))
+    ours, full = (
+        model_with_eos(eos, compiled).generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+        for compiled in (True, False)
+    )
     assert torch.equal(ours, full)
     assert ours[0, 30:].tolist()[:6] == [*free[0][:5], PAD]
 

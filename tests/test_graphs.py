@@ -42,13 +42,15 @@ def count(gm: fx.GraphModule) -> Counter[str]:
 class Record:
     """One model, its backend, what each pass left behind, and the inputs of each prefill graph."""
 
-    def __init__(self, method: Any, draft: Any = None, layers: int = LAYERS, attention: str = "sdpa",
-                 **options: Any) -> None:
+    def __init__(
+        self, method: Any, draft: Any = None, layers: int = LAYERS, attention: str = "sdpa", **options: Any
+    ) -> None:
         self.after: dict[tuple[str, str], Counter[str]] = {}
         self.inputs: list[tuple[Any, ...]] = []
         self.model, self.method = tiny(layers=layers, attention=attention), method
-        self.backend = specpass.Backend(draft, method, lowering="eager", keep_stages=("TRACED", "DRAFTED", "PRUNED"),
-                                        full_verify=True, **options)
+        self.backend = specpass.Backend(
+            draft, method, lowering="eager", keep_stages=("TRACED", "DRAFTED", "PRUNED"), full_verify=True, **options
+        )
         self.model.compile(backend=self.backend, dynamic=True)
 
     def __call__(self, ids: torch.Tensor, **kwargs: Any) -> specpass.BudgetCache:
@@ -109,7 +111,8 @@ EXPECTED: dict[tuple[str, str], tuple[list[str], dict[str, int]]] = {
     ),
     ("prefill", "take_last"): ([], {"specpass.take_positions": 1, "specpass.fill": LAYERS}),
     ("prefill", "score_importance"): (
-        [], {"specpass.score_rows": 1, "specpass.take_rows": LAYERS, "specpass.importance": LAYERS}
+        [],
+        {"specpass.score_rows": 1, "specpass.take_rows": LAYERS, "specpass.importance": LAYERS},
     ),
     ("prefill", "gather_prune"): (["specpass.fill"], {"specpass.select": LAYERS, "specpass.gather_kv": LAYERS}),
     ("decode", "canonicalize"): ([], {"aten.scaled_dot_product_attention": LAYERS, "specpass.append_kv": LAYERS}),

@@ -26,18 +26,30 @@ LLAMA = Shapes("bfloat16", 1, 8, 4, 128, 128, rows=64, window=32, budget=1024, r
 
 
 def other(dtype: str, group: int, dim: int, **sizes: Any) -> Shapes:
-    return Shapes(dtype, **{"batch": 2, "kv_heads": 2, "rows": 40, "window": 33, "budget": 257, "room": 64,
-                            "columns": 8192, **sizes}, group=group, dim=dim, value_dim=dim)
+    return Shapes(
+        dtype,
+        **{"batch": 2, "kv_heads": 2, "rows": 40, "window": 33, "budget": 257, "room": 64, "columns": 8192, **sizes},
+        group=group,
+        dim=dim,
+        value_dim=dim,
+    )
 
 
-OTHERS = [other("bfloat16", 7, 64, reduce="mean", sinks=True), other("float16", 1, 80, reduce="sum"),
-          other("bfloat16", 16, 96, budget=34, batch=512), other("float16", 2, 256, softcap=50.0),
-          other("float32", 7, 64),
-          other("float32", 3, 128, weighted=True)]
+OTHERS = [
+    other("bfloat16", 7, 64, reduce="mean", sinks=True),
+    other("float16", 1, 80, reduce="sum"),
+    other("bfloat16", 16, 96, budget=34, batch=512),
+    other("float16", 2, 256, softcap=50.0),
+    other("float32", 7, 64),
+    other("float32", 3, 128, weighted=True),
+]
 SLOTS = ("gather", "decode", "decode_append")
 CASES = [(LLAMA, arch, tuple(REGISTRY)) for arch in ARCHS]
-CASES += [(shapes, arch, tuple(REGISTRY) if (index + turn) % 2 == 0 else SLOTS)
-          for index, shapes in enumerate(OTHERS) for turn, arch in enumerate(ARCHS)]
+CASES += [
+    (shapes, arch, tuple(REGISTRY) if (index + turn) % 2 == 0 else SLOTS)
+    for index, shapes in enumerate(OTHERS)
+    for turn, arch in enumerate(ARCHS)
+]
 
 
 def label(value: Any) -> str:
@@ -74,7 +86,11 @@ def test_the_cases_cover_what_they_say() -> None:
             assert len({dim for other_name, at, dim in met if (other_name, at) == (name, arch)}) >= 3
     assert {shapes.group for shapes, _, _ in CASES} >= {1, 2, 3, 4, 7, 16}
     assert {(shapes.reduce, shapes.weighted) for shapes, _, names in CASES if "importance" in names} >= {
-        ("max", False), ("max", True), ("mean", False), ("sum", False)}
+        ("max", False),
+        ("max", True),
+        ("mean", False),
+        ("sum", False),
+    }
     for changed in (lambda shapes: shapes.softcap, lambda shapes: shapes.sinks):
         assert {name for shapes, _, names in CASES if changed(shapes) for name in names} == set(REGISTRY)
 
@@ -92,7 +108,8 @@ def test_the_report_sees_spills_and_oversized_shared_memory() -> None:
 # What a golden file holds: each kernel for a plain layer, and those that read logits for a capped one with sinks.
 CHANGED = dataclasses.replace(LLAMA, softcap=50.0, sinks=True)
 GOLDEN = [(name, LLAMA, name) for name in REGISTRY] + [
-    (name, CHANGED, f"{name}_changed") for name in ("importance", "decode_append")]
+    (name, CHANGED, f"{name}_changed") for name in ("importance", "decode_append")
+]
 
 
 @pytest.mark.parametrize(("name", "shapes", "file"), GOLDEN, ids=[file for _, _, file in GOLDEN])
@@ -119,8 +136,15 @@ def test_emitted_modules_are_golden_and_compile(name: str, shapes: Shapes, file:
 
 def test_unknown_architectures_take_the_tiles_of_the_nearest_older_one() -> None:
     found = {name: nearest(name).name for name in ("sm_75", "sm_86", "sm_90", "sm_103", "gfx950", "tpu", None)}
-    assert found == {"sm_75": "sm_80", "sm_86": "sm_80", "sm_90": "sm_90", "sm_103": "sm_100", "gfx950": "gfx942",
-                     "tpu": "sm_90", None: "sm_90"}
+    assert found == {
+        "sm_75": "sm_80",
+        "sm_86": "sm_80",
+        "sm_90": "sm_90",
+        "sm_103": "sm_100",
+        "gfx950": "gfx942",
+        "tpu": "sm_90",
+        None: "sm_90",
+    }
 
 
 @pytest.mark.parametrize("name", REGISTRY)

@@ -77,8 +77,11 @@ def test_documents_name_every_module() -> None:
     folders = ("specpass", "specpass/passes", "lowering", "kernels")
     files = [file for folder in folders for file in sorted((ROOT / folder).glob("*.py"))]
     assert len(files) > 50
-    unnamed = [str(file.relative_to(ROOT)) for file in files
-               if f"{file.name}`" not in text and f"`{file.stem}`" not in text and file.name != "__init__.py"]
+    unnamed = [
+        str(file.relative_to(ROOT))
+        for file in files
+        if f"{file.name}`" not in text and f"`{file.stem}`" not in text and file.name != "__init__.py"
+    ]
     assert not unnamed
 
 

@@ -73,8 +73,9 @@ def test_kept_sets_and_answers_are_the_eager_ones(family: str, compiled: Any) ->
 
 def test_a_budget_that_holds_the_prompt_is_exact(family: str, compiled: Any) -> None:
     ids = prompt(C, seed=2)
-    cache = specpass.BudgetCache(compiled.config, specpass.SpecKV(budget=C, window=W, lookahead=L), max_new_tokens=6,
-                                 early_exit=False)
+    cache = specpass.BudgetCache(
+        compiled.config, specpass.SpecKV(budget=C, window=W, lookahead=L), max_new_tokens=6, early_exit=False
+    )
     ours, full = run(compiled, ids, past_key_values=cache), run(make(family), ids)
     assert ours.tokens == full.tokens
     torch.testing.assert_close(ours.logits, full.logits, atol=1e-4, rtol=1e-4)

@@ -19,8 +19,10 @@ METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)
 def models() -> tuple[Any, Any]:
     """The same pair, lowered by Inductor and not at all."""
     draft = tiny(seed=1, layers=2)
-    return (specpass.compile(tiny(layers=LAYERS), draft=draft, method=METHOD, lowering="inductor"),
-            compile_eager(tiny(layers=LAYERS), METHOD, draft))
+    return (
+        specpass.compile(tiny(layers=LAYERS), draft=draft, method=METHOD, lowering="inductor"),
+        compile_eager(tiny(layers=LAYERS), METHOD, draft),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -28,10 +28,12 @@ def tensors(device: str, dim: int = 64, group: int = H // K, dtype: torch.dtype 
     make = {"device": device, "dtype": dtype}
     return {
         "whole": torch.empty(B, T, K * group, dim, **make).transpose(1, 2),
-        "query": torch.empty(B, K * group, R, dim, **make), "key": torch.empty(B, T, K, dim, **make).transpose(1, 2),
+        "query": torch.empty(B, K * group, R, dim, **make),
+        "key": torch.empty(B, T, K, dim, **make).transpose(1, 2),
         "rows": torch.zeros(B, R, dtype=torch.int64, device=device),
         "lengths": torch.zeros(B, dtype=torch.int64, device=device),
-        "new": torch.empty(B, K * group, 1, dim, **make), "keys": torch.empty(B, K, C + N, dim, **make),
+        "new": torch.empty(B, K * group, 1, dim, **make),
+        "keys": torch.empty(B, K, C + N, dim, **make),
         "used": torch.zeros(B, K, dtype=torch.int64, device=device),
     }
 
@@ -110,10 +112,12 @@ def test_old_devices_and_a_missing_triton_take_aten(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_cpu_path_never_imports_triton() -> None:
-    code = ("import sys, torch, specpass.ops; s = torch.ops.specpass; k = torch.randn(1, 2, 9, 8); "
-            "s.gather_kv(k, k, torch.zeros(1, 2, 3, dtype=torch.int64), 4); "
-            "s.attend(k[:, :, :1], k, k, torch.ones(1, 2, dtype=torch.int64), 0.1); "
-            "print('triton' in sys.modules)")
+    code = (
+        "import sys, torch, specpass.ops; s = torch.ops.specpass; k = torch.randn(1, 2, 9, 8); "
+        "s.gather_kv(k, k, torch.zeros(1, 2, 3, dtype=torch.int64), 4); "
+        "s.attend(k[:, :, :1], k, k, torch.ones(1, 2, dtype=torch.int64), 0.1); "
+        "print('triton' in sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 
@@ -124,8 +128,10 @@ def test_a_models_report_says_what_each_site_became() -> None:
     run(model, prompt(40, seed=1), 3)
     report = specpass.report(model)
     found = {record.kind: [(path, str(choice)) for path, choice in record.choices] for record in report.graphs}
-    operators = {"prefill": ["prefill_attention_lse", "importance", "select", "gather_kv"],
-                 "decode": ["append_kv", "attend"]}
+    operators = {
+        "prefill": ["prefill_attention_lse", "importance", "select", "gather_kv"],
+        "decode": ["append_kv", "attend"],
+    }
     for kind, names in operators.items():
         assert [line for _, line in found[kind]] == [f"{name}: aten (cpu tensors)" for name in names] * layers
         assert all(f"layers.{index // len(names)}." in path for index, (path, _) in enumerate(found[kind]))

@@ -74,8 +74,18 @@ def test_keys_tell_all_methods_and_all_fields_apart() -> None:
     keys = [method.key for method in EXAMPLES]
     for method in EXAMPLES:
         for field in dataclasses.fields(method):
-            changed = {"budget": 4096, "window": 9, "sinks": 5, "reduce": "mean", "pool": "avg", "kernel": 11,
-                       "lookahead": 31, "temperature": 0.1, "seed": 99, "lookahead_ids": ((5,),)}[field.name]
+            changed = {
+                "budget": 4096,
+                "window": 9,
+                "sinks": 5,
+                "reduce": "mean",
+                "pool": "avg",
+                "kernel": 11,
+                "lookahead": 31,
+                "temperature": 0.1,
+                "seed": 99,
+                "lookahead_ids": ((5,),),
+            }[field.name]
             if getattr(method, field.name) != changed and "lookahead" not in field.name:
                 keys.append(dataclasses.replace(method, **{field.name: changed}).key)
     keys += [SpecKV(budget=1024, lookahead=31).key, SpecKV(budget=1024, lookahead_ids=((5,),)).key]
@@ -85,8 +95,13 @@ def test_keys_tell_all_methods_and_all_fields_apart() -> None:
 def test_keys_are_the_same_in_every_process() -> None:
     code = "import specpass; print(specpass.SpecKV(budget=64, lookahead_ids=[[1, 2]]).key)"
     for seed in ("0", "1"):
-        out = subprocess.run([sys.executable, "-c", code], env={**_environment(), "PYTHONHASHSEED": seed},
-                             capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**_environment(), "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert out.stdout.strip() == SpecKV(budget=64, lookahead_ids=[[1, 2]]).key
 
 

@@ -40,8 +40,10 @@ def copy(case: Case, tmp_path: Path) -> Path:
 def test_inputs_outputs_and_constant_budget(case: Case) -> None:
     graph = onnx.load(case.folder / "prefill.onnx", load_external_data=False).graph
     assert [value.name for value in graph.input] == ["input_ids", "attention_mask"]
-    shapes = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-              for value in (*graph.input, *graph.output)}
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
     assert shapes["input_ids"] == shapes["attention_mask"] == ["batch", "sequence"]
     assert shapes["logits"] == ["batch", 1, 128]
     for layer in range(2):
@@ -105,8 +107,9 @@ def test_stop_tokens_padding_and_streaming(case: Case) -> None:
     free = case.model.generate(PROMPTS, max_new_tokens=NEW, stop_tokens=())
     stop = free[0][2]
     seen: list[tuple[int, int]] = []
-    got = case.model.generate(PROMPTS, max_new_tokens=NEW, stop_tokens=[stop],
-                              on_token=lambda row, token: seen.append((row, token)))
+    got = case.model.generate(
+        PROMPTS, max_new_tokens=NEW, stop_tokens=[stop], on_token=lambda row, token: seen.append((row, token))
+    )
     expected = [row[: row.index(stop) + 1] if stop in row else row for row in free]
     assert got == expected
     assert len(got[0]) <= 3
@@ -124,7 +127,7 @@ def test_a_stop_token_of_the_model_ends_as_in_generate(tmp_path: Path) -> None:
     compile_eager(target, method)
     model = runtime.load(tmp_path / "out", threads=1, verify=True)
     for own in PROMPTS:
-        theirs = target.generate(torch.tensor([own]), max_new_tokens=NEW, do_sample=False)[0, len(own):].tolist()
+        theirs = target.generate(torch.tensor([own]), max_new_tokens=NEW, do_sample=False)[0, len(own) :].tolist()
         assert model.generate([own], max_new_tokens=NEW) == [theirs]
 
 
@@ -132,8 +135,9 @@ def test_sampling_depends_on_the_seed_alone(case: Case) -> None:
     options: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.5, "top_k": 50, "top_p": 0.95}
     one, two, other = (case.model.generate(PROMPTS[:1], seed=seed, **options) for seed in (1, 1, 2))
     assert one == two != other
-    assert case.model.generate(PROMPTS[:1], max_new_tokens=5, temperature=9.0, top_k=1) == \
-        case.model.generate(PROMPTS[:1], max_new_tokens=5)
+    assert case.model.generate(PROMPTS[:1], max_new_tokens=5, temperature=9.0, top_k=1) == case.model.generate(
+        PROMPTS[:1], max_new_tokens=5
+    )
 
 
 def test_a_step_writes_into_the_bound_buffers(case: Case) -> None:
@@ -165,13 +169,17 @@ def test_wrong_prompts(case: Case, prompts: list[list[int]]) -> None:
 
 # -- without torch
 
+
 def test_runs_where_torch_is_not(case: Case) -> None:
-    code = BLOCK + f"""
+    code = (
+        BLOCK
+        + f"""
 import json, specpass, specpass.runtime
 model = specpass.runtime.load({str(case.folder)!r}, threads=1)
 print(json.dumps(model.generate({PROMPTS!r}, max_new_tokens={NEW})))
 assert not {{"torch", "transformers"}} & set(sys.modules)
 """
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == case.model.generate(PROMPTS, max_new_tokens=NEW)
 

@@ -29,9 +29,11 @@ def check_near(full: runtime.Runtime, model: runtime.Runtime, tolerance: float) 
     exact, near = (one.prefill(PROMPTS[:1]) for one in (full, model))
     spread = float(exact.logits.max() - exact.logits.min())
     assert np.abs(exact.logits - near.logits.astype(np.float32)).max() < tolerance * spread
-    shared = [len(set(ours) & set(other)) / len(ours) for layer, layer2 in
-              zip(exact.positions, near.positions, strict=True)
-              for ours, other in zip(layer[0].tolist(), layer2[0].tolist(), strict=True)]
+    shared = [
+        len(set(ours) & set(other)) / len(ours)
+        for layer, layer2 in zip(exact.positions, near.positions, strict=True)
+        for ours, other in zip(layer[0].tolist(), layer2[0].tolist(), strict=True)
+    ]
     assert min(shared) > 0.5
 
 

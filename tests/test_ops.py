@@ -49,8 +49,10 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "score_rows": [(lengths, ahead, W, [7]), (lengths, None, W, [])],
         "take_rows": [(query, rows)],
         "importance": [(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.3, how) for how in ("max", "mean")]
-        + [(SPEC.take_rows(query, rows), key, rows, lengths, 0, 0.3, "sum", torch.rand(W + L), lse)
-           for lse in (None, torch.rand(B, H, W + L))]
+        + [
+            (SPEC.take_rows(query, rows), key, rows, lengths, 0, 0.3, "sum", torch.rand(W + L), lse)
+            for lse in (None, torch.rand(B, H, W + L))
+        ]
         + [(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.3, "max", None, None, 2.0, sinks)],
         "select": [(scores, lengths, C, W, 3, "max"), (scores, lengths, S + 4, W, 7, "avg")],
         "select_recent": [(lengths, K, C, 1), (lengths, K, S + 4, 0)],
@@ -60,11 +62,16 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "attend": [(query[:, :, :q], *heads, used, 0.3, *last) for q in (1, 3) for last in ((), (2.0, sinks))],
         "prefill_attention": [(query, key, value, 0.3), (query[:, :K], key, value, 0.3)]
         + [(query, key, states, 0.3, softcap, sinks) for softcap in (0.0, 2.0) for states in (key, value)],
-        "modified_attention": [(query, key, value, mask, 0.3, 2.0, some) for some in (sinks, None)
-                               for mask in (None, torch.zeros(B, 1, S + L, S + L))],
+        "modified_attention": [
+            (query, key, value, mask, 0.3, 2.0, some)
+            for some in (sinks, None)
+            for mask in (None, torch.zeros(B, 1, S + L, S + L))
+        ],
         "prefill_attention_lse": [(states, key, key, rows, 0.3) for states in (query, query[:, :K])],
-        "append_attend": [(keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3, *last)
-                          for last in ((), (2.0, sinks))],
+        "append_attend": [
+            (keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3, *last)
+            for last in ((), (2.0, sinks))
+        ],
         "read_prompt": [(key,)],
         "widen": [(keys, K, C + N), (keys, K, C + N + 3)],
         "advance": [(torch.tensor(5), None, 2), (torch.tensor(5), lengths, 2)],
@@ -112,4 +119,3 @@ def test_schemas_take_plain_values_alone(name: str) -> None:
     plain = {"Tensor", "Optional[Tensor]", "int", "float", "bool", "str", "List[int]"}
     for argument in getattr(SPEC, name).default._schema.arguments:
         assert str(argument.type) in plain, argument
-

@@ -154,8 +154,9 @@ KV, ROWS, L = 24, 6, 4
 
 @pytest.fixture(scope="module")
 def both(draft: Any) -> Any:
-    method = specpass.SpecKVPC(budget=KV, window=ROWS, lookahead=L, prompt_budget=C, prompt_window=W, prompt_kernel=6,
-                               neighbours=5)
+    method = specpass.SpecKVPC(
+        budget=KV, window=ROWS, lookahead=L, prompt_budget=C, prompt_window=W, prompt_kernel=6, neighbours=5
+    )
     return compile_eager(tiny(), method, draft=draft)
 
 
@@ -266,16 +267,21 @@ def test_one_static_graph_for_every_longer_prompt(draft: Any) -> None:
 @given(st.data())
 def test_select_prompt_is_the_list_built_one_by_one(data: st.DataObject) -> None:
     window = data.draw(st.integers(1, 5))
-    how = ep.PromptScoring(window, kernel=data.draw(st.integers(1, 9)), neighbours=data.draw(st.integers(1, 9)),
-                           pool=data.draw(st.sampled_from(["max", "avg"])))
+    how = ep.PromptScoring(
+        window,
+        kernel=data.draw(st.integers(1, 9)),
+        neighbours=data.draw(st.integers(1, 9)),
+        pool=data.draw(st.sampled_from(["max", "avg"])),
+    )
     budget = data.draw(st.integers(window + 1, 20))
     lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
     columns = max(lengths) + data.draw(st.integers(0, 4))
     scores = torch.zeros(len(lengths), columns)
     for row, length in enumerate(lengths):  # four values: ties everywhere
         scores[row, :length] = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=length, max_size=length)))
-    chosen = torch.ops.specpass.select_prompt(scores, torch.tensor(lengths), budget, window, how.kernel,
-                                              how.neighbours, how.pool)
+    chosen = torch.ops.specpass.select_prompt(
+        scores, torch.tensor(lengths), budget, window, how.kernel, how.neighbours, how.pool
+    )
     for row, length in enumerate(lengths):
         expected = ep.choose(ep.pooled(scores[row, :length], how), budget, how)
         assert chosen[row].tolist() == expected + [-1] * (budget - len(expected))

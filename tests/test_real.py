@@ -42,8 +42,10 @@ class Smol:
 def smol() -> Smol:
     model, twin = (load("smollm2-135m", torch.float32) for _ in range(2))
     tokenizer = AutoTokenizer.from_pretrained(hub.model_path("smollm2-135m"))
-    prompts = [torch.tensor([needles.make_prompt("multikey", seed, tokens, tokenizer).ids])
-               for seed, tokens in ((0, 600), (1, 400), (2, 110))]
+    prompts = [
+        torch.tensor([needles.make_prompt("multikey", seed, tokens, tokenizer).ids])
+        for seed, tokens in ((0, 600), (1, 400), (2, 110))
+    ]
     method = specpass.SpecKV(budget=C, window=W, lookahead=L)
     assert abs(prompts[0].shape[1] - 600) < 30
     assert prompts[2].shape[1] <= C
@@ -152,8 +154,9 @@ def test_the_qwen_pair_answers_lookups_from_96_slots() -> None:
         chosen = eager.select_shared(start, budget, drafted[:, :valid], eager.Scoring(window=W))
         expected.append((drafted, eager.generate(target, ids, chosen.positions, new, start=start).tokens))
 
-    model = specpass.compile(target, draft=draft, lowering="inductor",
-                             method=specpass.SpecKV(budget=budget, window=W, lookahead=lookahead))
+    model = specpass.compile(
+        target, draft=draft, lowering="inductor", method=specpass.SpecKV(budget=budget, window=W, lookahead=lookahead)
+    )
     for prompt, (drafted, tokens) in zip(prompts, expected, strict=True):
         ids = torch.tensor([prompt.ids])
         ours = run(model, ids, new, repetition_penalty=1.0)

@@ -242,8 +242,16 @@ def test_the_lookahead_stands_right_behind_each_row(batch: int, size: int, lengt
         assert shared[row, : n + length].tolist() == list(range(n + length))
 
 
-def draw_token(logits: torch.Tensor, *, vocab: int = 6, temperature: float = 0.0, seed: int = 0, step: int = 0,
-               eos: tuple[int, ...] = (), ended: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_token(
+    logits: torch.Tensor,
+    *,
+    vocab: int = 6,
+    temperature: float = 0.0,
+    seed: int = 0,
+    step: int = 0,
+    eos: tuple[int, ...] = (),
+    ended: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     ended = torch.zeros(logits.shape[0], dtype=torch.bool) if ended is None else ended
     return reference.next_token(logits, ended, vocab, temperature, seed, step, list(eos), 9)
 

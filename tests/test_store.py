@@ -43,10 +43,13 @@ def quietly(key: Key) -> Entry | None:
 def test_round_trip_and_plain_misses_without_a_warning(entry: Entry) -> None:
     assert quietly(entry.key) == entry
     assert store.lookup("decode", SHAPES, "sm_90") == TRIALS[1].tile
-    for other in (dataclasses.replace(entry.key, arch="sm_80"), dataclasses.replace(entry.key, triton="9.9"),
-                  dataclasses.replace(entry.key, kernel="gather"),
-                  dataclasses.replace(entry.key, shapes=dataclasses.replace(SHAPES, budget=512)),
-                  dataclasses.replace(entry.key, shapes=dataclasses.replace(SHAPES, dtype="bfloat16"))):
+    for other in (
+        dataclasses.replace(entry.key, arch="sm_80"),
+        dataclasses.replace(entry.key, triton="9.9"),
+        dataclasses.replace(entry.key, kernel="gather"),
+        dataclasses.replace(entry.key, shapes=dataclasses.replace(SHAPES, budget=512)),
+        dataclasses.replace(entry.key, shapes=dataclasses.replace(SHAPES, dtype="bfloat16")),
+    ):
         assert quietly(other) is None
     assert list(store.entries()) == [entry]
 
@@ -69,8 +72,10 @@ def damage(document: dict[str, Any], how: str) -> str:
     return {"empty": "", "list": "[1]", "not json": "\x00\x01", "number": "7", "null": "null"}[how]
 
 
-@pytest.mark.parametrize("how", ["truncated", "another format", "missing field", "tile of text", "empty", "list",
-                                 "not json", "number", "null"])
+@pytest.mark.parametrize(
+    "how",
+    ["truncated", "another format", "missing field", "tile of text", "empty", "list", "not json", "number", "null"],
+)
 def test_a_damaged_file_is_a_miss_with_a_warning(entry: Entry, how: str) -> None:
     path = entry.key.path
     path.write_text(damage(json.loads(path.read_text()), how))
@@ -120,8 +125,10 @@ for _ in range(150):
 
 
 def test_several_processes_write_and_read_at_once(entry: Entry) -> None:
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(16 << i)], stderr=subprocess.PIPE, text=True)
-               for i in range(3)]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(16 << i)], stderr=subprocess.PIPE, text=True)
+        for i in range(3)
+    ]
     for writer in writers:
         assert writer.wait(120) == 0, writer.stderr.read() if writer.stderr else ""
         if writer.stderr:

@@ -23,8 +23,16 @@ METHODS = [
     specpass.PyramidKV(budget=24, window=8),
     specpass.StreamingLLM(budget=24),
     specpass.SpecPC(budget=40, window=8, lookahead=3, **PC),
-    specpass.SpecKVPC(budget=24, window=8, lookahead=5, prompt_budget=40, prompt_window=8, prompt_kernel=5,
-                      neighbours=3, first_layer=0),
+    specpass.SpecKVPC(
+        budget=24,
+        window=8,
+        lookahead=5,
+        prompt_budget=40,
+        prompt_window=8,
+        prompt_kernel=5,
+        neighbours=3,
+        first_layer=0,
+    ),
 ]
 
 
@@ -34,8 +42,17 @@ def met(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, Shapes]]:
     found: set[tuple[str, Shapes]] = set()
     importance, gather_kv, attend = reference.importance, reference.gather_kv, reference.attend
 
-    def scored(query: Any, key: Any, rows: Any, lengths: Any, window: int, scale: float, reduce: str,
-               weights: Any = None, *rest: Any) -> Any:
+    def scored(
+        query: Any,
+        key: Any,
+        rows: Any,
+        lengths: Any,
+        window: int,
+        scale: float,
+        reduce: str,
+        weights: Any = None,
+        *rest: Any,
+    ) -> Any:
         found.add(("importance", launch.score_shapes(query, key, window, reduce, weights is not None)))
         return importance(query, key, rows, lengths, window, scale, reduce, weights, *rest)
 

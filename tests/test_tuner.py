@@ -68,8 +68,11 @@ def test_closed_forms_count_what_an_array_holds() -> None:
     assert cost.evaluate("decode", "bytes", SHAPES, Tile(64, splits=3)) == tensors + 2 * partial
     scored = dataclasses.replace(SHAPES, columns=1024)
     query, key, rows = measure.make_case("importance_given_lse", scored, "cpu").args[:3]
-    moved = sum(t.numel() * t.element_size() for t in (query, key)) + 8 * SHAPES.heads * SHAPES.group * rows.shape[1] \
+    moved = (
+        sum(t.numel() * t.element_size() for t in (query, key))
+        + 8 * SHAPES.heads * SHAPES.group * rows.shape[1]
         + 4 * key.numel() // key.shape[3]
+    )
     assert cost.evaluate("importance_given_lse", "bytes", scored, tile) == moved
 
 
@@ -79,8 +82,11 @@ def test_the_shortlist_holds_the_default_and_is_ranked(name: str) -> None:
     tiles = cost.shortlist(name, SHAPES, arch, 5)
     assert len(tiles) == 5
     assert default_tile(name, SHAPES, arch) in tiles
-    best = min(cost.seconds(name, SHAPES, tile, arch) for tile in candidate_tiles(name, SHAPES, arch)
-               if cost.rule_out(name, SHAPES, tile, arch) is None)
+    best = min(
+        cost.seconds(name, SHAPES, tile, arch)
+        for tile in candidate_tiles(name, SHAPES, arch)
+        if cost.rule_out(name, SHAPES, tile, arch) is None
+    )
     assert cost.seconds(name, SHAPES, tiles[0], arch) == best
 
 
@@ -160,8 +166,12 @@ def test_tune_writes_winners_and_the_next_run_finds_them(target: str, tmp_path: 
     rows = json.loads(out.read_text())
     assert all(row.keys() >= FIELDS and row["measured"] is False for row in rows)
     assert {row["kernel"] for row in rows if row["config"]} == set(REGISTRY)
-    assert {row["kernel"] for row in rows if not row["config"]} == {"select", "prefill_attention",
-                                                                     "prefill_attention_lse", "append_kv"}
+    assert {row["kernel"] for row in rows if not row["config"]} == {
+        "select",
+        "prefill_attention",
+        "prefill_attention_lse",
+        "append_kv",
+    }
     assert len(compiled) == 2 * (2 + 2 * 3)  # importance does not depend on the budget
     again = tune(target, "--emit", str(tmp_path / "modules"))
     modules = sorted(path.name for path in (tmp_path / "modules").glob("*.py"))
@@ -175,8 +185,9 @@ def test_tune_writes_winners_and_the_next_run_finds_them(target: str, tmp_path: 
     assert "0 in " in CliRunner().invoke(cli.app, ["tune", "--list"]).stdout
 
 
-def test_a_run_that_is_cut_off_goes_on_where_it_was(target: str, compiled: list[Tile],
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_cut_off_goes_on_where_it_was(
+    target: str, compiled: list[Tile], monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = tuner.compile_trial
 
     def cut(job: Job, tile: Tile) -> Trial:

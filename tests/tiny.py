@@ -58,8 +58,17 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 # Decoders whose last layer sorts tokens by expert.
 EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**_ROTARY, "sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen3-moe": ("Qwen3Moe", {**_ROTARY, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-                               "decoder_sparse_step": 1, "mlp_only_layers": []}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            **_ROTARY,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+    ),
     "olmoe": ("Olmoe", {**_ROTARY, "num_experts": 4, "num_experts_per_tok": 2}),
 }
 EAGER = ("gemma2", "gpt-oss")
@@ -110,10 +119,7 @@ def tiny(
 
 def tiny_pair(family: str = "llama", *, seed: int = 0, **settings: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     """(target of 3 layers, draft of 2 layers) of one family and vocabulary, with different weights."""
-    return (
-        tiny(family, seed=seed, layers=3, **settings),
-        tiny(family, seed=seed + 1000, layers=2, **settings),
-    )
+    return (tiny(family, seed=seed, layers=3, **settings), tiny(family, seed=seed + 1000, layers=2, **settings))
 
 
 def prompt(length: int, *, batch: int = 1, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:

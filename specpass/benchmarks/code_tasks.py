@@ -75,8 +75,14 @@ def facts() -> tuple[Fact, ...]:
             elif isinstance(node, ast.FunctionDef):
                 defaults = node.args.defaults
                 given = [*node.args.posonlyargs, *node.args.args][-len(defaults) :] if defaults else []
-                pairs = [(node.name, value, f"What is the default value of the argument {arg.arg} of the function "
-                          f"{node.name} in {file}?") for arg, value in zip(given, defaults, strict=True)]
+                pairs = [
+                    (
+                        node.name,
+                        value,
+                        f"What is the default value of the argument {arg.arg} of the function {node.name} in {file}?",
+                    )
+                    for arg, value in zip(given, defaults, strict=True)
+                ]
             else:
                 continue
             for name, value, ask in pairs:
@@ -103,7 +109,8 @@ def code_retrieval(rng: Random) -> Writer:
         return Question(
             f"Read this source code. I will ask about a number in it.\n\n{source}\n{fact.ask} Answer with the number.",
             f"According to the source code above, the value of {fact.name} is"
-            if "constant" in fact.ask else "According to the source code above, the default value is",
+            if "constant" in fact.ask
+            else "According to the source code above, the default value is",
             (number,),
         )
 

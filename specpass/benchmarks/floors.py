@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from specpass.decoder import Decoder
 
 
-def floors(pair: Pair, method: str, budget: int | None, length: int, batch: int, found: dict[str, Any],
-           rates: dict[str, float]) -> dict[str, float | None]:
+def floors(
+    pair: Pair, method: str, budget: int | None, length: int, batch: int, found: dict[str, Any], rates: dict[str, float]
+) -> dict[str, float | None]:
     """ttft_floor_s and decode_floor_ms.
 
     Args: found: the measurement, with weight_bytes (a peer's are the target's) and kv_bytes. rates: of machine_rates.

@@ -94,9 +94,17 @@ def generate(model: Any, prompt: Prompt, new_tokens: int, pad: int, **given: Any
     ids = torch.tensor([prompt.ids], device=model.device)
     with torch.no_grad():
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
-            temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, pad_token_id=pad, **given,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            pad_token_id=pad,
+            **given,
+        )
     return out[0, ids.shape[1] :].tolist()
 
 
@@ -126,7 +134,8 @@ def answers(pair: Pair, variant: Variant, work: Iterable[tuple[Prompt, int]], fu
             if variant.method == ORACLE:
                 rows = told(full(prompt), model.generation_config.eos_token_id, pad)
                 given["past_key_values"] = specpass.BudgetCache(
-                    model.config, method, max_new_tokens=new_tokens, lookahead_ids=rows)
+                    model.config, method, max_new_tokens=new_tokens, lookahead_ids=rows
+                )
             tokens = generate(model, prompt, new_tokens, pad, **given)
             refusals = list(specpass.report(model).refusals)
             if refusals:

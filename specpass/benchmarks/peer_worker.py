@@ -72,8 +72,7 @@ def prefill_together(model: Any, ids: Any, presses: list[Any]) -> tuple[int, lis
         layer = kwargs["past_key_values"].layers[module.layer_idx]
         for press, cache, mask in zip(presses, caches, masks, strict=True):
             module.masked_key_indices = None
-            keys, values = press.compress(
-                module, kwargs["hidden_states"], layer.keys, layer.values, output[1], kwargs)
+            keys, values = press.compress(module, kwargs["hidden_states"], layer.keys, layer.values, output[1], kwargs)
             cache.update(keys.clone(), values.clone(), module.layer_idx)
             mask.append(module.masked_key_indices)
             module.masked_key_indices = None
@@ -196,8 +195,12 @@ def speed(model: Any, job: dict[str, Any]) -> dict[str, Any]:
         steps.append(time.perf_counter() - start)
     kv_bytes = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     peak = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else peak_bytes()
-    return {"ttft_s": statistics.median(times) if times else None,
-            "decode_tokens_per_s": batch / statistics.median(steps[2:]), "kv_bytes": kv_bytes, "peak_bytes": peak}
+    return {
+        "ttft_s": statistics.median(times) if times else None,
+        "decode_tokens_per_s": batch / statistics.median(steps[2:]),
+        "kv_bytes": kv_bytes,
+        "peak_bytes": peak,
+    }
 
 
 @torch.no_grad()

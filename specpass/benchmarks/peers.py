@@ -56,11 +56,15 @@ def _install(folder: Path) -> None:
         for what in ([torch], ["-r", str(PINS)]):  # torch first: resolved with the rest, another build may come
             done = subprocess.run([*pip, *what], capture_output=True, text=True)
             if done.returncode:
-                raise PeerError(f"pip could not install {what[-1]}: {done.stderr.strip()[-400:]} "
-                                "Give pip an index that has these packages, or leave peers out with --methods.")
+                raise PeerError(
+                    f"pip could not install {what[-1]}: {done.stderr.strip()[-400:]} "
+                    "Give pip an index that has these packages, or leave peers out with --methods."
+                )
     except (OSError, subprocess.CalledProcessError) as error:
-        raise PeerError(f"{folder} cannot be made: {error}. Set SPECPASS_CACHE to a folder that you may write to, or "
-                        "leave peers out with --methods.") from error
+        raise PeerError(
+            f"{folder} cannot be made: {error}. Set SPECPASS_CACHE to a folder that you may write to, or "
+            "leave peers out with --methods."
+        ) from error
 
 
 def run(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -74,8 +78,13 @@ def run(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment.pop("PYTHONPATH", None)
         with log.open("w") as stderr:
-            worker = subprocess.Popen([str(python()), "-P", str(WORKER), str(file)], env=environment, text=True,
-                                      stdout=subprocess.PIPE, stderr=stderr)
+            worker = subprocess.Popen(
+                [str(python()), "-P", str(WORKER), str(file)],
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+            )
             try:
                 assert worker.stdout is not None
                 for line in worker.stdout:
@@ -91,9 +100,14 @@ def run(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def answers(pair: Pair, work: Iterable[tuple[Prompt, int, list[Variant]]]) -> Iterator[Answer]:
     """Answers of kvpress variants; those of SHARING share a prompt's prefill, and so do KVzip's. Raises: see `run`."""
     listed = list(work)
-    jobs = [{"ids": prompt.ids, "new_tokens": new_tokens,
-             "presses": [{"name": variant.method, "budget": variant.budget} for variant in chosen]}
-            for prompt, new_tokens, chosen in listed]
+    jobs = [
+        {
+            "ids": prompt.ids,
+            "new_tokens": new_tokens,
+            "presses": [{"name": variant.method, "budget": variant.budget} for variant in chosen],
+        }
+        for prompt, new_tokens, chosen in listed
+    ]
     for line in run({"what": "answer", **_model(pair), "prompts": jobs}):
         prompt, _, chosen = listed[line["prompt"]]
         yield Answer(chosen[line["press"]], prompt, line["tokens"], line["seconds"], line["kept"])
@@ -101,8 +115,15 @@ def answers(pair: Pair, work: Iterable[tuple[Prompt, int, list[Variant]]]) -> It
 
 def speed(pair: Pair, length: int, batch: int, budget: int, steps: int, prefills: int) -> dict[str, Any]:
     """kvpress's SnapKV, as in `peer_worker.speed`. Raises: see `run`."""
-    job = {"what": "speed", **_model(pair), "length": length, "batch": batch, "budget": budget, "steps": steps,
-           "prefills": prefills}
+    job = {
+        "what": "speed",
+        **_model(pair),
+        "length": length,
+        "batch": batch,
+        "budget": budget,
+        "steps": steps,
+        "prefills": prefills,
+    }
     found = list(run(job))
     if len(found) != 1:
         raise PeerError(f"the kvpress worker gave {len(found)} results for one measurement.")

@@ -28,8 +28,9 @@ def draw(path: Path, folder: Path) -> list[Path]:
     }
     made = pictures.get(kind, {})
     if not made or not document["results"]:
-        raise BenchmarkError(f"{path} holds nothing to plot: name a file that `specpass bench quality` or `specpass "
-                             "bench speed` wrote.")
+        raise BenchmarkError(
+            f"{path} holds nothing to plot: name a file that `specpass bench quality` or `specpass bench speed` wrote."
+        )
     paths = []
     for name, picture in made.items():
         paths.append(folder / f"{path.stem}_{name}.png")
@@ -72,8 +73,12 @@ def _accuracy(document: dict[str, Any]) -> bytes:
                 style = {FULL: "-", DRAFT: ":"}.get(entry["method"], "--")
                 axis.axhline(entry["score"], color="black", ls=style, lw=1, label=entry["method"])
         _over_budget(axis, entries, "score", "score_interval")
-        axis.set(title=f"prompts of {length:,} tokens", xlabel="budget (KV slots; prompt tokens for specpc)",
-                 ylabel="mean score, 95 % interval", ylim=(-0.03, 1.03))
+        axis.set(
+            title=f"prompts of {length:,} tokens",
+            xlabel="budget (KV slots; prompt tokens for specpc)",
+            ylabel="mean score, 95 % interval",
+            ylim=(-0.03, 1.03),
+        )
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
 
@@ -82,15 +87,25 @@ def _over_budget(axis: Any, entries: list[dict[str, Any]], value: str, interval:
     """A line with error bars for each method; methods are moved apart a little, so that their bars can be told."""
     methods = list(dict.fromkeys(entry["method"] for entry in entries if entry["budget"] is not None))
     for number, method in enumerate(methods):
-        found = sorted((e for e in entries if e["method"] == method and e[value] is not None),
-                       key=lambda e: e["budget"])
+        found = sorted(
+            (e for e in entries if e["method"] == method and e[value] is not None), key=lambda e: e["budget"]
+        )
         if not found:
             continue
         shift = 1 + 0.02 * (number - len(methods) / 2)
         values, bars = _bars(found, value, interval)
-        axis.errorbar([e["budget"] * shift for e in found], values, yerr=bars, label=method,
-                      marker="s" if method.startswith("kvpress") else "o", ms=4, capsize=2, lw=1,
-                      ls="--" if method.startswith("kvpress") else "-", color=_colour(number))
+        axis.errorbar(
+            [e["budget"] * shift for e in found],
+            values,
+            yerr=bars,
+            label=method,
+            marker="s" if method.startswith("kvpress") else "o",
+            ms=4,
+            capsize=2,
+            lw=1,
+            ls="--" if method.startswith("kvpress") else "-",
+            color=_colour(number),
+        )
     budgets = sorted({entry["budget"] for entry in entries if entry["budget"] is not None})
     if budgets:
         axis.set_xscale("log", base=2)
@@ -109,8 +124,11 @@ def _bars(entries: list[dict[str, Any]], value: str, interval: str) -> tuple[lis
 def _retention(document: dict[str, Any]) -> bytes:
     """Score over full KV's score, a bar for each method and budget at the first length."""
     length = min(entry["length"] for entry in document["summary"])
-    entries = [entry for entry in document["summary"]
-               if entry["length"] == length and entry["retention"] is not None and entry["method"] != FULL]
+    entries = [
+        entry
+        for entry in document["summary"]
+        if entry["length"] == length and entry["retention"] is not None and entry["method"] != FULL
+    ]
     figure, (axis,) = _figure()
     names = [f"{e['method']}" + (f" {e['budget']}" if e["budget"] else "") for e in entries]
     values, bars = _bars(entries, "retention", "retention_interval")
@@ -123,8 +141,12 @@ def _retention(document: dict[str, Any]) -> bytes:
     return _png(figure)
 
 
-def _lines(document: dict[str, Any], field: Callable[[dict[str, Any]], float | None],
-           floor: Callable[[dict[str, Any]], float | None], title: str) -> bytes:
+def _lines(
+    document: dict[str, Any],
+    field: Callable[[dict[str, Any]], float | None],
+    floor: Callable[[dict[str, Any]], float | None],
+    title: str,
+) -> bytes:
     """A panel for each batch size; lines over S, floors dotted in the same colour."""
     results = [record for record in document["results"] if field(record) is not None]
     batches = sorted({record["batch"] for record in results}) or [1]
@@ -132,12 +154,21 @@ def _lines(document: dict[str, Any], field: Callable[[dict[str, Any]], float | N
     methods = list(dict.fromkeys((record["method"], record["budget"]) for record in results))
     for axis, batch in zip(axes, batches, strict=True):
         for number, (method, budget) in enumerate(methods):
-            found = sorted((r for r in results if (r["method"], r["budget"], r["batch"]) == (method, budget, batch)),
-                           key=lambda r: r["length"])
+            found = sorted(
+                (r for r in results if (r["method"], r["budget"], r["batch"]) == (method, budget, batch)),
+                key=lambda r: r["length"],
+            )
             if found:
                 lengths, colour = [r["length"] for r in found], _colour(number)
-                axis.plot(lengths, [field(r) for r in found], marker="o", ms=4, lw=1.2, color=colour,
-                          label=method if budget is None else f"{method} {budget}")
+                axis.plot(
+                    lengths,
+                    [field(r) for r in found],
+                    marker="o",
+                    ms=4,
+                    lw=1.2,
+                    color=colour,
+                    label=method if budget is None else f"{method} {budget}",
+                )
                 axis.plot(lengths, [floor(r) for r in found], ls=":", lw=1, color=colour)
         ticks: Iterable[int] = sorted({r["length"] for r in results})
         axis.set_xscale("log", base=2)

@@ -62,8 +62,10 @@ class Grid:
         for name in self.tasks:
             task_named(name)
         if not self.methods or not self.tasks or not self.lengths or self.seeds < 1 or min(self.lengths) < 1:
-            raise BenchmarkError(f"nothing to run: methods {self.methods}, tasks {self.tasks}, lengths {self.lengths}, "
-                                 f"{self.seeds} seeds; give at least one of each, lengths in tokens.")
+            raise BenchmarkError(
+                f"nothing to run: methods {self.methods}, tasks {self.tasks}, lengths {self.lengths}, "
+                f"{self.seeds} seeds; give at least one of each, lengths in tokens."
+            )
 
     def stages(self) -> Iterator[list[Cell]]:
         """The grid in parts, the most important one first: the cells of each have one length."""
@@ -84,8 +86,11 @@ class Grid:
 
 QUICK = Grid(
     methods=(FULL, "specpass_speckv", "specpass_snapkv", "specpass_specpc", "kvpress_snapkv"),
-    tasks=SEPARATING, lengths=(1024,), seeds=1, budgets=(1,),
-)  # fmt: skip
+    tasks=SEPARATING,
+    lengths=(1024,),
+    seeds=1,
+    budgets=(1,),
+)
 
 
 @dataclass
@@ -101,10 +106,15 @@ class Run:
 
     def __post_init__(self) -> None:
         settings = {
-            "kind": "quality", "target": label(self.pair.target_name), "draft": label(self.pair.draft_name),
-            "dtype": self.pair.dtype, "device": self.pair.device.partition(":")[0], "window": WINDOW,
-            "lookahead": LOOKAHEAD, "prompt_budget": PROMPT_BUDGET,
-        }  # fmt: skip
+            "kind": "quality",
+            "target": label(self.pair.target_name),
+            "draft": label(self.pair.draft_name),
+            "dtype": self.pair.dtype,
+            "device": self.pair.device.partition(":")[0],
+            "window": WINDOW,
+            "lookahead": LOOKAHEAD,
+            "prompt_budget": PROMPT_BUDGET,
+        }
         self.store = Store(self.out, settings, KEY, self.restart, summarise)
         self.store.parts |= {"notes": NOTES}
         self.tokenizer = self.pair.tokenizer
@@ -176,9 +186,14 @@ class Run:
         prompt, variant = answer.prompt, answer.variant
         cell = Cell(variant, prompt.task, prompt.length, prompt.seed)
         scored = TASKS[prompt.task].scored(prompt, answer.tokens, self.tokenizer)
-        self.store.add({
-            **dict(zip(KEY, cell.key, strict=True)), "prompt_tokens": len(prompt.ids), **scored,
-            "seconds": round(answer.seconds, 2), **({} if answer.kept is None else {"kept_slots": answer.kept}),
-        })  # fmt: skip
+        self.store.add(
+            {
+                **dict(zip(KEY, cell.key, strict=True)),
+                "prompt_tokens": len(prompt.ids),
+                **scored,
+                "seconds": round(answer.seconds, 2),
+                **({} if answer.kept is None else {"kept_slots": answer.kept}),
+            }
+        )
         name = f"{variant.label} {prompt.task} {prompt.length} seed {prompt.seed}"
         pace.step(self.work(cell), f"{name}: {scored['score']:.2f}")

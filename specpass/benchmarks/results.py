@@ -68,8 +68,14 @@ class Store:
     Raises: BenchmarkError: the file holds records of other settings, of another machine or of other versions.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], key: Sequence[str], restart: bool = False,
-                 summarise: Summarise | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        key: Sequence[str],
+        restart: bool = False,
+        summarise: Summarise | None = None,
+    ) -> None:
         self.path, self.settings, self.key, self.summarise = path, settings, tuple(key), summarise
         self.records: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.parts: dict[str, Any] = {}  # more top-level fields
@@ -83,11 +89,16 @@ class Store:
             )
         self.records = {self.key_of(record): record for record in document["results"]}
         made, here = ({**found.get("machine", {}), **found.get("versions", {})} for found in (document, self._head()))
-        other = [f"{name} {made.get(name)} (here {here[name]})" for name in here
-                 if name != "memory_gib" and made.get(name) != here[name]]
+        other = [
+            f"{name} {made.get(name)} (here {here[name]})"
+            for name in here
+            if name != "memory_gib" and made.get(name) != here[name]
+        ]
         if other:
-            raise BenchmarkError(f"{path} holds results of another machine or of other versions, {', '.join(other)}: "
-                                 "pass --restart to replace them, or name another file.")
+            raise BenchmarkError(
+                f"{path} holds results of another machine or of other versions, {', '.join(other)}: "
+                "pass --restart to replace them, or name another file."
+            )
         own = {"machine", "versions", "settings", "results"}
         self.parts = {name: part for name, part in document.items() if name not in own}
 
@@ -110,8 +121,9 @@ class Store:
         if self.summarise is not None:
             self.parts["summary"] = self.summarise(self.records.values())
         self.parts |= parts
-        write_json(self.path, {**self._head(), "settings": self.settings, **self.parts,
-                               "results": list(self.records.values())})
+        write_json(
+            self.path, {**self._head(), "settings": self.settings, **self.parts, "results": list(self.records.values())}
+        )
 
     @staticmethod
     def _head() -> dict[str, dict[str, Any]]:

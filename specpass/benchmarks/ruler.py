@@ -56,8 +56,17 @@ def _prose(rng: Random) -> Callable[[int], list[str]]:
     return lambda count: [text[(start + index) % len(text)] for index in range(count)]
 
 
-def niah(rng: Random, *, keys: Callable[[Random], str] = _word, values: Callable[[Random], str] = _number,
-         kind: str = "numbers", hay: str, needles: int = 1, per_key: int = 1, asked: int = 1) -> Writer:
+def niah(
+    rng: Random,
+    *,
+    keys: Callable[[Random], str] = _word,
+    values: Callable[[Random], str] = _number,
+    kind: str = "numbers",
+    hay: str,
+    needles: int = 1,
+    per_key: int = 1,
+    asked: int = 1,
+) -> Writer:
     """Needles in a haystack: `needles` keys with `per_key` values each, `asked` keys are asked for.
 
     Args: hay: "noise" repeats a few sentences, "prose" is prose, "needles" makes every line another needle.
@@ -115,8 +124,10 @@ def variable_tracking(rng: Random) -> Writer:
         return f"Question: Find all variables that are assigned the value {asked} in the text above."
 
     def prefix(asked: str) -> str:
-        return (f"Answer: According to the chain(s) of variable assignment in the text above, {HOPS + 1} variables are "
-                f"assigned the value {asked}, they are:")  # fmt: skip
+        return (
+            f"Answer: According to the chain(s) of variable assignment in the text above, {HOPS + 1} variables are "
+            f"assigned the value {asked}, they are:"
+        )
 
     shown = "\n".join(spread(example_lines, [0.1, 0.3, 0.5, 0.7, 0.9], [haystack.NOISE] * 5))
     shot = f"{task}\n\n{shown}\n{ask(example_value)} {prefix(example_value)} {' '.join(example)}\n\n"

@@ -26,9 +26,13 @@ from specpass.errors import BenchmarkError, PeerError
 KEY = ("method", "budget", "length", "batch")
 # method -> its budget; in order of importance
 METHODS: dict[str, int | None] = {
-    "full_eager": None, "full_static_compiled": None, "specpass_speckv": BUDGET, "specpass_specpc": PROMPT_BUDGET,
-    "specpass_snapkv": BUDGET, "kvpress_snapkv": BUDGET,
-}  # fmt: skip
+    "full_eager": None,
+    "full_static_compiled": None,
+    "specpass_speckv": BUDGET,
+    "specpass_specpc": PROMPT_BUDGET,
+    "specpass_snapkv": BUDGET,
+    "kvpress_snapkv": BUDGET,
+}
 COMPILED = ("full_static_compiled", "specpass_speckv", "specpass_specpc", "specpass_snapkv")
 PROFILED = ("full_eager", "full_static_compiled", "specpass_speckv", "specpass_specpc")
 STEPS = 16
@@ -89,19 +93,29 @@ class Plan:
             if name not in METHODS:
                 raise BenchmarkError(f"{name!r} is not a method of this benchmark. Known: {', '.join(METHODS)}.")
         if not self.methods or not self.lengths or not self.batches or min(*self.lengths, *self.batches) < 1:
-            raise BenchmarkError(f"nothing to measure: methods {self.methods}, lengths {self.lengths}, batches "
-                                 f"{self.batches}; give at least one of each, from 1 up.")
+            raise BenchmarkError(
+                f"nothing to measure: methods {self.methods}, lengths {self.lengths}, batches "
+                f"{self.batches}; give at least one of each, from 1 up."
+            )
 
     def configs(self) -> list[Config]:
         """In order of importance: one prompt at a time, then the longest prompts in batches, then the rest."""
         first, longest = self.batches[0], max(self.lengths)
         batches = sorted(self.batches[1:], key=lambda batch: batch != 4)  # the aims are stated at batch 4
-        found = [self._config(method, length, first) for length in self.lengths for method in self.methods
-                 if length <= self.timed]
+        found = [
+            self._config(method, length, first)
+            for length in self.lengths
+            for method in self.methods
+            if length <= self.timed
+        ]
         found += [self._config(method, longest, batch) for batch in batches for method in self.methods]
         found += [config for config, _ in self.equal_kv()]
-        found += [self._config(method, length, batch) for batch in batches for length in sorted(self.lengths)
-                  for method in self.methods]
+        found += [
+            self._config(method, length, batch)
+            for batch in batches
+            for length in sorted(self.lengths)
+            for method in self.methods
+        ]
         found += [self._config(method, length, first) for length in self.lengths for method in self.methods]
         return list(dict.fromkeys(found))
 
@@ -109,16 +123,24 @@ class Plan:
         """A pruned cache and a static one of as many slots, for each batch."""
         if EQUAL not in self.lengths or not {"specpass_snapkv", "full_static_compiled"} <= {*self.methods}:
             return []
-        return [(Config("specpass_snapkv", EQUAL, 4 * EQUAL, batch, 0),
-                 Config("full_static_compiled", None, EQUAL, batch, 0)) for batch in self.batches]
+        return [
+            (
+                Config("specpass_snapkv", EQUAL, 4 * EQUAL, batch, 0),
+                Config("full_static_compiled", None, EQUAL, batch, 0),
+            )
+            for batch in self.batches
+        ]
 
     def _config(self, method: str, length: int, batch: int) -> Config:
         prefills = 0 if batch > 1 or length > self.timed else 3 if length <= 2048 else 1
         return Config(method, METHODS[method], length, batch, prefills)
 
 
-QUICK = Plan(methods=("full_eager", "full_static_compiled", "specpass_snapkv", "specpass_speckv", "kvpress_snapkv"),
-             lengths=(1024,), batches=(1,))
+QUICK = Plan(
+    methods=("full_eager", "full_static_compiled", "specpass_snapkv", "specpass_speckv", "kvpress_snapkv"),
+    lengths=(1024,),
+    batches=(1,),
+)
 
 
 @dataclass
@@ -134,9 +156,17 @@ class Run:
     quick: bool = False
 
     def __post_init__(self) -> None:
-        settings = {"kind": "speed", "target": label(self.pair.target_name), "draft": label(self.pair.draft_name),
-                    "dtype": self.pair.dtype, "device": self.pair.device.partition(":")[0],
-                    "lowering": self.pair.lowering, "window": WINDOW, "lookahead": LOOKAHEAD, "steps": STEPS}
+        settings = {
+            "kind": "speed",
+            "target": label(self.pair.target_name),
+            "draft": label(self.pair.draft_name),
+            "dtype": self.pair.dtype,
+            "device": self.pair.device.partition(":")[0],
+            "lowering": self.pair.lowering,
+            "window": WINDOW,
+            "lookahead": LOOKAHEAD,
+            "steps": STEPS,
+        }
         self.store = Store(self.out, settings, KEY, self.restart)
         self.store.parts |= {"notes": NOTES}
 
@@ -207,7 +237,8 @@ class Run:
             raise BenchmarkError(
                 f"{self.out} was measured on another machine, or beside other work: matrix products run at {ratio:.2f} "
                 "times its rate here, and ratios of its times would mean nothing. Wait until the machine is quiet, "
-                "pass --restart, or name another file.")
+                "pass --restart, or name another file."
+            )
         return {name: max(rate, stored[name]) for name, rate in here.items()}
 
     def with_floors(self, record: dict[str, Any], rates: dict[str, float]) -> dict[str, Any]:
@@ -229,24 +260,40 @@ class Run:
 
     def child(self, caches: Path, config: Config | None = None, **job: Any) -> dict[str, Any]:
         """The result of one fresh process; methods have Inductor caches of their own."""
-        job |= {"target": self.pair.target_name, "draft": self.pair.draft_name, "dtype": self.pair.dtype,
-                "device": self.pair.device, "lowering": self.pair.lowering, "steps": STEPS}
+        job |= {
+            "target": self.pair.target_name,
+            "draft": self.pair.draft_name,
+            "dtype": self.pair.dtype,
+            "device": self.pair.device,
+            "lowering": self.pair.lowering,
+            "steps": STEPS,
+        }
         job |= config._asdict() if config else {}
         cache = caches / job.get("method", "none")
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(job, file)
             file.flush()
             # large blocks by mmap: freed memory goes back at once, so the mark shows what is alive
-            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "MALLOC_MMAP_THRESHOLD_": "65536",
-                           "MALLOC_TRIM_THRESHOLD_": "65536"}
+            environment = {
+                **os.environ,
+                "TORCHINDUCTOR_CACHE_DIR": str(cache),
+                "MALLOC_MMAP_THRESHOLD_": "65536",
+                "MALLOC_TRIM_THRESHOLD_": "65536",
+            }
             if job["what"] == "profile":  # fused kernels show up by name
                 environment["TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE"] = "1"
-            done = subprocess.run([sys.executable, "-m", "specpass.benchmarks.speed_child", file.name],
-                                  env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "specpass.benchmarks.speed_child", file.name],
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
         if done.returncode:
             text = config.text if config else job["what"]
-            raise BenchmarkError(f"measuring {text} failed: {done.stderr.strip()[-600:]} Leave it out with --methods, "
-                                 "--lengths or --batches.")
+            raise BenchmarkError(
+                f"measuring {text} failed: {done.stderr.strip()[-600:]} Leave it out with --methods, "
+                "--lengths or --batches."
+            )
         return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -72,10 +72,19 @@ class Engine:
             if "past_key_values" not in options:
                 options["cache_implementation"] = "static"
         return self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-            do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, pad_token_id=0,
-            return_dict_in_generate=True, **options,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            **options,
+        )
 
     def seconds(self, length: int, new_tokens: int) -> float:
         """From the prompt to the last token."""
@@ -210,8 +219,13 @@ def machine_rates(job: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    calls = {"compile": compile_time, "measure": measure, "by_turns": by_turns, "profile": profile,
-             "rates": machine_rates}  # fmt: skip
+    calls = {
+        "compile": compile_time,
+        "measure": measure,
+        "by_turns": by_turns,
+        "profile": profile,
+        "rates": machine_rates,
+    }
     print(json.dumps(calls[job["what"]](job)), flush=True)
 
 

@@ -49,10 +49,16 @@ def _entry(key: tuple[Any, ...], group: list[dict[str, Any]], full: dict[tuple[A
     for record in group:
         by_task.setdefault(record["task"], []).append(record["score"])
     entry = {
-        "method": method, "budget": budget, "length": length, "prompts": len(group),
-        "score": _round(scores.mean()), "score_interval": _interval(means), "retention": None,
-        "retention_interval": None, "tasks": {task: _round(np.mean(found)) for task, found in by_task.items()},
-    }  # fmt: skip
+        "method": method,
+        "budget": budget,
+        "length": length,
+        "prompts": len(group),
+        "score": _round(scores.mean()),
+        "score_interval": _interval(means),
+        "retention": None,
+        "retention_interval": None,
+        "tasks": {task: _round(np.mean(found)) for task, found in by_task.items()},
+    }
     if all(_prompt(record) in full for record in group):
         reference = np.array([full[_prompt(record)] for record in group])
         references = reference[draws].mean(1)

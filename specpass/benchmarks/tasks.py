@@ -31,8 +31,13 @@ class Task:
     def scored(self, prompt: Prompt, tokens: Sequence[int], tokenizer: Any) -> dict[str, Any]:
         """What a result file says of an answer's tokens, which `verify` reads again."""
         answer = tokenizer.decode(tokens, skip_special_tokens=True)
-        return {"digest": prompt.digest, "expected": list(prompt.expected), "answer": answer,
-                "score": self.score(answer, prompt.expected), "tokens": tokens}
+        return {
+            "digest": prompt.digest,
+            "expected": list(prompt.expected),
+            "answer": answer,
+            "score": self.score(answer, prompt.expected),
+            "tokens": tokens,
+        }
 
 
 def _plain(make: Callable[..., Writer], **options: Any) -> Callable[[Random, int], Writer]:

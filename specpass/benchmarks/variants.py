@@ -87,6 +87,8 @@ def variants(methods: Iterable[str], budgets: Sequence[int]) -> list[Variant]:
     for name in chosen:
         if name not in GRID:
             raise BenchmarkError(f"{name!r} is not a method of this benchmark. Known: {', '.join(GRID)}.")
-    rounds = [[Variant(name, GRID[name][min(index, len(GRID[name]) - 1)]) for name in GRID if name in chosen]
-              for index in budgets]
+    rounds = [
+        [Variant(name, GRID[name][min(index, len(GRID[name]) - 1)]) for name in GRID if name in chosen]
+        for index in budgets
+    ]
     return list(dict.fromkeys(variant for found in rounds for variant in found))

@@ -40,8 +40,10 @@ def verify(path: Path, target: str | None = None) -> int:
     if wrong:
         written, here = document.get("versions", {}).get("python"), platform.python_version()
         why = "" if written == here else f" Prompts quote Python's own texts: made with {written}, here is {here}."
-        raise VerificationError(f"{path}: {len(wrong)} faults, first: {wrong[0]}.{why} Restore the file, or run "
-                                "`specpass bench quality --restart` to make it anew.")
+        raise VerificationError(
+            f"{path}: {len(wrong)} faults, first: {wrong[0]}.{why} Restore the file, or run "
+            "`specpass bench quality --restart` to make it anew."
+        )
     return len(records)
 
 

@@ -32,14 +32,29 @@ from specpass.methods import Method
 from specpass.passes.base import Refusal
 
 PACKAGES = ("onnx", "onnx_ir", "onnxscript")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                   "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "added_tokens.json",
+)
 TARGET_DATA, DRAFT_DATA = "target.onnx_data", "draft.onnx_data"
 WEIGHTS = ("float", "int8")
 
 
-def export_onnx(target: nn.Module, draft: nn.Module | None = None, method: Method | None = None,
-                out: str | Path = "specpass-onnx", *, weights: str = "float", tokenizer: Any = None) -> Path:
+def export_onnx(
+    target: nn.Module,
+    draft: nn.Module | None = None,
+    method: Method | None = None,
+    out: str | Path = "specpass-onnx",
+    *,
+    weights: str = "float",
+    tokenizer: Any = None,
+) -> Path:
     """Write `target`, pruned by `method`, to the folder `out`: prefill.onnx, decode.onnx, data files, specpass.json.
 
     Args:
@@ -96,20 +111,25 @@ def check_method(method: Method | None) -> None:
     if method is None:
         return
     if not isinstance(method.budget, int):
-        raise BudgetError(f"budget={method.budget} is a ratio, and an exported graph has a constant budget: give a "
-                          "count, e.g. budget=256.")
+        raise BudgetError(
+            f"budget={method.budget} is a ratio, and an exported graph has a constant budget: give a "
+            "count, e.g. budget=256."
+        )
     if getattr(method, "lookahead_ids", None) is not None:
         raise LookaheadError("lookahead_ids are those of one prompt, and an export serves all: export with a draft.")
     if method.drafts and getattr(method, "lookahead", None) is None:
-        raise LookaheadError("lookahead=None means max_new_tokens, which an export does not know: give a count, "
-                             "e.g. lookahead=16.")
+        raise LookaheadError(
+            "lookahead=None means max_new_tokens, which an export does not know: give a count, e.g. lookahead=16."
+        )
 
 
 def check_dtype(target: nn.Module) -> None:
     dtype = next(target.parameters()).dtype
     if dtype not in (torch.float32, torch.float16):
-        raise DtypeMismatchError(f"the target is in {dtype}, and exports are in float32 or float16: load target and "
-                                 "draft with dtype='float32'.")
+        raise DtypeMismatchError(
+            f"the target is in {dtype}, and exports are in float32 or float16: load target and "
+            "draft with dtype='float32'."
+        )
 
 
 @contextlib.contextmanager
@@ -137,8 +157,9 @@ def folder_that_appears_whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_graphs(folder: Path, target: nn.Module, draft: nn.Module | None, method: Method | None, *,
-                 unrolled: bool = False) -> None:
+def write_graphs(
+    folder: Path, target: nn.Module, draft: nn.Module | None, method: Method | None, *, unrolled: bool = False
+) -> None:
     """Both graphs and their data files; `unrolled` as in capture_target."""
     import onnx_ir as ir
 
@@ -157,6 +178,8 @@ def write_graphs(folder: Path, target: nn.Module, draft: nn.Module | None, metho
         model = translate(program, name.removesuffix(".onnx"))
         bind_weights(model, program.weights, files)
         ir.save(model, folder / name)
+
+
 def copy_tokenizer(tokenizer: Any, folder: Path) -> None:
     """The tokenizer's files beside the graphs."""
     if hasattr(tokenizer, "save_pretrained"):
@@ -182,22 +205,36 @@ def describe(folder: Path, target: nn.Module, draft: nn.Module | None, method: M
     for layer in range(config.num_hidden_layers):
         key, value = (shapes[f"past.{layer}.{part}"] for part in ("key", "value"))
         kv.append((key.shape[1], key.shape[3], value.shape[3]))
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-             for path in sorted(folder.iterdir()) if path.is_file()}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
     return Bundle(
         method="none" if method is None else method.key,
         budgets=() if method is None else method.layer_budgets(config.num_hidden_layers),
-        kv=tuple(kv), dtype=str(key.dtype.numpy()), weights=weights,
+        kv=tuple(kv),
+        dtype=str(key.dtype.numpy()),
+        weights=weights,
         compressed=method is not None and method.prompt is not None,
         lookahead=getattr(method, "lookahead", 0) if draft is not None else 0,
-        context=checks.context_length(draft), eos_ids=eos, pad_id=int(pad), vocab=config.vocab_size,
+        context=checks.context_length(draft),
+        eos_ids=eos,
+        pad_id=int(pad),
+        vocab=config.vocab_size,
         repetition_penalty=float(getattr(generation, "repetition_penalty", None) or 1.0),
         files=files,
-        fingerprints={"passes": Pipeline().fingerprint(), "target": fingerprint(target),
-                      **({} if draft is None else {"draft": fingerprint(draft)})},
-        made_with={"specpass": __version__} | {name: importlib.metadata.version(name)
-                                               for name in ("torch", "transformers", "onnx", "onnxruntime")
-                                               if importlib.util.find_spec(name)},
+        fingerprints={
+            "passes": Pipeline().fingerprint(),
+            "target": fingerprint(target),
+            **({} if draft is None else {"draft": fingerprint(draft)}),
+        },
+        made_with={"specpass": __version__}
+        | {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "transformers", "onnx", "onnxruntime")
+            if importlib.util.find_spec(name)
+        },
     )
 
 

@@ -36,8 +36,14 @@ class WeightFile:
                 offset = file.tell()
                 np.ascontiguousarray(array).tofile(file)
             self.places[name, turned] = ir.ExternalTensor(
-                self.path.name, offset, array.nbytes, ir.DataType.from_numpy(array.dtype),
-                shape=ir.Shape(array.shape), name=name, base_dir=self.path.parent)
+                self.path.name,
+                offset,
+                array.nbytes,
+                ir.DataType.from_numpy(array.dtype),
+                shape=ir.Shape(array.shape),
+                name=name,
+                base_dir=self.path.parent,
+            )
         return self.places[name, turned]
 
 
@@ -86,9 +92,13 @@ def multiply_rows(turn: ir.Node, weight: ir.Value) -> None:
         for new, kind in ((rows, "rows"), (dot, "Gemm"), (back, "back")):
             new.name = f"{product.name}_{kind}"
         back.outputs[0].name, back.outputs[0].type, back.outputs[0].shape = (
-            product.outputs[0].name, product.outputs[0].type, shape)
-        ir.convenience.replace_nodes_and_values(product.graph, product, [product], [rows, dot, back],
-                                                [product.outputs[0]], [back.outputs[0]])
+            product.outputs[0].name,
+            product.outputs[0].type,
+            shape,
+        )
+        ir.convenience.replace_nodes_and_values(
+            product.graph, product, [product], [rows, dot, back], [product.outputs[0]], [back.outputs[0]]
+        )
     if not turn.outputs[0].uses():
         turn.graph.remove(turn, safe=True)
 

@@ -45,8 +45,9 @@ class Capture:
     kv: list[tuple[int, int, int]]  # K, D, Dv of each layer
 
 
-def capture_target(target: nn.Module, method: Method | None, draft: nn.Module | None,
-                   unrolled: bool = False) -> Capture:
+def capture_target(
+    target: nn.Module, method: Method | None, draft: nn.Module | None, unrolled: bool = False
+) -> Capture:
     """Both graphs of `target`; method None keeps every KV pair.
 
     Args: unrolled: the draft's steps as copies instead of a loop (to measure what a loop saves).
@@ -84,9 +85,15 @@ class _Pruned:
 
     def _prefill(self) -> Program:
         outputs = ["logits", *names("present", self.layers), *(f"positions.{i}" for i in range(self.layers))]
-        extra = [name for name, there in (("lookahead_ids", self.method.drafts),
-                                          ("prompt_positions", self.method.prompt is not None),
-                                          ("shift", self.method.prompt is not None)) if there]
+        extra = [
+            name
+            for name, there in (
+                ("lookahead_ids", self.method.drafts),
+                ("prompt_positions", self.method.prompt is not None),
+                ("shift", self.method.prompt is not None),
+            )
+            if there
+        ]
 
         def run(ids: Tensor, mask: Tensor, *params: Tensor) -> list[Tensor]:
             cache = self._cache()
@@ -100,18 +107,25 @@ class _Pruned:
             mask = model.ids.new_ones(model.ids.shape)
         gm = model.trace(run, model.ids, mask)
         inputs = gm.graph.find_nodes(op="placeholder")
-        state = State("prefill", self.method, inputs={"input_ids": inputs[0], "attention_mask": inputs[1]},
-                      weights=dict(zip(inputs[2:], self.model.params.values(), strict=True)))
+        state = State(
+            "prefill",
+            self.method,
+            inputs={"input_ids": inputs[0], "attention_mask": inputs[1]},
+            weights=dict(zip(inputs[2:], self.model.params.values(), strict=True)),
+        )
         if self.method.drafts:
             state.lookahead = self._cache().lookahead
             state.draft = self._draft()
         source = self.draft.generation_config if self.draft is not None else self.config
         state.eos_ids = as_ids(source.eos_token_id)
         pruned = named_submodules(named(Pipeline().run(gm, state)))
-        self.kv = [(site.kv_heads, int(site.key.meta["val"].shape[3]), int(site.value.meta["val"].shape[3]))
-                   for site in state.sites]
-        weights = self.weights | {f"draft.{name}": tensor for name, tensor in
-                                  (state.draft.params if state.lifted else {}).items()}
+        self.kv = [
+            (site.kv_heads, int(site.key.meta["val"].shape[3]), int(site.value.meta["val"].shape[3]))
+            for site in state.sites
+        ]
+        weights = self.weights | {
+            f"draft.{name}": tensor for name, tensor in (state.draft.params if state.lifted else {}).items()
+        }
 
         def plain(*args: Tensor) -> tuple[Tensor, ...]:
             inner = Inliner(pruned)
@@ -133,8 +147,9 @@ class _Pruned:
         method: Any = self.method
         kind = DraftGraphs if self.unrolled else LoopedDraft
         fields = {field.name: getattr(graphs, field.name) for field in dataclasses.fields(graphs)}
-        return kind(**fields | {"temperature": method.temperature, "seed": method.seed,
-                                "target_vocab": self.config.vocab_size})
+        return kind(
+            **fields | {"temperature": method.temperature, "seed": method.seed, "target_vocab": self.config.vocab_size}
+        )
 
     def _decode(self) -> Program:
         model, layers = self.model, self.layers
@@ -178,8 +193,7 @@ class _Exact:
         def run(ids: Tensor, mask: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
             order, lengths = FORMS["pack_order"](mask, ids)
             out = Inliner(prefill).run(FORMS["pack_ids"](ids, order), lengths, 0, *params)
-            states = [by_head(out[1 + 3 * layer + part], heads[layer])
-                      for layer in range(layers) for part in (0, 1)]
+            states = [by_head(out[1 + 3 * layer + part], heads[layer]) for layer in range(layers) for part in (0, 1)]
             column = torch.arange(ids.shape[1])
             row = torch.where(column < lengths[:, None], column, -1)[:, None]
             return (out[0], *states, *(row.expand(-1, heads[layer], -1).clone() for layer in range(layers)))
@@ -194,8 +208,9 @@ class _Exact:
         return Capture(first, decode_program(None, graphs.step, kv, weights), kv)
 
 
-def decode_program(model: ModelTrace | None, gm: fx.GraphModule, kv: list[tuple[int, int, int]],
-                   weights: dict[str, Tensor]) -> Program:
+def decode_program(
+    model: ModelTrace | None, gm: fx.GraphModule, kv: list[tuple[int, int, int]], weights: dict[str, Tensor]
+) -> Program:
     """step(ids [B, 1], position [B, 1], lengths [layers, B, K], storages [B, K, P, D], weights) -> logits, storages."""
     gm = named(gm)
     layers = len(kv)
@@ -220,8 +235,12 @@ def decode_program(model: ModelTrace | None, gm: fx.GraphModule, kv: list[tuple[
         return (logits, *(inner.stores[store] for store in stores))
 
     flat = flatten(gm, run, [ids, position, lengths, *storages, *(n.meta["val"] for n in inputs[2 + 3 * layers :])])
-    return Program(flat, ("input_ids", "position_ids", "lengths", *names("past", layers)),
-                   ("logits", *names("present", layers)), weights)
+    return Program(
+        flat,
+        ("input_ids", "position_ids", "lengths", *names("past", layers)),
+        ("logits", *names("present", layers)),
+        weights,
+    )
 
 
 def named_submodules(gm: fx.GraphModule) -> fx.GraphModule:

@@ -57,10 +57,13 @@ class DraftSteps(nn.Module):
         draft, length, count = self.draft, self.length, 3 * self.draft.layers
         scored = draft.prompt is not None
         caches, rest = rest[:count], rest[count:]
-        scores, params = rest[: int(scored)], rest[int(scored):]
+        scores, params = rest[: int(scored)], rest[int(scored) :]
         heads = caches[2::3]
-        storage = [by_head(states, owner.shape[1]) for index, owner in enumerate(heads)
-                   for states in caches[3 * index : 3 * index + 2]]
+        storage = [
+            by_head(states, owner.shape[1])
+            for index, owner in enumerate(heads)
+            for states in caches[3 * index : 3 * index + 2]
+        ]
         ended = torch.zeros_like(lengths, dtype=torch.bool)
         token, after = self._next(logits, ended)
         ids = torch.cat([token, token.new_zeros(token.shape[0], length - 1)], 1)
@@ -70,10 +73,11 @@ class DraftSteps(nn.Module):
         def proceed(index: Tensor, *_: Tensor) -> Tensor:
             return index < length
 
-        def step(index: Tensor, token: Tensor, over: Tensor, ended: Tensor, ids: Tensor,
-                 *rest: Tensor) -> tuple[Tensor, ...]:
+        def step(
+            index: Tensor, token: Tensor, over: Tensor, ended: Tensor, ids: Tensor, *rest: Tensor
+        ) -> tuple[Tensor, ...]:
             """One token more; `over` says which rows had ended in front of `token`."""
-            scores, rest = rest[: int(scored)], rest[int(scored):]
+            scores, rest = rest[: int(scored)], rest[int(scored) :]
             storage, (lengths, *params) = rest[: 2 * draft.layers], rest[2 * draft.layers :]
             position = (lengths + index - 1)[:, None]
             extra = (position.masked_fill(over[:, None], -1), lengths) if scored else ()
@@ -94,8 +98,15 @@ class DraftSteps(nn.Module):
         vocab = min(draft.vocab, draft.target_vocab or draft.vocab)
         return reference.next_token(logits, ended, vocab, 0.0, draft.seed, 0, list(draft.eos_ids), draft.pad_id)
 
-    def _step(self, token: Tensor, position: Tensor, extra: tuple[Tensor, ...], storage: tuple[Tensor, ...],
-              used: Tensor, params: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    def _step(
+        self,
+        token: Tensor,
+        position: Tensor,
+        extra: tuple[Tensor, ...],
+        storage: tuple[Tensor, ...],
+        used: Tensor,
+        params: list[Tensor],
+    ) -> tuple[Any, list[Tensor]]:
         """The step's graph on caches of `used` [B] slots; returns its result and the storages one token longer."""
         gm = self.draft.step
         inner = Inliner(gm)

@@ -20,17 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from specpass.errors import ExportError
 from specpass.export.forms import FORMS, by_head
-from specpass.passes.graph import (
-    ATEN,
-    SPEC,
-    VIEWS,
-    copy_module,
-    fake_mode_of,
-    is_op,
-    module_path,
-    output_of,
-    quiet,
-)
+from specpass.passes.graph import ATEN, SPEC, VIEWS, copy_module, fake_mode_of, is_op, module_path, output_of, quiet
 
 NAMESPACE = "specpass"
 

@@ -41,8 +41,9 @@ def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple
     return compact(key), compact(value), (positions >= 0).sum(-1)
 
 
-def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0,
-                      sinks: Tensor | None = None) -> Tensor:
+def prefill_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
     """As the reference: one product per member of the GQA group, so that one member's [B, K, T, T] is held."""
     members = query.unflatten(1, (key.shape[1], -1)).unbind(2)
     column = torch.arange(key.shape[2], device=key.device)
@@ -53,8 +54,15 @@ def prefill_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, s
     return outs[0] if len(outs) == 1 else torch.stack(outs, 2).flatten(1, 2)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float, softcap: float = 0.0,
-           sinks: Tensor | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """As the reference."""
     if softcap or sinks is not None:
         return reference.attend(query, keys, values, lengths, scale, softcap, sinks)
@@ -84,10 +92,34 @@ def full_lengths(ids: Tensor) -> Tensor:
     return torch.full((ids.shape[0],), ids.shape[1], dtype=torch.int64, device=ids.device)
 
 
-_SAME = ("pack_ids", "append_ids", "append_positions", "take_positions", "unpack_index", "score_rows", "take_rows",
-         "importance", "select", "select_recent", "keep_all", "keep_kv", "next_token")
-_SAME_PROMPT = ("row_weights", "no_scores", "merge_layer", "merge_step", "select_prompt", "take_ids", "count_kept",
-                "number_anew", "map_positions", "told_positions", "keep_short_rows")
+_SAME = (
+    "pack_ids",
+    "append_ids",
+    "append_positions",
+    "take_positions",
+    "unpack_index",
+    "score_rows",
+    "take_rows",
+    "importance",
+    "select",
+    "select_recent",
+    "keep_all",
+    "keep_kv",
+    "next_token",
+)
+_SAME_PROMPT = (
+    "row_weights",
+    "no_scores",
+    "merge_layer",
+    "merge_step",
+    "select_prompt",
+    "take_ids",
+    "count_kept",
+    "number_anew",
+    "map_positions",
+    "told_positions",
+    "keep_short_rows",
+)
 
 FORMS: dict[str, Callable[..., Any]] = {
     **{name: getattr(reference, name) for name in _SAME},

@@ -22,9 +22,14 @@ def quantize(folder: Path) -> None:
         new.mkdir()
         files = {part: WeightFile(new / file) for part, file in parts.items()}
         for graph in (PREFILL, DECODE):
-            quantize_dynamic(folder / graph, work / graph, weight_type=QuantType.QInt8, per_channel=True,
-                             use_external_data_format=True,
-                             extra_options={"MatMulConstBOnly": True, "EnableSubgraph": True})
+            quantize_dynamic(
+                folder / graph,
+                work / graph,
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+                use_external_data_format=True,
+                extra_options={"MatMulConstBOnly": True, "EnableSubgraph": True},
+            )
             model = ir.load(work / graph)
             for value in list(model.graph.initializers.values()):
                 part = (value.name or "").partition(".")[0]

@@ -55,8 +55,14 @@ def translate(program: Program, title: str) -> ir.Model:
         sizes = fake_mode_of(program.graph).shape_env
         with warnings.catch_warnings(), quiet_log("torch.onnx"), sizes.suppress_guards():
             warnings.simplefilter("ignore")  # of torch.onnx, about its own use of torch
-            done = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False,
-                                     custom_translation_table={torch.ops.aten.sort.stable: sort_stable})
+            done = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                optimize=False,
+                custom_translation_table={torch.ops.aten.sort.stable: sort_stable},
+            )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(_explain(error, exported, title)) from error
     model = done.model
@@ -128,8 +134,15 @@ def as_exported_program(gm: fx.GraphModule) -> ExportedProgram:
         [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in outputs],
     )
     call = ModuleCallSignature([], [], pytree.tree_flatten((values, {}))[1], pytree.tree_flatten(tuple(outputs))[1])
-    return ExportedProgram(root=gm, graph=gm.graph, graph_signature=signature, state_dict={}, range_constraints={},
-                           module_call_graph=[ModuleCallEntry("", call)], constants={})
+    return ExportedProgram(
+        root=gm,
+        graph=gm.graph,
+        graph_signature=signature,
+        state_dict={},
+        range_constraints={},
+        module_call_graph=[ModuleCallEntry("", call)],
+        constants={},
+    )
 
 
 def _explain(error: Exception, exported: ExportedProgram, title: str) -> str:
@@ -144,8 +157,10 @@ def _explain(error: Exception, exported: ExportedProgram, title: str) -> str:
     name = text.split(".")[1]  # what torch.onnx made of aten.special_bessel_j0 is prims.bessel_j0
     layers = [module_path(node) for node in exported.graph.nodes if name in str(node.target)]
     where = next(filter(None, layers), f"the {title} graph")
-    return (f"{where}: the operator {text} has no ONNX form, so this architecture cannot be exported; it runs through "
-            "specpass.compile.")
+    return (
+        f"{where}: the operator {text} has no ONNX form, so this architecture cannot be exported; it runs through "
+        "specpass.compile."
+    )
 
 
 def name_values(model: ir.Model, program: Program) -> None:
@@ -156,8 +171,12 @@ def name_values(model: ir.Model, program: Program) -> None:
         raise ExportError(f"the {graph.name} graph has {len(graph.inputs)} inputs and {len(names)} names: a bug")
     for value, name in zip(graph.inputs, names, strict=True):
         value.name = name
-    sizes = {str(dim): name for value in graph.inputs[: len(program.inputs)]
-             for dim, name in zip(value.shape or (), _axes(value.name or ""), strict=False) if not isinstance(dim, int)}
+    sizes = {
+        str(dim): name
+        for value in graph.inputs[: len(program.inputs)]
+        for dim, name in zip(value.shape or (), _axes(value.name or ""), strict=False)
+        if not isinstance(dim, int)
+    }
     produced: set[int] = set()
     for index, (value, name) in enumerate(zip(list(graph.outputs), program.outputs, strict=True)):
         if id(value) in produced or value.producer() is None:  # one value returned twice: ONNX wants two
@@ -169,8 +188,9 @@ def name_values(model: ir.Model, program: Program) -> None:
         value.name = name
     for value in (*graph.inputs, *graph.outputs):
         if value.shape is not None:
-            value.shape = ir.Shape([dim if isinstance(dim, int) else sizes.get(str(dim), "sequence")
-                                    for dim in value.shape])
+            value.shape = ir.Shape(
+                [dim if isinstance(dim, int) else sizes.get(str(dim), "sequence") for dim in value.shape]
+            )
 
 
 def _axes(name: str) -> tuple[str, ...]:

@@ -87,8 +87,19 @@ def describe(attention: fx.Node, owners: dict, state: State, classes: dict) -> S
     if heads % kv_heads:
         raise Refusal(f"{heads} query heads are no multiple of {kv_heads} KV heads", module)
     layer = int(write.args[6]) if is_op(write, SPEC.fill) else len(state.sites)
-    site = Site(layer, module, query, attention.args[1], attention.args[2], write, attention, float(scale), label,
-                softcap, sinks)
+    site = Site(
+        layer,
+        module,
+        query,
+        attention.args[1],
+        attention.args[2],
+        write,
+        attention,
+        float(scale),
+        label,
+        softcap,
+        sinks,
+    )
     if is_op(write, SPEC.fill):
         site.budget = int(write.args[3])
     return site

@@ -39,8 +39,11 @@ def fuse_eager_attention(editor: Editor, softmax: fx.Node) -> None:
         return
     weights: fx.Node = softmax
     if logits.sinks is not None:
-        cut = [user for user in softmax.users if is_op(user, ATEN.slice) and tuple(user.args[1:4]) in ((-1, 0, -1),
-                                                                                                      (3, 0, -1))]
+        cut = [
+            user
+            for user in softmax.users
+            if is_op(user, ATEN.slice) and tuple(user.args[1:4]) in ((-1, 0, -1), (3, 0, -1))
+        ]
         if len(cut) != 1 or len(softmax.users) != 1:
             return
         weights = cut[0]

@@ -40,8 +40,17 @@ class GatherPrompt(Pass):
         elif state.prompt_scores is None:
             raise Refusal("no draft was inserted, so nothing scores the prompt's tokens")
         else:
-            positions = editor.call(SPEC.select_prompt, state.prompt_scores, prompt_lengths, how.budget, how.window,
-                                    how.kernel, how.neighbours, how.pool, before=before)
+            positions = editor.call(
+                SPEC.select_prompt,
+                state.prompt_scores,
+                prompt_lengths,
+                how.budget,
+                how.window,
+                how.kernel,
+                how.neighbours,
+                how.pool,
+                before=before,
+            )
             state.prompt_positions = positions
             state.lengths = editor.call(SPEC.count_kept, positions, before=before)
         if state.kind == "short" or how.positions == "original":

@@ -36,14 +36,16 @@ class GatherPrune(Pass):
             like = site.attention if alike else None
             site.positions = self._positions(editor, state, site, before, like)
             if not alike and state.order is not None:  # of a padded batch, rows that fit C keep everything
-                site.positions = editor.call(SPEC.keep_short_rows, site.positions, state.lengths, state.method.budget,
-                                             before=before)
+                site.positions = editor.call(
+                    SPEC.keep_short_rows, site.positions, state.lengths, state.method.budget, before=before
+                )
             key, value, _, _, room = site.cache.args[:5]
             kept = editor.call(SPEC.gather_kv, key, value, site.positions, room, before=before, like=like)
             numbered = site.positions  # by the caller's prompt, where the target read a part of it
             if state.prompt_positions is not None:
-                numbered = editor.call(SPEC.map_positions, site.positions, state.prompt_positions, before=before,
-                                       like=like)
+                numbered = editor.call(
+                    SPEC.map_positions, site.positions, state.prompt_positions, before=before, like=like
+                )
             for index, users in items_of(site.cache).items():
                 new = numbered if index == 3 else editor.item(kept, index, before)
                 for user in users:
@@ -57,11 +59,21 @@ class GatherPrune(Pass):
         if state.kind == "short" or (state.prompt_positions is not None and not method.scored):
             return editor.call(SPEC.keep_all, state.lengths, site.kv_heads, site.budget, before=before, like=like)
         if site.scores is None:
-            return editor.call(SPEC.select_recent, state.lengths, site.kv_heads, site.budget, method.sinks,
-                               before=before, like=like)
+            return editor.call(
+                SPEC.select_recent, state.lengths, site.kv_heads, site.budget, method.sinks, before=before, like=like
+            )
         if method.select is None:
-            return editor.call(SPEC.select, site.scores, state.lengths, site.budget, method.window,
-                               method.kernel, method.pool, before=before, like=like)
+            return editor.call(
+                SPEC.select,
+                site.scores,
+                state.lengths,
+                site.budget,
+                method.window,
+                method.kernel,
+                method.pool,
+                before=before,
+                like=like,
+            )
         name = f"{method.name}.select"
         inline = Inline(editor, functools.partial(method.select, budget=site.budget), name)
         positions = inline(site.scores, state.lengths, before=before, like=like)

@@ -70,8 +70,10 @@ def check_result(node: fx.Node, shape: tuple[Any, ...], dtype: torch.dtype, name
     Raises: MethodHookError
     """
     val = node.meta["val"]
-    if val.dtype != dtype or len(val.shape) != len(shape) or any(
-        str(ours) != str(theirs) for ours, theirs in zip(val.shape, shape, strict=True)
+    if (
+        val.dtype != dtype
+        or len(val.shape) != len(shape)
+        or any(str(ours) != str(theirs) for ours, theirs in zip(val.shape, shape, strict=True))
     ):
         raise MethodHookError(f"{name} returned {val.dtype} {tuple(val.shape)}, expected {meaning}: {dtype} {shape}.")
     return node

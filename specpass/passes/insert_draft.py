@@ -70,8 +70,9 @@ def restate_prompt_length(gm: fx.GraphModule, editor: Editor, size: torch.SymInt
                 node.meta["val"] = torch.empty(shape, dtype=val.dtype, device=val.device)
             elif isinstance(val, (tuple, list)):
                 shapes = [[dim - length if is_size(dim, expr) else dim for dim in v.shape] for v in val]
-                node.meta["val"] = tuple(torch.empty(shape, dtype=v.dtype, device=v.device)
-                                         for shape, v in zip(shapes, val, strict=True))
+                node.meta["val"] = tuple(
+                    torch.empty(shape, dtype=v.dtype, device=v.device) for shape, v in zip(shapes, val, strict=True)
+                )
 
 
 def is_pack(node: fx.Node) -> bool:
@@ -86,14 +87,26 @@ def first_target_use(gm: fx.GraphModule) -> fx.Node:
     return next(node for node in gm.graph.nodes if node.op != "placeholder" and not is_pack(node))
 
 
-def extend_prompt(gm: fx.GraphModule, editor: Editor, state: State, ids: fx.Node, ahead: fx.Node, anchor: fx.Node,
-                  size: torch.SymInt) -> None:
+def extend_prompt(
+    gm: fx.GraphModule, editor: Editor, state: State, ids: fx.Node, ahead: fx.Node, anchor: fx.Node, size: torch.SymInt
+) -> None:
     """Let the target's nodes read S + L tokens."""
     behind = {node for node in gm.graph.nodes if node >= anchor}
-    columns = next((node for node in gm.graph.nodes if node.op == "placeholder"
-                    and isinstance(value(node), torch.SymInt) and is_size(value(node) + state.lookahead, size)), None)
-    users = {node: [user for user in node.users if user in behind]
-             for node in (ids, columns, state.inputs.get("position_ids")) if node is not None}
+    columns = next(
+        (
+            node
+            for node in gm.graph.nodes
+            if node.op == "placeholder"
+            and isinstance(value(node), torch.SymInt)
+            and is_size(value(node) + state.lookahead, size)
+        ),
+        None,
+    )
+    users = {
+        node: [user for user in node.users if user in behind]
+        for node in (ids, columns, state.inputs.get("position_ids"))
+        if node is not None
+    }
     for node, readers in users.items():
         if node is columns:
             with editor.graph.inserting_before(anchor):

@@ -15,7 +15,7 @@ from specpass.passes.graph import value
 
 
 def mask_class(mask: fx.Node, inputs: dict[str, fx.Node]) -> str:
-    """"causal" (padding included), "sliding window W", or "unknown: reason"."""
+    """ "causal" (padding included), "sliding window W", or "unknown: reason"."""
     needed = ancestors(mask)
     sources = {node: name for name, node in inputs.items()}
     free = [node for node in needed if node.op == "placeholder" and node not in sources]

@@ -57,7 +57,15 @@ class PackRows(Pass):
 def attend_packed(editor: Editor, state: State) -> None:
     """Every site's attention becomes `prefill_attention`: causal over packed rows, without a mask."""
     for site in state.sites:
-        new = editor.call(SPEC.prefill_attention, site.query, site.key, site.value, site.scale,
-                          *site.changes, before=site.attention, like=site.attention)
+        new = editor.call(
+            SPEC.prefill_attention,
+            site.query,
+            site.key,
+            site.value,
+            site.scale,
+            *site.changes,
+            before=site.attention,
+            like=site.attention,
+        )
         editor.replace(site.attention, new)
         site.attention = new

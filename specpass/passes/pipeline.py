@@ -41,8 +41,11 @@ PASSES: tuple[Pass, ...] = (
 
 
 FOLDER = Path(__file__).parent
-SOURCES = (*sorted(FOLDER.glob("*.py")), *sorted(FOLDER.parent.glob("ops*.py")),
-           *sorted((FOLDER.parent / "kernels").glob("*.py")))
+SOURCES = (
+    *sorted(FOLDER.glob("*.py")),
+    *sorted(FOLDER.parent.glob("ops*.py")),
+    *sorted((FOLDER.parent / "kernels").glob("*.py")),
+)
 
 
 class Pipeline:
@@ -72,8 +75,7 @@ class Pipeline:
             if state.kind in item.kinds and item.name not in self.skip:
                 start = time.perf_counter()
                 item.run(gm, state)
-                verify(gm, "FINAL" if index == last and not self.skip else item.stage, item.name,
-                       full=self.full_verify)
+                verify(gm, "FINAL" if index == last and not self.skip else item.stage, item.name, full=self.full_verify)
                 self.seconds[item.name] = self.seconds.get(item.name, 0.0) + time.perf_counter() - start
                 dump(gm, item.name)
             following = PASSES[index + 1].stage if index < last else ""

@@ -71,8 +71,10 @@ def computed_positions(nodes: list[fx.Node], symbol: Any) -> list[fx.Node]:
         if is_op(node, ATEN.unsqueeze) and node.args[1] == 0:
             val = value(node)
             counts = val.dtype == torch.int64 and val.dim() == 2 and is_size(val.shape[1], symbol)
-            if counts and all(not isinstance(value(source), torch.Tensor) or is_op(source, ATEN.arange, ATEN.add)
-                              or source is node for source in ancestors(node)):
+            if counts and all(
+                not isinstance(value(source), torch.Tensor) or is_op(source, ATEN.arange, ATEN.add) or source is node
+                for source in ancestors(node)
+            ):
                 found.append(node)
     return found
 
@@ -102,6 +104,4 @@ def resize(editor: Editor, nodes: list[fx.Node], symbol: Any, columns: int) -> N
 
 
 def _replace_constant(user: fx.Node, node: fx.Node, constant: int) -> None:
-    user.args, user.kwargs = fx.map_arg(
-        (user.args, dict(user.kwargs)), lambda n: constant if n is node else n
-    )
+    user.args, user.kwargs = fx.map_arg((user.args, dict(user.kwargs)), lambda n: constant if n is node else n)

@@ -11,8 +11,22 @@ from specpass.passes.canonicalize import FULL
 from specpass.passes.graph import ATEN, SPEC, Editor, is_op, is_size
 
 POINTWISE_TAGS = torch.Tag.pointwise
-ROW_OPS = (ATEN.linear, ATEN.to, ATEN._to_copy, ATEN.matmul, ATEN.layer_norm, ATEN.rms_norm, ATEN.dropout,
-           ATEN.contiguous, ATEN.clone, ATEN.silu, ATEN.gelu, ATEN.addmm, ATEN.mm, ATEN.type_as)
+ROW_OPS = (
+    ATEN.linear,
+    ATEN.to,
+    ATEN._to_copy,
+    ATEN.matmul,
+    ATEN.layer_norm,
+    ATEN.rms_norm,
+    ATEN.dropout,
+    ATEN.contiguous,
+    ATEN.clone,
+    ATEN.silu,
+    ATEN.gelu,
+    ATEN.addmm,
+    ATEN.mm,
+    ATEN.type_as,
+)
 
 
 def behind(node: fx.Node) -> set[fx.Node]:
@@ -56,14 +70,26 @@ def keeps_rows(node: fx.Node, columns: object) -> bool:
         return list(dims) == [-1]
     if is_op(node, ATEN.slice):  # over another axis, or over all of this one
         return not is_size(node.args[0].meta["val"].shape[node.args[1]], columns) or tuple(node.args[2:]) == (0, FULL)
-    return is_op(node, ATEN.reshape, ATEN.view, ATEN.transpose, ATEN.unsqueeze, ATEN.squeeze, ATEN.expand,
-                 ATEN.add, ATEN.mul, ATEN.pow, ATEN.rsqrt)
+    return is_op(
+        node,
+        ATEN.reshape,
+        ATEN.view,
+        ATEN.transpose,
+        ATEN.unsqueeze,
+        ATEN.squeeze,
+        ATEN.expand,
+        ATEN.add,
+        ATEN.mul,
+        ATEN.pow,
+        ATEN.rsqrt,
+    )
 
 
 def last_only(node: fx.Node) -> bool:
     """x[:, -1:] or x[:, -1]"""
     return (is_op(node, ATEN.slice) and tuple(node.args[1:]) == (1, -1, FULL)) or (
-        is_op(node, ATEN.select) and tuple(node.args[1:]) == (1, -1))
+        is_op(node, ATEN.select) and tuple(node.args[1:]) == (1, -1)
+    )
 
 
 def last_row(editor: Editor, state: State, before: fx.Node) -> fx.Node:

@@ -33,16 +33,28 @@ class ScoreImportance(Pass):
         editor = Editor(gm)
         sources = [node for node in (state.lookahead_ids, state.lengths) if node is not None]
         anchor = max(sources).next  # behind both
-        rows = editor.call(SPEC.score_rows, state.lengths, state.lookahead_ids, method.window, list(state.eos_ids),
-                           before=anchor)
+        rows = editor.call(
+            SPEC.score_rows, state.lengths, state.lookahead_ids, method.window, list(state.eos_ids), before=anchor
+        )
         own: dict[float, Inline] = {}  # by scale, which is a constant of the site
         for site in state.sites:
             before, like = site.attention.next, site.attention
             taken = editor.call(SPEC.take_rows, site.query, rows, before=before, like=like)
             if method.score is None:
                 changes = (None, None, *site.changes) if site.changes else ()  # no weights, no log-sum-exp yet
-                site.scores = editor.call(SPEC.importance, taken, site.key, rows, state.lengths, method.window,
-                                          site.scale, method.reduce, *changes, before=before, like=like)
+                site.scores = editor.call(
+                    SPEC.importance,
+                    taken,
+                    site.key,
+                    rows,
+                    state.lengths,
+                    method.window,
+                    site.scale,
+                    method.reduce,
+                    *changes,
+                    before=before,
+                    like=like,
+                )
                 continue
             if site.changes:
                 raise Refusal(f"{method.name}.score is not told of this layer's soft cap or sinks", site.module)

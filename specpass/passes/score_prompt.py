@@ -41,16 +41,36 @@ def score_step(gm: fx.GraphModule, state: State, how: SpecPC) -> None:
     _reduce(editor, state, how, total, rows, lengths, lambda site, before: (site.query, None))
 
 
-def _reduce(editor: Editor, state: State, how: SpecPC, total: fx.Node, rows: fx.Node, lengths: fx.Node,
-            score: Callable[[Site, fx.Node], tuple[fx.Node, fx.Node | None]]) -> None:
+def _reduce(
+    editor: Editor,
+    state: State,
+    how: SpecPC,
+    total: fx.Node,
+    rows: fx.Node,
+    lengths: fx.Node,
+    score: Callable[[Site, fx.Node], tuple[fx.Node, fx.Node | None]],
+) -> None:
     """Score each layer, reduce over heads and rows, then over layers; the result is the graph's last output."""
     reduce = "max" if how.reduce == "max" else "sum"
     for index in how.scoring_layers(len(state.sites)):
         site = state.sites[index]
         before = site.attention.next
         query, weights = score(site, before)
-        scores = editor.call(SPEC.importance, query, site.key, rows, lengths, 0, site.scale, reduce, weights, None,
-                             *site.changes, before=before, like=site.attention)
+        scores = editor.call(
+            SPEC.importance,
+            query,
+            site.key,
+            rows,
+            lengths,
+            0,
+            site.scale,
+            reduce,
+            weights,
+            None,
+            *site.changes,
+            before=before,
+            like=site.attention,
+        )
         total = editor.call(SPEC.merge_layer, total, scores, reduce, before=before, like=site.attention)
     output = output_of(editor.graph)
     result = output.args[0]

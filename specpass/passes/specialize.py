@@ -35,8 +35,17 @@ def attend_slots(editor: Editor, state: State) -> None:
     """Every site's attention becomes `attend`: over the slots that the lengths say are in use."""
     for site in state.sites:
         site.key, site.value = (own_slots(editor, node, site) for node in (site.key, site.value))
-        new = editor.call(SPEC.attend, site.query, site.key, site.value, site.cache.args[2], site.scale,
-                          *site.changes, before=site.attention, like=site.attention)
+        new = editor.call(
+            SPEC.attend,
+            site.query,
+            site.key,
+            site.value,
+            site.cache.args[2],
+            site.scale,
+            *site.changes,
+            before=site.attention,
+            like=site.attention,
+        )
         editor.replace(site.attention, new)
         site.attention = new
 
@@ -45,5 +54,6 @@ def own_slots(editor: Editor, node: fx.Node, site: Site) -> fx.Node:
     """The layer's own slots [B, K, P, D] where the model was shown those of the widest layer."""
     if not is_op(node, SPEC.widen):
         return node
-    return editor.call(ATEN.unflatten.int, node.args[0], 1, [node.args[1], -1], before=site.attention,
-                       like=site.attention)
+    return editor.call(
+        ATEN.unflatten.int, node.args[0], 1, [node.args[1], -1], before=site.attention, like=site.attention
+    )

@@ -129,8 +129,7 @@ def is_length(node: fx.Node, columns: torch.SymInt) -> bool:
     return is_size(node.meta.get("val"), columns)
 
 
-def check_tokens_apart(gm: fx.GraphModule, block: Block, weights: dict[fx.Node, Tensor],
-                       columns: torch.SymInt) -> None:
+def check_tokens_apart(gm: fx.GraphModule, block: Block, weights: dict[fx.Node, Tensor], columns: torch.SymInt) -> None:
     """Run the block on random rows, and on some of them in another order.
 
     Args: weights: real tensors of the graph's placeholders.
@@ -161,8 +160,7 @@ def check_tokens_apart(gm: fx.GraphModule, block: Block, weights: dict[fx.Node, 
 class _Trial:
     """Evaluates a block for batch 1 and so many rows as it is given."""
 
-    def __init__(self, gm: fx.GraphModule, block: Block, weights: dict[fx.Node, Tensor],
-                 columns: torch.SymInt) -> None:
+    def __init__(self, gm: fx.GraphModule, block: Block, weights: dict[fx.Node, Tensor], columns: torch.SymInt) -> None:
         self.gm, self.block, self.weights, self.columns = gm, block, weights, columns
 
     def run(self, rows: list[Tensor]) -> list[Tensor]:
@@ -190,8 +188,9 @@ class _Trial:
         return self.known[node]
 
 
-def rebuild(editor: Editor, block: Block, taken: dict[fx.Node, fx.Node], columns: torch.SymInt,
-            length: fx.Node | int) -> list[fx.Node]:
+def rebuild(
+    editor: Editor, block: Block, taken: dict[fx.Node, fx.Node], columns: torch.SymInt, length: fx.Node | int
+) -> list[fx.Node]:
     """Put a copy of the block that reads `taken` [B, M, ...] in its place; returns what takes its exits' place.
 
     Args: length: M.
