@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.walk import find, module_path, value
 from specpass.kernels.dispatch import ATEN_OPERATORS, KERNELS, Choice, choose
-from specpass.passes.graph import SPEC, find, module_path, value
 
 
 def choose_sites(gm: fx.GraphModule) -> list[tuple[str, Choice]]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from specpass.ir import role_of
+from specpass.graph.roles import role_of
 
 KEPT = 4  # recordings of one graph: a recording pins its buffers' memory
 

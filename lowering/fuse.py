@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor, copy_module
+from specpass.graph.walk import ATEN, VIEWS, find, is_op, value
 from specpass.kernels.dispatch import choose, returns_lse
-from specpass.passes.graph import ATEN, SPEC, VIEWS, Editor, copy_module, find, is_op, value
 
 SAME_STORAGE = (*VIEWS, ATEN.unflatten)
 

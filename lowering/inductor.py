@@ -27,8 +27,8 @@ from torch._inductor.cpu_vec_isa import valid_vec_isa_list
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from specpass.graph.edit import copy_module
 from specpass.lowering.regions import Region, close, find_regions
-from specpass.passes.graph import copy_module
 from specpass.reporting import GraphRecord
 
 

@@ -13,7 +13,7 @@ import re
 import torch
 from torch import fx
 
-from specpass.passes.graph import module_path
+from specpass.graph.walk import module_path
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")

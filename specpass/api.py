@@ -21,7 +21,7 @@ import specpass.flops  # noqa: F401  (torch's FLOP counter knows our operators)
 from specpass import checks
 from specpass.backend import Backend
 from specpass.cache import BudgetCache
-from specpass.ir import ROLES
+from specpass.graph.roles import ROLES
 from specpass.methods import Method
 
 ATTRIBUTES = ("_compiled_call_impl", "_prepare_cache_for_generation", "create_masks_for_generate", "_specpass")

@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 from specpass import checks
 from specpass.cache import BudgetCache
 from specpass.calls import Call, owner_of
+from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
+from specpass.dialect.define import SPEC
 from specpass.draft_capture import capture_draft
 from specpass.draft_graphs import DraftGraphs
 from specpass.errors import (
@@ -24,11 +26,11 @@ from specpass.errors import (
     SpecpassError,
     UnsupportedCallError,
 )
-from specpass.ir import holds_cache_ops, named_inputs, restart_if_specialised, trace_aten
+from specpass.graph.roles import named_inputs
+from specpass.graph.walk import ATEN, find, is_op, output_of
 from specpass.lowering.lower import lower, prepare
 from specpass.methods import Method
 from specpass.passes.base import Refusal, State
-from specpass.passes.graph import ATEN, SPEC, find, is_op, output_of
 from specpass.passes.pipeline import Pipeline
 from specpass.reporting import GraphRecord, Report
 

@@ -9,8 +9,10 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor, quiet
+from specpass.graph.walk import output_of
 from specpass.passes.base import State
-from specpass.passes.graph import SPEC, Editor, output_of, quiet
 from specpass.prompt_methods import SpecPC
 
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import specpass
 from specpass import checks, hub
 from specpass.decoder import Decoder
+from specpass.graph.edit import copy_module
 from specpass.methods import Method
-from specpass.passes.graph import copy_module
 from specpass.reporting import Report
 
 HEAD_DIM, INTERMEDIATE, VOCAB = 16, 64, 256

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from specpass.dialect.define import SPEC
 from specpass.files import write_file
+from specpass.graph.walk import ATEN, find
 from specpass.lowering.regions import find_regions
-from specpass.passes.graph import ATEN, SPEC, find
 
 _HIDDEN = frozenset(
     {

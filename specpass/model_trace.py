@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from transformers import Cache
 
-from specpass.passes.graph import quiet
+from specpass.graph.edit import quiet
 
 # Sizes while tracing: all different, so that no two dimensions are taken for one.
 BATCH, PROMPT, ROOM, SLOTS = 3, 1021, 31, 1087

@@ -16,12 +16,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import specpass
 import specpass.ops
+from specpass.dialect.define import SPEC
+from specpass.graph.walk import find
 from specpass.kernels import dispatch
 from specpass.kernels.dispatch import Choice
 from specpass.lowering import fuse as fusing
 from specpass.lowering.choose import choose_sites
 from specpass.lowering.fuse import fuse
-from specpass.passes.graph import SPEC, find
 
 pytestmark = pytest.mark.usefixtures("triton_counts_as_installed")
 B, H, K, T, R, P, W, D = 2, 8, 2, 60, 12, 84, 4, 64

@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import specpass
 import specpass.backend
+from specpass.graph.edit import copy_module
 from specpass.passes import pipeline
-from specpass.passes.graph import copy_module
 from specpass.passes.stages import StageError, verify
 
 C, W, L, LAYERS = 24, 8, 4, 2

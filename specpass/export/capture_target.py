@@ -19,10 +19,10 @@ from specpass.draft_graphs import DraftGraphs
 from specpass.export.draft_loop import LoopedDraft
 from specpass.export.flatten import Inliner, flatten, named, outputs_of
 from specpass.export.forms import FORMS, by_head
+from specpass.graph.edit import fake_mode_of
 from specpass.methods import Method
 from specpass.model_trace import BATCH, SLOTS, ModelTrace
 from specpass.passes.base import Refusal, State
-from specpass.passes.graph import fake_mode_of
 from specpass.passes.pipeline import Pipeline
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 from specpass.draft_graphs import DraftGraphs
 from specpass.export.flatten import Inliner
 from specpass.export.forms import by_head
+from specpass.graph.edit import Editor, quiet
 from specpass.kernels import reference, reference_prompt
 from specpass.passes.base import State
-from specpass.passes.graph import Editor, quiet
 
 
 @dataclasses.dataclass

@@ -18,9 +18,11 @@ import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from specpass.dialect.define import SPEC
 from specpass.errors import ExportError
 from specpass.export.forms import FORMS, by_head
-from specpass.passes.graph import ATEN, SPEC, VIEWS, copy_module, fake_mode_of, is_op, module_path, output_of, quiet
+from specpass.graph.edit import copy_module, fake_mode_of, quiet
+from specpass.graph.walk import ATEN, VIEWS, is_op, module_path, output_of
 
 NAMESPACE = "specpass"
 

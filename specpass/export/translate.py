@@ -36,7 +36,8 @@ from torch.export.graph_signature import (
 from specpass.errors import ExportError
 from specpass.export.capture_target import Program
 from specpass.export.flatten import outputs_of
-from specpass.passes.graph import ATEN, fake_mode_of, is_op, module_path
+from specpass.graph.edit import fake_mode_of
+from specpass.graph.walk import ATEN, is_op, module_path
 
 OPSET = 20
 _TARGET = re.compile(r"Error when translating node .*?target=torch\.ops\.([\w.]+)\]")

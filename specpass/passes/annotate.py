@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from specpass.dialect.define import SPEC
 from specpass.errors import NoAttentionSiteError
+from specpass.graph.walk import ATEN, VIEWS, find, is_op, module_path, skip_full_slices, value
 from specpass.passes.base import Pass, Refusal, Site, State
-from specpass.passes.canonicalize import skip_full_slices
-from specpass.passes.graph import ATEN, SPEC, VIEWS, find, is_op, module_path, value
 from specpass.passes.logits import changed_logits
 from specpass.passes.masks import mask_class
 

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor, quiet
+from specpass.graph.walk import ATEN, VIEWS, find, is_op, skip_full_slices, value
 from specpass.passes.base import Pass, State
 from specpass.passes.eager_attention import fuse_eager_attention
-from specpass.passes.graph import ATEN, SPEC, VIEWS, Editor, find, is_op, quiet, value
-
-FULL = (1 << 63) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +110,3 @@ def repeated_source(node: Any) -> fx.Node | None:
     group = value(wide).shape[2]
     same = value(wide).shape == (batch, kv_heads, group, columns, dim)
     return source if same and full == (batch, kv_heads * group, columns, dim) else None
-
-
-def skip_full_slices(node: Any) -> Any:
-    """Step over `x[:, :]` spelled as aten.slice over the whole axis."""
-    while is_op(node, ATEN.slice) and tuple(node.args[2:4]) in ((0, FULL), (None, None)) and len(node.args) < 5:
-        node = node.args[0]
-    return node

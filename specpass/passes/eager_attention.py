@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import fx
 
-from specpass.passes.graph import ATEN, SPEC, VIEWS, Editor, is_op, value
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor
+from specpass.graph.walk import ATEN, VIEWS, is_op, value
 
 PASSIVE = (ATEN.to, ATEN._to_copy, ATEN.dropout, ATEN.contiguous, ATEN.clone)  # casts, dropout that is off, copies
 

@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor
+from specpass.graph.walk import ATEN, find, items_of
 from specpass.passes.base import Pass, Refusal, State
-from specpass.passes.graph import ATEN, SPEC, Editor, find, items_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,8 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor
+from specpass.graph.walk import is_op, items_of
 from specpass.passes.base import Pass, Site, State
-from specpass.passes.graph import SPEC, Editor, is_op, items_of
 from specpass.passes.inline import Inline, check_result
 
 

@@ -14,7 +14,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from specpass.errors import MethodHookError
-from specpass.passes.graph import Editor, output_of, quiet
+from specpass.graph.edit import Editor, quiet
+from specpass.graph.walk import output_of
 
 
 class Inline:

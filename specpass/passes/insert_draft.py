@@ -19,8 +19,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor, quiet
+from specpass.graph.walk import find, is_op, is_size, value
 from specpass.passes.base import Pass, Refusal, State
-from specpass.passes.graph import SPEC, Editor, find, is_op, is_size, quiet, value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from specpass.passes.graph import ATEN, is_op
+from specpass.graph.walk import ATEN, is_op
 
 PRODUCTS = (ATEN.matmul, ATEN.bmm, ATEN.baddbmm, ATEN.einsum)
 OTHERS = (ATEN.linear, ATEN.scaled_dot_product_attention)  # a router's softmax is no attention

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from specpass.passes.graph import value
+from specpass.graph.walk import ancestors, value
 
 
 def mask_class(mask: fx.Node, inputs: dict[str, fx.Node]) -> str:
@@ -56,18 +56,6 @@ def mask_class(mask: fx.Node, inputs: dict[str, fx.Node]) -> str:
     if not window:
         return "causal"
     return "unknown: neither causal nor a sliding window" if 0 in window else f"sliding window {min(window)}"
-
-
-def ancestors(node: fx.Node) -> list[fx.Node]:
-    """Nodes that `node` depends on, itself included, in graph order."""
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return sorted(seen)
 
 
 def _is_constant(size: torch.SymInt) -> bool:

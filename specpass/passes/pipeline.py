@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import fx
 
+from specpass.graph.edit import copy_module
 from specpass.passes.annotate import Annotate
 from specpass.passes.base import Pass, State
 from specpass.passes.canonicalize import Canonicalize
 from specpass.passes.gather_prompt import GatherPrompt
 from specpass.passes.gather_prune import GatherPrune
-from specpass.passes.graph import copy_module
 from specpass.passes.insert_draft import InsertDraft
 from specpass.passes.pack_rows import PackRows
 from specpass.passes.resize_prompt import ResizePrompt

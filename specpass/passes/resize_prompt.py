@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor, quiet
+from specpass.graph.walk import ATEN, ancestors, depends, is_op, is_size, value
 from specpass.passes.base import Pass, Refusal, State
-from specpass.passes.graph import ATEN, SPEC, Editor, depends, is_op, is_size, quiet, value
-from specpass.passes.masks import ancestors
 
 
 @dataclasses.dataclass(frozen=True)

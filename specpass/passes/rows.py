@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from specpass.dialect.define import SPEC
 from specpass.errors import UnsupportedCallError
+from specpass.graph.edit import Editor
+from specpass.graph.walk import ATEN, FULL, is_op, is_size
 from specpass.passes.base import State
-from specpass.passes.canonicalize import FULL
-from specpass.passes.graph import ATEN, SPEC, Editor, is_op, is_size
 
 POINTWISE_TAGS = torch.Tag.pointwise
 ROW_OPS = (
@@ -27,18 +28,6 @@ ROW_OPS = (
     ATEN.mm,
     ATEN.type_as,
 )
-
-
-def behind(node: fx.Node) -> set[fx.Node]:
-    """All nodes that depend on `node`."""
-    seen: set[fx.Node] = set()
-    stack = list(node.users)
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.users)
-    return seen
 
 
 def has_rows(node: fx.Node, columns: object) -> bool:

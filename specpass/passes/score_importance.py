@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor
 from specpass.passes.base import Pass, Refusal, State
-from specpass.passes.graph import SPEC, Editor
 from specpass.passes.inline import Inline, check_result
 
 

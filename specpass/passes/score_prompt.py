@@ -12,8 +12,10 @@ from collections.abc import Callable
 
 from torch import fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor
+from specpass.graph.walk import output_of
 from specpass.passes.base import Site, State
-from specpass.passes.graph import SPEC, Editor, output_of
 from specpass.prompt_methods import SpecPC
 
 

@@ -13,8 +13,10 @@ from typing import ClassVar
 
 from torch import fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor
+from specpass.graph.walk import find
 from specpass.passes.base import Pass, State
-from specpass.passes.graph import SPEC, Editor, find
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,10 @@ from typing import ClassVar
 
 from torch import fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor
+from specpass.graph.walk import ATEN, find, is_op
 from specpass.passes.base import Pass, Site, State
-from specpass.passes.graph import ATEN, SPEC, Editor, find, is_op
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from specpass.passes.graph import SPEC, fake_mode_of, find, quiet
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import fake_mode_of, quiet
+from specpass.graph.walk import find
 
 # operators that must be gone when a graph reaches a stage
 FORBIDDEN: dict[str, tuple[Any, ...]] = {

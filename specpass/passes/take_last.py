@@ -16,9 +16,11 @@ from typing import ClassVar
 
 from torch import fx
 
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor
+from specpass.graph.walk import behind, find, output_of
 from specpass.passes.base import Pass, Refusal, State
-from specpass.passes.graph import SPEC, Editor, find, output_of
-from specpass.passes.rows import behind, every_row, has_rows, keeps_rows, last_only, last_row
+from specpass.passes.rows import every_row, has_rows, keeps_rows, last_only, last_row
 from specpass.passes.token_block import take_in_front_of_blocks
 
 

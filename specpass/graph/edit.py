@@ -1,54 +1,14 @@
-"""Small helpers that every pass uses to read and edit a graph; all new nodes carry fake values."""
+"""Editing FX graphs: all new nodes carry fake values."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
-_ROOT = re.compile(r"^[LG]\['\w+'\]\.?")  # how Dynamo names the module that it was called with
-
-SPEC = torch.ops.specpass
-ATEN = torch.ops.aten
-VIEWS = (ATEN.reshape, ATEN.view, ATEN._unsafe_view)
-
-
-def is_op(node: Any, *packets: Any) -> bool:
-    """Whether `node` calls one of the operator packets (any overload)."""
-    if not isinstance(node, fx.Node) or node.op != "call_function":
-        return False
-    return getattr(node.target, "overloadpacket", node.target) in packets
-
-
-def find(graph: fx.Graph, *packets: Any) -> list[fx.Node]:
-    """Nodes of the graph, in order, that call one of the packets."""
-    return [node for node in graph.nodes if is_op(node, *packets)]
-
-
-def value(argument: Any) -> Any:
-    """The fake value of a node, or the constant itself."""
-    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
-
-
-def is_size(size: Any, columns: Any) -> bool:
-    """Whether `size` is the symbolic size `columns` (a SymInt or its expression)."""
-    expr = columns.node.expr if isinstance(columns, torch.SymInt) else columns
-    return isinstance(size, torch.SymInt) and size.node.expr == expr
-
-
-def depends(val: Any, columns: Any) -> bool:
-    """Whether a number, or some size or stride of a value or of a list's items, has a symbol of `columns` in it."""
-    expr = columns.node.expr if isinstance(columns, torch.SymInt) else columns
-    if isinstance(val, torch.SymInt):
-        return bool(expr.free_symbols & val.node.expr.free_symbols)
-    if isinstance(val, torch.Tensor):
-        return any(depends(dim, expr) for dim in (*val.shape, *val.stride()))
-    return isinstance(val, (list, tuple)) and any(depends(item, expr) for item in val)
 
 
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
@@ -118,28 +78,3 @@ def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in env.items():
         new.meta = dict(old.meta)
     return fx.GraphModule(gm, graph)
-
-
-def placeholders(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Placeholders by name, in order."""
-    return {node.target: node for node in graph.nodes if node.op == "placeholder"}
-
-
-def output_of(graph: fx.Graph) -> fx.Node:
-    return next(iter(reversed(graph.nodes)))
-
-
-def items_of(node: fx.Node) -> dict[int, list[fx.Node]]:
-    """getitem users of a node with several results, by index."""
-    found: dict[int, list[fx.Node]] = {}
-    for user in node.users:
-        found.setdefault(user.args[1], []).append(user)
-    return found
-
-
-def module_path(node: fx.Node) -> str:
-    """The model's own module path of a node (`model.layers.0.self_attn`), or ''."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    return _ROOT.sub("", list(stack.values())[-1][0])

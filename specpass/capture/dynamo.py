@@ -1,8 +1,7 @@
-"""From Dynamo's graph to the IR that passes see: pre-dispatch ATen, symbolic sizes, inputs by their role."""
+"""From Dynamo's graph to the IR that passes see: pre-dispatch ATen with symbolic sizes."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -12,37 +11,14 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from specpass.passes.graph import SPEC, find
-
-# The order in which Hugging Face decoders take them, for callers that pass them by position.
-ROLES = ("input_ids", "attention_mask", "position_ids")
-_BY_NAME = re.compile(r"\['(input_ids|attention_mask|position_ids|inputs_embeds)'\]$")
-_BY_ORDER = re.compile(r"\['args'\]\[(\d)\]$")
-_BARE = re.compile(r"^L\['(\w+)'\]$")
+from specpass.dialect.define import SPEC
+from specpass.graph.roles import ROLES, role_of, source_name
+from specpass.graph.walk import find
 
 
 def holds_cache_ops(gm: fx.GraphModule) -> bool:
     """Whether a BudgetCache was traced into this graph."""
     return bool(find(gm.graph, SPEC.fill, SPEC.append_kv))
-
-
-def source_name(node: fx.Node) -> str:
-    """Where Dynamo read an input from, e.g. L['kwargs']['input_ids']."""
-    grapharg = node.meta.get("grapharg")
-    source = getattr(grapharg, "source", None)
-    if source is None:
-        return ""
-    name = source.name
-    return name() if callable(name) else name
-
-
-def role_of(name: str) -> str | None:
-    """input_ids, attention_mask, position_ids or inputs_embeds; None for weights, sizes and the cache."""
-    if found := _BY_NAME.search(name):
-        return found.group(1)
-    if (found := _BY_ORDER.search(name)) and int(found.group(1)) < len(ROLES):
-        return ROLES[int(found.group(1))]
-    return None
 
 
 def restart_if_specialised(gm: fx.GraphModule, example_inputs: list[Any]) -> None:
@@ -89,14 +65,3 @@ def trace_aten(gm: fx.GraphModule) -> fx.GraphModule:
         new.meta.setdefault("val", _value(old))
         new.meta["specpass_source"] = source_name(old)
     return traced
-
-
-def named_inputs(gm: fx.GraphModule) -> dict[str, fx.Node]:
-    """Prompt inputs [B, S] by role; a mask that is not 2-D has no role."""
-    found: dict[str, fx.Node] = {}
-    for node in gm.graph.find_nodes(op="placeholder"):
-        role = role_of(node.meta.get("specpass_source", ""))
-        val = node.meta.get("val")
-        if role == "inputs_embeds" or (role and isinstance(val, torch.Tensor) and val.dim() == 2):
-            found[role] = node
-    return found
