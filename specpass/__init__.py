@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from specpass.backend import Backend as Backend
     from specpass.cache import BudgetCache as BudgetCache
     from specpass.export.api import export_onnx as export_onnx
-    from specpass.methods import Method as Method
-    from specpass.methods import PyramidKV as PyramidKV
-    from specpass.methods import SnapKV as SnapKV
-    from specpass.methods import SpecKV as SpecKV
-    from specpass.methods import StreamingLLM as StreamingLLM
-    from specpass.prompt_methods import SpecKVPC as SpecKVPC
-    from specpass.prompt_methods import SpecPC as SpecPC
+    from specpass.methods.base import Method as Method
+    from specpass.methods.pyramidkv import PyramidKV as PyramidKV
+    from specpass.methods.snapkv import SnapKV as SnapKV
+    from specpass.methods.speckv import SpecKV as SpecKV
+    from specpass.methods.speckvpc import SpecKVPC as SpecKVPC
+    from specpass.methods.specpc import SpecPC as SpecPC
+    from specpass.methods.streamingllm import StreamingLLM as StreamingLLM
     from specpass.reporting import report as report
 
 # Names are looked up on first use, so that `import specpass` does not import torch.
@@ -28,13 +28,13 @@ _HOME = {
     "restore": "specpass.api",
     "Backend": "specpass.backend",
     "BudgetCache": "specpass.cache",
-    "Method": "specpass.methods",
-    "SpecKV": "specpass.methods",
-    "SnapKV": "specpass.methods",
-    "StreamingLLM": "specpass.methods",
-    "PyramidKV": "specpass.methods",
-    "SpecPC": "specpass.prompt_methods",
-    "SpecKVPC": "specpass.prompt_methods",
+    "Method": "specpass.methods.base",
+    "SpecKV": "specpass.methods.speckv",
+    "SnapKV": "specpass.methods.snapkv",
+    "StreamingLLM": "specpass.methods.streamingllm",
+    "PyramidKV": "specpass.methods.pyramidkv",
+    "SpecPC": "specpass.methods.specpc",
+    "SpecKVPC": "specpass.methods.speckvpc",
     "export_onnx": "specpass.export.api",
     "report": "specpass.reporting",
 }

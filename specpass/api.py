@@ -22,7 +22,7 @@ from specpass import checks
 from specpass.backend import Backend
 from specpass.cache import BudgetCache
 from specpass.graph.roles import ROLES
-from specpass.methods import Method
+from specpass.methods.base import Method
 
 ATTRIBUTES = ("_compiled_call_impl", "_prepare_cache_for_generation", "create_masks_for_generate", "_specpass")
 _ABSENT = object()

@@ -29,7 +29,7 @@ from specpass.errors import (
 from specpass.graph.roles import named_inputs
 from specpass.graph.walk import ATEN, find, is_op, output_of
 from specpass.lowering.lower import lower, prepare
-from specpass.methods import Method
+from specpass.methods.base import Method
 from specpass.passes.base import Refusal, State
 from specpass.passes.pipeline import Pipeline
 from specpass.reporting import GraphRecord, Report

@@ -18,7 +18,8 @@ from transformers.cache_utils import CacheLayerMixin, get_layer_types_and_kwargs
 
 import specpass.ops_prompt  # noqa: F401  (registers the operators that update() traces to, specpass.ops' too)
 from specpass.errors import BudgetError, CacheStateError, LookaheadError, UncompiledCacheError
-from specpass.methods import Method, as_id_rows
+from specpass.methods.base import Method
+from specpass.methods.speckv import as_id_rows
 
 ROOM_STEP = 64  # slots for generated tokens come in blocks of this many
 

@@ -21,7 +21,7 @@ from specpass.errors import (
     TokenizerMismatchError,
     UnsupportedCallError,
 )
-from specpass.methods import Method
+from specpass.methods.base import Method
 
 PADDING = 1024  # vocabularies that differ by less may be one tokenizer's, padded to different multiples
 

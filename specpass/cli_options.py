@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from specpass.errors import MissingDraftError, PromptError
-from specpass.method_table import FULL, make_method, names
-from specpass.methods import Method
+from specpass.methods.base import Method
+from specpass.methods.registry import FULL, make_method, names
 
 MODELS = "name (see `specpass models list`), hub id, or folder"
 

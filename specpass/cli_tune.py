@@ -21,8 +21,8 @@ from rich.table import Table
 from specpass.cli_options import Lookahead, MaxNewTokens, MethodName, Options, Window
 from specpass.errors import BudgetError, TritonMissingError, UnknownArchError
 from specpass.files import check_folder, write_file
-from specpass.method_table import make_method
-from specpass.methods import Method
+from specpass.methods.base import Method
+from specpass.methods.registry import make_method
 
 if TYPE_CHECKING:
     from specpass.kernels.store import Entry

@@ -21,7 +21,7 @@ import sympy
 from sympy import Expr, Symbol
 
 from specpass.decoder import Decoder
-from specpass.methods import BUDGET_STEP, Method
+from specpass.methods.base import BUDGET_STEP, Method
 
 B, S, L, W, C, N, M = (Symbol(name, positive=True) for name in "BSLWCNM")
 C_P, W_P, N_P = (Symbol(name, positive=True) for name in ("C_p", "W_p", "n_p"))

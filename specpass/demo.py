@@ -19,10 +19,11 @@ from rich.table import Table
 from transformers.utils import logging
 
 import specpass
-from specpass import checks, hub, method_table
+from specpass import checks, hub
 from specpass.demo_prompt import EXPECTED, FACT, Prompt, build_prompt
 from specpass.files import check_folder
-from specpass.methods import Method
+from specpass.methods import registry as method_table
+from specpass.methods.base import Method
 from specpass.storage import cache_bytes
 from specpass.streaming import Clock
 

@@ -18,6 +18,7 @@ from specpass.dialect.define import SPEC
 from specpass.draft_graphs import DraftGraphs
 from specpass.graph.edit import Editor
 from specpass.graph.walk import output_of
+from specpass.methods.specpc import SpecPC
 from specpass.model_trace import BATCH, SLOTS, ModelTrace
 from specpass.passes.annotate import Annotate
 from specpass.passes.base import Refusal, State
@@ -26,7 +27,6 @@ from specpass.passes.pack_rows import attend_packed
 from specpass.passes.score_prompt import score_prefill, score_step
 from specpass.passes.specialize import attend_slots
 from specpass.passes.take_last import TakeLast
-from specpass.prompt_methods import SpecPC
 
 
 class _DraftLayer(CacheLayerMixin):

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor, quiet
 from specpass.graph.walk import output_of
+from specpass.methods.specpc import SpecPC
 from specpass.passes.base import State
-from specpass.prompt_methods import SpecPC
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ import specpass
 from specpass import checks, hub
 from specpass.decoder import Decoder
 from specpass.graph.edit import copy_module
-from specpass.methods import Method
+from specpass.methods.base import Method
 from specpass.reporting import Report
 
 HEAD_DIM, INTERMEDIATE, VOCAB = 16, 64, 256

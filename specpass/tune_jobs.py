@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from specpass.methods import Method
+from specpass.methods.base import Method
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,9 @@ from cli_models import save_model
 from typer.testing import CliRunner
 
 import specpass
-from specpass import cli, method_table
+from specpass import cli
 from specpass.errors import MethodOptionError
+from specpass.methods import registry as method_table
 from specpass.streaming import Streamer
 
 runner = CliRunner()
@@ -137,7 +138,7 @@ def test_a_real_sigint_ends_with_130_and_no_traceback(folder: Path) -> None:
 
 def test_methods_come_from_what_the_package_exports(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"speckv", "snapkv", "streamingllm"} <= set(method_table.names())
-    monkeypatch.setitem(specpass._HOME, "SpecWhatever", "specpass.methods")
+    monkeypatch.setitem(specpass._HOME, "SpecWhatever", "specpass.methods.specwhatever")
     assert method_table.names()["specwhatever"] == "SpecWhatever"
 
 

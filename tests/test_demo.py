@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import specpass
-from specpass import cli, demo, hub, method_table, pictures
+from specpass import cli, demo, hub, pictures
 from specpass.demo_prompt import EXPECTED, QUESTION, Prompt, build_prompt
+from specpass.methods import registry as method_table
 
 BUDGET, TOKENS = 40, 400
 
@@ -86,7 +87,7 @@ def test_a_method_that_the_package_gains_joins(monkeypatch: pytest.MonkeyPatch) 
     class SpecPC(specpass.SnapKV):
         pass
 
-    monkeypatch.setitem(specpass._HOME, "SpecPC", "specpass.methods")
+    monkeypatch.setitem(specpass._HOME, "SpecPC", "specpass.methods.specpc")
     monkeypatch.setattr(specpass, "SpecPC", SpecPC, raising=False)
     assert SpecPC(64) in demo.demo_methods(64)
 

@@ -28,7 +28,7 @@ from specpass.errors import (
     OutputFileError,
 )
 from specpass.files import write_file
-from specpass.methods import Method
+from specpass.methods.base import Method
 from specpass.passes.base import Refusal
 
 PACKAGES = ("onnx", "onnx_ir", "onnxscript")

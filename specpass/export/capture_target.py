@@ -20,7 +20,7 @@ from specpass.export.draft_loop import LoopedDraft
 from specpass.export.flatten import Inliner, flatten, named, outputs_of
 from specpass.export.forms import FORMS, by_head
 from specpass.graph.edit import fake_mode_of
-from specpass.methods import Method
+from specpass.methods.base import Method
 from specpass.model_trace import BATCH, SLOTS, ModelTrace
 from specpass.passes.base import Refusal, State
 from specpass.passes.pipeline import Pipeline

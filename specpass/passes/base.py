@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from specpass.errors import SpecpassError
-from specpass.methods import Method
+from specpass.methods.base import Method
 
 
 class Refusal(Exception):

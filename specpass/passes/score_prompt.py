@@ -15,8 +15,8 @@ from torch import fx
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.walk import output_of
+from specpass.methods.specpc import SpecPC
 from specpass.passes.base import Site, State
-from specpass.prompt_methods import SpecPC
 
 
 def score_prefill(gm: fx.GraphModule, state: State, how: SpecPC) -> None:

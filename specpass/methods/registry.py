@@ -1,6 +1,6 @@
 """Methods by name, made from text options: what the command line and the demo know about methods.
 
-The table is read off the package: a Method that `specpass.__init__` exports from specpass.methods is here.
+The table is read off the package: a Method that `specpass.__init__` exports is here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import specpass
 from specpass.errors import BudgetError, MethodOptionError
-from specpass.methods import Method
+from specpass.methods.base import Method
 
 FULL = "full"  # on the command line: no method, the uncompiled model with its whole KV cache
 
@@ -22,7 +22,7 @@ def names() -> dict[str, str]:
     return {
         name.lower(): name
         for name, home in specpass._HOME.items()
-        if home in ("specpass.methods", "specpass.prompt_methods") and name != Method.__name__
+        if home.startswith("specpass.methods.") and name != Method.__name__
     }
 
 

@@ -1,0 +1,63 @@
+"""SpecKV: a draft's lookahead scores the prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from specpass.errors import LookaheadError
+from specpass.methods.base import Scored, check_count, check_temperature
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecKV(Scored):
+    """The target keeps the KV pairs that the window and the draft's L lookahead tokens attend to.
+
+    Args:
+        budget: KV slots C per KV head and layer, or a ratio of the prompt length.
+        window: the last W prompt tokens are always kept and always score.
+        lookahead: L tokens that the draft writes; None means max_new_tokens of the generation.
+        reduce, pool, kernel: reduction over rows, pooling along the sequence and its odd width.
+        temperature, seed: 0.0 drafts greedily; above, the draft samples from a counter-based generator.
+        lookahead_ids: [B, L] token ids that take the draft's place; no draft is needed then.
+
+    Source: arXiv 2506.08373, Algorithm 1.
+    """
+
+    lookahead: int | None = None
+    temperature: float = 0.0
+    seed: int = 0
+    lookahead_ids: tuple[tuple[int, ...], ...] | None = None
+
+    drafts: ClassVar[bool] = True
+    appends: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lookahead is not None:
+            check_count("lookahead", self.lookahead, 1)
+        check_temperature(self.temperature)
+        if self.lookahead_ids is not None:
+            rows = as_id_rows(self.lookahead_ids)
+            object.__setattr__(self, "lookahead_ids", rows)
+            if self.lookahead not in (None, len(rows[0])):
+                raise LookaheadError(
+                    f"lookahead={self.lookahead} but lookahead_ids has {len(rows[0])} tokens a row; leave one out."
+                )
+            object.__setattr__(self, "lookahead", len(rows[0]))
+
+
+def as_id_rows(ids: Any) -> tuple[tuple[int, ...], ...]:
+    """[B, L] token ids (a tensor or nested sequences) as nested tuples.
+
+    Raises:
+        LookaheadError: not two-dimensional, empty, or rows of different lengths.
+    """
+    rows = ids.tolist() if hasattr(ids, "tolist") else ids
+    if not isinstance(rows, Sequence) or not rows or not all(isinstance(row, Sequence) for row in rows):
+        raise LookaheadError(f"lookahead_ids={ids!r}: expected [B, L] token ids.")
+    lengths = {len(row) for row in rows}
+    if len(lengths) != 1 or 0 in lengths:
+        raise LookaheadError(f"lookahead_ids has rows of lengths {sorted(lengths)}: expected one length L >= 1.")
+    return tuple(tuple(int(token) for token in row) for row in rows)
