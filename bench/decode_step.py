@@ -37,7 +37,7 @@ def generate(model: Any, length: int, steps: int) -> tuple[list[float], Any]:
     """(milliseconds per step, the cache) of a generation after a random prompt of `length` tokens."""
     import torch
 
-    from specpass.streaming import Clock
+    from specpass.observe.streaming import Clock
 
     ids = torch.randint(100, 20_000, (1, length), generator=torch.Generator().manual_seed(length))
     clock = Clock()
@@ -68,7 +68,7 @@ def alternate(model: Any, lengths: tuple[int, ...], steps: int, rounds: int) -> 
 
 def figures(model: Any, times: dict[int, list[float]], cache: Any, bandwidth: float) -> dict[str, Any]:
     """Medians, their ratio (long over short), and the floor in ms for the cache after the last run."""
-    from specpass.storage import step_weight_bytes
+    from specpass.observe.storage import step_weight_bytes
 
     short, long = sorted(times)
     medians = {f"ms_after_{length}": common.median(times[length], 3) for length in (short, long)}

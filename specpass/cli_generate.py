@@ -94,8 +94,8 @@ def _answer(choice: Choice, text: str, raw: bool, device: str, seed: int, echo: 
     from transformers.utils import logging
 
     import specpass
-    from specpass.storage import cache_bytes
-    from specpass.streaming import Streamer
+    from specpass.observe.storage import cache_bytes
+    from specpass.observe.streaming import Streamer
 
     logging.disable_progress_bar()  # loading bars on stderr would stand between the answer and the prompt
     start = time.perf_counter()

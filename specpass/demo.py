@@ -24,8 +24,8 @@ from specpass.demo_prompt import EXPECTED, FACT, Prompt, build_prompt
 from specpass.files import check_folder
 from specpass.methods import registry as method_table
 from specpass.methods.base import Method
-from specpass.storage import cache_bytes
-from specpass.streaming import Clock
+from specpass.observe.storage import cache_bytes
+from specpass.observe.streaming import Clock
 
 DRAFT, TARGET = "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
 METHODS = ("snapkv", "speckv", "specpc", "speckvpc")  # those that the package has, in this order

@@ -22,7 +22,7 @@ import specpass
 from specpass import cli
 from specpass.errors import MethodOptionError
 from specpass.methods import registry as method_table
-from specpass.streaming import Streamer
+from specpass.observe.streaming import Streamer
 
 runner = CliRunner()
 TEXT = " ".join(f"w{index % 90}" for index in range(60))

@@ -16,7 +16,7 @@ import specpass.flops
 from specpass import backend, cost
 from specpass.decoder import Decoder
 from specpass.kernels import reference
-from specpass.storage import cache_bytes
+from specpass.observe.storage import cache_bytes
 
 S, C, W, L, NEW = 300, 64, 8, 6, 5
 NEAR = pytest.approx  # 2 % where stock models are counted: rotary tables and norms are left out of the forms

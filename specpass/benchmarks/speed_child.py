@@ -20,8 +20,8 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from specpass.benchmarks import profiles, rates
 from specpass.benchmarks.models import Pair
 from specpass.benchmarks.variants import LOOKAHEAD, WINDOW
-from specpass.storage import cache_bytes, step_weight_bytes
-from specpass.streaming import Clock
+from specpass.observe.storage import cache_bytes, step_weight_bytes
+from specpass.observe.streaming import Clock
 
 WARM_UP_STEPS = 3
 COMPILE_TOKENS = 8
