@@ -17,8 +17,9 @@ from support import compile_eager
 from tiny import tiny
 
 import specpass
-from specpass import bundle, errors, runtime
+from specpass import errors, runtime
 from specpass.export import api
+from specpass.runtime import bundle
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -18,7 +18,6 @@ from torch import nn
 
 from specpass import checks
 from specpass._version import __version__
-from specpass.bundle import DECODE, MANIFEST, PREFILL, Bundle, file_hash
 from specpass.errors import (
     BudgetError,
     DtypeMismatchError,
@@ -30,6 +29,7 @@ from specpass.errors import (
 from specpass.files import write_file
 from specpass.methods.base import Method
 from specpass.passes.base import Refusal
+from specpass.runtime.bundle import DECODE, MANIFEST, PREFILL, Bundle, file_hash
 
 PACKAGES = ("onnx", "onnx_ir", "onnxscript")
 TOKENIZER_FILES = (

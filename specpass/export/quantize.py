@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from specpass.bundle import DECODE, PREFILL
 from specpass.export.bind import WeightFile
+from specpass.runtime.bundle import DECODE, PREFILL
 
 
 def quantize(folder: Path) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from specpass.bundle import DECODE, PREFILL, Bundle, read_bundle
 from specpass.errors import BundleError, DraftContextError, OnnxMissingError, PromptError
-from specpass.sampling import Sampler, Sampling
+from specpass.runtime.bundle import DECODE, PREFILL, Bundle, read_bundle
+from specpass.runtime.sampling import Sampler, Sampling
 
 ROOM_STEP = 64  # slots for generated tokens come in blocks of this many, as in the compiled cache
 
