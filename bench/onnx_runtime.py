@@ -64,7 +64,7 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def folder_of(args: argparse.Namespace, kind: str) -> Path:
-    from specpass.hub import cache_dir
+    from specpass.files import cache_dir
 
     root: Path = args.folder or cache_dir() / "bench-onnx"
     return root / f"{Path(args.target).name}-{kind}"

@@ -15,8 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from specpass.files import write_file
-from specpass.hub import cache_dir
+from specpass.files import cache_dir, write_file
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
 from specpass.kernels.tiles import Tile

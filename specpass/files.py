@@ -1,4 +1,4 @@
-"""Files appear whole: written beside their place, then renamed into it."""
+"""Files appear whole: written beside their place, then renamed into it. And where those that nobody named go."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import os
 import tempfile
 from pathlib import Path
+
+import platformdirs
 
 from specpass.errors import OutputFileError
 
@@ -44,3 +46,8 @@ def write_file(path: Path, content: str | bytes) -> None:
         raise OutputFileError(
             f"{path} cannot be written: {error}. Name a file in a folder that you may write to."
         ) from error
+
+
+def cache_dir() -> Path:
+    """The folder that specpass writes to: ``SPECPASS_CACHE``, else the user's cache folder."""
+    return Path(os.environ.get("SPECPASS_CACHE") or platformdirs.user_cache_dir("specpass"))

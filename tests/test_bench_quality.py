@@ -21,6 +21,7 @@ from specpass.benchmarks.quality import Grid, Run
 from specpass.benchmarks.results import read_results
 from specpass.benchmarks.variants import Variant
 from specpass.errors import BenchmarkError, PeerError
+from specpass.files import cache_dir
 
 runner = CliRunner()
 TASK, METHODS = "niah_multikey_2", ("full", "draft", "specpass_snapkv", "specpass_oracle")
@@ -367,7 +368,7 @@ print("as kvpress runs it")
 
 @pytest.mark.real
 def test_presses_that_share_a_prefill_are_kvpress_alone() -> None:
-    if not list((hub.cache_dir() / "peers").glob(f"*/{peers.STAMP}")):
+    if not list((cache_dir() / "peers").glob(f"*/{peers.STAMP}")):
         pytest.skip("the peers are not installed (1.4 GB); `specpass bench quality` does it")
     command = [str(peers.python()), "-P", "-c", TOGETHER, str(peers.HERE), str(hub.model_path("smollm2-135m"))]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import specpass
-from specpass import errors, hub, weights
+from specpass import errors, hub
+from specpass.hub import weights
 
 C, W, L = 24, 8, 4
 METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)

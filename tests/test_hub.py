@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from specpass import gguf_import, hub, weights
+from specpass import hub
 from specpass.errors import CorruptWeightsError, FetchError, UnknownModelError
+from specpass.hub import gguf as gguf_import
+from specpass.hub import weights
 
 NAME = "smollm2-135m"
 SOURCE = hub.MODELS[NAME]
@@ -98,7 +100,7 @@ def test_two_at_once_convert_once(cache, monkeypatch):
 
 def test_too_small_a_disk(cache, monkeypatch):
     fake_build(monkeypatch)
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**6})())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**6})())
     with pytest.raises(FetchError, match="SPECPASS_CACHE"):
         hub.model_path(NAME)
 

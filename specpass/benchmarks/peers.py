@@ -23,7 +23,8 @@ from specpass.benchmarks.models import Answer, Pair
 from specpass.benchmarks.prompts import Prompt
 from specpass.benchmarks.variants import Variant
 from specpass.errors import PeerError
-from specpass.hub import cache_dir, model_path
+from specpass.files import cache_dir
+from specpass.hub import model_path
 
 HERE = Path(__file__).parent
 PINS, WORKER = HERE / "peers.txt", HERE / "peer_worker.py"

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from specpass.errors import CorruptWeightsError, FetchError
 
 if TYPE_CHECKING:
-    from specpass.hub import ModelSource
+    from specpass.hub.sources import ModelSource
 
 _CONSOLE = Console(stderr=True)
 _DOWNLOADS = 4

