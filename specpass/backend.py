@@ -17,7 +17,6 @@ from specpass.calls import Call, owner_of
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.dialect.define import SPEC
 from specpass.draft_capture import capture_draft
-from specpass.draft_graphs import DraftGraphs
 from specpass.errors import (
     GradientsError,
     LookaheadError,
@@ -31,6 +30,7 @@ from specpass.graph.walk import ATEN, find, is_op, output_of
 from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import Method
 from specpass.passes.base import Refusal, State
+from specpass.passes.draft import DraftGraphs
 from specpass.passes.pipeline import Pipeline
 from specpass.reporting import GraphRecord, Report
 

@@ -15,7 +15,6 @@ from transformers.cache_utils import CacheLayerMixin
 import specpass.ops_prompt  # noqa: F401
 from specpass.checks import as_ids
 from specpass.dialect.define import SPEC
-from specpass.draft_graphs import DraftGraphs
 from specpass.graph.edit import Editor
 from specpass.graph.walk import output_of
 from specpass.methods.specpc import SpecPC
@@ -23,6 +22,7 @@ from specpass.model_trace import BATCH, SLOTS, ModelTrace
 from specpass.passes.annotate import Annotate
 from specpass.passes.base import Refusal, State
 from specpass.passes.canonicalize import Canonicalize
+from specpass.passes.draft import DraftGraphs
 from specpass.passes.pack_rows import attend_packed
 from specpass.passes.score_prompt import score_prefill, score_step
 from specpass.passes.specialize import attend_slots

@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from specpass.cache import BudgetCache
 from specpass.checks import as_ids
 from specpass.draft_capture import capture_draft
-from specpass.draft_graphs import DraftGraphs
 from specpass.export.draft_loop import LoopedDraft
 from specpass.export.flatten import Inliner, flatten, named, outputs_of
 from specpass.export.forms import FORMS, by_head
@@ -23,6 +22,7 @@ from specpass.graph.edit import fake_mode_of
 from specpass.methods.base import Method
 from specpass.model_trace import BATCH, SLOTS, ModelTrace
 from specpass.passes.base import Refusal, State
+from specpass.passes.draft import DraftGraphs
 from specpass.passes.pipeline import Pipeline
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from specpass.draft_graphs import DraftGraphs
 from specpass.export.flatten import Inliner
 from specpass.export.forms import by_head
 from specpass.graph.edit import Editor, quiet
 from specpass.kernels import reference, reference_prompt
 from specpass.passes.base import State
+from specpass.passes.draft import DraftGraphs
 
 
 @dataclasses.dataclass

@@ -16,8 +16,8 @@ from specpass.dialect.define import SPEC
 from specpass.errors import NoAttentionSiteError
 from specpass.graph.walk import ATEN, VIEWS, find, is_op, module_path, skip_full_slices, value
 from specpass.passes.base import Pass, Refusal, Site, State
-from specpass.passes.logits import changed_logits
-from specpass.passes.masks import mask_class
+from specpass.passes.read.logits import changed_logits
+from specpass.passes.read.masks import mask_class
 
 CACHE_OPS = (SPEC.fill, SPEC.append_kv, SPEC.keep_kv)
 

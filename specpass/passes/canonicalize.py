@@ -1,7 +1,7 @@
 """canonicalize: one spelling for attention, whatever the model wrote.
 
 before: `sdpa(q, reshape(expand(unsqueeze(k))), reshape(expand(unsqueeze(v))), mask, 0.0, causal, scale=s)`
-    or  `matmul(softmax(matmul(q, transpose(k)) * s + mask), v)` (attn_implementation="eager", see eager_attention.py)
+    or  `matmul(softmax(matmul(q, transpose(k)) * s + mask), v)` (attn_implementation="eager", see read/attention.py)
 after:  `sdpa(q, k, v, mask, 0.0, causal, scale=s, enable_gqa=True)` with k, v [B, K, T, D] as the cache op saw them.
     or  `modified_attention(q, k, v, mask, s, softcap, sinks)` where the logits are capped or the softmax has sinks
 
@@ -20,7 +20,7 @@ from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor, quiet
 from specpass.graph.walk import ATEN, VIEWS, find, is_op, skip_full_slices, value
 from specpass.passes.base import Pass, State
-from specpass.passes.eager_attention import fuse_eager_attention
+from specpass.passes.read.attention import fuse_eager_attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ selects or reduces along the sequence:
 before: h [B, S + L, E] -> h[:, -1:] -> lm_head          after: take_positions(h, lengths - 1) [B, 1, E] -> lm_head
 
 Operators over positions that come later (logits of every position asked for) read the rows in the original order. Where
-experts sort the rows, they are taken in front of them (`token_block.py`).
+experts sort the rows, they are taken in front of them (`rows/experts.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.walk import behind, find, output_of
 from specpass.passes.base import Pass, Refusal, State
-from specpass.passes.rows import every_row, has_rows, keeps_rows, last_only, last_row
-from specpass.passes.token_block import take_in_front_of_blocks
+from specpass.passes.rows.experts import take_in_front_of_blocks
+from specpass.passes.rows.rows import every_row, has_rows, keeps_rows, last_only, last_row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.walk import ATEN, behind, depends, is_size
 from specpass.passes.base import Refusal, State
-from specpass.passes.rows import every_row, has_rows, is_rows, keeps_rows, last_only, last_row
+from specpass.passes.rows.rows import every_row, has_rows, is_rows, keeps_rows, last_only, last_row
 
 ROWS, SOME = 5, (3, 0, 4)  # rows of the trial, and those that are run once more
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative to the largest number; 16 bits: 2e-2

@@ -1,6 +1,6 @@
 """What a model does to attention logits that pruned attention does not: ALiBi, and caps or sinks in another spelling.
 
-Found by walking from a softmax that `eager_attention.py` could not read back to the product with the cached keys. Such
+Found by walking from a softmax that `read/attention.py` could not read back to the product with the cached keys. Such
 models run exactly, and this says why. ALiBi cannot be had by tracing: models build it as wide as the attention mask
 that they are given, and a pruned cache has fewer slots than positions.
 """
