@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from specpass import checks
 from specpass.cache import BudgetCache
 from specpass.calls import Call, owner_of
+from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.dialect.define import SPEC
-from specpass.draft_capture import capture_draft
 from specpass.errors import (
     GradientsError,
     LookaheadError,

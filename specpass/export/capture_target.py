@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from specpass.cache import BudgetCache
+from specpass.capture.draft import capture_draft
+from specpass.capture.model import BATCH, SLOTS, ModelTrace
 from specpass.checks import as_ids
-from specpass.draft_capture import capture_draft
 from specpass.export.draft_loop import LoopedDraft
 from specpass.export.flatten import Inliner, flatten, named, outputs_of
 from specpass.export.forms import FORMS, by_head
 from specpass.graph.edit import fake_mode_of
 from specpass.methods.base import Method
-from specpass.model_trace import BATCH, SLOTS, ModelTrace
 from specpass.passes.base import Refusal, State
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.pipeline import Pipeline

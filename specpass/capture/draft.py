@@ -13,12 +13,12 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 import specpass.ops_prompt  # noqa: F401
+from specpass.capture.model import BATCH, SLOTS, ModelTrace
 from specpass.checks import as_ids
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.walk import output_of
 from specpass.methods.specpc import SpecPC
-from specpass.model_trace import BATCH, SLOTS, ModelTrace
 from specpass.passes.annotate import Annotate
 from specpass.passes.base import Refusal, State
 from specpass.passes.canonicalize import Canonicalize
