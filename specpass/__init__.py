@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from specpass.api import compile as compile
     from specpass.api import restore as restore
     from specpass.backend import Backend as Backend
-    from specpass.cache import BudgetCache as BudgetCache
+    from specpass.cache.budget import BudgetCache as BudgetCache
     from specpass.export.api import export_onnx as export_onnx
     from specpass.methods.base import Method as Method
     from specpass.methods.pyramidkv import PyramidKV as PyramidKV

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from specpass import checks
-from specpass.cache import BudgetCache
+from specpass.cache.budget import BudgetCache
 from specpass.calls import Call, owner_of
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten

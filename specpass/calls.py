@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specpass.cache import BudgetCache
+from specpass.cache.budget import BudgetCache
 from specpass.errors import (
     CacheStateError,
     DraftContextError,

@@ -99,7 +99,7 @@ def plan(
     """What to tune, and entries for what stays with torch's operators."""
     from transformers import AutoConfig
 
-    from specpass.cache import round_room
+    from specpass.cache.layer import round_room
     from specpass.hub import model_path
     from specpass.kernels.archs import ARCHS, device_arch
     from specpass.kernels.dispatch import ATEN_OPERATORS, triton_installed

@@ -157,7 +157,7 @@ class Costs:
         return found
 
     def _values(self, prompt: int, new_tokens: int, batch: int) -> dict[Symbol, Any]:
-        from specpass.cache import round_room
+        from specpass.cache.layer import round_room
 
         budgets = self.method.resolve(prompt).layer_budgets(self.layers)
         mean = sympy.Rational(sum(budgets), len(budgets))

@@ -10,7 +10,7 @@ from support import compile_eager, run
 from tiny import prompt, tiny
 
 import specpass
-from specpass.cache import round_room
+from specpass.cache.layer import round_room
 from specpass.kernels import launch, reference
 from specpass.kernels.shapes import Shapes
 from specpass.tune_jobs import Layer, draft_jobs, target_jobs

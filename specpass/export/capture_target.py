@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from specpass.cache import BudgetCache
+from specpass.cache.budget import BudgetCache
 from specpass.capture.draft import capture_draft
 from specpass.capture.model import BATCH, SLOTS, ModelTrace
 from specpass.checks import as_ids

@@ -1,0 +1,5 @@
+"""A KV cache of fixed budget: policy in budget.py, a layer's storage in layer.py."""
+
+from specpass.cache.budget import BudgetCache
+
+__all__ = ["BudgetCache"]
