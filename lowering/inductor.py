@@ -29,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from specpass.graph.edit import copy_module
 from specpass.lowering.regions import Region, close, find_regions
-from specpass.reporting import GraphRecord
+from specpass.reports.record import GraphRecord
 
 
 class CompiledRegion(nn.Module):

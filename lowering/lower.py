@@ -11,7 +11,7 @@ from torch import fx
 from specpass.lowering.choose import choose_sites
 from specpass.lowering.cuda_graph import GraphedStep, moving_inputs, on_cuda
 from specpass.lowering.fuse import fuse
-from specpass.reporting import GraphRecord
+from specpass.reports.record import GraphRecord
 
 
 def prepare(lowering: str) -> None:

@@ -32,7 +32,7 @@ from specpass.methods.base import Method
 from specpass.passes.base import Refusal, State
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.pipeline import Pipeline
-from specpass.reporting import GraphRecord, Report
+from specpass.reports.record import GraphRecord, Report
 
 RECOMPILE_LIMIT = 64  # Dynamo's default of 8 counts all models of a process; see Backend.__call__
 

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import specpass
 from specpass import checks, hub
-from specpass.decoder import Decoder
 from specpass.graph.edit import copy_module
 from specpass.methods.base import Method
-from specpass.reporting import Report
+from specpass.reports.record import Report
+from specpass.sizes import Decoder
 
 HEAD_DIM, INTERMEDIATE, VOCAB = 16, 64, 256
 BEYOND = 64  # prompt tokens beyond the budget

@@ -11,15 +11,16 @@ import torch
 from cli_models import save_model
 from typer.testing import CliRunner
 
-from specpass import cli, cost
+from specpass import cli
 from specpass.benchmarks import floors, profiles, rates, speed, speed_child
 from specpass.benchmarks.models import Pair
 from specpass.benchmarks.results import read_results
 from specpass.benchmarks.speed import Config, Plan, Run
 from specpass.benchmarks.speed_report import aims, markdown
-from specpass.decoder import Decoder
 from specpass.errors import BenchmarkError, PeerError
 from specpass.hub import read_config
+from specpass.reports import cost
+from specpass.sizes import Decoder
 
 runner = CliRunner()
 FIELDS = {"ttft_s", "decode_tokens_per_s", "kv_bytes", "peak_bytes", "compile_cold_s", "compile_warm_s"}

@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import specpass
 import specpass.flops
-from specpass import backend, cost
-from specpass.decoder import Decoder
+from specpass import backend
 from specpass.kernels import reference
 from specpass.observe.storage import cache_bytes
+from specpass.reports import cost
+from specpass.sizes import Decoder
 
 S, C, W, L, NEW = 300, 64, 8, 6, 5
 NEAR = pytest.approx  # 2 % where stock models are counted: rotary tables and norms are left out of the forms

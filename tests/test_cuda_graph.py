@@ -18,7 +18,7 @@ from specpass import backend
 from specpass.errors import NoCudaError
 from specpass.lowering import lower as lowering
 from specpass.lowering.cuda_graph import KEPT, GraphedStep, moving_inputs, on_cuda
-from specpass.reporting import GraphRecord
+from specpass.reports.record import GraphRecord
 
 METHOD = specpass.SnapKV(budget=12, window=4)
 

@@ -15,9 +15,10 @@ from tiny import prompt, tiny
 from typer.testing import CliRunner
 
 import specpass
-from specpass import cli, cli_explain, cost, hub
-from specpass.decoder import Decoder
+from specpass import cli, cli_explain, hub
 from specpass.explain import stand_in
+from specpass.reports import cost
+from specpass.sizes import Decoder
 
 runner = CliRunner()
 EAGER = ["--lowering", "eager", "--window", "8", "-b", "24", "--lookahead", "4"]

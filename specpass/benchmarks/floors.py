@@ -8,7 +8,7 @@ from specpass.benchmarks.models import Pair
 from specpass.benchmarks.variants import LOOKAHEAD
 
 if TYPE_CHECKING:
-    from specpass.decoder import Decoder
+    from specpass.sizes import Decoder
 
 
 def floors(
@@ -32,7 +32,7 @@ def prefill_flops(pair: Pair, method: str, budget: int | None, length: int, batc
     The draft's prefill and its L - 1 steps are counted where a method drafts; scores and selection are not.
     """
     from specpass import hub
-    from specpass.decoder import Decoder
+    from specpass.sizes import Decoder
 
     target, draft = (Decoder.of(hub.read_config(name)) for name in (pair.target_name, pair.draft_name))
     if target is None or draft is None:
@@ -57,7 +57,7 @@ def _pass(decoder: Decoder, rows: int, columns: int, batch: int) -> float:
 def target_weights(pair: Pair) -> int:
     """Bytes of the weights that a decode step reads: an untied input embedding is one row, left out."""
     from specpass import hub
-    from specpass.decoder import Decoder, layer_weights
+    from specpass.sizes import Decoder, layer_weights
 
     config = hub.read_config(pair.target_name)
     decoder = Decoder.of(config)

@@ -20,8 +20,8 @@ from typing import Any
 import sympy
 from sympy import Expr, Symbol
 
-from specpass.decoder import Decoder
 from specpass.methods.base import BUDGET_STEP, Method
+from specpass.sizes import Decoder
 
 B, S, L, W, C, N, M = (Symbol(name, positive=True) for name in "BSLWCNM")
 C_P, W_P, N_P = (Symbol(name, positive=True) for name in ("C_p", "W_p", "n_p"))

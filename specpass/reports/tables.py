@@ -1,21 +1,17 @@
-"""A report as data, as rich tables, and the cost lines of its text."""
+"""A report as rich tables."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from specpass.cost import BREAK_EVENS, Costs, Forms
-from specpass.reporting import Report
+from specpass.reports.cost import BREAK_EVENS, Costs, Forms
+from specpass.reports.record import Report
+from specpass.reports.text import BREAKS, LENGTHS, NEW_TOKENS, _break, amount, budget_lines
 
-LENGTHS = (4096, 32768, 131072)
-NEW_TOKENS = 256
 NAMES = {
     "kv_bytes": "KV cache",
     "prefill_flops": "prefill FLOPs",
@@ -31,70 +27,6 @@ SYMBOLS = (
     "number, w weights of a layer; _d the draft's, _p of the compressed prompt: C tokens read, W rows and n layers "
     "that score"
 )
-BREAKS = {"kv_bytes": "KV cache", "bytes": "bytes moved", "flops": "FLOPs"}
-
-
-def data(report: Report, new_tokens: int = NEW_TOKENS, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
-    """The report as JSON-serialisable data; `costs` is None where there is no closed form."""
-    costs = report.costs()
-    return {
-        "method": report.method,
-        "lowering": report.lowering,
-        "draft_seconds": report.draft_seconds,
-        "graphs": [
-            {
-                **dataclasses.asdict(record),
-                "sites": [{"module": module, "budget": budget} for module, budget in record.sites],
-            }
-            for record in report.graphs
-        ],
-        "refusals": list(report.refusals),
-        "foreign": report.foreign,
-        "costs": None if costs is None else cost_data(costs, new_tokens, lengths),
-    }
-
-
-def cost_data(costs: Costs, new_tokens: int, lengths: Sequence[int]) -> dict[str, Any]:
-    numbers = {length: costs.numbers(length, new_tokens) for length in lengths}
-    return {
-        "new_tokens": new_tokens,
-        "batch": 1,
-        "formulas": {name: {"full": str(costs.full[name]), "method": str(costs.pruned[name])} for name in NAMES},
-        "values": {str(symbol): value for symbol, value in costs.values.items()},
-        "numbers": {
-            str(length): {name: {"full": pair[0], "method": pair[1]} for name, pair in found.items()}
-            for length, found in numbers.items()
-        },
-        "break_even": {what: costs.break_even(what, new_tokens) for what in BREAK_EVENS},
-    }
-
-
-def cost_lines(costs: Costs, new_tokens: int = NEW_TOKENS) -> list[str]:
-    """Lines for `str(report)`: cache, prefill with draft, decode step; full KV -> the method."""
-    lines = []
-    for length in LENGTHS:
-        pair = costs.numbers(length, new_tokens)
-        cache = " -> ".join(amount(value, "B") for value in pair["kv_bytes"])
-        read = " -> ".join(amount(pair["prefill_flops"][i] + pair["draft_flops"][i], "FLOP") for i in (0, 1))
-        step = " -> ".join(amount(value, "B") for value in pair["decode_bytes"])
-        lines.append(f"at {length:,} tokens: KV cache {cache}, prefill and draft {read}, a decode step moves {step}")
-    breaks = (f"{BREAKS[what]} {_break(costs.break_even(what, new_tokens))}" for what in BREAK_EVENS)
-    return [*lines, f"pays from a prompt of ({new_tokens} new tokens): {', '.join(breaks)}"]
-
-
-def _break(length: int | None) -> str:
-    return "never" if length is None else f"{length:,} tokens"
-
-
-def amount(value: float, unit: str) -> str:
-    """12,345,678 B -> 11.8 MiB; FLOPs in powers of 1,000."""
-    base = 1024 if unit == "B" else 1000
-    prefixes = ("", "Ki", "Mi", "Gi", "Ti", "Pi") if unit == "B" else ("", "k", "M", "G", "T", "P")
-    for prefix in prefixes[:-1]:
-        if abs(value) < base:
-            return f"{value:.0f} {unit}" if not prefix else f"{value:.1f} {prefix}{unit}"
-        value /= base
-    return f"{value:,.1f} {prefixes[-1]}{unit}"
 
 
 def tables(report: Report) -> Group:
@@ -110,20 +42,6 @@ def tables(report: Report) -> Group:
     elif not report.refusals:
         parts += [_numbers(costs), _formulas(costs)]
     return Group(*parts)
-
-
-def budget_lines(report: Report) -> list[str]:
-    """Runs of sites with one budget: `model.layers.0.self_attn .. model.layers.27.self_attn: 1,024 slots`."""
-    sites = next((record.sites for record in report.graphs if record.sites and not record.exact), [])
-    lines = []
-    for budget, run in itertools.groupby(sites, key=lambda site: site[1]):
-        paths = [module for module, _ in run]
-        lines.append(
-            f"{paths[0]} .. {paths[-1]}: {budget:,} slots per KV head"
-            if len(paths) > 1
-            else f"{paths[0]}: {budget:,} slots per KV head"
-        )
-    return lines
 
 
 def _graphs(report: Report) -> Table:

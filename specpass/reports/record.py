@@ -9,8 +9,8 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specpass.cost import Costs
-    from specpass.decoder import Decoder
+    from specpass.reports.cost import Costs
+    from specpass.sizes import Decoder
 
 _NUMBER = itertools.count()
 
@@ -60,8 +60,8 @@ class Report:
 
     def costs(self) -> Costs | None:
         """Closed forms of what the method costs (specpass.cost); None before the first call, or where none is known."""
-        from specpass.cost import costs_of
-        from specpass.decoder import Decoder
+        from specpass.reports.cost import costs_of
+        from specpass.sizes import Decoder
 
         target, draft = self.sizes or (None, None)
         if self.sizes is None and self.configs:
@@ -71,12 +71,12 @@ class Report:
 
     def data(self, new_tokens: int = 256) -> dict[str, Any]:
         """Everything as JSON-serialisable data; costs for a generation of `new_tokens`."""
-        from specpass.report_view import data
+        from specpass.reports.data import data
 
         return data(self, new_tokens)
 
     def __rich__(self) -> Any:
-        from specpass.report_view import tables
+        from specpass.reports.tables import tables
 
         return tables(self)
 
@@ -113,7 +113,7 @@ class Report:
             lines.append("nothing compiled yet: call the model once")
         costs = self.costs()
         if costs is not None and not self.refusals:
-            from specpass.report_view import cost_lines
+            from specpass.reports.text import cost_lines
 
             lines += cost_lines(costs)
         return "\n".join(lines)

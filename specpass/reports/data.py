@@ -1,0 +1,47 @@
+"""A report as JSON-serialisable data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from specpass.reports.cost import BREAK_EVENS, Costs
+from specpass.reports.record import Report
+from specpass.reports.tables import NAMES
+from specpass.reports.text import LENGTHS, NEW_TOKENS
+
+
+def data(report: Report, new_tokens: int = NEW_TOKENS, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
+    """The report as JSON-serialisable data; `costs` is None where there is no closed form."""
+    costs = report.costs()
+    return {
+        "method": report.method,
+        "lowering": report.lowering,
+        "draft_seconds": report.draft_seconds,
+        "graphs": [
+            {
+                **dataclasses.asdict(record),
+                "sites": [{"module": module, "budget": budget} for module, budget in record.sites],
+            }
+            for record in report.graphs
+        ],
+        "refusals": list(report.refusals),
+        "foreign": report.foreign,
+        "costs": None if costs is None else cost_data(costs, new_tokens, lengths),
+    }
+
+
+def cost_data(costs: Costs, new_tokens: int, lengths: Sequence[int]) -> dict[str, Any]:
+    numbers = {length: costs.numbers(length, new_tokens) for length in lengths}
+    return {
+        "new_tokens": new_tokens,
+        "batch": 1,
+        "formulas": {name: {"full": str(costs.full[name]), "method": str(costs.pruned[name])} for name in NAMES},
+        "values": {str(symbol): value for symbol, value in costs.values.items()},
+        "numbers": {
+            str(length): {name: {"full": pair[0], "method": pair[1]} for name, pair in found.items()}
+            for length, found in numbers.items()
+        },
+        "break_even": {what: costs.break_even(what, new_tokens) for what in BREAK_EVENS},
+    }
