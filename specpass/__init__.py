@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from specpass._version import __version__
 
 if TYPE_CHECKING:
-    from specpass.api import compile as compile
-    from specpass.api import restore as restore
-    from specpass.backend import Backend as Backend
+    from specpass.backend.compile import Backend as Backend
+    from specpass.backend.doors import compile as compile
+    from specpass.backend.doors import restore as restore
     from specpass.cache.budget import BudgetCache as BudgetCache
     from specpass.export.api import export_onnx as export_onnx
     from specpass.methods.base import Method as Method
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 # Names are looked up on first use, so that `import specpass` does not import torch.
 _HOME = {
-    "compile": "specpass.api",
-    "restore": "specpass.api",
-    "Backend": "specpass.backend",
+    "compile": "specpass.backend.doors",
+    "restore": "specpass.backend.doors",
+    "Backend": "specpass.backend.compile",
     "BudgetCache": "specpass.cache",
     "Method": "specpass.methods.base",
     "SpecKV": "specpass.methods.speckv",

@@ -19,7 +19,8 @@ from rich.table import Table
 from transformers.utils import logging
 
 import specpass
-from specpass import checks, hub
+from specpass import hub
+from specpass.backend import checks
 from specpass.demo_prompt import EXPECTED, FACT, Prompt, build_prompt
 from specpass.files import check_folder
 from specpass.methods import registry as method_table

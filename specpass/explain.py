@@ -14,7 +14,8 @@ from torch import fx
 from transformers import AutoModelForCausalLM
 
 import specpass
-from specpass import checks, hub
+from specpass import hub
+from specpass.backend import checks
 from specpass.graph.edit import copy_module
 from specpass.methods.base import Method
 from specpass.reports.record import Report

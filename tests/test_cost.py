@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import specpass
 import specpass.flops
-from specpass import backend
+from specpass.backend import compile as backend
 from specpass.kernels import reference
 from specpass.observe.storage import cache_bytes
 from specpass.reports import cost

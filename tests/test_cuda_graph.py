@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import specpass
-from specpass import backend
+from specpass.backend import compile as backend
 from specpass.errors import NoCudaError
 from specpass.lowering import lower as lowering
 from specpass.lowering.cuda_graph import KEPT, GraphedStep, moving_inputs, on_cuda

@@ -15,7 +15,7 @@ from tiny import prompt, tiny
 from transformers import DynamicCache
 
 import specpass
-from specpass.backend import entry_point
+from specpass.backend.entry import entry_point
 from specpass.errors import UncompiledCacheError, UnsupportedCallError
 
 C, W, L = 24, 8, 4

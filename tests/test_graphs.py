@@ -19,7 +19,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import specpass
-import specpass.backend
+import specpass.backend.compile
 from specpass.graph.edit import copy_module
 from specpass.passes import pipeline
 from specpass.passes.stages import StageError, verify

@@ -13,8 +13,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 import specpass.ops_prompt  # noqa: F401
+from specpass.backend.checks import as_ids
 from specpass.capture.model import BATCH, SLOTS, ModelTrace
-from specpass.checks import as_ids
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.walk import output_of

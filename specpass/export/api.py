@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from specpass import checks
 from specpass._version import __version__
+from specpass.backend import checks
 from specpass.errors import (
     BudgetError,
     DtypeMismatchError,

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from specpass import checks
+from specpass.backend import checks
+from specpass.backend.calls import Call, owner_of
 from specpass.cache.budget import BudgetCache
-from specpass.calls import Call, owner_of
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.dialect.define import SPEC
@@ -265,18 +265,3 @@ def static_outputs(gm: fx.GraphModule) -> dict[int, tuple[int, ...]]:
         if isinstance(node, fx.Node) and node.args and is_op(node.args[0], SPEC.gather_kv):
             found[index] = axes[node.args[1]]
     return found
-
-
-def entry_point(gm: fx.GraphModule, example_inputs: list[Any], *, options: dict | None = None, **_: Any) -> Any:
-    """torch.compile(model, backend="specpass", options={"draft": draft, "method": method}).
-
-    One Backend serves all graphs of the same draft, method and options.
-    """
-    options = dict(options or {})
-    key = (id(options.get("draft")), *sorted((k, repr(v)) for k, v in options.items() if k != "draft"))
-    if key not in _BACKENDS:
-        _BACKENDS[key] = Backend(**options)
-    return _BACKENDS[key](gm, example_inputs)
-
-
-_BACKENDS: dict[Any, Backend] = {}

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import specpass.flops  # noqa: F401  (torch's FLOP counter knows our operators)
-from specpass import checks
-from specpass.backend import Backend
+from specpass.backend import checks
+from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
 from specpass.graph.roles import ROLES
 from specpass.methods.base import Method
