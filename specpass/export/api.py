@@ -160,11 +160,11 @@ def folder_that_appears_whole(out: Path) -> Iterator[Path]:
 def write_graphs(
     folder: Path, target: nn.Module, draft: nn.Module | None, method: Method | None, *, unrolled: bool = False
 ) -> None:
-    """Both graphs and their data files; `unrolled` as in capture_target."""
+    """Both graphs and their data files; `unrolled` as in pruned.capture_target."""
     import onnx_ir as ir
 
     from specpass.export.bind import WeightFile, bind_weights
-    from specpass.export.capture_target import capture_target
+    from specpass.export.pruned import capture_target
     from specpass.export.translate import translate
 
     try:

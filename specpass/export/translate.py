@@ -34,8 +34,8 @@ from torch.export.graph_signature import (
 )
 
 from specpass.errors import ExportError
-from specpass.export.capture_target import Program
 from specpass.export.flatten import outputs_of
+from specpass.export.program import Program
 from specpass.graph.edit import fake_mode_of
 from specpass.graph.walk import ATEN, is_op, module_path
 

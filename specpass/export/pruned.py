@@ -16,33 +16,16 @@ from specpass.backend.checks import as_ids
 from specpass.cache.budget import BudgetCache
 from specpass.capture.draft import capture_draft
 from specpass.capture.model import BATCH, SLOTS, ModelTrace
+from specpass.export.decode import decode_program
 from specpass.export.draft_loop import LoopedDraft
-from specpass.export.flatten import Inliner, flatten, named, outputs_of
-from specpass.export.forms import FORMS, by_head
-from specpass.graph.edit import fake_mode_of
+from specpass.export.exact import Exact
+from specpass.export.flatten import Inliner, flatten, named
+from specpass.export.forms import by_head
+from specpass.export.program import Capture, Program, names
 from specpass.methods.base import Method
 from specpass.passes.base import Refusal, State
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.pipeline import Pipeline
-
-
-@dataclasses.dataclass
-class Program:
-    """One graph in plain ATen: placeholders are `inputs`, then `weights`; it returns `outputs`."""
-
-    graph: fx.GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    weights: dict[str, Tensor]  # by the name that the ONNX initializer gets
-
-
-@dataclasses.dataclass
-class Capture:
-    """Prefill and decode, with what the runtime must know of them."""
-
-    prefill: Program
-    decode: Program
-    kv: list[tuple[int, int, int]]  # K, D, Dv of each layer
 
 
 def capture_target(
@@ -53,15 +36,10 @@ def capture_target(
     Args: unrolled: the draft's steps as copies instead of a loop (to measure what a loop saves).
     Raises: Refusal naming the layer that no pass understands.
     """
-    return _Exact(target).capture() if method is None else _Pruned(target, method, draft, unrolled).capture()
+    return Exact(target).capture() if method is None else Pruned(target, method, draft, unrolled).capture()
 
 
-def names(kind: str, layers: int) -> list[str]:
-    """`present.0.key`, `present.0.value`, ... of all layers."""
-    return [f"{kind}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-
-
-class _Pruned:
+class Pruned:
     """Prefill and decode through the pipeline."""
 
     def __init__(self, target: nn.Module, method: Method, draft: nn.Module | None, unrolled: bool) -> None:
@@ -173,74 +151,6 @@ class _Pruned:
         gm = model.trace(run, ids, position, *caches)
         state = State("decode", self.method)
         return decode_program(model, Pipeline().run(gm, state), self.kv, self.weights)
-
-
-class _Exact:
-    """The exact model: every KV pair is kept. The draft's capture, which prunes nothing, is taken for the target."""
-
-    def __init__(self, target: nn.Module) -> None:
-        self.target = target
-
-    def capture(self) -> Capture:
-        graphs = capture_draft(self.target)
-        weights = {f"target.{name}": tensor for name, tensor in graphs.params.items()}
-        layers = graphs.layers
-        prefill = named(graphs.prefill)
-        inputs = prefill.graph.find_nodes(op="placeholder")
-        ids, count = inputs[0].meta["val"], len(inputs) - len(weights)
-        heads = [outputs_of(prefill)[3 + 3 * index].meta["val"].shape[1] for index in range(layers)]
-
-        def run(ids: Tensor, mask: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-            order, lengths = FORMS["pack_order"](mask, ids)
-            out = Inliner(prefill).run(FORMS["pack_ids"](ids, order), lengths, 0, *params)
-            states = [by_head(out[1 + 3 * layer + part], heads[layer]) for layer in range(layers) for part in (0, 1)]
-            column = torch.arange(ids.shape[1])
-            row = torch.where(column < lengths[:, None], column, -1)[:, None]
-            return (out[0], *states, *(row.expand(-1, heads[layer], -1).clone() for layer in range(layers)))
-
-        with fake_mode_of(prefill):
-            mask = ids.new_ones(ids.shape)
-        flat = flatten(prefill, run, [ids, mask, *(node.meta["val"] for node in inputs[count:])])
-        widths = [int(node.meta["val"].shape[2]) if index % 3 else 0 for index, node in enumerate(outputs_of(prefill))]
-        kv = [(heads[layer], widths[1 + 3 * layer], widths[2 + 3 * layer]) for layer in range(layers)]
-        outputs = ("logits", *names("present", layers), *(f"positions.{layer}" for layer in range(layers)))
-        first = Program(flat, ("input_ids", "attention_mask"), outputs, weights)
-        return Capture(first, decode_program(None, graphs.step, kv, weights), kv)
-
-
-def decode_program(
-    model: ModelTrace | None, gm: fx.GraphModule, kv: list[tuple[int, int, int]], weights: dict[str, Tensor]
-) -> Program:
-    """step(ids [B, 1], position [B, 1], lengths [layers, B, K], storages [B, K, P, D], weights) -> logits, storages."""
-    gm = named(gm)
-    layers = len(kv)
-    inputs = gm.graph.find_nodes(op="placeholder")
-    ids, position = (node.meta["val"] for node in inputs[:2])
-    places = inputs[2 : 2 + 3 * layers]
-    stores = [place for index, place in enumerate(places) if index % 3 < 2]
-    with fake_mode_of(gm):
-        storages = [by_head(place.meta["val"], kv[index // 2][0]) for index, place in enumerate(stores)]
-        lengths = ids.new_zeros(layers, ids.shape[0], max(heads for heads, _, _ in kv))
-
-    def run(ids: Tensor, position: Tensor, lengths: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        storages, params = rest[: 2 * layers], rest[2 * layers :]
-        inner = Inliner(gm)
-        inner.stores = dict(zip(stores, storages, strict=True))
-        args = []
-        for layer in range(layers):
-            args += [states.flatten(1, 2) for states in storages[2 * layer : 2 * layer + 2]]
-            args.append(lengths[layer, :, : kv[layer][0]])
-        logits = inner.run(ids, position, *args, *params)
-        logits = logits[0] if isinstance(logits, (list, tuple)) else logits
-        return (logits, *(inner.stores[store] for store in stores))
-
-    flat = flatten(gm, run, [ids, position, lengths, *storages, *(n.meta["val"] for n in inputs[2 + 3 * layers :])])
-    return Program(
-        flat,
-        ("input_ids", "position_ids", "lengths", *names("past", layers)),
-        ("logits", *names("present", layers)),
-        weights,
-    )
 
 
 def named_submodules(gm: fx.GraphModule) -> fx.GraphModule:
