@@ -163,7 +163,7 @@ def demo(
 ) -> None:
     """Find a fact in a long prompt with full KV and each method: answers, memory, speed, and what was kept."""
     check_words(dtype, lowering)
-    from specpass.demo import run
+    from specpass.demo.run import run
 
     run(budget, tokens, target=target, draft=draft, dtype=dtype, lowering=lowering, out=out)
 

@@ -56,7 +56,7 @@ def explain(
     if choice.method is None:
         raise MethodOptionError("--method full rewrites nothing, so there is nothing to explain: name a method.")
     from specpass import hub
-    from specpass.explain import explain as run
+    from specpass.explain.stand_in import explain as run
 
     if graph is not None:
         check_folder(graph.parent)
@@ -74,7 +74,7 @@ def explain(
         weights=weights,
     )
     if graph is not None:
-        from specpass.graph_view import draw
+        from specpass.explain.draw import draw
 
         if "PRUNED" not in stages:
             raise OutputFileError(

@@ -17,8 +17,10 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import specpass
-from specpass import cli, demo, hub, pictures
-from specpass.demo_prompt import EXPECTED, QUESTION, Prompt, build_prompt
+from specpass import cli, hub
+from specpass.demo import pictures
+from specpass.demo import run as demo
+from specpass.demo.prompt import EXPECTED, QUESTION, Prompt, build_prompt
 from specpass.methods import registry as method_table
 
 BUDGET, TOKENS = 40, 400

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import specpass
 from specpass import cli, cli_explain, hub
-from specpass.explain import stand_in
+from specpass.explain.stand_in import stand_in
 from specpass.reports import cost
 from specpass.sizes import Decoder
 

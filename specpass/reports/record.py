@@ -59,7 +59,7 @@ class Report:
         self.about, self.draft_config = method, getattr(draft, "config", None)
 
     def costs(self) -> Costs | None:
-        """Closed forms of what the method costs (specpass.reports.cost); None before the first call, or where none is known."""
+        """Closed forms of what the method costs; None before the first call, or where none is known."""
         from specpass.reports.cost import costs_of
         from specpass.sizes import Decoder
 

@@ -9,19 +9,18 @@ import dataclasses
 import gc
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging
 
 import specpass
 from specpass import hub
 from specpass.backend import checks
-from specpass.demo_prompt import EXPECTED, FACT, Prompt, build_prompt
+from specpass.demo.prompt import Prompt, build_prompt
+from specpass.demo.result import Result, kept_positions, table
 from specpass.files import check_folder
 from specpass.methods import registry as method_table
 from specpass.methods.base import Method
@@ -36,27 +35,6 @@ WARM_UP_NEW = 3  # the second token compiles decode; rooms come in blocks of 64 
 NEW_TOKENS = 48
 
 _LOG = Console(stderr=True)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One row of the table; times in seconds, ``compile_s`` None where nothing is compiled.
-
-    ``kept``: prompt positions by layer and KV head, None where all are kept.
-    """
-
-    method: str
-    answer: str
-    slots: int
-    cache_bytes: int
-    first_token_s: float
-    decode_rate: float  # tokens per second after the first
-    compile_s: float | None
-    kept: tuple[tuple[tuple[int, ...], ...], ...] | None = None
-
-    @property
-    def right(self) -> bool:
-        return self.answer.strip().strip("\"'`") == EXPECTED
 
 
 def demo_methods(budget: int) -> list[Method]:
@@ -94,16 +72,6 @@ def measure(name: str, model: Any, tokenizer: Any, prompt: Prompt, warm_up: Prom
         decode_rate=(len(times) - 1) / span if span > 0 else float("nan"),
         compile_s=compile_s,
         kept=kept,
-    )
-
-
-def kept_positions(cache: Any) -> tuple[tuple[tuple[int, ...], ...], ...] | None:
-    """Prompt positions that a BudgetCache kept of its first row, by layer and KV head; None for other caches."""
-    if not isinstance(cache, specpass.BudgetCache):
-        return None
-    return tuple(
-        tuple(tuple(position for position in head if position >= 0) for head in layer.positions[0].tolist())
-        for layer in cache.layers
     )
 
 
@@ -155,31 +123,10 @@ def run(
         finally:
             specpass.restore(model)
     title = f"{target}, draft {draft}, prompt of {len(prompt):,} tokens, {dtype}"
-    Console(width=None if sys.stdout.isatty() else 140).print(_table(results, title))
+    Console(width=None if sys.stdout.isatty() else 140).print(table(results, title))
     if out is not None:
-        from specpass.pictures import draw
+        from specpass.demo.pictures import draw
 
         for path in draw(out, results, prompt, title):
             _LOG.print(f"wrote {path}", soft_wrap=True)
     return results
-
-
-def _table(results: list[Result], title: str) -> Table:
-    table = Table(title=title)
-    for column in ("method", "answer", ""):
-        table.add_column(column)
-    for column in ("slots per\nKV head", "KV MiB", "first\ntoken s", "decode\ntokens/s", "compile s"):
-        table.add_column(column, justify="right")
-    for row in results:
-        table.add_row(
-            row.method,
-            row.answer,
-            "[green]right[/green]" if row.right else "[red]wrong[/red]",
-            f"{row.slots:,}",
-            f"{row.cache_bytes / 2**20:.1f}",
-            f"{row.first_token_s:.1f}",
-            f"{row.decode_rate:.1f}",
-            "-" if row.compile_s is None else f"{row.compile_s:.0f}",
-        )
-    table.caption = f"the fact: {FACT}"
-    return table

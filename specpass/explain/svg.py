@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from specpass.graph_view import Layer
+    from specpass.explain.layer import Layer
 
 WIDTH, HEIGHT = 3.4, 0.55  # inches of a column and of a row
 

@@ -13,8 +13,8 @@ import numpy as np
 from specpass.files import write_file
 
 if TYPE_CHECKING:
-    from specpass.demo import Result
-    from specpass.demo_prompt import Prompt
+    from specpass.demo.prompt import Prompt
+    from specpass.demo.result import Result
 
 BINS = 800  # columns of the picture: about a pixel and a half each
 _TEMPLATE = "kept.html.jinja"
@@ -106,7 +106,7 @@ def page(results: Sequence[Result], prompt: Prompt, title: str) -> str:
     """A self-contained HTML page: the prompt's tokens, shaded by how many heads kept them; hovering says who."""
     from jinja2 import Environment
 
-    template = resources.files("specpass").joinpath(_TEMPLATE).read_text("utf-8")
+    template = resources.files("specpass.demo").joinpath(_TEMPLATE).read_text("utf-8")
     return (
         Environment(autoescape=True)
         .from_string(template)

@@ -1,4 +1,4 @@
-"""One decoder layer before and after the passes, as a picture: dot text, or SVG.
+"""What is drawn of a decoder layer: nodes, labels, edges.
 
 Views, casts and size arithmetic are left out (their neighbours are joined), so that a layer fits on a page.
 """
@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import shutil
-import subprocess
-from pathlib import Path
 
 import torch
 from torch import fx
 
 from specpass.dialect.define import SPEC
-from specpass.files import write_file
 from specpass.graph.walk import ATEN, find
 from specpass.lowering.regions import find_regions
 
@@ -119,33 +115,3 @@ def _shape(node: fx.Node, names: dict[str, str]) -> str:
         return f"[{', '.join(sizes)}]"
 
     return " ".join(map(one, tensors))
-
-
-def dot_text(*layers: Layer) -> str:
-    """The layers as one dot graph, a cluster each; specpass's operators are filled."""
-    lines = ["digraph specpass {", '  node [shape=box, fontname="Helvetica", fontsize=10];', "  rankdir=TB;"]
-    for number, layer in enumerate(layers):
-        lines += [f"  subgraph cluster_{number} {{", f'    label="{layer.title}";']
-        for name, label in layer.labels.items():
-            style = ', style=filled, fillcolor="#ffd166"' if name in layer.ours else ""
-            lines.append(f'    "{number}_{name}" [label="{label}"{style}];')
-        lines += [f'    "{number}_{a}" -> "{number}_{b}";' for a, b in layer.edges]
-        lines.append("  }")
-    return "\n".join([*lines, "}", ""])
-
-
-def draw(before: fx.GraphModule, after: fx.GraphModule, path: Path) -> None:
-    """Write one layer before and after to `path` (.dot or .svg).
-
-    Raises: OutputFileError: the file cannot be written.
-    """
-    layers = layer_of(before, "before"), layer_of(after, "after")
-    text = dot_text(*layers)
-    if path.suffix == ".dot":
-        write_file(path, text)
-    elif shutil.which("dot"):
-        write_file(path, subprocess.run(["dot", "-Tsvg"], input=text.encode(), capture_output=True, check=True).stdout)
-    else:
-        from specpass.graph_svg import svg
-
-        write_file(path, svg(*layers))

@@ -1,0 +1,1 @@
+"""What specpass does with a pair of models, found out without their weights."""
