@@ -89,7 +89,7 @@ def main() -> None:
     target = common.load_model(args.target)
     draft = common.load_model(args.draft) if args.draft else None
     import specpass
-    from specpass.benchmarks.rates import bandwidth
+    from specpass.benchmarks.speed.rates import bandwidth
 
     lengths, rate = (args.short, args.long), bandwidth("cpu")
     engines: dict[str, Any] = {}

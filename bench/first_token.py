@@ -62,7 +62,7 @@ def prefill_flops(model: Any, length: int) -> int:
 def main() -> None:
     args = arguments()
     import specpass
-    from specpass.benchmarks.rates import matmul_rate
+    from specpass.benchmarks.speed.rates import matmul_rate
 
     full, target, draft = (common.load_model(name) for name in (args.target, args.target, args.draft))
     method = specpass.SpecPC(budget=args.budget)

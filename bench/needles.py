@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from specpass.benchmarks.vocabulary import ADJECTIVES, NOUNS
+from specpass.benchmarks.tasks.vocabulary import ADJECTIVES, NOUNS
 
 KINDS = ("single", "multikey", "multiquery")
 QUERIES = 4

@@ -22,11 +22,11 @@ from rich.table import Table
 from bench import common
 from specpass.benchmarks.models import Pair, answers, label
 from specpass.benchmarks.pace import Pace
-from specpass.benchmarks.prompts import Prompt
+from specpass.benchmarks.quality.summary import summarise
+from specpass.benchmarks.quality.variants import DRAFT, FULL, LOOKAHEAD, WINDOW, Variant
 from specpass.benchmarks.results import Store
-from specpass.benchmarks.summary import summarise
-from specpass.benchmarks.tasks import SEPARATING, TASKS
-from specpass.benchmarks.variants import DRAFT, FULL, LOOKAHEAD, WINDOW, Variant
+from specpass.benchmarks.tasks.prompts import Prompt
+from specpass.benchmarks.tasks.table import SEPARATING, TASKS
 
 DRAFTLESS = (Variant(FULL, None), Variant("specpass_snapkv", 256))
 DRAFTED = (Variant(DRAFT, None), Variant("specpass_speckv", 256), Variant("specpass_specpc", 1024))

@@ -80,9 +80,9 @@ def quality(
     """Answers of every method to long prompts, scored: RULER's tasks and code. Resumes; stops at its time limit."""
     check_words(dtype, lowering)
     _quiet_threads()
-    from specpass.benchmarks import quality as runner
     from specpass.benchmarks.models import Pair
-    from specpass.benchmarks.summary import markdown
+    from specpass.benchmarks.quality import run as runner
+    from specpass.benchmarks.quality.summary import markdown
 
     given = {
         "methods": methods and _words(methods),
@@ -127,10 +127,10 @@ def speed(
     """First token, decode rate, memory and compile time of each method, with floors. Resumes; stops at its limit."""
     check_words(dtype, lowering)
     _quiet_threads()
-    from specpass.benchmarks import speed as runner
     from specpass.benchmarks.models import Pair
     from specpass.benchmarks.results import read_results
-    from specpass.benchmarks.speed_report import markdown
+    from specpass.benchmarks.speed import run as runner
+    from specpass.benchmarks.speed.table import markdown
 
     given = {
         "methods": methods and _words(methods),
@@ -154,7 +154,7 @@ def verify(
 ) -> None:
     """Make the prompts anew from their seeds, score the answers anew; ends with 1 where anything differs."""
     _quiet_threads()
-    from specpass.benchmarks.verify import verify as check
+    from specpass.benchmarks.quality.verify import verify as check
 
     count = check(file or _default("quality", quick), target)
     typer.echo(f"{count} answers verified: prompts, scores and summary are those of the seeds")

@@ -14,12 +14,15 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from specpass import cli, cli_bench, hub
-from specpass.benchmarks import pace, peers, quality, summary, variants
+from specpass.benchmarks import pace
 from specpass.benchmarks.models import Pair, told
-from specpass.benchmarks.prompts import Prompt
-from specpass.benchmarks.quality import Grid, Run
+from specpass.benchmarks.peers import run as peers
+from specpass.benchmarks.quality import run as quality
+from specpass.benchmarks.quality import summary, variants
+from specpass.benchmarks.quality.run import Grid, Run
+from specpass.benchmarks.quality.variants import Variant
 from specpass.benchmarks.results import read_results
-from specpass.benchmarks.variants import Variant
+from specpass.benchmarks.tasks.prompts import Prompt
 from specpass.errors import BenchmarkError, PeerError
 from specpass.files import cache_dir
 
@@ -341,7 +344,7 @@ def test_pip_that_finds_nothing_is_a_peer_error(tmp_path: Path, monkeypatch: pyt
 TOGETHER = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-import peer_worker as worker
+import worker
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32).eval()
 ids = torch.randint(3, 9000, (1, 300), generator=torch.Generator().manual_seed(0))

@@ -12,11 +12,13 @@ from cli_models import save_model
 from typer.testing import CliRunner
 
 from specpass import cli
-from specpass.benchmarks import floors, profiles, rates, speed, speed_child
 from specpass.benchmarks.models import Pair
 from specpass.benchmarks.results import read_results
-from specpass.benchmarks.speed import Config, Plan, Run
-from specpass.benchmarks.speed_report import aims, markdown
+from specpass.benchmarks.speed import child as speed_child
+from specpass.benchmarks.speed import floors, profiles, rates
+from specpass.benchmarks.speed import run as speed
+from specpass.benchmarks.speed.run import Config, Plan, Run
+from specpass.benchmarks.speed.table import aims, markdown
 from specpass.errors import BenchmarkError, PeerError
 from specpass.hub import read_config
 from specpass.reports import cost

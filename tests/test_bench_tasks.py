@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from specpass.benchmarks import code_tasks, haystack, scoring
-from specpass.benchmarks.tasks import SEPARATING, TASKS, task_named
+from specpass.benchmarks.tasks import code as code_tasks
+from specpass.benchmarks.tasks import haystack, scoring
+from specpass.benchmarks.tasks.table import SEPARATING, TASKS, task_named
 from specpass.errors import BenchmarkError
 
 RETRIEVAL = [name for name in TASKS if name != "code_completion"]

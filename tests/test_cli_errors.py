@@ -78,7 +78,7 @@ class Folders:
     def results(self) -> str:
         """A quality file whose only record claims more than its answer is worth."""
         from specpass.benchmarks.models import load_tokenizer
-        from specpass.benchmarks.tasks import TASKS
+        from specpass.benchmarks.tasks.table import TASKS
 
         tokenizer = load_tokenizer(self.good)
         prompt = TASKS["niah_single_1"].prompt(0, 300, tokenizer)

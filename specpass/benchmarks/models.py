@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specpass.benchmarks.prompts import Prompt
-from specpass.benchmarks.variants import DRAFT, FULL, LOOKAHEAD, ORACLE, Variant
+from specpass.benchmarks.quality.variants import DRAFT, FULL, LOOKAHEAD, ORACLE, Variant
+from specpass.benchmarks.tasks.prompts import Prompt
 from specpass.errors import BenchmarkError
 
 

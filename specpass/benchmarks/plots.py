@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from specpass.benchmarks.quality.variants import DRAFT, FULL
 from specpass.benchmarks.results import read_results
-from specpass.benchmarks.variants import DRAFT, FULL
 from specpass.errors import BenchmarkError
 from specpass.files import write_file
 

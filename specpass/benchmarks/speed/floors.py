@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from specpass.benchmarks.models import Pair
-from specpass.benchmarks.variants import LOOKAHEAD
+from specpass.benchmarks.quality.variants import LOOKAHEAD
 
 if TYPE_CHECKING:
     from specpass.sizes import Decoder

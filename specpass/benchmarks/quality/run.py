@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specpass.benchmarks import peers
 from specpass.benchmarks.models import Answer, Pair, answers, label
 from specpass.benchmarks.pace import Pace
-from specpass.benchmarks.prompts import Prompt
+from specpass.benchmarks.peers import run as peers
+from specpass.benchmarks.quality.summary import summarise
+from specpass.benchmarks.quality.variants import FULL, GRID, LOOKAHEAD, ORACLE, PROMPT_BUDGET, WINDOW, Variant, variants
 from specpass.benchmarks.results import Store
-from specpass.benchmarks.summary import summarise
-from specpass.benchmarks.tasks import SEPARATING, TASKS, task_named
-from specpass.benchmarks.variants import FULL, GRID, LOOKAHEAD, ORACLE, PROMPT_BUDGET, WINDOW, Variant, variants
+from specpass.benchmarks.tasks.prompts import Prompt
+from specpass.benchmarks.tasks.table import SEPARATING, TASKS, task_named
 from specpass.errors import BenchmarkError, PeerError
 
 KEY = ("method", "budget", "task", "length", "seed")

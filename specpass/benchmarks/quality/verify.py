@@ -9,10 +9,10 @@ from typing import Any
 
 from specpass.benchmarks.models import label, load_tokenizer
 from specpass.benchmarks.pace import Pace
-from specpass.benchmarks.prompts import Prompt
+from specpass.benchmarks.quality.summary import summarise
 from specpass.benchmarks.results import read_results
-from specpass.benchmarks.summary import summarise
-from specpass.benchmarks.tasks import TASKS
+from specpass.benchmarks.tasks.prompts import Prompt
+from specpass.benchmarks.tasks.table import TASKS
 from specpass.errors import BenchmarkError, VerificationError
 
 TOLERANCE = 1e-6

@@ -1,6 +1,6 @@
 """Runs kvpress for `specpass bench`, in kvpress's own environment: imports nothing of specpass.
 
-    python peer_worker.py JOB.json
+    python worker.py JOB.json
 
 JOB: {"what": "answer", "model": folder, "dtype": ..., "device": ..., "prompts": [{"ids": [...], "new_tokens": n,
 "presses": [{"name": "kvpress_snapkv", "budget": 64}, ...]}, ...]} prints a JSON line for each press of each prompt:

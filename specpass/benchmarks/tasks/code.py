@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from specpass.benchmarks import haystack
-from specpass.benchmarks.haystack import Block
-from specpass.benchmarks.prompts import Question
+from specpass.benchmarks.tasks import haystack
+from specpass.benchmarks.tasks.haystack import Block
+from specpass.benchmarks.tasks.prompts import Question
 
 Writer = Callable[[int], Question | None]
 

@@ -20,14 +20,14 @@ from typing import Any
 from filelock import FileLock
 
 from specpass.benchmarks.models import Answer, Pair
-from specpass.benchmarks.prompts import Prompt
-from specpass.benchmarks.variants import Variant
+from specpass.benchmarks.quality.variants import Variant
+from specpass.benchmarks.tasks.prompts import Prompt
 from specpass.errors import PeerError
 from specpass.files import cache_dir
 from specpass.hub import model_path
 
 HERE = Path(__file__).parent
-PINS, WORKER = HERE / "peers.txt", HERE / "peer_worker.py"
+PINS, WORKER = HERE / "peers.txt", HERE / "worker.py"
 SHARING = ("kvpress_snapkv", "kvpress_adakv_snapkv", "kvpress_expected_attention")  # prune what one prefill wrote
 STAMP = "specpass-complete"
 
@@ -69,7 +69,7 @@ def _install(folder: Path) -> None:
 
 
 def run(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The worker's lines for a job (see peer_worker.py); the worker ends when the iterator is closed.
+    """The worker's lines for a job (see worker.py); the worker ends when the iterator is closed.
 
     Raises: PeerError: it failed, with the end of what it said.
     """
@@ -115,7 +115,7 @@ def answers(pair: Pair, work: Iterable[tuple[Prompt, int, list[Variant]]]) -> It
 
 
 def speed(pair: Pair, length: int, batch: int, budget: int, steps: int, prefills: int) -> dict[str, Any]:
-    """kvpress's SnapKV, as in `peer_worker.speed`. Raises: see `run`."""
+    """kvpress's SnapKV, as in `worker.speed`. Raises: see `run`."""
     job = {
         "what": "speed",
         **_model(pair),

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from specpass.benchmarks import code_tasks, ruler, scoring
-from specpass.benchmarks.prompts import Prompt, Question, fit
+from specpass.benchmarks.tasks import code as code_tasks
+from specpass.benchmarks.tasks import ruler, scoring
+from specpass.benchmarks.tasks.prompts import Prompt, Question, fit
 from specpass.errors import BenchmarkError
 
 Writer = Callable[[int], Question | None]

@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-from specpass.benchmarks.variants import FULL
+from specpass.benchmarks.quality.variants import FULL
 
 RESAMPLES = 2000
 

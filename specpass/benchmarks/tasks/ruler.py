@@ -12,8 +12,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from random import Random
 
-from specpass.benchmarks import haystack, vocabulary
-from specpass.benchmarks.prompts import Question
+from specpass.benchmarks.tasks import haystack, vocabulary
+from specpass.benchmarks.tasks.prompts import Question
 
 Writer = Callable[[int], Question | None]
 

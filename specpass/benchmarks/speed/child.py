@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-from specpass.benchmarks import profiles, rates
 from specpass.benchmarks.models import Pair
-from specpass.benchmarks.variants import LOOKAHEAD, WINDOW
+from specpass.benchmarks.quality.variants import LOOKAHEAD, WINDOW
+from specpass.benchmarks.speed import profiles, rates
 from specpass.observe.storage import cache_bytes, step_weight_bytes
 from specpass.observe.streaming import Clock
 

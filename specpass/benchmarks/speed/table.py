@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from specpass.benchmarks.summary import table
+from specpass.benchmarks.quality.summary import table
 
 BUDGET, PROMPT_BUDGET, EQUAL = 256, 1024, 1024  # EQUAL: slots at which a pruned cache is as large as the static one
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specpass.benchmarks import peers
-from specpass.benchmarks.floors import floors
 from specpass.benchmarks.models import Pair, label
 from specpass.benchmarks.pace import Pace
+from specpass.benchmarks.peers import run as peers
+from specpass.benchmarks.quality.variants import LOOKAHEAD, WINDOW
 from specpass.benchmarks.results import Store
-from specpass.benchmarks.speed_report import BUDGET, EQUAL, PROMPT_BUDGET, aims, shown
-from specpass.benchmarks.variants import LOOKAHEAD, WINDOW
+from specpass.benchmarks.speed.floors import floors
+from specpass.benchmarks.speed.table import BUDGET, EQUAL, PROMPT_BUDGET, aims, shown
 from specpass.errors import BenchmarkError, PeerError
 
 KEY = ("method", "budget", "length", "batch")
@@ -283,7 +283,7 @@ class Run:
             if job["what"] == "profile":  # fused kernels show up by name
                 environment["TORCHINDUCTOR_CPP_ENABLE_KERNEL_PROFILE"] = "1"
             done = subprocess.run(
-                [sys.executable, "-m", "specpass.benchmarks.speed_child", file.name],
+                [sys.executable, "-m", "specpass.benchmarks.speed.child", file.name],
                 env=environment,
                 capture_output=True,
                 text=True,

@@ -1,0 +1,1 @@
+"""Other implementations, in an environment of their own."""

@@ -1,0 +1,1 @@
+"""Answers of every method, scored: methods, the run, the summary, and its verification."""
