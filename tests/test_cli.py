@@ -10,8 +10,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from specpass import cli, hub
+from specpass import hub
 from specpass._version import __version__
+from specpass.cli import app as cli
 from specpass.errors import SpecpassError, UnknownModelError
 
 runner = CliRunner()

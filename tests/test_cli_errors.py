@@ -13,7 +13,8 @@ from cli_models import save_model
 from typer.testing import CliRunner
 
 import specpass
-from specpass import cli, errors, hub
+from specpass import errors, hub
+from specpass.cli import app as cli
 
 runner = CliRunner()
 EAGER = ["--lowering", "eager", "-n", "4"]

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import specpass
-from specpass import cli, hub
+from specpass import hub
+from specpass.cli import app as cli
 from specpass.demo import pictures
 from specpass.demo import run as demo
 from specpass.demo.prompt import EXPECTED, QUESTION, Prompt, build_prompt

@@ -12,7 +12,7 @@ from cli_models import save_model
 from onnx_cases import BLOCK
 from typer.testing import CliRunner
 
-from specpass import cli
+from specpass.cli import app as cli
 
 pytest.importorskip("onnxruntime")
 

@@ -13,7 +13,7 @@ import specpass
 from specpass.cache.layer import round_room
 from specpass.kernels import launch, reference
 from specpass.kernels.shapes import Shapes
-from specpass.tune_jobs import Layer, draft_jobs, target_jobs
+from specpass.tune.jobs import Layer, draft_jobs, target_jobs
 
 S, NEW = 100, 6
 PC: dict[str, Any] = {"kernel": 5, "neighbours": 3, "first_layer": 0}

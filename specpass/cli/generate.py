@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from specpass import cli_onnx
-from specpass.cli_options import (
+from specpass.cli import onnx as cli_onnx
+from specpass.cli.options import (
     Budget,
     Choice,
     Draft,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from specpass.cli_options import (
+from specpass.cli.options import (
     Budget,
     Draft,
     Dtype,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specpass.cli_options import Dtype, Lowering, check_words
+from specpass.cli.options import Dtype, Lowering, check_words
 
 RESULTS = Path("bench/results")
 QUICK_MINUTES, MINUTES = 8.0, 110.0  # the step that is under way when the time is over is finished

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from specpass.cli_options import Lookahead, MaxNewTokens, MethodName, Options, Window
+from specpass.cli.options import Lookahead, MaxNewTokens, MethodName, Options, Window
 from specpass.errors import BudgetError, TritonMissingError, UnknownArchError
 from specpass.files import check_folder, write_file
 from specpass.methods.base import Method
@@ -104,7 +104,7 @@ def plan(
     from specpass.kernels.archs import ARCHS, device_arch
     from specpass.kernels.dispatch import ATEN_OPERATORS, triton_installed
     from specpass.kernels.shapes import DTYPES
-    from specpass.tune_jobs import Layer, draft_jobs, target_jobs
+    from specpass.tune.jobs import Layer, draft_jobs, target_jobs
 
     if not triton_installed():
         raise TritonMissingError("tune compiles with Triton, which is not installed: pip install 'specpass[triton]'.")

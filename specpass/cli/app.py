@@ -20,11 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from specpass import cli_explain, cli_export, cli_generate
 from specpass._version import __version__
-from specpass.cli_bench import bench_app
-from specpass.cli_options import Dtype, Lowering, check_words
-from specpass.cli_tune import tune
+from specpass.cli import explain as cli_explain
+from specpass.cli import export as cli_export
+from specpass.cli import generate as cli_generate
+from specpass.cli.bench import bench_app
+from specpass.cli.options import Dtype, Lowering, check_words
+from specpass.cli.tune import tune
 from specpass.errors import SpecpassError
 
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h

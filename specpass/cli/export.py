@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from specpass.cli_options import Budget, Draft, Lookahead, MethodName, Options, Target, Window, choose
+from specpass.cli.options import Budget, Draft, Lookahead, MethodName, Options, Target, Window, choose
 
 
 def export(

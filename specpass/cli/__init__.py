@@ -1,0 +1,5 @@
+"""The command line: thin commands over the library."""
+
+from specpass.cli.app import app, main
+
+__all__ = ["app", "main"]

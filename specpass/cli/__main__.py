@@ -1,0 +1,3 @@
+from specpass.cli.app import main
+
+main()

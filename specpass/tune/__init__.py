@@ -1,0 +1,1 @@
+"""What there is to tune for a target, a draft and a method."""
