@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,6 @@ RESULTS = ROOT / "bench" / "results"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-if str(ROOT / "tests") not in sys.path:  # the eager reference is the tests'; benchmarks compare with the same one
-    sys.path.insert(0, str(ROOT / "tests"))
 
 from specpass.benchmarks import results  # noqa: E402  (the environment is set first)
 from specpass.benchmarks.results import machine, versions, write_json  # noqa: E402

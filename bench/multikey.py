@@ -1,6 +1,6 @@
 """Lookups where every line is a needle: how much of the full-KV answer each method keeps at a small budget.
 
-`--stage eager` runs the plain formulas of tests/eager_reference.py, `--stage compiled` runs specpass through
+`--stage eager` runs the plain formulas of specpass/testing/eager.py, `--stage compiled` runs specpass through
 `model.generate`, and each compiled answer is set beside its eager one: same tokens or not, share of the kept
 slots that both chose, and how far the compiled choice is from a top-k of the eager scores. In bfloat16 the
 two differ by rounding, which may flip slots of nearly equal score. Records are written one by one: a rerun
@@ -102,7 +102,7 @@ class Bench:
 
     def start(self, prompt: needles.Prompt) -> Any:
         """The target's full prefill of the prompt, shared by all methods: on some CPUs it takes a minute."""
-        import eager_reference as eager
+        from specpass.testing import eager
 
         if self.latest is None or self.latest[0] != prompt.seed:
             self.latest = (prompt.seed, eager.prefill(self.target, self.ids(prompt), self.args.window))
@@ -110,8 +110,9 @@ class Bench:
 
     def selection(self, method: str, prompt: needles.Prompt) -> Any:
         """The eager kept set of a pruning method, kept on disk for the compiled stage."""
-        import eager_reference as eager
         import torch
+
+        from specpass.testing import eager
 
         saved = self.scratch / f"{method}-{prompt.seed}.pt"
         if saved.exists():
@@ -138,7 +139,7 @@ class Bench:
         if (f"{method}/eager", prompt.seed) in self.store:
             return self.store[f"{method}/eager", prompt.seed]["lookahead"]
         if prompt.seed not in self.drafted:
-            import eager_reference as eager
+            from specpass.testing import eager
 
             rows, valid = eager.draft_lookahead(
                 self.draft, self.ids(prompt), self.args.lookahead, self.pad, vocab_size=self.vocab
@@ -147,7 +148,7 @@ class Bench:
         return self.drafted[prompt.seed]
 
     def run_eager(self) -> None:
-        import eager_reference as eager
+        from specpass.testing import eager
 
         for method, prompt in track(self.missing("eager", METHODS), "eager"):
             since, ids, more = time.perf_counter(), self.ids(prompt), {}
@@ -248,8 +249,9 @@ def compare(kept: list[Any], reference: Any, window: int) -> dict[str, Any]:
         overlap: per layer, the share of slots that both kept, the window left out where slots are scored.
         margin: smallest kept minus largest dropped eager score, least of all layers; >= 0 is a true top-k.
     """
-    import eager_reference as eager
     import torch
+
+    from specpass.testing import eager
 
     overlap = []
     for ours, theirs in zip(kept, reference.positions, strict=True):

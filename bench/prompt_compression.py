@@ -2,7 +2,7 @@
 
 Prompts of about 3,000 tokens, kinds "single", "multikey" and "multiquery" of bench.needles; the Qwen pair in bfloat16,
 compiled. Records are written one by one: a rerun goes on where it stopped. `--float32 N` sets the tokens that the
-compiled SpecPC reads beside those of the eager formulas of tests/eager_prompt.py, in float32, for the first N seeds.
+compiled SpecPC reads beside those of the eager formulas (specpass.testing.prompt) in float32, for the first N seeds.
 
     python -m bench.prompt_compression
     python -m bench.prompt_compression --float32 2 --tokens 1500
@@ -138,14 +138,14 @@ def run(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """The tokens read, compiled and eager, in float32."""
-    import eager_prompt
     import torch
 
     import specpass
+    from specpass.testing import prompt as eager
 
     tokenizer = common.load_tokenizer(args.target)
     target, draft = common.load_model(args.target, "float32"), common.load_model(args.draft, "float32")
-    how = eager_prompt.PromptScoring()
+    how = eager.PromptScoring()
     method = specpass.SpecPC(budget=512, **dataclasses.asdict(how))
     model = specpass.compile(target, draft=draft, method=method)
     rows = []
@@ -155,8 +155,8 @@ def compare(args: argparse.Namespace) -> None:
         ids = torch.tensor([prompt.ids])
         with torch.no_grad():
             model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
-        scores = eager_prompt.pooled(eager_prompt.prompt_scores(draft, ids, how), how)
-        expected = eager_prompt.choose(scores, 512, how)
+        scores = eager.pooled(eager.prompt_scores(draft, ids, how), how)
+        expected = eager.choose(scores, 512, how)
         ours = cache.prompt_positions[0].tolist()
         rows.append(
             {

@@ -13,7 +13,7 @@ from cli_models import save_model
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from specpass import hub
+from specpass import cli, hub
 from specpass.benchmarks import pace
 from specpass.benchmarks.models import Pair, told
 from specpass.benchmarks.peers import run as peers
@@ -23,7 +23,6 @@ from specpass.benchmarks.quality.run import Grid, Run
 from specpass.benchmarks.quality.variants import Variant
 from specpass.benchmarks.results import read_results
 from specpass.benchmarks.tasks.prompts import Prompt
-from specpass.cli import app as cli
 from specpass.cli import bench as cli_bench
 from specpass.errors import BenchmarkError, PeerError
 from specpass.files import cache_dir

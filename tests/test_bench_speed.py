@@ -11,6 +11,7 @@ import torch
 from cli_models import save_model
 from typer.testing import CliRunner
 
+from specpass import cli
 from specpass.benchmarks.models import Pair
 from specpass.benchmarks.results import read_results
 from specpass.benchmarks.speed import child as speed_child
@@ -18,7 +19,6 @@ from specpass.benchmarks.speed import floors, profiles, rates
 from specpass.benchmarks.speed import run as speed
 from specpass.benchmarks.speed.run import Config, Plan, Run
 from specpass.benchmarks.speed.table import aims, markdown
-from specpass.cli import app as cli
 from specpass.errors import BenchmarkError, PeerError
 from specpass.hub import read_config
 from specpass.reports import cost

@@ -6,7 +6,6 @@ import copy
 import gc
 from typing import Any
 
-import eager_reference as eager
 import pytest
 import torch
 from support import call, check_answer, compile_eager, kept, padded, run
@@ -15,6 +14,7 @@ from transformers import DynamicCache
 
 import specpass
 from specpass.errors import CacheStateError
+from specpass.testing import eager
 
 C, W, K, D, LAYERS = 40, 8, 2, 16, 2
 METHOD = specpass.SnapKV(budget=C, window=W)

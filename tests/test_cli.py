@@ -10,9 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from specpass import hub
+from specpass import cli, hub
 from specpass._version import __version__
-from specpass.cli import app as cli
 from specpass.errors import SpecpassError, UnknownModelError
 
 runner = CliRunner()
@@ -74,7 +73,7 @@ def test_a_reader_that_goes_away_ends_it_quietly():
 
 
 def test_threads_do_not_spin_unless_the_user_says_so(monkeypatch):
-    monkeypatch.setattr(cli, "app", lambda: None)
+    monkeypatch.setattr("specpass.cli.entry.app", lambda: None)
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     cli.main()

@@ -13,8 +13,7 @@ from cli_models import save_model
 from typer.testing import CliRunner
 
 import specpass
-from specpass import errors, hub
-from specpass.cli import app as cli
+from specpass import cli, errors, hub
 
 runner = CliRunner()
 EAGER = ["--lowering", "eager", "-n", "4"]

@@ -19,7 +19,7 @@ from cli_models import save_model
 from typer.testing import CliRunner
 
 import specpass
-from specpass.cli import app as cli
+from specpass import cli
 from specpass.errors import MethodOptionError
 from specpass.methods import registry as method_table
 from specpass.observe.streaming import Streamer

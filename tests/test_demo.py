@@ -17,8 +17,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import specpass
-from specpass import hub
-from specpass.cli import app as cli
+from specpass import cli, hub
 from specpass.demo import pictures
 from specpass.demo import run as demo
 from specpass.demo.prompt import EXPECTED, QUESTION, Prompt, build_prompt

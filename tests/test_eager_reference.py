@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from eager_reference import (
+from tiny import FULL, OTHERS, PAD, prompt, tiny, tiny_pair
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from specpass.testing.eager import (
     SNAPKV,
     SPECKV,
     Scoring,
@@ -23,8 +26,6 @@ from eager_reference import (
     select_streaming,
     top_positions,
 )
-from tiny import FULL, OTHERS, PAD, prompt, tiny, tiny_pair
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 SMALL = Scoring(window=8)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import eager_reference as eager
 import pytest
 import torch
 from support import call, check_answer, check_rules, check_selection, compile_eager, kept, padded, run
 from tiny import EXPERTS, prompt, tiny
 
 import specpass
+from specpass.testing import eager
 
 C, W, L = 24, 8, 5
 METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)

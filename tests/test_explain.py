@@ -15,8 +15,7 @@ from tiny import prompt, tiny
 from typer.testing import CliRunner
 
 import specpass
-from specpass import hub
-from specpass.cli import app as cli
+from specpass import cli, hub
 from specpass.cli import explain as cli_explain
 from specpass.explain.stand_in import stand_in
 from specpass.reports import cost

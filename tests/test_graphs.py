@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import eager_reference as eager
 import pytest
 import torch
 from expecttest import assert_expected_inline
@@ -23,6 +22,7 @@ import specpass.backend.compile
 from specpass.graph.edit import copy_module
 from specpass.passes import pipeline
 from specpass.passes.stages import StageError, verify
+from specpass.testing import eager
 
 C, W, L, LAYERS = 24, 8, 4, 2
 METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)

@@ -14,7 +14,7 @@ import grimp
 import pytest
 import typer.main
 
-from specpass.cli import app as cli
+from specpass import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

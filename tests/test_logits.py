@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import eager_prompt as ep
-import eager_reference as eager
 import pytest
 import torch
 from support import check_answer, check_rules, check_selection, compile_eager, kept, padded, run
@@ -16,6 +14,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from transformers.models.llama import modeling_llama
 
 import specpass
+import specpass.testing.prompt as ep
+from specpass.testing import eager
 
 C, W, L = 24, 8, 5
 

@@ -12,7 +12,7 @@ from cli_models import save_model
 from onnx_cases import BLOCK
 from typer.testing import CliRunner
 
-from specpass.cli import app as cli
+from specpass import cli
 
 pytest.importorskip("onnxruntime")
 

@@ -9,7 +9,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import eager_reference as eager
 import pytest
 import torch
 from support import check_answer, check_rules, compile_eager, kept, padded, run
@@ -18,6 +17,7 @@ from transformers import DynamicCache
 
 import specpass
 from specpass.errors import MethodHookError
+from specpass.testing import eager
 
 C, W = 24, 6
 DOC = Path(__file__).parent.parent / "docs" / "own-method.md"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import eager_prompt as ep
-import eager_reference as eager
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +14,9 @@ from tiny import prompt, tiny
 from transformers import DynamicCache
 
 import specpass
+import specpass.testing.prompt as ep
 from specpass.errors import BudgetError, FirstLayerError, LookaheadError, PromptBudgetError, UnsupportedCallError
+from specpass.testing import eager
 
 C, W = 40, 8
 HOW = ep.PromptScoring(window=W, kernel=6, neighbours=5, lookahead=3)

@@ -6,16 +6,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import eager_prompt as ep
-import eager_reference as eager
 import pytest
 import torch
 from support import Run, call, check_answer, check_rules, check_selection, compile_eager, kept, padded, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specpass
+import specpass.testing.prompt as ep
 from bench import needles
 from specpass import hub
+from specpass.testing import eager
 
 pytestmark = pytest.mark.real
 

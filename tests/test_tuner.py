@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from specpass.cli import app as cli
+from specpass import cli
 from specpass.kernels import cost, launch, measure, store, tuner
 from specpass.kernels.archs import ARCHS
 from specpass.kernels.registry import REGISTRY

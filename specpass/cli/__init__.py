@@ -1,5 +1,5 @@
 """The command line: thin commands over the library."""
 
-from specpass.cli.app import app, main
+from specpass.cli.entry import app, main
 
 __all__ = ["app", "main"]

@@ -1,3 +1,3 @@
-from specpass.cli.app import main
+from specpass.cli.entry import main
 
 main()

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from eager_attention import capture, probabilities_by_capture, probabilities_by_output
 from transformers import DynamicCache, PreTrainedModel
+
+from specpass.testing.attention import capture, probabilities_by_capture, probabilities_by_output
 
 
 @dataclasses.dataclass(frozen=True)

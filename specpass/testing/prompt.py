@@ -2,7 +2,7 @@
 
 Batch 1, no padding, nothing of specpass: the draft's attention comes from transformers' own `output_attentions`, the
 list of peaks and neighbours is built one by one in Python. Source: "Draft-based Approximate Inference for LLMs"
-(arXiv 2506.08373), Algorithm 2. Symbols as in eager_reference.
+(arXiv 2506.08373), Algorithm 2. Symbols as in eager.py.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import eager_reference as eager
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
+
+from specpass.testing import eager
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Two routes: `capture` replaces the function that transformers calls for attn_implementation="sdpa" for the
 time of one forward; `probabilities_by_output` asks transformers' eager attention for its weights. Symbols as
-in eager_reference.
+in eager.py.
 """
 
 from __future__ import annotations
