@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import specpass
 from specpass.testing import eager
@@ -109,3 +110,16 @@ def check_answer(
     theirs = eager.generate(target, ids, positions, new, eos_ids=())
     assert ours.tokens[row] == theirs.tokens
     torch.testing.assert_close(ours.logits[row], theirs.logits, atol=tolerance, rtol=tolerance)
+
+
+def state_of(model: torch.nn.Module) -> tuple[Any, ...]:
+    """Classes and instance attributes of every submodule (hooks are among them), and the attention registry."""
+    modules = {
+        name: (
+            type(module),
+            {key: id(value) for key, value in module.__dict__.items()},
+            {key: list(value) for key, value in module.__dict__.items() if key.endswith("_hooks")},
+        )
+        for name, module in model.named_modules()
+    }
+    return modules, dict(ALL_ATTENTION_FUNCTIONS._local_mapping)

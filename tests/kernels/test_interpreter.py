@@ -1,4 +1,4 @@
-"""One child process runs tests/kernels_interpreted.py under Triton's interpreter."""
+"""One child process runs tests/kernels/interpreted.py under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy
 import pytest
 from packaging.version import Version
 
-FILE = Path(__file__).with_name("kernels_interpreted.py")
+FILE = Path(__file__).with_name("interpreted.py")
 
 
 def test_kernels_agree_with_their_references_in_the_interpreter() -> None:

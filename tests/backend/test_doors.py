@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import call, check_answer, compile_eager, kept, padded, run
-from test_errors import state_of
+from support import call, check_answer, compile_eager, kept, padded, run, state_of
 from tiny import prompt, tiny
 from transformers import DynamicCache
 

@@ -2,7 +2,7 @@
 
 test_kernels_interpreter.py starts it, as a process of its own: TRITON_INTERPRET is read when Triton is
 imported, and changes it for good.
-Run by hand: TRITON_INTERPRET=1 python -m pytest tests/kernels_interpreted.py
+Run by hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted.py
 """
 
 from __future__ import annotations

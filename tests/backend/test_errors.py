@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import call, compile_eager
+from support import call, compile_eager, state_of
 from tiny import prompt, tiny
 from tokenizers import Tokenizer, models
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,19 +22,6 @@ from specpass.hub import weights
 
 C, W, L = 24, 8, 4
 METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)
-
-
-def state_of(model: torch.nn.Module) -> tuple[Any, ...]:
-    """Classes and instance attributes of every submodule (hooks are among them), and the attention registry."""
-    modules = {
-        name: (
-            type(module),
-            {key: id(value) for key, value in module.__dict__.items()},
-            {key: list(value) for key, value in module.__dict__.items() if key.endswith("_hooks")},
-        )
-        for name, module in model.named_modules()
-    }
-    return modules, dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
 
 
 @contextlib.contextmanager

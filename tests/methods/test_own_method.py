@@ -20,7 +20,7 @@ from specpass.errors import MethodHookError
 from specpass.testing import eager
 
 C, W = 24, 6
-DOC = Path(__file__).parent.parent / "docs" / "own-method.md"
+DOC = Path(__file__).parents[2] / "docs" / "own-method.md"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from specpass.kernels.registry import REGISTRY
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_script_runs_anywhere(tmp_path: Path) -> None:
