@@ -28,6 +28,8 @@ from torch import Tensor
 
 from bench.common import RESULTS, median, save_results
 from specpass.kernels import reference
+from specpass.ops import rows as rows_ops
+from specpass.ops import select as select_ops
 
 LENGTHS = (8_192, 32_768, 131_072)
 BATCH, KV_HEADS, GROUP, DIM, BUDGET, WINDOW, ROWS, KERNEL = 1, 8, 4, 128, 1024, 32, 64, 7
@@ -98,7 +100,7 @@ def measure(columns: int, repeats: int) -> dict[str, Any]:
     """One prompt length: medians in milliseconds, and whether each way found what sort finds."""
     torch.manual_seed(0)
     lengths = torch.tensor([columns])
-    rows = reference.score_rows(lengths, None, ROWS, [])
+    rows = rows_ops.score_rows(lengths, None, ROWS, [])
     query, key = torch.randn(BATCH, KV_HEADS * GROUP, ROWS, DIM), torch.randn(BATCH, KV_HEADS, columns, DIM)
     args = (query, key, rows, lengths, WINDOW, DIM**-0.5, "max")
     lse = torch.cat(
@@ -122,7 +124,7 @@ def measure(columns: int, repeats: int) -> dict[str, Any]:
         }
         for name, way in WAYS.items()
     }
-    select = median(milliseconds(lambda: reference.select(scores, lengths, BUDGET, WINDOW, KERNEL, "max"), repeats), 3)
+    select = median(milliseconds(lambda: select_ops.select(scores, lengths, BUDGET, WINDOW, KERNEL, "max"), repeats), 3)
     importance, given = (
         median(milliseconds(lambda known=known: reference.importance(*args, lse=known), 3), 1) for known in (None, lse)
     )

@@ -155,17 +155,6 @@ def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple
     return launch.gather_kv(key, value, positions, room)
 
 
-def prefill_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
-) -> Tensor:
-    """reference.prefill_attention, or what serves a soft cap or sinks: flash attention knows no cap."""
-    if sinks is not None and not softcap and returns_lse(query, key, value):
-        return reference.prefill_with_sinks(query, key, value, scale, sinks)
-    if softcap or sinks is not None:
-        return reference.prefill_modified(query, key, value, scale, softcap, sinks)
-    return reference.prefill_attention(query, key, value, scale)
-
-
 def attend(
     query: Tensor,
     keys: Tensor,

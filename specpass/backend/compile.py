@@ -16,6 +16,7 @@ from specpass.backend.calls import Call, owner_of
 from specpass.cache.budget import BudgetCache
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
+from specpass.dialect.cache import AppendKv, Fill
 from specpass.dialect.define import SPEC
 from specpass.errors import (
     GradientsError,
@@ -26,7 +27,7 @@ from specpass.errors import (
     UnsupportedCallError,
 )
 from specpass.graph.roles import named_inputs
-from specpass.graph.walk import ATEN, find, is_op, output_of
+from specpass.graph.walk import ATEN, find, is_op, output_of, value
 from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import Method
 from specpass.passes.base import Refusal, State
@@ -117,7 +118,7 @@ class Backend:
         trace_seconds = time.perf_counter() - start
         writes = find(traced.graph, SPEC.fill, SPEC.append_kv)
         inputs = traced.graph.find_nodes(op="placeholder")
-        places = {"handle": inputs.index(writes[0].args[2] if is_op(writes[0], SPEC.fill) else writes[0].args[5])}
+        places = {"handle": inputs.index((Fill.match(writes[0]) or AppendKv.of(writes[0])).handle)}
         cache = owner_of(example_inputs[places["handle"]])
         self.report.saw(cache.config)
         self._check_cache(cache)
@@ -135,8 +136,8 @@ class Backend:
             self.report.refuse(str(refusal))
             record.exact = True
             exact = trace_aten(gm)
-            for node in find(exact.graph, SPEC.fill):  # everything is kept and nothing else: no free slots
-                node.args = (*node.args[:4], 0, *node.args[5:])
+            for fill in Fill.find(exact.graph):  # everything is kept and nothing else: no free slots
+                fill.update(room=0)
             return Call(lower(exact, "eager", record), state.kind, places, refusal=str(refusal))
         record.sites = [(site.module, site.budget) for site in state.sites]
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
@@ -250,10 +251,10 @@ def _raiser(error: SpecpassError) -> Callable[..., Any]:
 
 def kind_of(writes: list[fx.Node]) -> str:
     """prefill, short, decode or append: said by the cache's own operators, not by the query length."""
-    first = writes[0]
-    if is_op(first, SPEC.fill):
-        return "short" if first.args[8] else "prefill"
-    size = first.args[3].meta["val"].shape[2]
+    fill = Fill.match(writes[0])
+    if fill is not None:
+        return "short" if fill.short else "prefill"
+    size = value(AppendKv.of(writes[0]).key).shape[2]
     return "decode" if isinstance(size, int) and size == 1 else "append"
 
 

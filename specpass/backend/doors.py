@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import specpass.flops  # noqa: F401  (torch's FLOP counter knows our operators)
+import specpass.ops.flops  # noqa: F401  (torch's FLOP counter knows our operators)
 from specpass.backend import checks
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-import specpass.ops_prompt  # noqa: F401  (registers the operators that update() traces to, specpass.ops' too)
+import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
 from specpass.cache.layer import BudgetLayer, round_room
 from specpass.errors import BudgetError, CacheStateError, LookaheadError, UncompiledCacheError
 from specpass.methods.base import Method

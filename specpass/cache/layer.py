@@ -95,15 +95,7 @@ class BudgetLayer(CacheLayerMixin):
             short = cache.fits(key_states)
             budget = cache.whole if short else self.budget
             self.key_buffer, self.value_buffer, self.lengths, self.positions = torch.ops.specpass.fill(
-                key_states,
-                value_states,
-                cache.handle,
-                budget,
-                cache.room,
-                cache.lookahead,
-                self.index,
-                len(cache.layers),
-                short,
+                key_states, value_states, cache.handle, budget, cache.room, self.index, short
             )
             self.is_initialized = True
             return key_states, value_states

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-import specpass.ops_prompt  # noqa: F401
+import specpass.ops  # noqa: F401
 from specpass.backend.checks import as_ids
 from specpass.capture.model import BATCH, SLOTS, ModelTrace
 from specpass.dialect.define import SPEC

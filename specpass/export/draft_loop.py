@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from specpass.export.flatten import Inliner
 from specpass.export.forms import by_head
 from specpass.graph.edit import Editor, quiet
-from specpass.kernels import reference, reference_prompt
+from specpass.ops.draft import next_token
+from specpass.ops.prompt import merge_step
 from specpass.passes.base import State
 from specpass.passes.draft import DraftGraphs
 
@@ -84,7 +85,7 @@ class DraftSteps(nn.Module):
             out, stored = self._step(token, position, extra, storage, lengths + index - 1, params)
             logits, *new = out if scored else (out,)
             if scored:
-                scores = (reference_prompt.merge_step(scores[0], new[0], draft.reduce),)
+                scores = (merge_step(scores[0], new[0], draft.reduce),)
             following, after = self._next(logits, ended)
             column = torch.arange(length, device=ids.device) == index
             ids = torch.where(column, following, ids)
@@ -96,7 +97,7 @@ class DraftSteps(nn.Module):
     def _next(self, logits: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
         draft = self.draft
         vocab = min(draft.vocab, draft.target_vocab or draft.vocab)
-        return reference.next_token(logits, ended, vocab, 0.0, draft.seed, 0, list(draft.eos_ids), draft.pad_id)
+        return next_token(logits, ended, vocab, 0.0, draft.seed, 0, list(draft.eos_ids), draft.pad_id)
 
     def _step(
         self,

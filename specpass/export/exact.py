@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from specpass.capture.draft import capture_draft
 from specpass.export.decode import decode_program
 from specpass.export.flatten import Inliner, flatten, named, outputs_of
-from specpass.export.forms import FORMS, by_head
+from specpass.export.forms import by_head
 from specpass.export.program import Capture, Program, names
 from specpass.graph.edit import fake_mode_of
+from specpass.ops import rows
 
 
 class Exact:
@@ -29,8 +30,8 @@ class Exact:
         heads = [outputs_of(prefill)[3 + 3 * index].meta["val"].shape[1] for index in range(layers)]
 
         def run(ids: Tensor, mask: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
-            order, lengths = FORMS["pack_order"](mask, ids)
-            out = Inliner(prefill).run(FORMS["pack_ids"](ids, order), lengths, 0, *params)
+            order, lengths = rows.pack_order(mask, ids)
+            out = Inliner(prefill).run(rows.pack_ids(ids, order), lengths, 0, *params)
             states = [by_head(out[1 + 3 * layer + part], heads[layer]) for layer in range(layers) for part in (0, 1)]
             column = torch.arange(ids.shape[1])
             row = torch.where(column < lengths[:, None], column, -1)[:, None]

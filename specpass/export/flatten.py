@@ -3,8 +3,8 @@
 before: select(scores, lengths, C, W, 7, "max"); append_kv(keys, values, lengths, k, v) in place; draft_step(...)
 after:  max_pool1d, pad, sort, ...;              keys = scatter(keys, ...);                     the step's own nodes
 
-specpass's operators become their references (`specpass/kernels/reference.py`); `forms` holds those that write in
-place. A node is named by its module's path and the operator it comes from: `model.layers.3.self_attn.select`.
+specpass's operators become their ONNX forms (`specpass/ops/`), plain aten that writes nothing in place. A node is
+named by its module's path and the operator it comes from: `model.layers.3.self_attn.select`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from specpass.dialect.define import SPEC
 from specpass.errors import ExportError
-from specpass.export.forms import FORMS, by_head
+from specpass.export.forms import by_head, write_slots
 from specpass.graph.edit import copy_module, fake_mode_of, quiet
 from specpass.graph.walk import ATEN, VIEWS, is_op, module_path, output_of
+from specpass.ops import IMPLEMENTATIONS
 
 NAMESPACE = "specpass"
 
@@ -48,7 +49,7 @@ class Inliner(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if getattr(target, "namespace", "") == NAMESPACE:
-            return FORMS[target._schema.name.split("::")[1]](*args, **kwargs)
+            return IMPLEMENTATIONS[target._schema.name.split("::")[1]].onnx(*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
     def append(self, node: fx.Node) -> None:
@@ -58,7 +59,7 @@ class Inliner(fx.Interpreter):
             old = self.stores.get(store)
             if old is None:
                 old = by_head(self.env[store], states.shape[1])
-            self.stores[store] = FORMS["write_slots"](old, self.env[lengths], states)
+            self.stores[store] = write_slots(old, self.env[lengths], states)
             self.env[store] = self.stores[store].flatten(1, 2)
         self.env[lengths] = self.env[lengths] + new[0].shape[2]
 

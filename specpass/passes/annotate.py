@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from specpass.dialect.cache import Fill
 from specpass.dialect.define import SPEC
 from specpass.errors import NoAttentionSiteError
 from specpass.graph.walk import ATEN, VIEWS, find, is_op, module_path, skip_full_slices, value
@@ -86,7 +87,7 @@ def describe(attention: fx.Node, owners: dict, state: State, classes: dict) -> S
     heads, kv_heads = value(query).shape[1], value(write.args[3 if label == "lengths" else 0]).shape[1]
     if heads % kv_heads:
         raise Refusal(f"{heads} query heads are no multiple of {kv_heads} KV heads", module)
-    layer = int(write.args[6]) if is_op(write, SPEC.fill) else len(state.sites)
+    layer = Fill.of(write).layer if is_op(write, SPEC.fill) else len(state.sites)
     site = Site(
         layer,
         module,
@@ -101,7 +102,7 @@ def describe(attention: fx.Node, owners: dict, state: State, classes: dict) -> S
         sinks,
     )
     if is_op(write, SPEC.fill):
-        site.budget = int(write.args[3])
+        site.budget = Fill.of(write).budget
     return site
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from specpass.dialect.cache import Fill
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.walk import is_op, items_of
@@ -41,8 +42,10 @@ class GatherPrune(Pass):
                 site.positions = editor.call(
                     SPEC.keep_short_rows, site.positions, state.lengths, state.method.budget, before=before
                 )
-            key, value, _, _, room = site.cache.args[:5]
-            kept = editor.call(SPEC.gather_kv, key, value, site.positions, room, before=before, like=like)
+            fill = Fill.of(site.cache)
+            kept = editor.call(
+                SPEC.gather_kv, fill.key, fill.value, site.positions, fill.room, before=before, like=like
+            )
             numbered = site.positions  # by the caller's prompt, where the target read a part of it
             if state.prompt_positions is not None:
                 numbered = editor.call(

@@ -40,12 +40,9 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-FOLDER = Path(__file__).parent
-SOURCES = (
-    *sorted(FOLDER.glob("*.py")),
-    *sorted(FOLDER.parent.glob("ops*.py")),
-    *sorted((FOLDER.parent / "kernels").glob("*.py")),
-)
+FOLDER = Path(__file__).parent.parent
+PARTS = ("passes", "graph", "dialect", "ops", "kernels")  # what decides a rewritten graph, and what it calls
+SOURCES = tuple(file for part in PARTS for file in sorted((FOLDER / part).rglob("*.py")))
 
 
 class Pipeline:

@@ -11,9 +11,10 @@ from typing import ClassVar
 
 from torch import fx
 
+from specpass.dialect.cache import AppendKv
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
-from specpass.graph.walk import ATEN, find, is_op
+from specpass.graph.walk import ATEN, is_op
 from specpass.passes.base import Pass, Site, State
 
 
@@ -25,8 +26,8 @@ class Specialize(Pass):
     def run(self, gm: fx.GraphModule, state: State) -> None:
         if state.kind in ("decode", "append"):
             attend_slots(Editor(gm), state)
-        for node in find(gm.graph, SPEC.append_kv):
-            node.args = (*node.args[:5], None)
+        for append in AppendKv.find(gm.graph):
+            append.update(handle=None)
         for node in gm.graph.nodes:  # bookkeeping of the cache, traced inside a layer, belongs to no layer
             if is_op(node, SPEC.size, SPEC.lookahead, SPEC.advance):
                 node.meta.pop("nn_module_stack", None)

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from specpass.kernels import launch, reference
 from specpass.kernels.tiles import Tile
+from specpass.ops import rows as rows_ops
+from specpass.ops import select as select_ops
 
 triton = pytest.importorskip("triton")
 
@@ -66,8 +68,8 @@ def test_importance_with_and_without_the_log_sum_exp(
     # [B, T, heads, D] seen as [B, heads, T, D], as models hand keys over
     key = torch.randn(batch, columns, kv_heads, dim).to(dtype).transpose(1, 2)
     query = (3 * torch.randn(batch, columns, kv_heads * group, dim)).to(dtype).transpose(1, 2)
-    rows = reference.score_rows(lengths, torch.randint(1, 6, (batch, ahead)) if ahead else None, window, [2])
-    taken, scale = reference.take_rows(query, rows), 1 / math.sqrt(dim)
+    rows = rows_ops.score_rows(lengths, torch.randint(1, 6, (batch, ahead)) if ahead else None, window, [2])
+    taken, scale = rows_ops.take_rows(query, rows), 1 / math.sqrt(dim)
     weights = torch.linspace(0, 1, window + ahead) if weighted else None
     softcap, sinks = changes(data, kv_heads * group)
     expected = reference.importance(taken, key, rows, lengths, kept, scale, reduce, weights, None, softcap, sinks)
@@ -84,11 +86,11 @@ def test_equal_scores_stay_equal_across_tiles_so_that_ties_go_to_the_lower_posit
     torch.manual_seed(0)
     key = torch.randn(batch, kv_heads, 1, dim).expand(-1, -1, size, -1).contiguous()  # one plateau over five tiles
     lengths = torch.tensor([size])
-    rows = reference.score_rows(lengths, None, window, [])
-    taken = reference.take_rows(torch.randn(batch, kv_heads * group, size, dim), rows)
+    rows = rows_ops.score_rows(lengths, None, window, [])
+    taken = rows_ops.take_rows(torch.randn(batch, kv_heads * group, size, dim), rows)
     scores = launch.importance(taken, key, rows, lengths, window, 0.25, "max", tile=Tile(16))
     assert (scores[..., : size - window] == scores[..., :1]).all()
-    kept = reference.select(scores, lengths, window + 3, window, 7, "max")
+    kept = select_ops.select(scores, lengths, window + 3, window, 7, "max")
     assert kept.tolist() == [[[0, 1, 2, 66, 67, 68, 69]] * kv_heads]
 
 

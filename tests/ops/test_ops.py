@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import specpass.ops_prompt  # noqa: F401  (registers the operators, those of specpass.ops too)
+import specpass.ops  # noqa: F401  (binds the operators)
 
 SPEC = torch.ops.specpass
 B, H, K, S, D, C, N, W, L = 2, 4, 2, 9, 8, 5, 3, 2, 2
@@ -32,7 +32,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     sinks = torch.randn(H)
     handle, step = torch.zeros((), dtype=torch.int64), (torch.randn(B, K, 2, D), torch.randn(B, K, 2, D + 1))
     return {
-        "fill": [(key, value, handle, C, N, L, 0, 2, False), (key, value, handle, S + L + 1, N, L, 0, 2, True)],
+        "fill": [(key, value, handle, C, N, 0, False), (key, value, handle, S + L + 1, N, 0, True)],
         "lookahead": [(key, None, L), (key, ahead, L)],
         "size": [(key, 2)],
         "extend_kv": [(*heads, *step)],

@@ -1,4 +1,4 @@
-"""Every operator of specpass/kernels/reference.py against loops that spell the formula out."""
+"""Every operator of specpass/kernels/reference.py and specpass/ops against loops that spell the formula out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import specpass.ops  # noqa: F401  (registers the operators)
 from specpass.kernels import reference
+from specpass.ops import cache as cache_ops
+from specpass.ops import draft as draft_ops
+from specpass.ops import rows as row_ops
+from specpass.ops import select as select_ops
 
 SEEDS = st.integers(0, 10_000)
 
@@ -45,7 +49,7 @@ def naive_rows(length: int, lookahead: list[int], window: int, eos: list[int]) -
 def test_score_rows_are_the_window_and_the_lookahead_up_to_its_first_eos(case: dict[str, Any]) -> None:
     lookahead, lengths = case["lookahead"], case["lengths"]
     for eos in ([], [2], [4, 2]):
-        rows = reference.score_rows(lengths, lookahead, case["window"], eos)
+        rows = row_ops.score_rows(lengths, lookahead, case["window"], eos)
         tokens = [[] for _ in lengths] if lookahead is None else lookahead.tolist()
         expected = [naive_rows(int(n), t, case["window"], eos) for n, t in zip(lengths, tokens, strict=True)]
         assert rows.tolist() == expected
@@ -54,9 +58,9 @@ def test_score_rows_are_the_window_and_the_lookahead_up_to_its_first_eos(case: d
 @given(scored_heads(), st.sampled_from(["max", "mean"]))
 def test_importance_is_the_reduced_softmax_of_full_causal_attention(case: dict[str, Any], reduce: str) -> None:
     query, key, lengths, window = (case[name] for name in ("query", "key", "lengths", "window"))
-    rows = reference.score_rows(lengths, case["lookahead"], window, [2])
+    rows = row_ops.score_rows(lengths, case["lookahead"], window, [2])
     scale = 1 / math.sqrt(query.shape[3])
-    scores = reference.importance(reference.take_rows(query, rows), key, rows, lengths, window, scale, reduce)
+    scores = reference.importance(row_ops.take_rows(query, rows), key, rows, lengths, window, scale, reduce)
     assert scores.shape == key.shape[:3]
     assert scores.dtype == torch.float32
     wide = key.repeat_interleave(case["group"], 1).double()
@@ -93,7 +97,7 @@ def test_select_keeps_the_largest_and_the_window(data: st.DataObject) -> None:
     quarters = torch.randint(0, 4, (batch, kv_heads, columns))  # four values: ties everywhere
     column = torch.arange(columns)
     quarters.masked_fill_((column >= (lengths - window)[:, None])[:, None], 0)  # as importance leaves them
-    positions = reference.select(quarters / 4, lengths, budget, window, kernel, pool)
+    positions = select_ops.select(quarters / 4, lengths, budget, window, kernel, pool)
     assert positions.shape == (batch, kv_heads, budget)
     for row in range(batch):
         for head in range(kv_heads):
@@ -105,17 +109,17 @@ def test_select_keeps_the_largest_and_the_window(data: st.DataObject) -> None:
 def test_a_plateau_is_cut_at_its_lower_end() -> None:
     scores = torch.zeros(1, 1, 40)
     scores[..., 20] = 1.0  # max-pooled: 17 .. 23 all score 1, then zeros from position 0 on
-    kept = reference.select(scores, torch.tensor([40]), 9, 4, 7, "max")[0, 0].tolist()
+    kept = select_ops.select(scores, torch.tensor([40]), 9, 4, 7, "max")[0, 0].tolist()
     assert kept == [17, 18, 19, 20, 21, 36, 37, 38, 39]
-    kept = reference.select(scores, torch.tensor([40]), 13, 4, 7, "max")[0, 0].tolist()
+    kept = select_ops.select(scores, torch.tensor([40]), 13, 4, 7, "max")[0, 0].tolist()
     assert kept == [0, 1, 17, 18, 19, 20, 21, 22, 23, 36, 37, 38, 39]
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(0, 4), st.integers(1, 8))
 def test_select_recent_keeps_sinks_and_tail(lengths: list[int], sinks: int, more: int) -> None:
     budget = sinks + more
-    positions = reference.select_recent(torch.tensor(lengths), 2, budget, sinks)
-    everything = reference.keep_all(torch.tensor(lengths), 2, budget)
+    positions = select_ops.select_recent(torch.tensor(lengths), 2, budget, sinks)
+    everything = select_ops.keep_all(torch.tensor(lengths), 2, budget)
     for row, length in enumerate(lengths):
         tail = range(max(sinks, length - more), length)
         expected = sorted({*range(min(sinks, length)), *tail})
@@ -152,13 +156,13 @@ def test_gather_kv_compacts_the_kept_positions(data: st.DataObject) -> None:
 def test_fill_and_keep_kv_keep_everything(batch: int, size: int, room: int, seed: int) -> None:
     torch.manual_seed(seed)
     key, value = torch.randn(batch, 2, size, 4), torch.randn(batch, 2, size, 3)
-    keys, values, lengths, positions = reference.fill(key, value, room)
+    keys, values, lengths, positions = cache_ops.fill(key, value, torch.zeros(()), 1, room, 0, False)
     assert positions.tolist() == [[[*range(size)]] * 2] * batch
     assert torch.equal(keys.view(batch, 2, size + room, 4)[:, :, :size], key)
     assert torch.equal(values.view(batch, 2, size + room, 3)[:, :, :size], value)
     assert lengths.tolist() == [[size, size]] * batch
     real = torch.randint(1, size + 1, (batch,))
-    keys, values, lengths = reference.keep_kv(key, value, real, room)
+    keys, values, lengths = cache_ops.keep_kv(key, value, real, room)
     assert torch.equal(keys.view(batch, 2, size + room, 4)[:, :, :size], key)
     assert torch.equal(values.view(batch, 2, size + room, 3)[:, :, :size], value)
     assert torch.equal(lengths, real[:, None].expand(batch, 2))
@@ -215,14 +219,14 @@ def test_packing_puts_real_tokens_first_in_order_and_back(batch: int, size: int,
     mask = torch.rand(batch, size) < 0.6
     mask[0] = torch.arange(size) >= size // 2  # left padding, as tokenizers do it
     ids = torch.randint(1, 99, (batch, size))
-    order, lengths = reference.pack_order(mask.long())
-    packed = reference.pack_ids(ids, order)
+    order, lengths = row_ops.pack_order(mask.long(), ids)
+    packed = row_ops.pack_ids(ids, order)
     for row in range(batch):
         real = ids[row][mask[row]].tolist()
         assert packed[row, : len(real)].tolist() == real
         assert int(lengths[row]) == len(real)
     hidden = packed[:, :, None].float()
-    assert torch.equal(reference.take_positions(hidden, reference.unpack_index(order))[..., 0], ids.float())
+    assert torch.equal(row_ops.take_positions(hidden, row_ops.unpack_index(order))[..., 0], ids.float())
 
 
 @given(st.integers(1, 3), st.integers(1, 8), st.integers(1, 4), SEEDS)
@@ -230,10 +234,10 @@ def test_the_lookahead_stands_right_behind_each_row(batch: int, size: int, lengt
     torch.manual_seed(seed)
     ids, extra = torch.randint(1, 50, (batch, size)), torch.randint(50, 99, (batch, length))
     lengths = torch.randint(1, size + 1, (batch,))
-    longer = reference.append_ids(ids, extra, lengths)
+    longer = row_ops.append_ids(ids, extra, lengths)
     start = torch.randint(0, 5, (batch, 1))
-    positions = reference.append_positions(start + torch.arange(size), lengths, length)
-    shared = reference.append_positions(torch.arange(size)[None], lengths, length)
+    positions = row_ops.append_positions(start + torch.arange(size), lengths, length)
+    shared = row_ops.append_positions(torch.arange(size)[None], lengths, length)
     assert longer.shape == positions.shape == shared.shape == (batch, size + length)
     for row, n in enumerate(lengths.tolist()):
         assert longer[row, : n + length].tolist() == ids[row, :n].tolist() + extra[row].tolist()
@@ -253,7 +257,7 @@ def draw_token(
     ended: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     ended = torch.zeros(logits.shape[0], dtype=torch.bool) if ended is None else ended
-    return reference.next_token(logits, ended, vocab, temperature, seed, step, list(eos), 9)
+    return draft_ops.next_token(logits, ended, vocab, temperature, seed, step, list(eos), 9)
 
 
 def test_next_token_is_the_best_of_the_smaller_vocabulary() -> None:

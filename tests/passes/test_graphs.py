@@ -57,7 +57,7 @@ class Record:
         cache = specpass.BudgetCache(self.model.config, self.method, max_new_tokens=8)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, "verify", self.verify)
-            patch.setattr(specpass.backend, "lower", self.lower)
+            patch.setattr("specpass.backend.compile.lower", self.lower)
             call(self.model, ids, cache, **kwargs)
             if len(ids) > 1:
                 position = torch.full((len(ids), 1), ids.shape[1])

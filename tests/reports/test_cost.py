@@ -12,10 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import specpass
-import specpass.flops
+import specpass.ops.flops
 from specpass.backend import compile as backend
 from specpass.kernels import reference
 from specpass.observe.storage import cache_bytes
+from specpass.ops import attention
 from specpass.reports import cost
 from specpass.sizes import Decoder
 
@@ -107,7 +108,7 @@ def test_operators_formulas_are_their_references_counts() -> None:
     spec = torch.ops.specpass
     for ours, theirs, args in (
         (spec.importance, reference.importance, (query, key, rows, lengths, 4, 0.25, "max")),
-        (spec.prefill_attention, reference.prefill_attention, (query, key, value, 0.25)),
+        (spec.prefill_attention, attention.prefill_attention, (query, key, value, 0.25)),
         (spec.attend, reference.attend, (query, key, value, lengths[:, None].expand(-1, 2), 0.25)),
     ):
         numbers = []

@@ -1,7 +1,7 @@
-"""Plain aten references of the operators that choose prompt tokens (SpecPC) and reconcile positions.
+"""Scores of prompt tokens, the tokens that the target reads, and how it counts them, in plain aten (SpecPC).
 
-Symbols as in `reference`; C prompt tokens that the target reads, n neighbours of a peak, k pooling kernel.
-Formulas: arXiv 2506.08373, Algorithm 2, and its public code's order of neighbours.
+Symbols: B batch, S prompt length, W window, C prompt tokens that the target reads, n neighbours of a peak, k pooling
+kernel. Formulas: arXiv 2506.08373, Algorithm 2, and its public code's order of neighbours.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specpass.kernels.reference import keep_all
+from specpass.dialect import prompt as dialect
+from specpass.ops.bind import bind
 
 
 def row_weights(lengths: Tensor, window: int) -> Tensor:
@@ -90,12 +91,6 @@ def number_anew(positions: Tensor) -> Tensor:
     return torch.arange(positions.shape[1], device=positions.device).expand(positions.shape).contiguous()
 
 
-def map_positions(positions: Tensor, prompt_positions: Tensor) -> Tensor:
-    """Kept slots [B, K, C] of a compressed prompt, numbered by the original prompt [B, C1]; -1 stays -1."""
-    source = prompt_positions[:, None].expand(-1, positions.shape[1], -1)
-    return source.gather(2, positions.clamp(min=0)).masked_fill(positions < 0, -1)
-
-
 def told_positions(position_ids: Tensor, shift: Tensor) -> Tensor:
     """Positions [B or 1, q] as the caller counts them -> [B, q] as the target was told, shift [B] less."""
     return position_ids - shift[:, None]
@@ -106,9 +101,13 @@ def told_length(seen: Tensor, shift: Tensor) -> Tensor:
     return seen - shift[0]
 
 
-def keep_short_rows(positions: Tensor, lengths: Tensor, budget: int) -> Tensor:
-    """Positions [B, K, C_l] of a layer with a budget of its own -> [B, K, max(C_l, C)]: rows that fit C keep all."""
-    kv_heads, own = positions.shape[1:]
-    wide = max(own, budget)
-    every = keep_all(lengths, kv_heads, wide)
-    return torch.where((lengths <= budget)[:, None, None], every, F.pad(positions, (0, wide - own), value=-1))
+bind(dialect.RowWeights, row_weights)
+bind(dialect.NoScores, no_scores)
+bind(dialect.MergeLayer, merge_layer)
+bind(dialect.MergeStep, merge_step)
+bind(dialect.SelectPrompt, select_prompt)
+bind(dialect.TakeIds, take_ids)
+bind(dialect.CountKept, count_kept)
+bind(dialect.NumberAnew, number_anew)
+bind(dialect.ToldPositions, told_positions)
+bind(dialect.ToldLength, told_length)

@@ -1,0 +1,114 @@
+"""Attention as rewritten graphs say it."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from specpass.dialect.define import Operator
+
+
+class ModifiedAttention(
+    Operator,
+    schema="modified_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, float softcap, "
+    "Tensor? sinks) -> Tensor",
+):
+    """Attention whose logits are soft-capped, or whose softmax has sinks, in the model's own spelling: with a mask."""
+
+    query: fx.Node  # [B, H, q, D]
+    key: fx.Node  # [B, K, T, D]
+    value: fx.Node  # [B, K, T, Dv]
+    mask: fx.Node | None
+    scale: float
+    softcap: float
+    sinks: fx.Node | None  # [H]
+
+    @staticmethod
+    def fake(query, key, value, *rest):
+        return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+class PrefillAttention(
+    Operator,
+    schema="prefill_attention(Tensor query, Tensor key, Tensor value, float scale, float softcap=0.0, "
+    "Tensor? sinks=None) -> Tensor",
+):
+    """Causal attention of packed rows, without a mask: [B, H, T, Dv], lying in memory as [B, T, H, Dv]."""
+
+    query: fx.Node  # [B, H, T, D]
+    key: fx.Node  # [B, K, T, D]
+    value: fx.Node  # [B, K, T, Dv]
+    scale: float
+    softcap: float
+    sinks: fx.Node | None  # [H]
+
+    @staticmethod
+    def fake(query, key, value, *rest):
+        return rows_in_place(query, value)
+
+
+class PrefillAttentionLse(
+    Operator,
+    schema="prefill_attention_lse(Tensor query, Tensor key, Tensor value, Tensor rows, float scale) "
+    "-> (Tensor, Tensor)",
+):
+    """prefill_attention, and the natural log-sum-exp [B, H, R] float32 of the rows that score."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    rows: fx.Node  # [B, R]
+    scale: float
+
+    @staticmethod
+    def fake(query, key, value, rows, scale):
+        lse = query.new_empty(query.shape[0], query.shape[1], rows.shape[1], dtype=torch.float32)
+        return rows_in_place(query, value), lse
+
+
+class Attend(
+    Operator,
+    schema="attend(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale, float softcap=0.0, "
+    "Tensor? sinks=None) -> Tensor",
+):
+    """q new queries over the slots in use, whose number `lengths` says: [B, H, q, Dv]."""
+
+    query: fx.Node  # [B, H, q, D]
+    keys: fx.Node  # [B, K, P, D]
+    values: fx.Node  # [B, K, P, Dv]
+    lengths: fx.Node  # [B, K]
+    scale: float
+    softcap: float
+    sinks: fx.Node | None
+
+    @staticmethod
+    def fake(query, keys, values, *rest):
+        return query.new_empty(*query.shape[:3], values.shape[3])
+
+
+class AppendAttend(
+    Operator,
+    schema="append_attend(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor query, Tensor key, "
+    "Tensor value, float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+):
+    """append_kv of one token, then attend: [B, H, 1, Dv]."""
+
+    keys: fx.Node  # [B, K * P, D]
+    values: fx.Node  # [B, K * P, Dv]
+    lengths: fx.Node  # [B, K]
+    query: fx.Node  # [B, H, 1, D]
+    key: fx.Node  # [B, K, 1, D]
+    value: fx.Node
+    scale: float
+    softcap: float
+    sinks: fx.Node | None
+
+    @staticmethod
+    def fake(keys, values, lengths, query, key, value, *rest):
+        return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+def rows_in_place(query, value):
+    """[B, H, T, Dv] in the memory format of [B, T, H, Dv], which o_proj reads in place."""
+    batch, heads, columns, _ = query.shape
+    return query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)

@@ -1,0 +1,176 @@
+"""What a BudgetCache's calls trace to, and what becomes of them.
+
+Shapes: B batch, S prompt, K KV heads, D and Dv head dimensions, C budget, N room, P = C + N slots, q new tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from specpass.dialect.define import Operator
+
+
+class Fill(
+    Operator,
+    schema="fill(Tensor key, Tensor value, Tensor handle, int budget, int room, int layer, bool short) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+):
+    """A layer's prefill: keys [B, K * (S + N), D], values, lengths [B, K], positions [B, K, S], all kept.
+
+    What the cache's `update` traces to; gather_prune puts the layer's budget in its place. `handle` leads to the cache;
+    `short`: the prompt fits the budget, and is kept whole.
+    """
+
+    key: fx.Node  # [B, K, S, D]
+    value: fx.Node  # [B, K, S, Dv]
+    handle: fx.Node
+    budget: int
+    room: int
+    layer: int
+    short: bool
+
+    @staticmethod
+    def fake(key, value, handle, budget, room, layer, short):
+        batch, heads, size, dim = key.shape
+        slots = size + room
+        return (
+            key.new_empty(batch, heads * slots, dim),
+            value.new_empty(batch, heads * slots, value.shape[3]),
+            key.new_empty(batch, heads, dtype=torch.int64),
+            key.new_empty(batch, heads, slots - room, dtype=torch.int64),
+        )
+
+
+class AppendKv(
+    Operator,
+    schema="append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, "
+    "Tensor? handle) -> ()",
+):
+    """q new KV pairs behind the slots in use, in place; `lengths` advances."""
+
+    keys: fx.Node  # [B, K * P, D]
+    values: fx.Node  # [B, K * P, Dv]
+    lengths: fx.Node  # [B, K]
+    key: fx.Node  # [B, K, q, D]
+    value: fx.Node
+    handle: fx.Node | None  # leads to the cache until specialize drops it
+
+    @staticmethod
+    def fake(keys, values, lengths, key, value, handle):
+        return None
+
+
+class KeepKv(
+    Operator, schema="keep_kv(Tensor key, Tensor value, Tensor lengths, SymInt room) -> (Tensor, Tensor, Tensor)"
+):
+    """A draft layer's prefill: all of K and V, and room for its own tokens, which overwrite a short row's padding."""
+
+    key: fx.Node  # [B, K, S, D]
+    value: fx.Node
+    lengths: fx.Node  # [B]
+    room: Any
+
+    @staticmethod
+    def fake(key, value, lengths, room):
+        return (
+            key.new_empty(key.shape[0], key.shape[1] * (key.shape[2] + room), key.shape[3]),
+            value.new_empty(value.shape[0], value.shape[1] * (value.shape[2] + room), value.shape[3]),
+            lengths.new_empty(key.shape[0], key.shape[1]),
+        )
+
+
+class ExtendKv(Operator, schema="extend_kv(Tensor keys, Tensor values, Tensor key, Tensor value) -> (Tensor, Tensor)"):
+    """Storage of a cache that keeps everything, q tokens on: [B, K, n, D] -> [B, K * (n + q), D]."""
+
+    keys: fx.Node
+    values: fx.Node
+    key: fx.Node
+    value: fx.Node
+
+    @staticmethod
+    def fake(keys, values, key, value):
+        return tuple(torch.cat([states, new], 2).flatten(1, 2) for states, new in ((keys, key), (values, value)))
+
+
+class Lookahead(Operator, schema="lookahead(Tensor key, Tensor? given, int length) -> Tensor"):
+    """[B, L] lookahead ids: the caller's where given, else -1 until insert_draft puts the draft's in its place."""
+
+    key: fx.Node  # of which only the batch is read
+    given: fx.Node | None
+    length: int
+
+    @staticmethod
+    def fake(key, given, length):
+        return key.new_empty(key.shape[0], length, dtype=torch.int64)
+
+
+class ReadPrompt(Operator, schema="read_prompt(Tensor key) -> (Tensor, Tensor)"):
+    """Prompt positions that the target reads [B, S] and the shift of its positions [B]: all, and 0, until rewritten."""
+
+    key: fx.Node
+
+    @staticmethod
+    def fake(key):
+        return (
+            key.new_empty(key.shape[0], key.shape[2], dtype=torch.int64),
+            key.new_empty(key.shape[0], dtype=torch.int64),
+        )
+
+
+class Size(Operator, schema="size(Tensor x, int dim) -> Tensor"):
+    """A size as a 0-d tensor: the cache's logical length, in the caller's columns."""
+
+    x: fx.Node
+    dim: int
+
+    @staticmethod
+    def fake(x, dim):
+        return x.new_empty((), dtype=torch.int64)
+
+
+class Advance(Operator, schema="advance(Tensor(a!) seen, Tensor? shift, SymInt count) -> ()"):
+    """The logical length [], `count` tokens on, in place; `shift` [B] is read by shift_positions."""
+
+    seen: fx.Node
+    shift: fx.Node | None
+    count: Any
+
+    @staticmethod
+    def fake(seen, shift, count):
+        return None
+
+
+class Widen(Operator, schema="widen(Tensor storage, int kv_heads, SymInt slots) -> Tensor"):
+    """What the model's own attention would read where layers have unlike budgets: [B, K, slots, D], padded."""
+
+    storage: fx.Node  # [B, K * P, D]
+    kv_heads: int
+    slots: Any
+
+    @staticmethod
+    def fake(storage, kv_heads, slots):
+        return storage.new_empty(storage.shape[0], kv_heads, slots, storage.shape[2])
+
+
+class GatherKv(
+    Operator, schema="gather_kv(Tensor key, Tensor value, Tensor positions, int room) -> (Tensor, Tensor, Tensor)"
+):
+    """The kept K and V as the cache's storage: keys [B, K * (C + N), D], values, lengths [B, K]."""
+
+    key: fx.Node  # [B, K, T, D]
+    value: fx.Node
+    positions: fx.Node  # [B, K, C], unused slots -1
+    room: int
+
+    @staticmethod
+    def fake(key, value, positions, room):
+        batch, heads, budget = positions.shape
+        slots = heads * (budget + room)
+        return (
+            key.new_empty(batch, slots, key.shape[3]),
+            value.new_empty(batch, slots, value.shape[3]),
+            positions.new_empty(batch, heads),
+        )

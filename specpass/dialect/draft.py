@@ -1,0 +1,29 @@
+"""A draft's next token."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from specpass.dialect.define import Operator
+
+
+class NextToken(
+    Operator,
+    schema="next_token(Tensor logits, Tensor ended, int vocab, float temperature, int seed, int step, int[] eos_ids, "
+    "int pad_id) -> (Tensor, Tensor)",
+):
+    """A draft's next token of each row [B, 1], and which rows have ended [B]."""
+
+    logits: fx.Node  # [B, M, V]
+    ended: fx.Node  # [B] bool
+    vocab: int
+    temperature: float
+    seed: int
+    step: int
+    eos_ids: list[int]
+    pad_id: int
+
+    @staticmethod
+    def fake(logits, ended, *rest):
+        return ended.new_empty(ended.shape[0], 1, dtype=torch.int64), torch.empty_like(ended)

@@ -1,0 +1,97 @@
+"""Scores of prompt columns, and the positions kept of them: [B, K, C] int64, ascending; unused slots last, -1."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from specpass.dialect.define import Operator
+
+
+class Importance(
+    Operator,
+    schema="importance(Tensor query, Tensor key, Tensor rows, Tensor lengths, int window, float scale, str reduce, "
+    "Tensor? weights=None, Tensor? lse=None, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+):
+    """[B, K, T] float32: the attention that each column gets from the query rows, reduced over a KV head's rows."""
+
+    query: fx.Node  # [B, H, R, D]
+    key: fx.Node  # [B, K, T, D]
+    rows: fx.Node  # [B, R]
+    lengths: fx.Node  # [B]
+    window: int
+    scale: float
+    reduce: str
+    weights: fx.Node | None  # [R]
+    lse: fx.Node | None  # [B, H, R]
+    softcap: float
+    sinks: fx.Node | None  # [H]
+
+    @staticmethod
+    def fake(query, key, *rest):
+        return key.new_empty(key.shape[:3], dtype=torch.float32)
+
+
+class Select(
+    Operator, schema="select(Tensor scores, Tensor lengths, int budget, int window, int kernel, str pool) -> Tensor"
+):
+    """The top C - W columns by pooled score, ties to the lower position, and the last W."""
+
+    scores: fx.Node  # [B, K, T]
+    lengths: fx.Node  # [B]
+    budget: int
+    window: int
+    kernel: int
+    pool: str
+
+    @staticmethod
+    def fake(scores, lengths, budget, window, kernel, pool):
+        return scores.new_empty(scores.shape[0], scores.shape[1], budget, dtype=torch.int64)
+
+
+class SelectRecent(Operator, schema="select_recent(Tensor lengths, int kv_heads, int budget, int sinks) -> Tensor"):
+    """The first `sinks` and the last C - sinks positions."""
+
+    lengths: fx.Node
+    kv_heads: int
+    budget: int
+    sinks: int
+
+    @staticmethod
+    def fake(lengths, kv_heads, budget, sinks):
+        return lengths.new_empty(lengths.shape[0], kv_heads, budget)
+
+
+class KeepAll(Operator, schema="keep_all(Tensor lengths, int kv_heads, int budget) -> Tensor"):
+    """0 .. lengths[b] - 1 of rows that fit the budget."""
+
+    lengths: fx.Node
+    kv_heads: int
+    budget: int
+
+    @staticmethod
+    def fake(lengths, kv_heads, budget):
+        return lengths.new_empty(lengths.shape[0], kv_heads, budget)
+
+
+class KeepShortRows(Operator, schema="keep_short_rows(Tensor positions, Tensor lengths, int budget) -> Tensor"):
+    """Positions of a layer with a budget of its own -> [B, K, max(C_l, C)]: rows that fit C keep all."""
+
+    positions: fx.Node
+    lengths: fx.Node
+    budget: int
+
+    @staticmethod
+    def fake(positions, lengths, budget):
+        return positions.new_empty(*positions.shape[:2], max(positions.shape[2], budget))
+
+
+class MapPositions(Operator, schema="map_positions(Tensor positions, Tensor prompt_positions) -> Tensor"):
+    """Kept slots of a compressed prompt, numbered by the original prompt."""
+
+    positions: fx.Node  # [B, K, C]
+    prompt_positions: fx.Node  # [B, C1]
+
+    @staticmethod
+    def fake(positions, prompt_positions):
+        return torch.empty_like(positions)

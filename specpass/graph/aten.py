@@ -1,0 +1,120 @@
+"""Views of the aten operators that passes match; names are the schemas' (`self` is `input`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from specpass.graph.operands import Operands
+from specpass.graph.walk import ATEN, VIEWS
+
+
+class Sdpa(Operands, packets=[ATEN.scaled_dot_product_attention]):
+    query: fx.Node  # [B, H, q, D]
+    key: fx.Node  # [B, K or H, T, D]
+    value: fx.Node
+    attn_mask: fx.Node | None
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+
+
+class Softmax(Operands, packets=[ATEN.softmax, ATEN._softmax]):
+    input: fx.Node
+    dim: int
+
+
+class Matmul(Operands, packets=[ATEN.matmul]):
+    input: fx.Node
+    other: fx.Node
+
+
+class Add(Operands, packets=[ATEN.add]):
+    input: Any
+    other: Any
+
+
+class Sub(Operands, packets=[ATEN.sub]):
+    input: Any
+    other: Any
+
+
+class Factor(Operands, packets=[ATEN.mul, ATEN.div]):
+    input: Any
+    other: Any
+
+
+class Tanh(Operands, packets=[ATEN.tanh]):
+    input: fx.Node
+
+
+class Cat(Operands, packets=[ATEN.cat]):
+    tensors: list[fx.Node]
+    dim: int
+
+
+class Largest(Operands, packets=[ATEN.max, ATEN.amax]):
+    input: fx.Node
+    dim: Any  # a number (max) or a list of them (amax); None over all axes
+
+
+class Reduction(Operands, packets=[ATEN.mean, ATEN.sum, ATEN.var, ATEN.softmax, ATEN.amax]):
+    input: fx.Node
+    dim: Any
+
+
+class Transpose(Operands, packets=[ATEN.transpose]):
+    input: fx.Node
+    dim0: int
+    dim1: int
+
+
+class Slice(Operands, packets=[ATEN.slice]):
+    input: fx.Node
+    dim: int
+    start: Any
+    end: Any
+    step: Any
+
+
+class Select(Operands, packets=[ATEN.select]):
+    input: fx.Node
+    dim: int
+    index: Any
+
+
+class Unsqueeze(Operands, packets=[ATEN.unsqueeze]):
+    input: fx.Node
+    dim: int
+
+
+class Expand(Operands, packets=[ATEN.expand]):
+    input: fx.Node
+
+
+class View(Operands, packets=VIEWS):
+    input: fx.Node
+
+
+class Passive(Operands, packets=[ATEN.to, ATEN._to_copy, ATEN.dropout, ATEN.contiguous, ATEN.clone]):
+    """Casts, dropout that is off, copies."""
+
+    input: fx.Node
+
+
+class Dropout(Operands, packets=[ATEN.dropout]):
+    input: fx.Node
+    train: bool
+
+
+class Embedding(Operands, packets=[ATEN.embedding]):
+    weight: fx.Node
+    indices: fx.Node
+
+
+class SameStorage(Operands, packets=[*VIEWS, ATEN.unflatten, ATEN.transpose]):
+    """Another shape of the same memory."""
+
+    input: fx.Node

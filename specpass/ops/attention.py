@@ -1,0 +1,170 @@
+"""Attention of a prefill and of decode steps, in plain aten, and as ONNX says it.
+
+Symbols: B batch, T columns, H query heads, K KV heads, G = H / K, D and Dv head dimensions, q new tokens, P slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specpass.dialect import attention as dialect
+from specpass.kernels import dispatch, reference
+from specpass.kernels.dispatch import returns_lse
+from specpass.kernels.reference import modified_attention
+from specpass.ops.bind import bind
+
+ROWS = 256  # query rows whose logits are held at once where no flash attention serves
+
+
+def prefill_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
+    """Causal attention of packed rows: [B, H, T, D] x [B, K, T, D] -> [B, H, T, Dv]; needs no mask."""
+    if sinks is not None and not softcap and returns_lse(query, key, value):
+        return rows_in_place(prefill_with_sinks(query, key, value, scale, sinks))
+    if softcap or sinks is not None:  # flash attention knows no cap
+        return rows_in_place(prefill_modified(query, key, value, scale, softcap, sinks))
+    return rows_in_place(prefill_flash(query, key, value, scale))
+
+
+def rows_in_place(out: Tensor) -> Tensor:
+    """One memory format for every path, as the fake kernel says: [B, T, H, Dv] rows, which o_proj reads in place."""
+    return out if out.transpose(1, 2).is_contiguous() else out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def prefill_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """`prefill_attention` without a cap or sinks.
+
+    One call per member of the GQA group, each on views, so that K and V are never repeated to H heads.
+    """
+    batch, heads, columns = query.shape[:3]
+    group = heads // key.shape[1]
+    if group == 1:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    out = query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
+    for member in range(group):
+        out[:, member::group] = F.scaled_dot_product_attention(
+            query[:, member::group], key, value, is_causal=True, scale=scale
+        )
+    return out
+
+
+def prefill_modified(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """`prefill_attention` with a soft cap or sinks, for ROWS queries at a time: never [T, T] logits."""
+    columns = torch.arange(key.shape[2], device=key.device)
+    parts = []
+    for start in range(0, query.shape[2], ROWS):
+        seen = min(start + ROWS, query.shape[2])
+        mask = (columns[:seen] <= columns[start:seen, None])[None, None]
+        parts.append(
+            modified_attention(
+                query[:, :, start:seen], key[:, :, :seen], value[:, :, :seen], mask, scale, softcap, sinks
+            )
+        )
+    return torch.cat(parts, 2)
+
+
+def prefill_with_sinks(query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor) -> Tensor:
+    """`prefill_attention` with sinks [H]: flash attention, each row scaled by the share that its sink leaves."""
+    every = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
+    out, lse = flash_with_lse(query, key, value, every, scale)
+    return out * torch.sigmoid(lse - sinks.float()[:, None])[..., None].to(out.dtype)
+
+
+def flash_with_lse(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`prefill_attention`, and the log-sum-exp of the rows that score, which aten's flash attention finds on its way.
+
+    Args: query [B, H, T, D], key and value [B, K, T, D], 16-bit on CUDA; rows [B, R] positions (-1 reads row 0).
+    Returns: [B, H, T, D]; lse [B, H, R] float32, natural.
+    """
+    batch, heads, columns = query.shape[:3]
+    group, index = heads // key.shape[1], rows.clamp(min=0)[:, None]
+    if query.device.type != "cpu":  # reads K and V of a group once, without repeating them
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)[:2]
+        return out, lse.gather(2, index.expand(-1, heads, -1))
+    out = query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
+    lse = query.new_empty(batch, heads, rows.shape[1], dtype=torch.float32)
+    for member in range(group):
+        part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query[:, member::group], key, value, 0.0, True, scale=scale
+        )
+        out[:, member::group] = part
+        lse[:, member::group] = sums.gather(2, index.expand(-1, key.shape[1], -1))
+    return out, lse
+
+
+def prefill_attention_lse(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`flash_with_lse` in the operator's memory format."""
+    out, lse = flash_with_lse(query, key, value, rows, scale)
+    return rows_in_place(out), lse
+
+
+def prefill_attention_onnx(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
+    """As the reference: one product per member of the GQA group, so that one member's [B, K, T, T] is held."""
+    members = query.unflatten(1, (key.shape[1], -1)).unbind(2)
+    column = torch.arange(key.shape[2], device=key.device)
+    later = (column > column[:, None])[None, None]
+    if softcap or sinks is not None:
+        return modified_attention(query, key, value, ~later, scale, softcap, sinks)
+    outs = [attention_onnx(member, key, value, later, scale) for member in members]
+    return outs[0] if len(outs) == 1 else torch.stack(outs, 2).flatten(1, 2)
+
+
+def attend_onnx(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As the reference."""
+    if softcap or sinks is not None:
+        return reference.attend(query, keys, values, lengths, scale, softcap, sinks)
+    batch, heads, count, dim = query.shape
+    group = heads // keys.shape[1]
+    unread = ~reference.slots_read(lengths, count, keys.shape[2], group)
+    folded = query.reshape(batch, keys.shape[1], group * count, dim)
+    return attention_onnx(folded, keys, values, unread, scale).reshape(batch, heads, count, values.shape[3])
+
+
+def attention_onnx(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v without what is `hidden`; every row sees something.
+
+    torch.onnx's form of scaled_dot_product_attention turns and scales all keys, and so copies the cache at each step;
+    ONNX Runtime multiplies by turned keys where they lie.
+    """
+    logits = torch.matmul(query * scale, key.transpose(2, 3))
+    bias = torch.where(hidden, float("-inf"), 0.0).to(logits.dtype)
+    return torch.matmul(torch.softmax(logits + bias, -1), value)
+
+
+def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """query [B, H, q, D], key [B, K, P, D], value [B, K, P, Dv]: scores and their product with V, for all H heads."""
+    batch, heads, rows, dim = query
+    return 2 * batch * heads * rows * key[2] * (dim + value[3])
+
+
+def append_flops(keys: Any, values: Any, lengths: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
+    """keys [B, K * P, D], values [B, K * P, Dv], query [B, H, 1, D], key [B, K, 1, D]: as attention over P slots."""
+    batch, kv_heads = key[:2]
+    slots = keys[1] // kv_heads
+    return attention_flops(query, (batch, kv_heads, slots, keys[2]), (batch, kv_heads, slots, values[2]))
+
+
+bind(dialect.ModifiedAttention, modified_attention, flops=attention_flops)
+bind(dialect.PrefillAttention, prefill_attention, onnx=prefill_attention_onnx, flops=attention_flops)
+bind(dialect.PrefillAttentionLse, prefill_attention_lse, flops=attention_flops)
+bind(dialect.Attend, dispatch.attend, onnx=attend_onnx, flops=attention_flops)
+bind(dialect.AppendAttend, dispatch.append_attend, flops=append_flops)

@@ -1,0 +1,102 @@
+"""What a BudgetCache's calls compute, in plain aten.
+
+Symbols: B batch, S prompt, K KV heads, D and Dv head dimensions, C budget, N room, P = C + N slots, q new tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specpass.dialect import cache as dialect
+from specpass.kernels import dispatch, reference
+from specpass.ops.bind import bind
+
+
+def fill(
+    key: Tensor, value: Tensor, handle: Tensor, budget: int, room: int, layer: int, short: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keep every KV pair: what the traced graph says before any pass, and what a refused graph runs.
+
+    Returns: as `gather_kv`, and positions [B, K, S].
+    """
+    batch, kv_heads, size = key.shape[:3]
+    positions = torch.arange(size, device=key.device).expand(batch, kv_heads, -1).contiguous()
+    return *reference.gather_kv(key, value, positions, room), positions
+
+
+def keep_kv(key: Tensor, value: Tensor, lengths: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Storage of the draft: all of K and V and room for its own tokens, which overwrite a short row's padding.
+
+    Returns: as `gather_kv`.
+    """
+    kv_heads = key.shape[1]
+    keys, values = (F.pad(states, (0, 0, 0, room)).flatten(1, 2) for states in (key, value))
+    return keys, values, lengths[:, None].repeat(1, kv_heads)
+
+
+def extend_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Storage of a cache that keeps everything, one step on: [B, K, n, D] and [B, K, q, D] -> [B, K * (n + q), D]."""
+    return torch.cat([keys, key], 2).flatten(1, 2), torch.cat([values, value], 2).flatten(1, 2)
+
+
+def append_kv(keys: Tensor, values: Tensor, lengths: Tensor, key: Tensor, value: Tensor, handle: Tensor | None) -> None:
+    """See reference.append_kv; `handle` led the backend to the cache."""
+    reference.append_kv(keys, values, lengths, key, value)
+
+
+def lookahead(key: Tensor, given: Tensor | None, length: int) -> Tensor:
+    """[B, L]: the caller's ids, or -1 where nobody wrote any."""
+    if given is not None:
+        return given.to(key.device, copy=True)
+    return torch.full((key.shape[0], length), -1, dtype=torch.int64, device=key.device)
+
+
+def read_prompt(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Every position of key [B, K, S, D], read without a shift: [B, S] and [B]."""
+    batch, size = key.shape[0], key.shape[2]
+    positions = torch.arange(size, device=key.device).expand(batch, -1).contiguous()
+    return positions, torch.zeros(batch, dtype=torch.int64, device=key.device)
+
+
+def size(x: Tensor, dim: int) -> Tensor:
+    """A size as a 0-d int64 tensor."""
+    return torch.full((), x.shape[dim], dtype=torch.int64, device=x.device)
+
+
+def advance(seen: Tensor, shift: Tensor | None, count: int) -> None:
+    """Count `count` tokens more, in place; `shift` is for shift_positions."""
+    seen.add_(count)
+
+
+def widen(storage: Tensor, kv_heads: int, slots: int) -> Tensor:
+    """Storage [B, K * P, D] as [B, K, slots, D], zeros behind P."""
+    view = storage.unflatten(1, (kv_heads, -1))
+    return F.pad(view, (0, 0, 0, slots - view.shape[2]))
+
+
+def gather_functional(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    """reference.gather_kv without free slots, writing nothing in place (ONNX: the runtime owns the room)."""
+    if room:
+        raise ValueError(f"room={room}: an exported prefill has no free slots")
+    index = positions.clamp(min=0)[..., None]
+    unused = (positions < 0)[..., None]
+
+    def compact(states: Tensor) -> Tensor:
+        kept = states.gather(2, index.expand(-1, -1, -1, states.shape[3]))
+        return kept.masked_fill(unused, 0).flatten(1, 2)
+
+    return compact(key), compact(value), (positions >= 0).sum(-1)
+
+
+bind(dialect.Fill, fill)
+bind(dialect.AppendKv, append_kv)
+bind(dialect.KeepKv, keep_kv)
+bind(dialect.ExtendKv, extend_kv)
+bind(dialect.Lookahead, lookahead)
+bind(dialect.ReadPrompt, read_prompt)
+bind(dialect.Size, size)
+bind(dialect.Advance, advance)
+bind(dialect.Widen, widen)
+bind(dialect.GatherKv, dispatch.gather_kv, onnx=gather_functional)

@@ -1,0 +1,87 @@
+"""Scores of prompt columns and the positions kept of them, in plain aten.
+
+Symbols: B batch, T columns, K KV heads, W window, C budget. Formulas: arXiv 2506.08373; SnapKV (2404.14469).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specpass.dialect import select as dialect
+from specpass.kernels import dispatch, reference
+from specpass.ops.bind import bind
+
+
+def select(scores: Tensor, lengths: Tensor, budget: int, window: int, kernel: int, pool: str) -> Tensor:
+    """Pooled scores -> kept positions: the top C - W, ties to the lower position, and the last W.
+
+    Args: scores [B, K, T] float32, 0 outside the scored columns; lengths [B].
+    Returns: positions [B, K, C] int64, ascending; unused slots -1.
+    """
+    kv_heads, columns = scores.shape[1:]
+    pad = kernel // 2
+    pooled = F.max_pool1d(scores, kernel, 1, pad) if pool == "max" else F.avg_pool1d(scores, kernel, 1, pad)
+    top = budget - window
+    column = torch.arange(columns, device=scores.device)
+    outside = (column >= (lengths - window)[:, None])[:, None]
+    pooled = F.pad(pooled.masked_fill(outside, -1.0), (0, top), value=-1.0)  # T may be shorter than C - W
+    # A stable sort keeps equal scores in order of position, which torch.topk does not promise.
+    values, index = torch.sort(pooled, dim=-1, descending=True, stable=True)
+    never = columns + budget
+    best = index[..., :top].masked_fill(values[..., :top] < 0, never)
+    last = torch.arange(-window, 0, device=scores.device) + lengths[:, None]
+    last = last.masked_fill(last < 0, never)[:, None].expand(-1, kv_heads, -1)
+    return _ascending(torch.cat([best, last], -1), never)
+
+
+def select_recent(lengths: Tensor, kv_heads: int, budget: int, sinks: int) -> Tensor:
+    """The first `sinks` and the last C - sinks positions: [B, K, C] int64, ascending; unused slots -1."""
+    slot = torch.arange(budget, device=lengths.device)
+    shift = (lengths - budget).clamp(min=0)[:, None]
+    positions = torch.where(slot < sinks, slot, slot + shift)
+    positions = positions.masked_fill(positions >= lengths[:, None], -1)
+    return positions[:, None].expand(-1, kv_heads, -1).contiguous()
+
+
+def keep_all(lengths: Tensor, kv_heads: int, budget: int) -> Tensor:
+    """Positions [B, K, C] of rows that fit the budget: 0 .. lengths[b] - 1, then -1."""
+    slot = torch.arange(budget, device=lengths.device)
+    positions = torch.where(slot < lengths[:, None], slot, -1)
+    return positions[:, None].expand(-1, kv_heads, -1).contiguous()
+
+
+def keep_short_rows(positions: Tensor, lengths: Tensor, budget: int) -> Tensor:
+    """Positions [B, K, C_l] of a layer with a budget of its own -> [B, K, max(C_l, C)]: rows that fit C keep all."""
+    kv_heads, own = positions.shape[1:]
+    wide = max(own, budget)
+    every = keep_all(lengths, kv_heads, wide)
+    return torch.where((lengths <= budget)[:, None, None], every, F.pad(positions, (0, wide - own), value=-1))
+
+
+def map_positions(positions: Tensor, prompt_positions: Tensor) -> Tensor:
+    """Kept slots [B, K, C] of a compressed prompt, numbered by the original prompt [B, C1]; -1 stays -1."""
+    source = prompt_positions[:, None].expand(-1, positions.shape[1], -1)
+    return source.gather(2, positions.clamp(min=0)).masked_fill(positions < 0, -1)
+
+
+def _ascending(positions: Tensor, never: int) -> Tensor:
+    ordered = positions.sort(-1).values
+    return ordered.masked_fill(ordered >= never, -1)
+
+
+def importance_flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    """query [B, H, R, D], key [B, K, T, D]: one product."""
+    batch, heads, rows, dim = query
+    return 2 * batch * heads * rows * key[2] * dim
+
+
+bind(dialect.Importance, dispatch.importance, onnx=reference.importance, flops=importance_flops)
+bind(dialect.Select, select)
+bind(dialect.SelectRecent, select_recent)
+bind(dialect.KeepAll, keep_all)
+bind(dialect.KeepShortRows, keep_short_rows)
+bind(dialect.MapPositions, map_positions)
