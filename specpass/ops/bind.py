@@ -11,7 +11,7 @@ from specpass.dialect.define import Operator, library
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """`run` on tensors of any device; `onnx` in plain, functional aten, for export; `flops` from the arguments' shapes."""
+    """`run` on tensors of any device; `onnx` in plain, functional aten for export; `flops` from arguments' shapes."""
 
     run: Callable[..., Any]
     onnx: Callable[..., Any]
