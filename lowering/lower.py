@@ -12,6 +12,7 @@ from specpass.lowering.choose import choose_sites
 from specpass.lowering.cuda_graph import GraphedStep, moving_inputs, on_cuda
 from specpass.lowering.fuse import fuse
 from specpass.reports.record import GraphRecord
+from specpass.rewrite import Request
 
 
 def prepare(lowering: str) -> None:
@@ -33,7 +34,7 @@ def lower(
     start = time.perf_counter()
     graphed = cudagraphs and record.kind == "decode" and on_cuda(gm)
     moving = moving_inputs(gm)
-    fuse(gm)
+    fuse(gm, Request(record.kind))
     record.choices = choose_sites(gm)
     if lowering == "inductor":
         from specpass.lowering.inductor import lower_regions, tagged

@@ -9,31 +9,27 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from specpass.backend import checks
-from specpass.backend.calls import Call, owner_of
+from specpass.backend.calls import Call
+from specpass.backend.facts import Traced, static_outputs
 from specpass.cache.budget import BudgetCache
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
-from specpass.dialect.cache import AppendKv, Fill
-from specpass.dialect.define import SPEC
-from specpass.errors import (
-    GradientsError,
-    LookaheadError,
-    MethodMismatchError,
-    PartialGraphError,
-    SpecpassError,
-    UnsupportedCallError,
-)
-from specpass.graph.roles import named_inputs
-from specpass.graph.walk import ATEN, find, is_op, output_of, value
+from specpass.dialect.cache import ExtendKv, Fill
+from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError
+from specpass.graph.edit import copy_module
 from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import Method
-from specpass.passes.base import Refusal, State
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.pipeline import Pipeline
+from specpass.passes.facts import Drafted
+from specpass.passes.pipeline import PASSES, fingerprint
 from specpass.reports.record import GraphRecord, Report
+from specpass.rewrite import Facts, Observer, Pipeline, Refusal, Request
+from specpass.rewrite.base import PROMPTS
+from specpass.rewrite.pipeline import check_names
+from specpass.rewrite.sites import Sites
 
 RECOMPILE_LIMIT = 64  # Dynamo's default of 8 counts all models of a process; see Backend.__call__
 
@@ -50,6 +46,8 @@ class Backend:
         skip_passes: names of passes to leave out, for experiments.
         full_verify: propagate fake values through the whole graph after each pass.
         keep_stages: keep copies of the graphs of these stages ("DRAFTED", "PRUNED") in `backend.stages`.
+        observe: called as observe(request, name, graph) with each graph as it was traced ("traced") and after each
+            pass, by the pass's name.
 
     Raises:
         MissingDraftError, GradientsError, EncoderDecoderError, NoCudaError: see specpass.errors.
@@ -66,6 +64,7 @@ class Backend:
         skip_passes: Iterable[str] = (),
         full_verify: bool = False,
         keep_stages: Iterable[str] = (),
+        observe: Observer | None = None,
     ) -> None:
         method = checks.check_method(method)
         if lookahead_ids is not None:
@@ -75,7 +74,8 @@ class Backend:
         checks.check_cudagraphs(cudagraphs)
         self.draft, self.method, self.lowering, self.cudagraphs = draft, method, lowering, cudagraphs
         self.skip_passes, self.full_verify = tuple(skip_passes), full_verify
-        Pipeline(self.skip_passes)  # unknown names are an error now, not at the first call
+        check_names(self.skip_passes, PASSES)  # unknown names are an error now, not at the first call
+        self.observers = () if observe is None else (observe,)
         self.keep_stages = tuple(keep_stages)
         self.stages: dict[str, fx.GraphModule] = {}
         self.report = Report(method.key, lowering)
@@ -88,7 +88,7 @@ class Backend:
         # Past its limit Dynamo would run the next call uncompiled without a word, and one process may hold many
         # models that share transformers' decorated forward (one code object).
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-        if find(gm.graph, SPEC.extend_kv):  # goes on from a prompt that was kept whole
+        if ExtendKv.find(gm.graph):  # goes on from a prompt that was kept whole
             return gm.forward
         if not holds_cache_ops(gm):
             self._warn_foreign(gm)
@@ -114,65 +114,78 @@ class Backend:
 
     def _compile(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Call:
         start = time.perf_counter()
-        traced = trace_aten(gm)
+        graph = trace_aten(gm)
         trace_seconds = time.perf_counter() - start
-        writes = find(traced.graph, SPEC.fill, SPEC.append_kv)
-        inputs = traced.graph.find_nodes(op="placeholder")
-        places = {"handle": inputs.index((Fill.match(writes[0]) or AppendKv.of(writes[0])).handle)}
-        cache = owner_of(example_inputs[places["handle"]])
-        self.report.saw(cache.config)
-        self._check_cache(cache)
-        named = named_inputs(traced)
-        places |= {name: inputs.index(node) for name, node in named.items()}
-        self._check_whole(traced, writes, cache, named)
-        self._check_call(traced, cache)
-        weights = {node: value for node, value in zip(inputs, example_inputs, strict=True) if isinstance(value, Tensor)}
-        state = State(kind_of(writes), dataclasses.replace(cache.method), inputs=named, weights=weights)
-        record = GraphRecord(state.kind, trace_seconds=trace_seconds)
+        traced = Traced.read(graph, example_inputs)
+        self.report.saw(traced.cache.config)
+        self._check_cache(traced.cache)
+        if traced.embedding is not None and self.method.drafts and self._graphs is None:
+            checks.check_pair(traced.cache.config, traced.embedding, self.draft)
+        record = GraphRecord(traced.kind, trace_seconds=trace_seconds)
         self.report.graphs.append(record)
         try:
-            graph = self._rewrite(traced, state, cache, record)
+            return self._prune(traced, record)
         except Refusal as refusal:
             self.report.refuse(str(refusal))
             record.exact = True
             exact = trace_aten(gm)
             for fill in Fill.find(exact.graph):  # everything is kept and nothing else: no free slots
                 fill.update(room=0)
-            return Call(lower(exact, "eager", record), state.kind, places, refusal=str(refusal))
-        record.sites = [(site.module, site.budget) for site in state.sites]
+            exact.recompile()
+            return Call(exact.forward, traced.kind, traced.places, refusal=str(refusal))
+
+    def _prune(self, traced: Traced, record: GraphRecord) -> Call:
+        """The rewritten, lowered graph.
+
+        Raises: Refusal.
+        """
+        request, facts = self._request(traced)
+        pipeline = Pipeline(
+            PASSES, skip=self.skip_passes, full_verify=self.full_verify, observers=(self._keep_stage, *self.observers)
+        )
+        graph = pipeline.run(traced.gm, request, facts)
+        record.pass_seconds = dict(pipeline.seconds)
+        sites = facts.get(Sites)
+        record.sites = [] if sites is None else [(site.module, site.budget) for site in sites.sites]
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
         alike = len({budget for _, budget in record.sites}) == 1
         static = static_outputs(graph) if alike else {}
-        run = lower(graph, self.lowering, record, self.cudagraphs, Pipeline(self.skip_passes).fingerprint())
-        context = None if state.draft is None else checks.context_length(self.draft)
+        run = lower(graph, self.lowering, record, self.cudagraphs, fingerprint(self.skip_passes))
+        drafted = facts.get(Drafted)
         return Call(
             run,
-            state.kind,
-            places,
-            tuple(state.lifted.values()),
+            request.kind,
+            traced.places,
+            () if drafted is None else tuple(drafted.lifted.values()),
             static,
-            context,
-            state.lookahead,
-            packed="attention_mask" in named and state.kind in ("prefill", "short"),
+            checks.context_length(self.draft) if DraftGraphs in facts else None,
+            request.lookahead,
+            packed="attention_mask" in traced.places and request.kind in PROMPTS,
         )
 
-    def _rewrite(self, traced: fx.GraphModule, state: State, cache: BudgetCache, record: GraphRecord) -> fx.GraphModule:
-        for index, kind in enumerate(cache.layer_types):
-            if kind != "full_attention":
-                raise Refusal(f"layer {index} is configured as {kind}; only full attention is pruned")
-        if "inputs_embeds" in state.inputs and state.kind in ("prefill", "short"):
+    def _request(self, traced: Traced) -> tuple[Request, Facts]:
+        """What is asked of the passes, and what they are told.
+
+        Raises: Refusal: what the cache's config or the call says cannot be pruned.
+        """
+        cache, kind = traced.cache, traced.kind
+        for index, layer in enumerate(cache.layer_types):
+            if layer != "full_attention":
+                raise Refusal(f"layer {index} is configured as {layer}; only full attention is pruned")
+        if traced.inputs.embeds is not None and kind in PROMPTS:
             raise Refusal("the prompt came as inputs_embeds, so there are no token ids for the draft to read")
-        if state.kind == "prefill":
-            state.lookahead = cache.lookahead
-            if state.lookahead and cache.given_ids is None:
-                state.draft = self.draft_graphs(cache)
-            state.eos_ids = self._eos_ids(cache)
-        pipeline = Pipeline(self.skip_passes, self.full_verify)
-        graph = pipeline.run(traced, state, self.keep_stages)
-        record.pass_seconds = dict(pipeline.seconds)
-        if state.kind == "prefill":
-            self.stages.update(pipeline.stages)
-        return graph
+        facts = Facts(traced.inputs, traced.weights)
+        if kind != "prefill":
+            return Request(kind, cache.method), facts
+        if cache.lookahead and cache.given_ids is None:
+            facts.add(self.draft_graphs(cache))
+        return Request(kind, cache.method, cache.lookahead, self._eos_ids(cache)), facts
+
+    def _keep_stage(self, request: Request, name: str, gm: fx.GraphModule) -> None:
+        """An observer: the prefill's graph as the last pass of each wanted stage leaves it."""
+        stage = next((item.stage for item in PASSES if item.name == name), "")
+        if request.kind == "prefill" and stage in self.keep_stages:
+            self.stages[stage] = copy_module(gm)
 
     def _eos_ids(self, cache: BudgetCache) -> tuple[int, ...]:
         source = self.draft.generation_config if self.draft is not None else cache.config
@@ -206,32 +219,6 @@ class Backend:
                 "method to both."
             )
 
-    def _check_whole(self, traced: fx.GraphModule, writes: list[fx.Node], cache: BudgetCache, named: dict) -> None:
-        layers = len(cache.layers)
-        logits = [
-            node
-            for node in output_of(traced.graph).args[0]
-            if node.meta["val"].dim() == 3 and not is_op(node.args[0] if node.args else None, SPEC.fill)
-        ]
-        if len(writes) != layers or not ({"input_ids", "inputs_embeds"} & named.keys()) or not logits:
-            raise PartialGraphError(
-                f"a graph break left specpass with {len(writes)} of {layers} layers in this graph: pruning needs the "
-                "whole forward in one graph. Find the break with TORCH_LOGS=graph_breaks and remove it."
-            )
-        if find(traced.graph, ATEN.cross_entropy_loss, ATEN.nll_loss):
-            raise UnsupportedCallError("labels= were given: a pruned prefill has no loss; call the model without them.")
-
-    def _check_call(self, traced: fx.GraphModule, cache: BudgetCache) -> None:
-        embedding = find(traced.graph, ATEN.embedding)
-        if embedding and self.method.drafts and self._graphs is None:
-            checks.check_pair(cache.config, embedding[0].args[0].meta["val"], self.draft)
-        for node in find(traced.graph, ATEN.dropout, ATEN.scaled_dot_product_attention):
-            training = node.args[2] if is_op(node, ATEN.dropout) else len(node.args) > 4 and node.args[4] > 0
-            if training:
-                raise GradientsError(
-                    "the target is in training mode (dropout is on), and pruning has no backward: call target.eval()."
-                )
-
 
 def with_lookahead_ids(method: Method, lookahead_ids: Any) -> Method:
     """The method with the caller's [B, L] token ids in the draft's place."""
@@ -247,22 +234,3 @@ def _raiser(error: SpecpassError) -> Callable[..., Any]:
         raise error
 
     return fail
-
-
-def kind_of(writes: list[fx.Node]) -> str:
-    """prefill, short, decode or append: said by the cache's own operators, not by the query length."""
-    fill = Fill.match(writes[0])
-    if fill is not None:
-        return "short" if fill.short else "prefill"
-    size = value(AppendKv.of(writes[0]).key).shape[2]
-    return "decode" if isinstance(size, int) and size == 1 else "append"
-
-
-def static_outputs(gm: fx.GraphModule) -> dict[int, tuple[int, ...]]:
-    """Outputs that are the cache's storage, with the axes that decode may take as constants."""
-    axes = {0: (1, 2), 1: (1, 2), 2: (1,)}
-    found = {}
-    for index, node in enumerate(output_of(gm.graph).args[0]):
-        if isinstance(node, fx.Node) and node.args and is_op(node.args[0], SPEC.gather_kv):
-            found[index] = axes[node.args[1]]
-    return found

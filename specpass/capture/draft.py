@@ -12,21 +12,19 @@ from torch import Tensor, fx, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-import specpass.ops  # noqa: F401
+import specpass.ops  # noqa: F401  (binds the operators that a draft's layers trace to)
 from specpass.backend.checks import as_ids
 from specpass.capture.model import BATCH, SLOTS, ModelTrace
 from specpass.dialect.define import SPEC
-from specpass.graph.edit import Editor
-from specpass.graph.walk import output_of
+from specpass.graph.operands import results_of
+from specpass.graph.walk import value
 from specpass.methods.specpc import SpecPC
-from specpass.passes.annotate import Annotate
-from specpass.passes.base import Refusal, State
-from specpass.passes.canonicalize import Canonicalize
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.pack_rows import attend_packed
-from specpass.passes.score_prompt import score_prefill, score_step
-from specpass.passes.specialize import attend_slots
-from specpass.passes.take_last import TakeLast
+from specpass.passes.facts import Inputs, Rows, Weights
+from specpass.passes.pipeline import draft_prefill_passes, draft_step_passes
+from specpass.passes.score_draft import StepRows
+from specpass.rewrite import Facts, Kind, Pass, Pipeline, Request
+from specpass.rewrite.sites import Sites
 
 
 class _DraftLayer(CacheLayerMixin):
@@ -74,18 +72,20 @@ def capture_draft(draft: nn.Module, prompt: SpecPC | None = None) -> DraftGraphs
     pad = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else 0)
     capture = _Capture(ModelTrace(draft), layers, prompt)
     prefill, step = capture.prefill(), capture.step()
-    result = output_of(step.graph).args[0]
-    logits = result[0] if isinstance(result, (tuple, list)) else result
-    return DraftGraphs(
-        prefill, step, capture.model.params, layers, int(logits.meta["val"].shape[-1]), eos_ids, int(pad), prompt=prompt
-    )
+    vocab = int(value(results_of(step.graph)[0]).shape[-1])
+    return DraftGraphs(prefill, step, capture.model.params, layers, vocab, eos_ids, int(pad), prompt=prompt)
 
 
 class _Capture:
+    """Traces and rewrites the draft's graphs; `shapes` (K, D, Dv) of each layer are known once the prefill is."""
+
     def __init__(self, model: ModelTrace, layers: int, prompt: SpecPC | None) -> None:
         self.model, self.layers, self.prompt = model, layers, prompt
+        self.shapes: list[tuple[int, int, int]] = []
 
     def prefill(self) -> fx.GraphModule:
+        """prefill(ids [B, S], lengths [B], room, *params) -> logits, caches, and scores where there is a `prompt`."""
+
         def run(ids: Tensor, lengths: Tensor, room: Any, *params: Tensor) -> Any:
             cache = Cache(layers=[_DraftLayer(lengths, room) for _ in range(self.layers)])
             logits = self.model.forward(params, ids, cache)
@@ -93,22 +93,19 @@ class _Capture:
             return logits, *buffers
 
         gm = self.model.trace(run, self.model.ids, self.model.lengths, self.model.room)
-        inputs = gm.graph.find_nodes(op="placeholder")
-        state = State("short", None, inputs={"input_ids": inputs[0]})  # type: ignore[arg-type]
-        state.lengths, state.lookahead_ids = inputs[1], inputs[1]
-        state.weights = dict(zip(inputs[3:], self.model.params.values(), strict=True))
-        self._rewrite(gm, state)
-        attend_packed(Editor(gm), state)
-        TakeLast().run(gm, state)
-        if self.prompt is not None:
-            score_prefill(gm, state, self.prompt)
-        return self._finish(gm)
+        ids, lengths, _room, *params = gm.graph.find_nodes(op="placeholder")
+        weights = Weights(dict(zip(params, self.model.params.values(), strict=True)))
+        facts = Facts(Inputs(ids), Rows(lengths), weights)
+        self._rewrite(gm, draft_prefill_passes(self.layers, self.prompt), "prefill", facts)
+        for site in facts[Sites].sites:
+            dim, value_dim = (int(value(node).shape[3]) for node in (site.key, site.value))
+            self.shapes.append((site.kv_heads, dim, value_dim))
+        return gm
 
     def step(self) -> fx.GraphModule:
-        layers = self.draft_layers
-        count = len(layers)
-
-        first = 0 if self.prompt is None else 2  # rows and lengths: read by what score_step inserts
+        """step(ids [B, 1], position [B, 1], *caches, *params) -> logits; more with a `prompt`, see DraftGraphs."""
+        count = len(self.shapes)
+        first = 0 if self.prompt is None else 2  # rows and lengths: read by what score_draft_step inserts
 
         def run(ids: Tensor, position: Tensor, *rest: Tensor) -> Tensor:
             caches, params = rest[first : first + 3 * count], rest[first + 3 * count :]
@@ -120,32 +117,20 @@ class _Capture:
         caches = []
         if self.prompt is not None:
             caches = [self.model.dynamic((BATCH, 1), torch.int64, (0,)), self.model.lengths]
-        for heads, dim, value_dim in layers:
+        for heads, dim, value_dim in self.shapes:
             for width in (dim, value_dim):
                 caches.append(self.model.dynamic((BATCH, heads * SLOTS, width), self.model.dtype, (0, 1)))
             caches.append(self.model.dynamic((BATCH, heads), torch.int64, (0,)))
         gm = self.model.trace(run, ids, position, *caches)
-        state = State("decode", None)  # type: ignore[arg-type]
-        self._rewrite(gm, state)
-        attend_slots(Editor(gm), state)
+        facts = Facts()
         if self.prompt is not None:
-            score_step(gm, state, self.prompt)
-        return self._finish(gm)
+            _ids, _position, rows, lengths, storage = gm.graph.find_nodes(op="placeholder")[:5]
+            facts.add(StepRows(rows, lengths, storage))
+        self._rewrite(gm, draft_step_passes(self.layers, self.prompt), "decode", facts)
+        return gm
 
-    def _rewrite(self, gm: fx.GraphModule, state: State) -> None:
-        Canonicalize().run(gm, state)
-        Annotate().run(gm, state)
-        if len(state.sites) != self.layers:
-            raise Refusal(f"the draft has {self.layers} layers and {len(state.sites)} recognised attention sites")
-        if state.kind == "short":
-            self.draft_layers = [
-                (site.kv_heads, *(int(node.meta["val"].shape[3]) for node in (site.key, site.value)))
-                for site in state.sites
-            ]
-
-    def _finish(self, gm: fx.GraphModule) -> fx.GraphModule:
+    def _rewrite(self, gm: fx.GraphModule, passes: tuple[Pass, ...], kind: Kind, facts: Facts) -> None:
+        Pipeline(passes).run(gm, Request(kind, model="draft"), facts)
         gm.graph.eliminate_dead_code()
-        gm.graph.lint()
         gm.meta["specpass_symbols"] = self.model.sizes
         gm.recompile()
-        return gm

@@ -12,6 +12,7 @@ class ModifiedAttention(
     Operator,
     schema="modified_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, float softcap, "
     "Tensor? sinks) -> Tensor",
+    until="DRAFTED",
 ):
     """Attention whose logits are soft-capped, or whose softmax has sinks, in the model's own spelling: with a mask."""
 
@@ -51,6 +52,7 @@ class PrefillAttentionLse(
     Operator,
     schema="prefill_attention_lse(Tensor query, Tensor key, Tensor value, Tensor rows, float scale) "
     "-> (Tensor, Tensor)",
+    since="LOWERED",
 ):
     """prefill_attention, and the natural log-sum-exp [B, H, R] float32 of the rows that score."""
 
@@ -70,6 +72,7 @@ class Attend(
     Operator,
     schema="attend(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale, float softcap=0.0, "
     "Tensor? sinks=None) -> Tensor",
+    since="PRUNED",
 ):
     """q new queries over the slots in use, whose number `lengths` says: [B, H, q, Dv]."""
 
@@ -90,6 +93,7 @@ class AppendAttend(
     Operator,
     schema="append_attend(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor query, Tensor key, "
     "Tensor value, float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    since="LOWERED",
 ):
     """append_kv of one token, then attend: [B, H, 1, Dv]."""
 

@@ -17,6 +17,7 @@ class Fill(
     Operator,
     schema="fill(Tensor key, Tensor value, Tensor handle, int budget, int room, int layer, bool short) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
+    until="DRAFTED",
 ):
     """A layer's prefill: keys [B, K * (S + N), D], values, lengths [B, K], positions [B, K, S], all kept.
 
@@ -107,7 +108,7 @@ class Lookahead(Operator, schema="lookahead(Tensor key, Tensor? given, int lengt
         return key.new_empty(key.shape[0], length, dtype=torch.int64)
 
 
-class ReadPrompt(Operator, schema="read_prompt(Tensor key) -> (Tensor, Tensor)"):
+class ReadPrompt(Operator, schema="read_prompt(Tensor key) -> (Tensor, Tensor)", until="TRACED"):
     """Prompt positions that the target reads [B, S] and the shift of its positions [B]: all, and 0, until rewritten."""
 
     key: fx.Node
@@ -143,7 +144,7 @@ class Advance(Operator, schema="advance(Tensor(a!) seen, Tensor? shift, SymInt c
         return None
 
 
-class Widen(Operator, schema="widen(Tensor storage, int kv_heads, SymInt slots) -> Tensor"):
+class Widen(Operator, schema="widen(Tensor storage, int kv_heads, SymInt slots) -> Tensor", until="DRAFTED"):
     """What the model's own attention would read where layers have unlike budgets: [B, K, slots, D], padded."""
 
     storage: fx.Node  # [B, K * P, D]
@@ -156,7 +157,9 @@ class Widen(Operator, schema="widen(Tensor storage, int kv_heads, SymInt slots) 
 
 
 class GatherKv(
-    Operator, schema="gather_kv(Tensor key, Tensor value, Tensor positions, int room) -> (Tensor, Tensor, Tensor)"
+    Operator,
+    schema="gather_kv(Tensor key, Tensor value, Tensor positions, int room) -> (Tensor, Tensor, Tensor)",
+    since="PRUNED",
 ):
     """The kept K and V as the cache's storage: keys [B, K * (C + N), D], values, lengths [B, K]."""
 

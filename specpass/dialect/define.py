@@ -9,7 +9,8 @@
         def fake(positions): return positions.new_empty(positions.shape[0])
 
 What it computes is bound elsewhere (specpass.ops): passes name operators and read their operands, and need no more.
-Operators stay opaque between passes so that passes can find them; none takes a module or a Python object.
+Operators stay opaque between passes so that passes can find them; none takes a module or a Python object. `since` and
+`until` are the stages of a graph that may hold the operator, both ends included.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ NAMESPACE = "specpass"
 SPEC = torch.ops.specpass
 library = torch.library.Library(NAMESPACE, "DEF")
 OPERATORS: dict[str, type[Operator]] = {}
+ORDER = ("TRACED", "DRAFTED", "PRUNED", "LOWERED")  # the stages of a graph
 
 
 class Operator(Operands):
@@ -35,9 +37,11 @@ class Operator(Operands):
     schema: ClassVar[str]
     name: ClassVar[str]
     packet: ClassVar[Any]
+    since: ClassVar[str]
+    until: ClassVar[str]
 
-    def __init_subclass__(cls, schema: str) -> None:
-        cls.schema, cls.name = schema, schema.split("(")[0]
+    def __init_subclass__(cls, schema: str, since: str = ORDER[0], until: str = ORDER[-1]) -> None:
+        cls.schema, cls.name, cls.since, cls.until = schema, schema.split("(")[0], since, until
         if cls.name in OPERATORS:
             raise TypeError(f"{cls.__name__}: the operator {cls.name} is declared twice")
         library.define(schema)

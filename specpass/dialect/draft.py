@@ -12,6 +12,7 @@ class NextToken(
     Operator,
     schema="next_token(Tensor logits, Tensor ended, int vocab, float temperature, int seed, int step, int[] eos_ids, "
     "int pad_id) -> (Tensor, Tensor)",
+    since="DRAFTED",
 ):
     """A draft's next token of each row [B, 1], and which rows have ended [B]."""
 

@@ -8,7 +8,7 @@ from torch import fx
 from specpass.dialect.define import Operator
 
 
-class RowWeights(Operator, schema="row_weights(Tensor lengths, int window) -> Tensor"):
+class RowWeights(Operator, schema="row_weights(Tensor lengths, int window) -> Tensor", since="PRUNED"):
     """[W] float32: linspace(0, 1, W)."""
 
     lengths: fx.Node
@@ -19,7 +19,7 @@ class RowWeights(Operator, schema="row_weights(Tensor lengths, int window) -> Te
         return lengths.new_empty(window, dtype=torch.float32)
 
 
-class NoScores(Operator, schema="no_scores(Tensor like, int kv_heads) -> Tensor"):
+class NoScores(Operator, schema="no_scores(Tensor like, int kv_heads) -> Tensor", since="PRUNED"):
     """[B, T] zeros to start a reduction with, from like [B, K * T, ...]."""
 
     like: fx.Node
@@ -30,7 +30,7 @@ class NoScores(Operator, schema="no_scores(Tensor like, int kv_heads) -> Tensor"
         return like.new_empty(like.shape[0], like.shape[1] // kv_heads, dtype=torch.float32)
 
 
-class MergeLayer(Operator, schema="merge_layer(Tensor total, Tensor scores, str reduce) -> Tensor"):
+class MergeLayer(Operator, schema="merge_layer(Tensor total, Tensor scores, str reduce) -> Tensor", since="PRUNED"):
     """[B, T] with one layer's scores [B, K, T]."""
 
     total: fx.Node
@@ -42,7 +42,7 @@ class MergeLayer(Operator, schema="merge_layer(Tensor total, Tensor scores, str 
         return torch.empty_like(total)
 
 
-class MergeStep(Operator, schema="merge_step(Tensor total, Tensor scores, str reduce) -> Tensor"):
+class MergeStep(Operator, schema="merge_step(Tensor total, Tensor scores, str reduce) -> Tensor", since="DRAFTED"):
     """[B, S] with the prompt's columns of one decode step's scores [B, P]."""
 
     total: fx.Node
@@ -58,6 +58,7 @@ class SelectPrompt(
     Operator,
     schema="select_prompt(Tensor scores, Tensor lengths, int budget, int window, int kernel, int neighbours, "
     "str pool) -> Tensor",
+    since="DRAFTED",
 ):
     """[B, C] prompt tokens to read, ascending; unused slots -1."""
 
@@ -74,7 +75,7 @@ class SelectPrompt(
         return lengths.new_empty(lengths.shape[0], budget)
 
 
-class TakeIds(Operator, schema="take_ids(Tensor ids, Tensor positions) -> Tensor"):
+class TakeIds(Operator, schema="take_ids(Tensor ids, Tensor positions) -> Tensor", since="DRAFTED"):
     """[B, S] ids at positions [B, C] -> [B, C]."""
 
     ids: fx.Node
@@ -85,7 +86,7 @@ class TakeIds(Operator, schema="take_ids(Tensor ids, Tensor positions) -> Tensor
         return ids.new_empty(positions.shape)
 
 
-class CountKept(Operator, schema="count_kept(Tensor positions) -> Tensor"):
+class CountKept(Operator, schema="count_kept(Tensor positions) -> Tensor", since="DRAFTED"):
     """[B] int64: used slots of positions [B, C]."""
 
     positions: fx.Node
@@ -95,7 +96,7 @@ class CountKept(Operator, schema="count_kept(Tensor positions) -> Tensor"):
         return positions.new_empty(positions.shape[0])
 
 
-class NumberAnew(Operator, schema="number_anew(Tensor positions) -> Tensor"):
+class NumberAnew(Operator, schema="number_anew(Tensor positions) -> Tensor", since="DRAFTED"):
     """[B, C]: 0 .. C - 1."""
 
     positions: fx.Node
@@ -105,7 +106,7 @@ class NumberAnew(Operator, schema="number_anew(Tensor positions) -> Tensor"):
         return torch.empty_like(positions)
 
 
-class ToldPositions(Operator, schema="told_positions(Tensor position_ids, Tensor shift) -> Tensor"):
+class ToldPositions(Operator, schema="told_positions(Tensor position_ids, Tensor shift) -> Tensor", since="PRUNED"):
     """[B or 1, q] as the caller counts -> [B, q] as the target was told, shift [B] less."""
 
     position_ids: fx.Node
@@ -116,7 +117,7 @@ class ToldPositions(Operator, schema="told_positions(Tensor position_ids, Tensor
         return position_ids.new_empty(shift.shape[0], position_ids.shape[1])
 
 
-class ToldLength(Operator, schema="told_length(Tensor seen, Tensor shift) -> Tensor"):
+class ToldLength(Operator, schema="told_length(Tensor seen, Tensor shift) -> Tensor", since="PRUNED"):
     """The same for the cache's 0-d length."""
 
     seen: fx.Node

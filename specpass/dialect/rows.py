@@ -51,7 +51,7 @@ class ExpandRows(Operator, schema="expand_rows(Tensor ids, Tensor like) -> Tenso
         return ids.new_empty(like.shape[0], ids.shape[1])
 
 
-class AppendIds(Operator, schema="append_ids(Tensor ids, Tensor extra, Tensor lengths) -> Tensor"):
+class AppendIds(Operator, schema="append_ids(Tensor ids, Tensor extra, Tensor lengths) -> Tensor", since="DRAFTED"):
     """[B, S + L]: row b's `extra` [B, L] stands right behind its lengths[b] tokens."""
 
     ids: fx.Node
@@ -63,7 +63,9 @@ class AppendIds(Operator, schema="append_ids(Tensor ids, Tensor extra, Tensor le
         return ids.new_empty(ids.shape[0], ids.shape[1] + extra.shape[1])
 
 
-class AppendPositions(Operator, schema="append_positions(Tensor positions, Tensor lengths, int length) -> Tensor"):
+class AppendPositions(
+    Operator, schema="append_positions(Tensor positions, Tensor lengths, int length) -> Tensor", since="DRAFTED"
+):
     """[B or 1, S] -> [B, S + L]: the lookahead goes on counting from each row's last token."""
 
     positions: fx.Node
@@ -75,7 +77,7 @@ class AppendPositions(Operator, schema="append_positions(Tensor positions, Tenso
         return positions.new_empty(lengths.shape[0], positions.shape[1] + length)
 
 
-class RowIndex(Operator, schema="row_index(Tensor ids) -> Tensor"):
+class RowIndex(Operator, schema="row_index(Tensor ids) -> Tensor", since="DRAFTED"):
     """[B, S]: 0 .. S - 1 for every row."""
 
     ids: fx.Node
@@ -85,7 +87,7 @@ class RowIndex(Operator, schema="row_index(Tensor ids) -> Tensor"):
         return ids.new_empty(ids.shape)
 
 
-class UnpackIndex(Operator, schema="unpack_index(Tensor order) -> Tensor"):
+class UnpackIndex(Operator, schema="unpack_index(Tensor order) -> Tensor", since="DRAFTED"):
     """[B, S]: the caller's column -> packed column."""
 
     order: fx.Node
@@ -95,7 +97,7 @@ class UnpackIndex(Operator, schema="unpack_index(Tensor order) -> Tensor"):
         return order.new_empty(order.shape)
 
 
-class TakePositions(Operator, schema="take_positions(Tensor hidden, Tensor index) -> Tensor"):
+class TakePositions(Operator, schema="take_positions(Tensor hidden, Tensor index) -> Tensor", since="DRAFTED"):
     """[B, T, E] at index [B, M] -> [B, M, E]."""
 
     hidden: fx.Node
@@ -107,7 +109,9 @@ class TakePositions(Operator, schema="take_positions(Tensor hidden, Tensor index
 
 
 class ScoreRows(
-    Operator, schema="score_rows(Tensor lengths, Tensor? lookahead_ids, int window, int[] eos_ids) -> Tensor"
+    Operator,
+    schema="score_rows(Tensor lengths, Tensor? lookahead_ids, int window, int[] eos_ids) -> Tensor",
+    since="PRUNED",
 ):
     """[B, W + L] positions of the query rows that score, -1 where there is none."""
 
@@ -122,7 +126,7 @@ class ScoreRows(
         return lengths.new_empty(lengths.shape[0], window + ahead)
 
 
-class TakeRows(Operator, schema="take_rows(Tensor query, Tensor rows) -> Tensor"):
+class TakeRows(Operator, schema="take_rows(Tensor query, Tensor rows) -> Tensor", since="PRUNED"):
     """[B, H, T, D] at rows [B, R] -> [B, H, R, D]."""
 
     query: fx.Node

@@ -12,6 +12,7 @@ class Importance(
     Operator,
     schema="importance(Tensor query, Tensor key, Tensor rows, Tensor lengths, int window, float scale, str reduce, "
     "Tensor? weights=None, Tensor? lse=None, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    since="PRUNED",
 ):
     """[B, K, T] float32: the attention that each column gets from the query rows, reduced over a KV head's rows."""
 
@@ -33,7 +34,9 @@ class Importance(
 
 
 class Select(
-    Operator, schema="select(Tensor scores, Tensor lengths, int budget, int window, int kernel, str pool) -> Tensor"
+    Operator,
+    schema="select(Tensor scores, Tensor lengths, int budget, int window, int kernel, str pool) -> Tensor",
+    since="PRUNED",
 ):
     """The top C - W columns by pooled score, ties to the lower position, and the last W."""
 
@@ -49,7 +52,9 @@ class Select(
         return scores.new_empty(scores.shape[0], scores.shape[1], budget, dtype=torch.int64)
 
 
-class SelectRecent(Operator, schema="select_recent(Tensor lengths, int kv_heads, int budget, int sinks) -> Tensor"):
+class SelectRecent(
+    Operator, schema="select_recent(Tensor lengths, int kv_heads, int budget, int sinks) -> Tensor", since="PRUNED"
+):
     """The first `sinks` and the last C - sinks positions."""
 
     lengths: fx.Node
@@ -62,7 +67,7 @@ class SelectRecent(Operator, schema="select_recent(Tensor lengths, int kv_heads,
         return lengths.new_empty(lengths.shape[0], kv_heads, budget)
 
 
-class KeepAll(Operator, schema="keep_all(Tensor lengths, int kv_heads, int budget) -> Tensor"):
+class KeepAll(Operator, schema="keep_all(Tensor lengths, int kv_heads, int budget) -> Tensor", since="DRAFTED"):
     """0 .. lengths[b] - 1 of rows that fit the budget."""
 
     lengths: fx.Node
@@ -74,7 +79,9 @@ class KeepAll(Operator, schema="keep_all(Tensor lengths, int kv_heads, int budge
         return lengths.new_empty(lengths.shape[0], kv_heads, budget)
 
 
-class KeepShortRows(Operator, schema="keep_short_rows(Tensor positions, Tensor lengths, int budget) -> Tensor"):
+class KeepShortRows(
+    Operator, schema="keep_short_rows(Tensor positions, Tensor lengths, int budget) -> Tensor", since="PRUNED"
+):
     """Positions of a layer with a budget of its own -> [B, K, max(C_l, C)]: rows that fit C keep all."""
 
     positions: fx.Node
@@ -86,7 +93,9 @@ class KeepShortRows(Operator, schema="keep_short_rows(Tensor positions, Tensor l
         return positions.new_empty(*positions.shape[:2], max(positions.shape[2], budget))
 
 
-class MapPositions(Operator, schema="map_positions(Tensor positions, Tensor prompt_positions) -> Tensor"):
+class MapPositions(
+    Operator, schema="map_positions(Tensor positions, Tensor prompt_positions) -> Tensor", since="PRUNED"
+):
     """Kept slots of a compressed prompt, numbered by the original prompt."""
 
     positions: fx.Node  # [B, K, C]

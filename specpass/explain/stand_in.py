@@ -18,10 +18,13 @@ from specpass import hub
 from specpass.backend import checks
 from specpass.graph.edit import copy_module
 from specpass.methods.base import Method
+from specpass.passes.pipeline import PASSES
 from specpass.reports.record import Report
+from specpass.rewrite import Request
 from specpass.sizes import Decoder
 
 HEAD_DIM, INTERMEDIATE, VOCAB = 16, 64, 256
+KEPT = {"traced": "TRACED", PASSES[-1].name: "PRUNED"}  # the graph in front of the passes, and behind them
 BEYOND = 64  # prompt tokens beyond the budget
 RATIO_PROMPT = 1024  # the prompt of a budget that is a ratio: any draft can read it
 
@@ -71,9 +74,13 @@ def explain(
         checks.check_tokenizers(*configs)
     model = _model(target, configs[0], dtype, weights)
     small = None if draft is None else _model(draft, configs[1], dtype, weights)
-    specpass.compile(model, draft=small, method=method, lowering=lowering, keep_stages=("PRUNED",))
-    backend = model._specpass.backend
-    stages = _keep_traced(backend)
+    stages: dict[str, fx.GraphModule] = {}
+
+    def keep(request: Request, name: str, gm: fx.GraphModule) -> None:
+        if request.kind == "prefill" and name in KEPT:
+            stages[KEPT[name]] = copy_module(gm)
+
+    specpass.compile(model, draft=small, method=method, lowering=lowering, observe=keep)
     size = method.budget + BEYOND if isinstance(method.budget, int) else RATIO_PROMPT
     cache = specpass.BudgetCache(model.config, method, max_new_tokens=max_new_tokens, prompt_length=size)
     vocab = min(m.config.get_text_config(decoder=True).vocab_size for m in (model, small) if m is not None)
@@ -84,21 +91,7 @@ def explain(
     report = specpass.report(model)
     sizes = [None if config is None else Decoder.of(config, _dtype(config, dtype).itemsize) for config in configs]
     report.sizes = (sizes[0], sizes[1])
-    return report, stages | {name: gm for name, gm in backend.stages.items() if name == "PRUNED"}
-
-
-def _keep_traced(backend: specpass.Backend) -> dict[str, fx.GraphModule]:
-    """Where this backend will leave a copy of the prefill's graph from before the first pass."""
-    found: dict[str, fx.GraphModule] = {}
-    rewrite: Any = backend._rewrite
-
-    def keeping(traced: fx.GraphModule, state: Any, *rest: Any) -> fx.GraphModule:
-        if state.kind == "prefill":
-            found["TRACED"] = copy_module(traced)
-        return rewrite(traced, state, *rest)
-
-    vars(backend)["_rewrite"] = keeping
-    return found
+    return report, stages
 
 
 def _model(name: str, config: Any, dtype: str, weights: bool) -> Any:

@@ -28,7 +28,7 @@ from specpass.errors import (
 )
 from specpass.files import write_file
 from specpass.methods.base import Method
-from specpass.passes.base import Refusal
+from specpass.rewrite import Refusal
 from specpass.runtime.bundle import DECODE, MANIFEST, PREFILL, Bundle, file_hash
 
 PACKAGES = ("onnx", "onnx_ir", "onnxscript")
@@ -194,7 +194,7 @@ def describe(folder: Path, target: nn.Module, draft: nn.Module | None, method: M
     """What the runtime must know, and fingerprints of what was exported."""
     import onnx_ir as ir
 
-    from specpass.passes.pipeline import Pipeline
+    from specpass.passes.pipeline import fingerprint as of_passes
 
     config = target.config.get_text_config(decoder=True)
     generation = target.generation_config
@@ -225,7 +225,7 @@ def describe(folder: Path, target: nn.Module, draft: nn.Module | None, method: M
         repetition_penalty=float(getattr(generation, "repetition_penalty", None) or 1.0),
         files=files,
         fingerprints={
-            "passes": Pipeline().fingerprint(),
+            "passes": of_passes(),
             "target": fingerprint(target),
             **({} if draft is None else {"draft": fingerprint(draft)}),
         },

@@ -16,34 +16,33 @@ from torch import Tensor, fx, nn
 from specpass.export.flatten import Inliner
 from specpass.export.forms import by_head
 from specpass.graph.edit import Editor, quiet
+from specpass.graph.walk import value
 from specpass.ops.draft import next_token
 from specpass.ops.prompt import merge_step
-from specpass.passes.base import State
 from specpass.passes.draft import DraftGraphs
+from specpass.passes.facts import Drafted
 
 
 @dataclasses.dataclass
 class LoopedDraft(DraftGraphs):
     """DraftGraphs whose steps are inserted as one node."""
 
-    def insert(self, editor: Editor, state: State, ids: fx.Node, anchor: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    def insert(self, editor: Editor, lookahead: int, ids: fx.Node, lengths: fx.Node, anchor: fx.Node) -> Drafted:
         """As DraftGraphs.insert."""
-        if self.temperature > 0 or state.lookahead == 1:
-            return super().insert(editor, state, ids, anchor)
-        params = self._lift(editor, state)
-        out = self._insert_prefill(editor, state, ids, params, anchor)
-        length = state.lookahead
-        editor.gm.add_submodule("draft_steps", DraftSteps(self, length))
-        values = [editor.item(out, index, anchor) for index in range(len(out.meta["val"]))]
-        with editor.graph.inserting_before(anchor):
-            steps = editor.graph.call_module("draft_steps", (state.lengths, *values, *params))
+        if self.temperature > 0 or lookahead == 1:
+            return super().insert(editor, lookahead, ids, lengths, anchor)
+        params, lifted = self._lift(editor)
+        out = self._insert_prefill(editor, lookahead, ids, lengths, params, anchor)
+        editor.gm.add_submodule("draft_steps", DraftSteps(self, lookahead))
+        values = [editor.item(out, index, anchor) for index in range(len(value(out)))]
+        like = value(ids)
         with quiet(editor.mode):
-            like = ids.meta["val"]
-            steps.meta["val"] = (torch.empty(like.shape[0], length, dtype=torch.int64, device=like.device),)
+            val: tuple[Tensor, ...] = (torch.empty(like.shape[0], lookahead, dtype=torch.int64, device=like.device),)
             if self.prompt is not None:
-                steps.meta["val"] += (torch.empty(like.shape, device=like.device),)
+                val += (torch.empty(like.shape, device=like.device),)
+        steps = editor.call_module("draft_steps", lengths, *values, *params, before=anchor, val=val)
         scores = None if self.prompt is None else editor.item(steps, 1, anchor)
-        return editor.item(steps, 0, anchor), scores
+        return Drafted(editor.item(steps, 0, anchor), anchor, scores, lifted)
 
 
 class DraftSteps(nn.Module):
@@ -96,8 +95,7 @@ class DraftSteps(nn.Module):
 
     def _next(self, logits: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
         draft = self.draft
-        vocab = min(draft.vocab, draft.target_vocab or draft.vocab)
-        return next_token(logits, ended, vocab, 0.0, draft.seed, 0, list(draft.eos_ids), draft.pad_id)
+        return next_token(logits, ended, draft.shared_vocab, 0.0, draft.seed, 0, list(draft.eos_ids), draft.pad_id)
 
     def _step(
         self,

@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from specpass.capture.draft import capture_draft
 from specpass.export.decode import decode_program
-from specpass.export.flatten import Inliner, flatten, named, outputs_of
+from specpass.export.flatten import Inliner, flatten
 from specpass.export.forms import by_head
+from specpass.export.name_nodes import named
 from specpass.export.program import Capture, Program, names
 from specpass.graph.edit import fake_mode_of
+from specpass.graph.operands import results_of
+from specpass.graph.walk import value
 from specpass.ops import rows
 
 
@@ -24,10 +27,11 @@ class Exact:
         graphs = capture_draft(self.target)
         weights = {f"target.{name}": tensor for name, tensor in graphs.params.items()}
         layers = graphs.layers
-        prefill = named(graphs.prefill)
+        prefill = named(graphs.prefill, "prefill")
         inputs = prefill.graph.find_nodes(op="placeholder")
-        ids, count = inputs[0].meta["val"], len(inputs) - len(weights)
-        heads = [outputs_of(prefill)[3 + 3 * index].meta["val"].shape[1] for index in range(layers)]
+        results = results_of(prefill.graph)
+        ids, count = value(inputs[0]), len(inputs) - len(weights)
+        heads = [value(results[3 + 3 * index]).shape[1] for index in range(layers)]
 
         def run(ids: Tensor, mask: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
             order, lengths = rows.pack_order(mask, ids)
@@ -39,9 +43,9 @@ class Exact:
 
         with fake_mode_of(prefill):
             mask = ids.new_ones(ids.shape)
-        flat = flatten(prefill, run, [ids, mask, *(node.meta["val"] for node in inputs[count:])])
-        widths = [int(node.meta["val"].shape[2]) if index % 3 else 0 for index, node in enumerate(outputs_of(prefill))]
+        flat = flatten(prefill, run, [ids, mask, *map(value, inputs[count:])], "prefill")
+        widths = [int(value(node).shape[2]) if index % 3 else 0 for index, node in enumerate(results)]
         kv = [(heads[layer], widths[1 + 3 * layer], widths[2 + 3 * layer]) for layer in range(layers)]
         outputs = ("logits", *names("present", layers), *(f"positions.{layer}" for layer in range(layers)))
         first = Program(flat, ("input_ids", "attention_mask"), outputs, weights)
-        return Capture(first, decode_program(None, graphs.step, kv, weights), kv)
+        return Capture(first, decode_program(graphs.step, kv, weights), kv)

@@ -9,7 +9,6 @@ named by its module's path and the operator it comes from: `model.layers.3.self_
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +17,13 @@ import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from specpass.dialect.define import SPEC
-from specpass.errors import ExportError
+from specpass.dialect.cache import Advance, AppendKv
+from specpass.dialect.define import NAMESPACE
 from specpass.export.forms import by_head, write_slots
-from specpass.graph.edit import copy_module, fake_mode_of, quiet
-from specpass.graph.walk import ATEN, VIEWS, is_op, module_path, output_of
+from specpass.export.functionalize import Functionalize
+from specpass.graph.edit import fake_mode_of, quiet
 from specpass.ops import IMPLEMENTATIONS
-
-NAMESPACE = "specpass"
+from specpass.rewrite import Facts, Kind, Pass, Pipeline, Request
 
 
 class Inliner(fx.Interpreter):
@@ -39,9 +37,9 @@ class Inliner(fx.Interpreter):
         self.stores: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target is torch._C._set_grad_enabled or is_op(n, SPEC.advance):
+        if n.target is torch._C._set_grad_enabled or Advance.is_call(n):
             return None  # nothing is differentiated; the caller counts what the cache has seen
-        if is_op(n, SPEC.append_kv):
+        if AppendKv.is_call(n):
             return self.append(n)
         if n.op == "call_module":
             return self.call_graph(n)
@@ -53,9 +51,10 @@ class Inliner(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
     def append(self, node: fx.Node) -> None:
-        keys, values, lengths, key, value = node.args[:5]
-        new = [self.env[item] for item in (key, value)]
-        for store, states in zip((keys, values), new, strict=True):
+        write = AppendKv.of(node)
+        lengths = write.lengths
+        new = [self.env[item] for item in (write.key, write.value)]
+        for store, states in zip((write.keys, write.values), new, strict=True):
             old = self.stores.get(store)
             if old is None:
                 old = by_head(self.env[store], states.shape[1])
@@ -78,59 +77,14 @@ class Inliner(fx.Interpreter):
         return out
 
 
-def flatten(gm: fx.GraphModule, run: Callable[..., Any], inputs: list[Any]) -> fx.GraphModule:
+FLAT: tuple[Pass, ...] = (Functionalize(),)
+
+
+def flatten(gm: fx.GraphModule, run: Callable[..., Any], inputs: list[Any], kind: Kind) -> fx.GraphModule:
     """ATen of `run(*inputs)`, over fake inputs of the mode of `gm`'s values; `run` interprets `gm` with an Inliner."""
     with quiet(fake_mode_of(gm)), fx_traceback.preserve_node_meta():
         flat = make_fx(run, pre_dispatch=True)(*inputs)
     for module in flat.modules():
         if isinstance(module, fx.GraphModule):  # the graph, and the body of the draft's loop
-            write_nothing(module.graph)
-            module.graph.eliminate_dead_code()
-            module.recompile()
+            Pipeline(FLAT, entry="").run(module, Request(kind), Facts())
     return flat
-
-
-def write_nothing(graph: fx.Graph) -> None:
-    """x.mul_(2) becomes y = x.mul(2), and what read x later reads y; references save memory so, ONNX cannot say it.
-
-    Raises: ExportError where the tensor below x has another reader that would see the change.
-    """
-    for node in list(graph.nodes):
-        schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None or not schema.is_mutable or is_op(node, ATEN.detach_):
-            continue
-        written = source = node.args[0]
-        while is_op(source, *VIEWS, ATEN.unflatten, ATEN.transpose):
-            source = source.args[0]
-        if not schema.name.endswith("_") or (source is not written and any(user > node for user in source.users)):
-            raise ExportError(f"{module_path(node)}: {node.target} writes a tensor that is read elsewhere.")
-        name = schema.name.split("::")[1].removesuffix("_")
-        target = getattr(getattr(ATEN, name), schema.overload_name or "default")
-        with graph.inserting_before(node):
-            new = graph.call_function(target, node.args, dict(node.kwargs))
-        new.meta = dict(node.meta)
-        written.replace_all_uses_with(new, delete_user_cb=lambda user, node=node: user > node)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-
-
-def named(gm: fx.GraphModule, prefix: str = "") -> fx.GraphModule:
-    """A copy whose nodes carry the path that their ONNX nodes will be named by."""
-    twin = copy_module(gm)
-    for node in twin.graph.nodes:
-        if node.op != "call_function" or node.target is operator.getitem:
-            continue
-        parts = [prefix, module_path(node)]
-        if getattr(node.target, "namespace", "") == NAMESPACE:
-            parts.append(node.target._schema.name.split("::")[1])
-        path = ".".join(part for part in parts if part)
-        kind = next((kind for _, kind in (node.meta.get("nn_module_stack") or {}).values()), fx.GraphModule)
-        node.meta["nn_module_stack"] = {path: (path, kind)}
-        node.meta["stack_trace"] = path or node.name  # nodes without one cost a walk of Python's stack, again and again
-    return twin
-
-
-def outputs_of(gm: fx.GraphModule) -> list[fx.Node]:
-    """The nodes that a graph returns."""
-    result = output_of(gm.graph).args[0]
-    return list(result) if isinstance(result, (tuple, list)) else [result]

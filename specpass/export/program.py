@@ -6,6 +6,8 @@ import dataclasses
 
 from torch import Tensor, fx
 
+from specpass.rewrite import Kind
+
 
 @dataclasses.dataclass
 class Program:
@@ -15,6 +17,11 @@ class Program:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weights: dict[str, Tensor]  # by the name that the ONNX initializer gets
+
+    @property
+    def kind(self) -> Kind:
+        """What the graph does, for the passes."""
+        return "decode" if "lengths" in self.inputs else "prefill"
 
 
 @dataclasses.dataclass

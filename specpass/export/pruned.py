@@ -1,6 +1,6 @@
 """The target as the two graphs that ONNX gets: the PRUNED graphs of torch.compile's own pipeline.
 
-The BudgetCache of torch.compile is traced (see model_trace), so the passes meet the operators that they meet there.
+The BudgetCache of torch.compile is traced (see capture/model.py), so the passes meet the same operators.
 No mask reaches the model: pack_rows makes one length per row of it, and packed rows need none.
 """
 
@@ -16,16 +16,21 @@ from specpass.backend.checks import as_ids
 from specpass.cache.budget import BudgetCache
 from specpass.capture.draft import capture_draft
 from specpass.capture.model import BATCH, SLOTS, ModelTrace
+from specpass.dialect.cache import AppendKv
 from specpass.export.decode import decode_program
-from specpass.export.draft_loop import LoopedDraft
+from specpass.export.draft_loop import DraftSteps, LoopedDraft
 from specpass.export.exact import Exact
-from specpass.export.flatten import Inliner, flatten, named
+from specpass.export.flatten import Inliner, flatten
 from specpass.export.forms import by_head
+from specpass.export.name_nodes import named
 from specpass.export.program import Capture, Program, names
+from specpass.graph.walk import value
 from specpass.methods.base import Method
-from specpass.passes.base import Refusal, State
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.pipeline import Pipeline
+from specpass.passes.facts import Inputs, Weights
+from specpass.passes.pipeline import PASSES
+from specpass.rewrite import Facts, Pipeline, Refusal, Request
+from specpass.rewrite.sites import Sites
 
 
 def capture_target(
@@ -46,6 +51,7 @@ class Pruned:
         self.model, self.method, self.draft, self.unrolled = ModelTrace(target), method, draft, unrolled
         self.config = target.config.get_text_config(decoder=True)
         self.layers = self.config.num_hidden_layers
+        self.kv: list[tuple[int, int, int]] = []  # K, D, Dv of each layer, known once the prefill is captured
         self.weights = {f"target.{name}": tensor for name, tensor in self.model.params.items()}
 
     def capture(self) -> Capture:
@@ -84,26 +90,20 @@ class Pruned:
         with model.mode:
             mask = model.ids.new_ones(model.ids.shape)
         gm = model.trace(run, model.ids, mask)
-        inputs = gm.graph.find_nodes(op="placeholder")
-        state = State(
-            "prefill",
-            self.method,
-            inputs={"input_ids": inputs[0], "attention_mask": inputs[1]},
-            weights=dict(zip(inputs[2:], self.model.params.values(), strict=True)),
-        )
-        if self.method.drafts:
-            state.lookahead = self._cache().lookahead
-            state.draft = self._draft()
+        ids, mask_node, *params = gm.graph.find_nodes(op="placeholder")
+        weights = Weights(dict(zip(params, self.model.params.values(), strict=True)))
+        facts = Facts(Inputs(ids, mask_node), weights)
+        if self.draft is not None and self.method.drafts:
+            facts.add(self._draft(self.draft))
         source = self.draft.generation_config if self.draft is not None else self.config
-        state.eos_ids = as_ids(source.eos_token_id)
-        pruned = named_submodules(named(Pipeline().run(gm, state)))
-        self.kv = [
-            (site.kv_heads, int(site.key.meta["val"].shape[3]), int(site.value.meta["val"].shape[3]))
-            for site in state.sites
-        ]
-        weights = self.weights | {
-            f"draft.{name}": tensor for name, tensor in (state.draft.params if state.lifted else {}).items()
-        }
+        request = Request("prefill", self.method, self._cache().lookahead, as_ids(source.eos_token_id))
+        Pipeline(PASSES).run(gm, request, facts)
+        pruned = named_submodules(named(gm, "prefill"))
+        for site in facts[Sites].sites:
+            dim, value_dim = (int(value(node).shape[3]) for node in (site.key, site.value))
+            self.kv.append((site.kv_heads, dim, value_dim))
+        draft = facts.get(DraftGraphs)
+        drafted = {} if draft is None else {f"draft.{name}": tensor for name, tensor in draft.params.items()}
 
         def plain(*args: Tensor) -> tuple[Tensor, ...]:
             inner = Inliner(pruned)
@@ -113,18 +113,18 @@ class Pruned:
             return tuple(out)
 
         # The prompt's length is the symbol itself here; to the pipeline the symbol means S + L.
-        values = [node.meta["val"] for node in pruned.graph.find_nodes(op="placeholder")[2:]]
-        flat = flatten(pruned, plain, [model.ids, mask, *values])
-        return Program(flat, ("input_ids", "attention_mask"), (*outputs, *extra), weights)
+        values = [value(node) for node in pruned.graph.find_nodes(op="placeholder")[2:]]
+        flat = flatten(pruned, plain, [model.ids, mask, *values], "prefill")
+        return Program(flat, ("input_ids", "attention_mask"), (*outputs, *extra), self.weights | drafted)
 
-    def _draft(self) -> DraftGraphs:
+    def _draft(self, draft: nn.Module) -> DraftGraphs:
         try:
-            graphs = capture_draft(self.draft, self.method.prompt)
+            graphs = capture_draft(draft, self.method.prompt)
         except Refusal as refusal:
             raise Refusal(f"the draft cannot be captured: {refusal}") from refusal
-        method: Any = self.method
         kind = DraftGraphs if self.unrolled else LoopedDraft
         fields = {field.name: getattr(graphs, field.name) for field in dataclasses.fields(graphs)}
+        method: Any = self.method
         return kind(
             **fields | {"temperature": method.temperature, "seed": method.seed, "target_vocab": self.config.vocab_size}
         )
@@ -149,15 +149,15 @@ class Pruned:
             caches += [model.dynamic((BATCH, heads * slots, width), model.dtype, (0, 1)) for width in (dim, value_dim)]
             caches.append(model.dynamic((BATCH, heads), torch.int64, (0,)))
         gm = model.trace(run, ids, position, *caches)
-        state = State("decode", self.method)
-        return decode_program(model, Pipeline().run(gm, state), self.kv, self.weights)
+        Pipeline(PASSES).run(gm, Request("decode", self.method), Facts())
+        return decode_program(gm, self.kv, self.weights)
 
 
 def named_submodules(gm: fx.GraphModule) -> fx.GraphModule:
     """The draft's nodes are named by its module paths behind `draft.`"""
     for name, child in list(gm.named_children()):
         if isinstance(child, fx.GraphModule):
-            setattr(gm, name, named(child, "draft"))
-        elif hasattr(child, "draft"):
-            child.draft = dataclasses.replace(child.draft, step=named(child.draft.step, "draft"))
+            setattr(gm, name, named(child, "decode" if AppendKv.find(child.graph) else "prefill", "draft"))
+        elif isinstance(child, DraftSteps):
+            child.draft = dataclasses.replace(child.draft, step=named(child.draft.step, "decode", "draft"))
     return gm

@@ -34,10 +34,12 @@ from torch.export.graph_signature import (
 )
 
 from specpass.errors import ExportError
-from specpass.export.flatten import outputs_of
+from specpass.export.lift_constants import Constants, LiftConstants
 from specpass.export.program import Program
 from specpass.graph.edit import fake_mode_of
-from specpass.graph.walk import ATEN, is_op, module_path
+from specpass.graph.operands import results_of
+from specpass.graph.walk import module_path
+from specpass.rewrite import Facts, Pipeline, Request
 
 OPSET = 20
 _TARGET = re.compile(r"Error when translating node .*?target=torch\.ops\.([\w.]+)\]")
@@ -106,29 +108,15 @@ def sort_stable(self: Any, stable: bool = True, dim: int = -1, descending: bool 
 
 
 def lift_constants(program: Program) -> None:
-    """Tensors that a method made from numbers become weights, the last of them."""
-    graph = program.graph.graph
-    last = graph.find_nodes(op="placeholder")[-1]
-    for node in list(graph.find_nodes(op="get_attr")):
-        tensor = getattr(program.graph, node.target)
-        if not isinstance(tensor, torch.Tensor):
-            continue  # the body of a loop
-        with graph.inserting_after(last):
-            last = graph.placeholder(f"constant_{node.target}")
-        last.meta["val"] = node.meta.get("val", tensor)
-        program.weights[f"constant.{node.target}"] = tensor
-        node.replace_all_uses_with(last)
-        graph.erase_node(node)
-    for node in list(graph.nodes):  # torch.tensor(...) copies its constant, in place
-        if is_op(node, ATEN.lift_fresh_copy, ATEN.detach_):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    program.graph.recompile()
+    """Constants of the graph become the last of the program's weights."""
+    facts = Facts()
+    Pipeline((LiftConstants(),), entry="").run(program.graph, Request(program.kind), facts)
+    program.weights |= {f"constant.{name}": tensor for name, tensor in facts[Constants].tensors.items()}
 
 
 def as_exported_program(gm: fx.GraphModule) -> ExportedProgram:
     """The flat graph as torch.export would give it: every input a user's, nothing mutated."""
-    inputs, outputs = gm.graph.find_nodes(op="placeholder"), outputs_of(gm)
+    inputs, outputs = gm.graph.find_nodes(op="placeholder"), results_of(gm.graph)
     values = tuple(node.meta["val"] for node in inputs)
     signature = ExportGraphSignature(
         [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in inputs],

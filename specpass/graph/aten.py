@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from specpass.graph.operands import Operands
-from specpass.graph.walk import ATEN, VIEWS
+from specpass.graph.walk import ATEN, VIEWS, is_op
 
 
 class Sdpa(Operands, packets=[ATEN.scaled_dot_product_attention]):
@@ -44,6 +44,10 @@ class Sub(Operands, packets=[ATEN.sub]):
 class Factor(Operands, packets=[ATEN.mul, ATEN.div]):
     input: Any
     other: Any
+
+    @staticmethod
+    def multiplies(node: Any) -> bool:
+        return is_op(node, ATEN.mul)
 
 
 class Tanh(Operands, packets=[ATEN.tanh]):
@@ -114,7 +118,28 @@ class Embedding(Operands, packets=[ATEN.embedding]):
     indices: fx.Node
 
 
-class SameStorage(Operands, packets=[*VIEWS, ATEN.unflatten, ATEN.transpose]):
-    """Another shape of the same memory."""
+class StorageView(Operands, packets=[*VIEWS, ATEN.unflatten]):
+    """Another shape of the same memory, in the same order."""
 
     input: fx.Node
+
+
+class MemoryView(Operands, packets=[*VIEWS, ATEN.unflatten, ATEN.transpose]):
+    """Another look at the same memory."""
+
+    input: fx.Node
+
+
+class Copied(Operands, packets=[ATEN.lift_fresh_copy, ATEN.detach_]):
+    input: fx.Node
+
+
+class Written(Operands):
+    """Any call whose schema says that it writes its first operand, `self`."""
+
+    input: fx.Node
+
+    @classmethod
+    def is_call(cls, node: Any) -> bool:
+        schema = getattr(getattr(node, "target", None), "_schema", None)
+        return schema is not None and schema.is_mutable

@@ -42,6 +42,13 @@ class Editor:
             node = self.graph.call_function(target, args)
         return self.refresh(node, like)
 
+    def call_module(self, name: str, *args: Any, before: fx.Node, val: Any) -> fx.Node:
+        """The submodule `name` on `args` as a node in front of `before`, whose fake value is `val`."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_module(name, args)
+        node.meta["val"] = val
+        return node
+
     def refresh(self, node: fx.Node, like: fx.Node | None = None) -> fx.Node:
         """Recompute the node's fake value from its arguments."""
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])

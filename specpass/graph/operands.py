@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 
 from torch import fx
 
-from specpass.graph.walk import is_op, value
+from specpass.graph.walk import is_op, output_of, value
 
 
 @functools.cache
@@ -47,13 +47,16 @@ class Operands:
 
     def __init_subclass__(cls, packets: Iterable[Any] = ()) -> None:
         cls.packets, cls.names = tuple(packets), frozenset(cls.__annotations__)
+        hidden = [name for name in cls.names if hasattr(cls, name)]
+        if hidden:
+            raise TypeError(f"{cls.__name__}: the operands {hidden} would be hidden by the view's own attributes")
         for packet in cls.packets:
             unknown = cls.names - operand_names(packet)
             if unknown:
                 raise TypeError(f"{cls.__name__}: {packet} has no operand {sorted(unknown)}")
 
     def __init__(self, node: Any) -> None:
-        if not is_op(node, *self.packets):
+        if not self.is_call(node):
             raise TypeError(f"{node} is no call of {', '.join(map(str, self.packets))}")
         self.node = node
 
@@ -74,7 +77,7 @@ class Operands:
     @classmethod
     def find(cls, graph: fx.Graph) -> list[Self]:
         """The graph's calls, in order."""
-        return [cls(node) for node in graph.nodes if is_op(node, *cls.packets)]
+        return [cls(node) for node in graph.nodes if cls.is_call(node)]
 
     def operands(self) -> dict[str, Any]:
         """All operands by name, in the schema's order, defaults filled in."""
@@ -87,7 +90,7 @@ class Operands:
                 found[name] = self.node.kwargs.get(name, default)
         return found
 
-    def values(self) -> dict[str, Any]:
+    def fakes(self) -> dict[str, Any]:
         """`operands` with each node's fake value in its place."""
         return {name: value(operand) for name, operand in self.operands().items()}
 
@@ -130,14 +133,14 @@ class GetItem:
         return cls(node) if isinstance(node, fx.Node) and node.target is operator.getitem else None
 
 
-def input_of(node: fx.Node) -> Any:
-    """The first operand of a call, whatever it is called: what a view, a cast or a copy is of."""
-    return node.args[0]
-
-
 def returned(graph: fx.Graph) -> Any:
     """What a graph returns: a node, or a tuple or list of nodes."""
-    return next(iter(reversed(graph.nodes))).args[0]
+    return output_of(graph).args[0]
+
+
+def add_result(graph: fx.Graph, node: fx.Node) -> None:
+    """Let a graph return one node more, behind what it returns."""
+    output_of(graph).args = ((*results_of(graph), node),)
 
 
 def results_of(graph: fx.Graph) -> list[fx.Node]:

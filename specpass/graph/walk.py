@@ -46,21 +46,13 @@ def depends(val: Any, columns: Any) -> bool:
     return isinstance(val, (list, tuple)) and any(depends(item, expr) for item in val)
 
 
-def placeholders(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Placeholders by name, in order."""
-    return {node.target: node for node in graph.nodes if node.op == "placeholder"}
+def first_call(graph: fx.Graph) -> fx.Node:
+    """The first node that is no input."""
+    return next(node for node in graph.nodes if node.op != "placeholder")
 
 
 def output_of(graph: fx.Graph) -> fx.Node:
     return next(iter(reversed(graph.nodes)))
-
-
-def items_of(node: fx.Node) -> dict[int, list[fx.Node]]:
-    """getitem users of a node with several results, by index."""
-    found: dict[int, list[fx.Node]] = {}
-    for user in node.users:
-        found.setdefault(user.args[1], []).append(user)
-    return found
 
 
 def module_path(node: fx.Node) -> str:

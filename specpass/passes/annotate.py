@@ -8,121 +8,159 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
-from specpass.dialect.cache import Fill
-from specpass.dialect.define import SPEC
+from specpass.dialect.attention import ModifiedAttention
+from specpass.dialect.cache import AppendKv, Fill, KeepKv, Widen
 from specpass.errors import NoAttentionSiteError
-from specpass.graph.walk import ATEN, VIEWS, find, is_op, module_path, skip_full_slices, value
-from specpass.passes.base import Pass, Refusal, Site, State
+from specpass.graph.aten import Sdpa, Softmax, View
+from specpass.graph.walk import module_path, skip_full_slices, value
+from specpass.passes.facts import Inputs
 from specpass.passes.read.logits import changed_logits
 from specpass.passes.read.masks import mask_class
+from specpass.rewrite import Facts, Pass, Refusal, Request
+from specpass.rewrite.sites import Site, Sites
 
-CACHE_OPS = (SPEC.fill, SPEC.append_kv, SPEC.keep_kv)
+Write = Fill | AppendKv | KeepKv
 
 
 @dataclasses.dataclass(frozen=True)
 class Annotate(Pass):
+    """`layers`: attention sites that there must be; None: as many as write a cache."""
+
+    layers: int | None = None
+
     name: ClassVar[str] = "annotate"
     stage: ClassVar[str] = "TRACED"
+    provides: ClassVar[tuple[type, ...]] = (Sites,)
 
-    def run(self, gm: fx.GraphModule, state: State) -> None:
-        writes = find(gm.graph, *CACHE_OPS)
-        owners: dict[fx.Node, fx.Node] = {}
-        for write in writes:
-            owners[write.args[0]] = write  # prefill: attention reads the key itself; decode: the storage
-        classes: dict[Any, str] = {}
-        for attention in find(gm.graph, ATEN.scaled_dot_product_attention, SPEC.modified_attention):
-            site = describe(attention, owners, state, classes)
+    def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
+        writes: list[Write] = [*Fill.find(gm.graph), *AppendKv.find(gm.graph), *KeepKv.find(gm.graph)]
+        reader = Reader({key_of(write): write for write in writes}, facts.get(Inputs))
+        attentions = [view for node in gm.graph.nodes if (view := Sdpa.match(node) or ModifiedAttention.match(node))]
+        sites: list[Site] = []
+        for attention in attentions:
+            site = reader.read(attention, len(sites))
             if site is not None:
-                state.sites.append(site)
-        served = {site.cache for site in state.sites}
-        if any(write not in served for write in writes):
-            for softmax in find(gm.graph, ATEN.softmax, ATEN._softmax):
-                changed = changed_logits(softmax, owners)
+                sites.append(site)
+        served = {site.cache for site in sites}
+        missed = [write.node for write in writes if write.node not in served]
+        if missed:
+            for softmax in Softmax.find(gm.graph):
+                changed = changed_logits(softmax.node, reader.owners)
                 if changed is not None:
-                    raise Refusal(changed, module_path(softmax))
-        if not state.sites and writes:
+                    raise Refusal(changed, module_path(softmax.node))
+        if not sites and writes:
             raise NoAttentionSiteError(
                 "no attention site was found in the traced graph: load the model with attn_implementation='sdpa' (or "
                 "'eager'); other attention functions are not recognised."
             )
-        for write in writes:
-            if write not in served:
-                raise Refusal("no attention was recognised that reads this layer's cache", module_path(write))
+        if missed:
+            raise Refusal("no attention was recognised that reads this layer's cache", module_path(missed[0]))
+        if self.layers not in (None, len(sites)):
+            raise Refusal(f"the model has {self.layers} layers and {len(sites)} recognised attention sites")
+        facts.add(Sites(tuple(sites)))
 
 
-def describe(attention: fx.Node, owners: dict, state: State, classes: dict) -> Site | None:
-    softcap, sinks, dropout, causal = 0.0, None, 0.0, False
-    if is_op(attention, SPEC.modified_attention):
-        query, key, val, mask, scale, softcap, sinks = attention.args
-    else:
-        given = list(attention.args)
-        query, key, val, mask, dropout, causal = given + [None, 0.0, False][len(given) - 3 :]
-        scale = attention.kwargs.get("scale")
-        scale = 1.0 / math.sqrt(value(query).shape[-1]) if scale is None else scale
-    module = module_path(attention)
-    key, val = (node if node in owners else storage_of(node) for node in map(skip_full_slices, (key, val)))
-    write = owners.get(key)
-    if write is None:
-        if any(reads(attention, node) for node in owners):
-            raise Refusal("keys change between the cache and attention", module)
-        return None  # attention over something that is not cached (no site of ours)
-    if write.args[1] not in (skip_full_slices(attention.args[2]), val):
-        raise Refusal("values change between the cache and attention", module)
-    if dropout:
-        raise Refusal(f"attention dropout {dropout} is on", module)
-    if is_op(write, SPEC.append_kv):
-        label = "lengths"  # whatever mask the model built in slot coordinates, lengths say it exactly
-    elif mask is not None:
-        if mask not in classes:
-            classes[mask] = mask_class(mask, state.inputs)
-        label = classes[mask]
-    else:
-        label = "causal" if causal else "none"
-    if label not in ("causal", "lengths"):
-        raise Refusal(f"attention mask: {label}", module)
-    heads, kv_heads = value(query).shape[1], value(write.args[3 if label == "lengths" else 0]).shape[1]
-    if heads % kv_heads:
-        raise Refusal(f"{heads} query heads are no multiple of {kv_heads} KV heads", module)
-    layer = Fill.of(write).layer if is_op(write, SPEC.fill) else len(state.sites)
-    site = Site(
-        layer,
-        module,
-        query,
-        attention.args[1],
-        attention.args[2],
-        write,
-        attention,
-        float(scale),
-        label,
-        softcap,
-        sinks,
-    )
-    if is_op(write, SPEC.fill):
-        site.budget = Fill.of(write).budget
-    return site
+def key_of(write: Write) -> fx.Node:
+    """What attention reads of a written layer: the new key itself (prefill), or the storage (decode)."""
+    return write.keys if isinstance(write, AppendKv) else write.key
 
 
-def storage_of(node: Any) -> Any:
+def value_of(write: Write) -> fx.Node:
+    return write.values if isinstance(write, AppendKv) else write.value
+
+
+class Reader:
+    """Reads attention sites of one graph. `owners`: what attention reads -> the cache write that it belongs to."""
+
+    def __init__(self, owners: dict[fx.Node, Write], inputs: Inputs | None) -> None:
+        self.owners, self.inputs = owners, inputs
+        self.masks: dict[fx.Node, str] = {}  # classes: a model has one mask for many layers
+
+    def read(self, attention: Sdpa | ModifiedAttention, index: int) -> Site | None:
+        """The site, or None for attention over something that is not cached.
+
+        Raises: Refusal: it reads a cache in a way that is not understood.
+        """
+        module = module_path(attention.node)
+        key, val = (self._stored(node) for node in (attention.key, attention.value))
+        write = self.owners.get(key)
+        if write is None:
+            if any(reads(attention.key, node) for node in self.owners):
+                raise Refusal("keys change between the cache and attention", module)
+            return None
+        if value_of(write) not in (skip_full_slices(attention.value), val):
+            raise Refusal("values change between the cache and attention", module)
+        if isinstance(attention, Sdpa) and attention.dropout_p:
+            raise Refusal(f"attention dropout {attention.dropout_p} is on", module)
+        label = self._mask(attention, write)
+        if label not in ("causal", "lengths"):
+            raise Refusal(f"attention mask: {label}", module)
+        heads, kv_heads = value(attention.query).shape[1], value(write.key).shape[1]
+        if heads % kv_heads:
+            raise Refusal(f"{heads} query heads are no multiple of {kv_heads} KV heads", module)
+        softcap, sinks, scale = 0.0, None, attention.scale
+        if isinstance(attention, ModifiedAttention):
+            softcap, sinks = attention.softcap, attention.sinks
+        if scale is None:
+            scale = 1.0 / math.sqrt(value(attention.query).shape[-1])
+        layer, budget = (write.layer, write.budget) if isinstance(write, Fill) else (index, 0)
+        return Site(
+            layer,
+            module,
+            query=attention.query,
+            key=attention.key,
+            value=attention.value,
+            cache=write.node,
+            attention=attention.node,
+            scale=float(scale),
+            mask=label,
+            softcap=softcap,
+            sinks=sinks,
+            budget=budget,
+        )
+
+    def _stored(self, node: fx.Node) -> fx.Node:
+        """The cache tensor behind full slices and, where it is none yet, behind views of it."""
+        plain = skip_full_slices(node)
+        return plain if plain in self.owners else storage_of(plain)
+
+    def _mask(self, attention: Sdpa | ModifiedAttention, write: Write) -> str:
+        if isinstance(write, AppendKv):
+            return "lengths"  # whatever mask the model built in slot coordinates, lengths say it exactly
+        mask = attention.attn_mask if isinstance(attention, Sdpa) else attention.mask
+        if mask is None:
+            return "causal" if isinstance(attention, Sdpa) and attention.is_causal else "none"
+        if mask not in self.masks:
+            self.masks[mask] = mask_class(mask, self.inputs)
+        return self.masks[mask]
+
+
+def storage_of(node: fx.Node) -> fx.Node:
     """The cache tensor behind views of it."""
     node = skip_full_slices(node)
-    while is_op(node, *VIEWS, SPEC.widen):
-        node = node.args[0]
-    return node
+    while True:
+        view, wide = View.match(node), Widen.match(node)
+        if view is not None:
+            node = view.input
+        elif wide is not None:
+            node = wide.storage
+        else:
+            return node
 
 
-def reads(attention: fx.Node, node: fx.Node) -> bool:
-    """Whether the attention's key comes from `node` within its own layer (a few operators back)."""
-    frontier, seen = [attention.args[1]], set()
+def reads(key: fx.Node, node: fx.Node) -> bool:
+    """Whether an attention's key comes from `node` within its own layer (a few operators back)."""
+    frontier, seen = [key], set()
     for _ in range(12):
         following = []
         for current in frontier:
             if current is node:
                 return True
-            if isinstance(current, fx.Node) and current not in seen:
+            if current not in seen:
                 seen.add(current)
                 following.extend(current.all_input_nodes)
         frontier = following

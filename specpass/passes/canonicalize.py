@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from specpass.dialect.define import SPEC
+from specpass.dialect.attention import ModifiedAttention
+from specpass.graph.aten import Expand, Sdpa, Softmax, Unsqueeze, View
 from specpass.graph.edit import Editor, quiet
-from specpass.graph.walk import ATEN, VIEWS, find, is_op, skip_full_slices, value
-from specpass.passes.base import Pass, State
+from specpass.graph.walk import ATEN, find, skip_full_slices, value
 from specpass.passes.read.attention import fuse_eager_attention
+from specpass.rewrite import Facts, Pass, Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +29,17 @@ class Canonicalize(Pass):
     name: ClassVar[str] = "canonicalize"
     stage: ClassVar[str] = "TRACED"
 
-    def run(self, gm: fx.GraphModule, state: State) -> None:
+    def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
         editor = Editor(gm)
         drop_grad_modes(gm.graph)
         unify_sizes(gm.graph)
-        for softmax in find(gm.graph, ATEN.softmax, ATEN._softmax):
+        for softmax in Softmax.find(gm.graph):
             fuse_eager_attention(editor, softmax)
-        for node in find(gm.graph, ATEN.scaled_dot_product_attention, SPEC.modified_attention):
-            unrepeat(node)
-        for node in find(gm.graph, ATEN.scaled_dot_product_attention):
-            unfold_query(editor, node)
+        for modified in ModifiedAttention.find(gm.graph):
+            unrepeat(modified)
+        for attention in Sdpa.find(gm.graph):
+            unrepeat(attention)
+            unfold_query(editor, attention)
         gm.graph.eliminate_dead_code()
 
 
@@ -59,26 +61,27 @@ def unify_sizes(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def unrepeat(node: fx.Node) -> None:
+def unrepeat(attention: Sdpa | ModifiedAttention) -> None:
     """Let attention read K and V before the model repeated them to H heads."""
-    query, key, val, *rest = node.args
-    sources = [repeated_source(states) for states in (key, val)]
-    if any(source is None for source in sources):
+    key, val = repeated_source(attention.key), repeated_source(attention.value)
+    if key is None or val is None:
         return
-    node.args = (query, *sources, *rest)
-    if is_op(node, ATEN.scaled_dot_product_attention):
-        node.kwargs = {**node.kwargs, "enable_gqa": True}
+    attention.update(key=key, value=val)
+    if isinstance(attention, Sdpa):
+        attention.update(enable_gqa=True)
 
 
-def unfold_query(editor: Editor, node: fx.Node) -> None:
+def unfold_query(editor: Editor, attention: Sdpa) -> None:
     """One new query per head that the model folded to [B, K, G, D] for GQA: spelled [B, H, 1, D] again."""
-    query, key = node.args[:2]
-    source = query.args[0] if is_op(query, *VIEWS) else None
-    if source is None or value(source).dim() != 4 or value(source).shape[2] != 1 or value(query).shape[2] == 1:
+    node, view = attention.node, View.match(attention.query)
+    if view is None:
         return
-    batch, heads, _, dim = value(source).shape
-    folded = value(query).shape
-    if folded != (batch, value(key).shape[1], heads // value(key).shape[1], dim):
+    source, folded = value(view.input), value(attention.query).shape
+    if source.dim() != 4 or source.shape[2] != 1 or folded[2] == 1:
+        return
+    batch, heads, _, dim = source.shape
+    kv_heads = value(attention.key).shape[1]
+    if folded != (batch, kv_heads, heads // kv_heads, dim):
         return
     result = value(node)
     users = list(node.users)
@@ -86,27 +89,20 @@ def unfold_query(editor: Editor, node: fx.Node) -> None:
     back = editor.call(ATEN.reshape, node, sizes, before=node.next, like=node)
     for user in users:
         user.replace_input_with(node, back)
-    node.args = (source, *node.args[1:])
-    node.kwargs = {**node.kwargs, "enable_gqa": True}
+    attention.update(query=view.input, enable_gqa=True)
     with quiet(editor.mode):
         node.meta["val"] = result.reshape(batch, heads, 1, result.shape[-1])
 
 
-def repeated_source(node: Any) -> fx.Node | None:
+def repeated_source(node: fx.Node) -> fx.Node | None:
     """k [B, K, T, D] of reshape(expand(unsqueeze(k, 2))) [B, H, T, D]; None if it is spelled otherwise."""
-    if not is_op(node, *VIEWS):
+    view = View.match(node)
+    wide = None if view is None else Expand.match(view.input)
+    inner = None if wide is None else Unsqueeze.match(skip_full_slices(wide.input))
+    if wide is None or inner is None or inner.dim not in (2, -3):
         return None
-    wide = node.args[0]
-    if not is_op(wide, ATEN.expand):
-        return None
-    inner = skip_full_slices(wide.args[0])
-    if not is_op(inner, ATEN.unsqueeze) or inner.args[1] not in (2, -3):
-        return None
-    source = skip_full_slices(inner.args[0])
-    if not isinstance(source, fx.Node):
-        return None
-    narrow, full = value(source).shape, value(node).shape
-    batch, kv_heads, columns, dim = narrow
-    group = value(wide).shape[2]
-    same = value(wide).shape == (batch, kv_heads, group, columns, dim)
-    return source if same and full == (batch, kv_heads * group, columns, dim) else None
+    source = skip_full_slices(inner.input)
+    batch, kv_heads, columns, dim = value(source).shape
+    group = value(wide.node).shape[2]
+    same = value(wide.node).shape == (batch, kv_heads, group, columns, dim)
+    return source if same and value(node).shape == (batch, kv_heads * group, columns, dim) else None

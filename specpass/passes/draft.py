@@ -11,9 +11,10 @@ from torch import Tensor, fx
 
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor, quiet
-from specpass.graph.walk import output_of
+from specpass.graph.operands import results_of
+from specpass.graph.walk import ATEN, value
 from specpass.methods.specpc import SpecPC
-from specpass.passes.base import State
+from specpass.passes.facts import Drafted
 
 
 @dataclasses.dataclass
@@ -36,110 +37,130 @@ class DraftGraphs:
     target_vocab: int | None = None
     prompt: SpecPC | None = None
 
-    def insert(self, editor: Editor, state: State, ids: fx.Node, anchor: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-        """Insert prefill and L - 1 steps in front of `anchor`: lookahead ids [B, L], and scores [B, S] or None."""
-        gm, graph = editor.gm, editor.graph
-        params = self._lift(editor, state)
-        out = self._insert_prefill(editor, state, ids, params, anchor)
-        gm.add_submodule("draft_step", self.step)
-        batch, size = ids.meta["val"].shape
-        lengths = state.lengths
-        room = state.lookahead
-        with quiet(editor.mode):
-            ended = editor.call(torch.ops.aten.zeros_like, lengths, before=anchor)
-            ended = editor.call(torch.ops.aten.to.dtype, ended, torch.bool, before=anchor)
-        caches = [editor.item(out, index + 1, anchor) for index in range(3 * self.layers)]
-        logits = editor.item(out, 0, anchor)
-        scores = None if self.prompt is None else editor.item(out, 3 * self.layers + 1, anchor)
-        tokens: list[fx.Node] = []
-        over = ended
-        vocab = min(self.vocab, self.target_vocab or self.vocab)
-        for index in range(state.lookahead):
-            if index:
-                position = editor.call(torch.ops.aten.add.Tensor, lengths, index - 1, before=anchor)
-                position = editor.call(torch.ops.aten.unsqueeze, position, 1, before=anchor)
-                extra = self._rows(editor, position, over, lengths, anchor)
-                with graph.inserting_before(anchor):
-                    out = logits = graph.call_module("draft_step", (tokens[-1], position, *extra, *caches, *params))
-                with quiet(editor.mode):
-                    out.meta["val"] = self._values(self.step, (batch, size, room))
-                    if self.prompt is not None:  # its slots are a symbol of the step alone
-                        slots = torch.empty(batch, size + room, device=ids.meta["val"].device)
-                        out.meta["val"] = (out.meta["val"], slots)
-                if self.prompt is not None:
-                    logits, new = (editor.item(out, i, anchor) for i in (0, 1))
-                    scores = editor.call(SPEC.merge_step, scores, new, self.reduce, before=anchor)
-            pair = editor.call(
-                SPEC.next_token,
-                logits,
-                ended,
-                vocab,
-                self.temperature,
-                self.seed,
-                index,
-                list(self.eos_ids),
-                self.pad_id,
-                before=anchor,
-            )
-            over = ended  # whether a row had ended in front of this token, which is then none of its own
-            token, ended = editor.item(pair, 0, anchor), editor.item(pair, 1, anchor)
-            tokens.append(token)
-        return editor.call(torch.ops.aten.cat, tokens, 1, before=anchor), scores
+    def insert(self, editor: Editor, lookahead: int, ids: fx.Node, lengths: fx.Node, anchor: fx.Node) -> Drafted:
+        """Insert prefill and L - 1 steps in front of `anchor`: lookahead ids [B, L], and scores [B, S] or None.
+
+        Args: lookahead: L. ids: [B, S] packed. lengths: [B].
+        """
+        params, lifted = self._lift(editor)
+        out = self._insert_prefill(editor, lookahead, ids, lengths, params, anchor)
+        loop = _Unrolled(self, editor, lookahead, ids, lengths, params, anchor)
+        return Drafted(*loop.run(out), lifted)
 
     def _insert_prefill(
-        self, editor: Editor, state: State, ids: fx.Node, params: list[fx.Node], anchor: fx.Node
+        self, editor: Editor, lookahead: int, ids: fx.Node, lengths: fx.Node, params: list[fx.Node], anchor: fx.Node
     ) -> fx.Node:
         """The call of the draft's prefill: logits, caches, and scores where there is a `prompt`."""
         editor.gm.add_submodule("draft_prefill", self.prefill)
-        with editor.graph.inserting_before(anchor):
-            out = editor.graph.call_module("draft_prefill", (ids, state.lengths, state.lookahead, *params))
+        sizes = (*value(ids).shape, lookahead)
         with quiet(editor.mode):
-            out.meta["val"] = self._values(self.prefill, (*ids.meta["val"].shape, state.lookahead))
-        return out
+            values = tuple(restated(node, self.prefill, sizes) for node in results_of(self.prefill.graph))
+        return editor.call_module("draft_prefill", ids, lengths, lookahead, *params, before=anchor, val=values)
 
     @property
     def reduce(self) -> str:
         """Reduction over heads, rows, layers and steps: "mean" is a plain sum, only the order matters."""
-        return "max" if self.prompt.reduce == "max" else "sum"  # type: ignore[union-attr]
+        return "max" if self.prompt is None or self.prompt.reduce == "max" else "sum"
 
-    def _rows(
-        self, editor: Editor, position: fx.Node, ended: fx.Node, lengths: fx.Node, anchor: fx.Node
-    ) -> tuple[fx.Node, ...]:
-        """What a scoring step takes besides: its row [B, 1], -1 where the sequence had ended, and the lengths [B]."""
-        if self.prompt is None:
-            return ()
-        over = editor.call(torch.ops.aten.unsqueeze, ended, 1, before=anchor)
-        return editor.call(torch.ops.aten.masked_fill.Scalar, position, over, -1, before=anchor), lengths
+    @property
+    def shared_vocab(self) -> int:
+        """Ids that both models know: a family pads its vocabulary differently by size."""
+        return min(self.vocab, self.target_vocab or self.vocab)
 
-    def _lift(self, editor: Editor, state: State) -> list[fx.Node]:
-        nodes = []
+    def _lift(self, editor: Editor) -> tuple[list[fx.Node], dict[str, Tensor]]:
+        """The draft's tensors as inputs of the target's graph, behind its own."""
+        nodes, lifted = [], {}
         last = editor.graph.find_nodes(op="placeholder")[-1]
         for name, tensor in self.params.items():
             with editor.graph.inserting_after(last):
                 last = editor.graph.placeholder("draft_" + name.replace(".", "_"))
             with quiet(editor.mode):
                 last.meta["val"] = editor.mode.from_tensor(tensor, static_shapes=True)
-            state.lifted[last.target] = tensor
+            lifted[str(last.target)] = tensor
             nodes.append(last)
-        return nodes
-
-    @staticmethod
-    def _values(gm: fx.GraphModule, sizes: tuple[Any, ...]) -> Any:
-        """The subgraph's results for other sizes, from its own symbolic shapes: all of prefill's, step's logits."""
-        symbols = gm.meta["specpass_symbols"]
-
-        def restate(node: Any) -> Tensor:
-            val = node.meta["val"]
-            shape = [_evaluate(dim, symbols, sizes) for dim in val.shape]
-            return torch.empty(shape, dtype=val.dtype, device=val.device)
-
-        result = output_of(gm.graph).args[0]
-        if not isinstance(result, (tuple, list)):
-            return restate(result)
-        return restate(result[0]) if len(result) == 2 else tuple(restate(node) for node in result)
+        return nodes, lifted
 
 
-def _evaluate(dim: Any, symbols: list[sympy.Symbol], sizes: tuple[Any, ...]) -> Any:
+@dataclasses.dataclass
+class _Unrolled:
+    """The draft's tokens, one call of `draft_step` for each but the first."""
+
+    draft: DraftGraphs
+    editor: Editor
+    lookahead: int
+    ids: fx.Node
+    lengths: fx.Node
+    params: list[fx.Node]
+    anchor: fx.Node
+
+    def run(self, prefill: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+        """From the prefill's results: lookahead ids [B, L], the anchor, scores or None."""
+        draft, editor, anchor = self.draft, self.editor, self.anchor
+        editor.gm.add_submodule("draft_step", draft.step)
+        ended = editor.call(ATEN.zeros_like, self.lengths, before=anchor)
+        ended = over = editor.call(ATEN.to.dtype, ended, torch.bool, before=anchor)
+        count = 3 * draft.layers
+        caches = [editor.item(prefill, index + 1, anchor) for index in range(count)]
+        logits = editor.item(prefill, 0, anchor)
+        scores = None if draft.prompt is None else editor.item(prefill, count + 1, anchor)
+        tokens: list[fx.Node] = []
+        for index in range(self.lookahead):
+            if index:
+                logits, new = self._step(tokens[-1], index, over, caches)
+                if new is not None:
+                    scores = editor.call(SPEC.merge_step, scores, new, draft.reduce, before=anchor)
+            pair = editor.call(
+                SPEC.next_token,
+                logits,
+                ended,
+                draft.shared_vocab,
+                draft.temperature,
+                draft.seed,
+                index,
+                list(draft.eos_ids),
+                draft.pad_id,
+                before=anchor,
+            )
+            over = ended  # whether a row had ended in front of this token, which is then none of its own
+            token, ended = editor.item(pair, 0, anchor), editor.item(pair, 1, anchor)
+            tokens.append(token)
+        return editor.call(ATEN.cat, tokens, 1, before=anchor), anchor, scores
+
+    def _step(self, token: fx.Node, index: int, over: fx.Node, caches: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
+        """Logits of the token behind `token`, and the step's scores [B, P] where the draft scores."""
+        draft, editor, anchor = self.draft, self.editor, self.anchor
+        position = editor.call(ATEN.add.Tensor, self.lengths, index - 1, before=anchor)
+        position = editor.call(ATEN.unsqueeze, position, 1, before=anchor)
+        batch, size = value(self.ids).shape
+        with quiet(editor.mode):
+            val: Any = restated(results_of(draft.step.graph)[0], draft.step, (batch, size, self.lookahead))
+            if draft.prompt is not None:  # its slots are a symbol of the step alone
+                val = (val, torch.empty(batch, size + self.lookahead, device=val.device))
+        extra = self._rows(position, over)
+        operands = (token, position, *extra, *caches, *self.params)
+        out = editor.call_module("draft_step", *operands, before=anchor, val=val)
+        if draft.prompt is None:
+            return out, None
+        return editor.item(out, 0, anchor), editor.item(out, 1, anchor)
+
+    def _rows(self, position: fx.Node, ended: fx.Node) -> tuple[fx.Node, ...]:
+        """What a scoring step takes besides: its row [B, 1], -1 where the sequence had ended, and the lengths [B]."""
+        if self.draft.prompt is None:
+            return ()
+        over = self.editor.call(ATEN.unsqueeze, ended, 1, before=self.anchor)
+        rows = self.editor.call(ATEN.masked_fill.Scalar, position, over, -1, before=self.anchor)
+        return rows, self.lengths
+
+
+def restated(node: fx.Node, gm: fx.GraphModule, sizes: tuple[Any, ...]) -> Tensor:
+    """The result `node` of the subgraph for other sizes (B, S, room), from its own symbolic shape."""
+    symbols, val = gm.meta["specpass_symbols"], value(node)
+    shape = [evaluated(dim, symbols, sizes) for dim in val.shape]
+    return torch.empty(shape, dtype=val.dtype, device=val.device)
+
+
+def evaluated(dim: Any, symbols: list[sympy.Symbol], sizes: tuple[Any, ...]) -> Any:
+    """A size of the subgraph with `sizes` in its symbols' place."""
     if isinstance(dim, int):
         return dim
     return sympy.lambdify(symbols, dim.node.expr, modules=[{}])(*sizes)

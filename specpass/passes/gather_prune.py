@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -17,70 +17,75 @@ from torch import fx
 from specpass.dialect.cache import Fill
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
-from specpass.graph.walk import is_op, items_of
-from specpass.passes.base import Pass, Site, State
+from specpass.graph.operands import items_of
+from specpass.graph.walk import value
+from specpass.passes.facts import ReadPositions, Rows, Scores
 from specpass.passes.inline import Inline, check_result
+from specpass.rewrite import Facts, Kind, Pass, Request
+from specpass.rewrite.base import PROMPTS
+from specpass.rewrite.sites import Site, Sites
 
 
 @dataclasses.dataclass(frozen=True)
 class GatherPrune(Pass):
     name: ClassVar[str] = "gather_prune"
     stage: ClassVar[str] = "PRUNED"
-    kinds: ClassVar[tuple[str, ...]] = ("prefill", "short")
+    kinds: ClassVar[tuple[Kind, ...]] = PROMPTS
+    requires: ClassVar[tuple[type, ...]] = (Sites, Rows)
 
-    def run(self, gm: fx.GraphModule, state: State) -> None:
-        editor = Editor(gm)
-        alike = len({site.budget for site in state.sites}) == 1
-        for site in state.sites:
-            if not is_op(site.cache, SPEC.fill):
-                continue
-            before = (site.scores or site.attention).next
+    def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
+        editor, sites, scores = Editor(gm), facts[Sites].sites, facts.get(Scores)
+        read = facts.get(ReadPositions)
+        alike = len({site.budget for site in sites}) == 1
+        rewritten = []
+        for index, site in enumerate(sites):
+            own = None if scores is None else scores.nodes[index]
+            before = (site.attention if own is None else own).next
             # A layer's own budget would make its region unlike the others': these nodes then stand outside of it.
             like = site.attention if alike else None
-            site.positions = self._positions(editor, state, site, before, like)
-            if not alike and state.order is not None:  # of a padded batch, rows that fit C keep everything
-                site.positions = editor.call(
-                    SPEC.keep_short_rows, site.positions, state.lengths, state.method.budget, before=before
-                )
+            positions = self._positions(editor, request, facts, site, own, before, like)
+            if not alike and facts[Rows].order is not None:  # of a padded batch, rows that fit C keep everything
+                whole = request.pruning.budget
+                positions = editor.call(SPEC.keep_short_rows, positions, facts[Rows].lengths, whole, before=before)
             fill = Fill.of(site.cache)
-            kept = editor.call(
-                SPEC.gather_kv, fill.key, fill.value, site.positions, fill.room, before=before, like=like
-            )
-            numbered = site.positions  # by the caller's prompt, where the target read a part of it
-            if state.prompt_positions is not None:
-                numbered = editor.call(
-                    SPEC.map_positions, site.positions, state.prompt_positions, before=before, like=like
-                )
-            for index, users in items_of(site.cache).items():
-                new = numbered if index == 3 else editor.item(kept, index, before)
-                for user in users:
-                    editor.replace(user, new)
-            gm.graph.erase_node(site.cache)
-            site.cache = kept
+            tensors = (fill.key, fill.value, positions, fill.room)
+            kept = editor.call(SPEC.gather_kv, *tensors, before=before, like=like)
+            if read is not None:  # numbered by the caller's prompt, of which the target read a part
+                positions = editor.call(SPEC.map_positions, positions, read.positions, before=before, like=like)
+            self._replace(editor, site.cache, kept, positions, before)
+            rewritten.append(dataclasses.replace(site, cache=kept))
+        facts.add(Sites(tuple(rewritten)))
 
     @staticmethod
-    def _positions(editor: Editor, state: State, site: Site, before: fx.Node, like: fx.Node | None) -> fx.Node:
-        method: Any = state.method
-        if state.kind == "short" or (state.prompt_positions is not None and not method.scored):
-            return editor.call(SPEC.keep_all, state.lengths, site.kv_heads, site.budget, before=before, like=like)
-        if site.scores is None:
-            return editor.call(
-                SPEC.select_recent, state.lengths, site.kv_heads, site.budget, method.sinks, before=before, like=like
-            )
+    def _replace(editor: Editor, fill: fx.Node, kept: fx.Node, positions: fx.Node, before: fx.Node) -> None:
+        """Let the readers of fill's keys, values, lengths, positions read what was kept."""
+        for index, users in items_of(fill).items():
+            new = positions if index == 3 else editor.item(kept, index, before)
+            for user in users:
+                editor.replace(user, new)
+        editor.graph.erase_node(fill)
+
+    @staticmethod
+    def _positions(
+        editor: Editor,
+        request: Request,
+        facts: Facts,
+        site: Site,
+        scores: fx.Node | None,
+        before: fx.Node,
+        like: fx.Node | None,
+    ) -> fx.Node:
+        """[B, K, C] positions that a site keeps, of the tokens that the target reads."""
+        method, lengths = request.pruning, facts[Rows].lengths
+        call = functools.partial(editor.call, before=before, like=like)
+        if request.kind == "short" or (ReadPositions in facts and not method.scored):
+            return call(SPEC.keep_all, lengths, site.kv_heads, site.budget)
+        if scores is None:
+            return call(SPEC.select_recent, lengths, site.kv_heads, site.budget, method.sinks)
         if method.select is None:
-            return editor.call(
-                SPEC.select,
-                site.scores,
-                state.lengths,
-                site.budget,
-                method.window,
-                method.kernel,
-                method.pool,
-                before=before,
-                like=like,
-            )
+            return call(SPEC.select, scores, lengths, site.budget, method.window, method.kernel, method.pool)
         name = f"{method.name}.select"
         inline = Inline(editor, functools.partial(method.select, budget=site.budget), name)
-        positions = inline(site.scores, state.lengths, before=before, like=like)
-        shape = (*site.scores.meta["val"].shape[:2], site.budget)
+        positions = inline(scores, lengths, before=before, like=like)
+        shape = (*value(scores).shape[:2], site.budget)
         return check_result(positions, shape, torch.int64, name, "positions [B, K, C]")

@@ -14,44 +14,53 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import sympy
 import torch
 from torch import fx
 
+from specpass.dialect.cache import Lookahead, Size
 from specpass.dialect.define import SPEC
+from specpass.dialect.rows import ExpandRows, FullLengths, PackIds, PackOrder
 from specpass.graph.edit import Editor, quiet
-from specpass.graph.walk import find, is_op, is_size, value
-from specpass.passes.base import Pass, Refusal, State
+from specpass.graph.operands import GetItem
+from specpass.graph.walk import is_size, value
+from specpass.passes.draft import DraftGraphs
+from specpass.passes.facts import Drafted, Inputs, Rows
+from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 
 
 @dataclasses.dataclass(frozen=True)
 class InsertDraft(Pass):
     name: ClassVar[str] = "insert_draft"
     stage: ClassVar[str] = "DRAFTED"
-    kinds: ClassVar[tuple[str, ...]] = ("prefill",)
+    kinds: ClassVar[tuple[Kind, ...]] = ("prefill",)
+    requires: ClassVar[tuple[type, ...]] = (Inputs, Rows)
+    provides: ClassVar[tuple[type, ...]] = (Drafted,)
 
-    def run(self, gm: fx.GraphModule, state: State) -> None:
-        if state.lookahead == 0:
-            return
-        editor = Editor(gm)
-        ids = state.inputs["input_ids"]
-        size = ids.meta["val"].shape[1]
+    def applies(self, request: Request) -> bool:
+        return request.lookahead > 0
+
+    def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
+        editor, ids, rows = Editor(gm), facts[Inputs].tokens, facts[Rows]
+        size = value(ids).shape[1]
         if not isinstance(size, torch.SymInt):
             raise Refusal("the prompt length is a constant of the graph; compile with dynamic=True")
-        compresses = state.method.prompt is not None
-        if not compresses:
-            restate_prompt_length(gm, editor, size, state.lookahead)
-        anchor = state.anchor = first_target_use(gm)
-        lookahead = find(gm.graph, SPEC.lookahead)[0]
-        if state.draft is None:  # the caller's ids
-            ahead = editor.call(SPEC.lookahead, ids, lookahead.args[1], state.lookahead, before=anchor)
+        if not request.compresses:
+            restate_prompt_length(gm, editor, size, request.lookahead)
+        anchor = first_target_use(gm)
+        placeholder = Lookahead.find(gm.graph)[0]
+        draft = facts.get(DraftGraphs)
+        if draft is None:  # the caller's ids
+            given = editor.call(SPEC.lookahead, ids, placeholder.given, request.lookahead, before=anchor)
+            drafted = Drafted(given, anchor)
         else:
-            ahead, state.prompt_scores = state.draft.insert(editor, state, ids, anchor)
-        editor.replace(lookahead, ahead)
-        state.lookahead_ids = ahead
-        if not compresses:
-            extend_prompt(gm, editor, state, ids, ahead, anchor, size)
+            drafted = draft.insert(editor, request.lookahead, ids, rows.lengths, anchor)
+        editor.replace(placeholder.node, drafted.ids)
+        facts.add(drafted)
+        if not request.compresses:
+            extend_prompt(editor, facts, drafted, size, request.lookahead)
 
 
 def restate_prompt_length(gm: fx.GraphModule, editor: Editor, size: torch.SymInt, length: int) -> None:
@@ -59,29 +68,30 @@ def restate_prompt_length(gm: fx.GraphModule, editor: Editor, size: torch.SymInt
     expr = size.node.expr
     if not expr.is_symbol:
         raise Refusal(f"the prompt length is the expression {expr}, not a symbol")
-    for node in list(gm.graph.nodes):
-        val = node.meta.get("val")
-        own = node.op == "placeholder" or is_pack(node)
-        if not own:
-            continue
-        with quiet(editor.mode):
-            if is_size(val, expr):
-                node.meta["val"] = val - length
-            elif isinstance(val, torch.Tensor) and any(is_size(dim, expr) for dim in val.shape):
-                shape = [dim - length if is_size(dim, expr) else dim for dim in val.shape]
-                node.meta["val"] = torch.empty(shape, dtype=val.dtype, device=val.device)
-            elif isinstance(val, (tuple, list)):
-                shapes = [[dim - length if is_size(dim, expr) else dim for dim in v.shape] for v in val]
-                node.meta["val"] = tuple(
-                    torch.empty(shape, dtype=v.dtype, device=v.device) for shape, v in zip(shapes, val, strict=True)
-                )
+    with quiet(editor.mode):
+        for node in gm.graph.nodes:
+            if "val" in node.meta and (node.op == "placeholder" or is_pack(node)):
+                node.meta["val"] = shortened(node.meta["val"], expr, length)
+
+
+def shortened(val: Any, expr: sympy.Expr, length: int) -> Any:
+    """A fake value with `length` less in the place of each size `expr`."""
+    if is_size(val, expr):
+        return val - length
+    if isinstance(val, torch.Tensor) and any(is_size(dim, expr) for dim in val.shape):
+        shape = [dim - length if is_size(dim, expr) else dim for dim in val.shape]
+        return torch.empty(shape, dtype=val.dtype, device=val.device)
+    if isinstance(val, (tuple, list)):
+        return tuple(shortened(item, expr, length) for item in val)
+    return val
 
 
 def is_pack(node: fx.Node) -> bool:
     """Whether the node was made by pack_rows, in front of the target's own nodes."""
-    packs = (SPEC.pack_order, SPEC.pack_ids, SPEC.full_lengths, SPEC.expand_rows)
-    target = getattr(node.target, "overloadpacket", node.target)
-    return target in packs or (node.target is operator.getitem and is_pack(node.args[0]))
+    item = GetItem.match(node)
+    if item is not None:
+        return is_pack(item.source)
+    return any(view.is_call(node) for view in (PackOrder, PackIds, FullLengths, ExpandRows))
 
 
 def first_target_use(gm: fx.GraphModule) -> fx.Node:
@@ -89,35 +99,26 @@ def first_target_use(gm: fx.GraphModule) -> fx.Node:
     return next(node for node in gm.graph.nodes if node.op != "placeholder" and not is_pack(node))
 
 
-def extend_prompt(
-    gm: fx.GraphModule, editor: Editor, state: State, ids: fx.Node, ahead: fx.Node, anchor: fx.Node, size: torch.SymInt
-) -> None:
+def extend_prompt(editor: Editor, facts: Facts, drafted: Drafted, size: torch.SymInt, length: int) -> None:
     """Let the target's nodes read S + L tokens."""
-    behind = {node for node in gm.graph.nodes if node >= anchor}
-    columns = next(
-        (
-            node
-            for node in gm.graph.nodes
-            if node.op == "placeholder"
-            and isinstance(value(node), torch.SymInt)
-            and is_size(value(node) + state.lookahead, size)
-        ),
-        None,
-    )
-    users = {
-        node: [user for user in node.users if user in behind]
-        for node in (ids, columns, state.inputs.get("position_ids"))
-        if node is not None
-    }
-    for node, readers in users.items():
-        if node is columns:
-            with editor.graph.inserting_before(anchor):
-                new = editor.graph.call_function(operator.add, (node, state.lookahead))
-            editor.refresh(new)
-        elif node is ids:
-            new = editor.call(SPEC.append_ids, ids, ahead, state.lengths, before=anchor)
-        else:
-            new = editor.call(SPEC.append_positions, node, state.lengths, state.lookahead, before=anchor)
-        for reader in readers:
-            if reader not in (ahead, new) and not is_op(reader, SPEC.size):
+    anchor, inputs, lengths = drafted.anchor, facts[Inputs], facts[Rows].lengths
+    columns = columns_of(editor.graph, size, length)
+    longer: list[tuple[fx.Node | None, Any, tuple[Any, ...]]] = [
+        (inputs.tokens, SPEC.append_ids, (drafted.ids, lengths)),
+        (columns, operator.add, (length,)),
+        (inputs.positions, SPEC.append_positions, (lengths, length)),
+    ]
+    for node, target, operands in longer:
+        if node is not None:
+            readers = [user for user in node.users if user >= anchor and not Size.is_call(user)]
+            new = editor.call(target, node, *operands, before=anchor)
+            for reader in readers:
                 reader.replace_input_with(node, new)
+
+
+def columns_of(graph: fx.Graph, size: torch.SymInt, length: int) -> fx.Node | None:
+    """The input that holds the prompt's length, where there is one."""
+    for node in graph.nodes:
+        if node.op == "placeholder" and isinstance(value(node), torch.SymInt) and is_size(value(node) + length, size):
+            return node
+    return None

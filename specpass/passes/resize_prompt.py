@@ -10,99 +10,111 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
+import sympy
 import torch
 from torch import fx
 
+from specpass.dialect.cache import Size
 from specpass.dialect.define import SPEC
-from specpass.graph.edit import Editor, quiet
+from specpass.graph.aten import Unsqueeze
+from specpass.graph.edit import Editor
 from specpass.graph.walk import ATEN, ancestors, depends, is_op, is_size, value
-from specpass.passes.base import Pass, Refusal, State
+from specpass.passes.facts import Drafted, Inputs, ReadPositions, Rows
+from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 
 
 @dataclasses.dataclass(frozen=True)
 class ResizePrompt(Pass):
     name: ClassVar[str] = "resize_prompt"
     stage: ClassVar[str] = "DRAFTED"
-    kinds: ClassVar[tuple[str, ...]] = ("prefill",)
+    kinds: ClassVar[tuple[Kind, ...]] = ("prefill",)
+    requires: ClassVar[tuple[type, ...]] = (Inputs, Rows, Drafted, ReadPositions)
 
-    def run(self, gm: fx.GraphModule, state: State) -> None:
-        if state.prompt_positions is None:
-            return
-        editor, anchor = Editor(gm), state.anchor
-        length = state.lookahead if state.method.appends else 0
-        ids = state.inputs["input_ids"]
+    def applies(self, request: Request) -> bool:
+        return request.compresses
+
+    def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
+        editor, ids, anchor = Editor(gm), facts[Inputs].tokens, facts[Drafted].anchor
+        how, length = request.pruning.prompt, request.lookahead if request.pruning.appends else 0
+        assert how is not None
+        assert isinstance(how.budget, int)
         symbol = value(ids).shape[1].node.expr
-        how: Any = state.method.prompt
-        columns = how.budget + length
         nodes = [node for node in gm.graph.nodes if node >= anchor]
-        target_reads(editor, nodes, ids, gathered_ids(editor, state, ids, length))
-        for node, new in told(editor, state, nodes, symbol, length):
-            target_reads(editor, nodes, node, new)
-        resize(editor, nodes, symbol, columns)
+        target_reads(nodes, ids, gathered_ids(editor, facts, length))
+        for source, new in told(editor, facts, nodes, symbol, length, original=how.positions == "original"):
+            target_reads(nodes, source, new)
+        resize(editor, nodes, symbol, how.budget + length)
 
 
-def gathered_ids(editor: Editor, state: State, ids: fx.Node, length: int) -> fx.Node:
-    taken = editor.call(SPEC.take_ids, ids, state.prompt_positions, before=state.anchor)
+def gathered_ids(editor: Editor, facts: Facts, length: int) -> fx.Node:
+    """The tokens that the target reads, and the lookahead of `length` behind them."""
+    drafted = facts[Drafted]
+    read = facts[ReadPositions].positions
+    taken = editor.call(SPEC.take_ids, facts[Inputs].tokens, read, before=drafted.anchor)
     if not length:
         return taken
-    return editor.call(SPEC.append_ids, taken, state.lookahead_ids, state.lengths, before=state.anchor)
+    return editor.call(SPEC.append_ids, taken, drafted.ids, facts[Rows].lengths, before=drafted.anchor)
 
 
-def told(editor: Editor, state: State, nodes: list[fx.Node], symbol: Any, length: int) -> list[tuple[fx.Node, fx.Node]]:
+def told(
+    editor: Editor, facts: Facts, nodes: list[fx.Node], symbol: sympy.Expr, length: int, *, original: bool
+) -> list[tuple[fx.Node, fx.Node]]:
     """The target's position ids [1 or B, S], given or computed, each with what stands in for it [B, C + L]."""
-    given = state.inputs.get("position_ids")
-    original = state.method.prompt.positions == "original"  # type: ignore[union-attr]
+    given, anchor, kept = facts[Inputs].positions, facts[Drafted].anchor, facts[ReadPositions].positions
     sources = [given] if given is not None else computed_positions(nodes, symbol) if original else []
     if original and not sources:
         raise Refusal("positions='original' needs position_ids, and this model computes its positions in another way")
-    anchor = state.anchor
-    kept = state.prompt_positions
     numbers = kept if original else editor.call(SPEC.number_anew, kept, before=anchor)
     if length and sources:
-        numbers = editor.call(SPEC.append_positions, numbers, state.lengths, length, before=anchor)
+        numbers = editor.call(SPEC.append_positions, numbers, facts[Rows].lengths, length, before=anchor)
     return [(source, numbers) for source in sources]
 
 
-def computed_positions(nodes: list[fx.Node], symbol: Any) -> list[fx.Node]:
+def computed_positions(nodes: list[fx.Node], symbol: sympy.Expr) -> list[fx.Node]:
     """Nodes `unsqueeze(arange(S) + 0, 0)` [1, S] that depend on nothing but the length."""
-    found = []
-    for node in nodes:
-        if is_op(node, ATEN.unsqueeze) and node.args[1] == 0:
-            val = value(node)
-            counts = val.dtype == torch.int64 and val.dim() == 2 and is_size(val.shape[1], symbol)
-            if counts and all(
-                not isinstance(value(source), torch.Tensor) or is_op(source, ATEN.arange, ATEN.add) or source is node
-                for source in ancestors(node)
-            ):
-                found.append(node)
-    return found
+
+    def counts(node: fx.Node) -> bool:
+        view, val = Unsqueeze.match(node), node.meta.get("val")
+        return (
+            view is not None
+            and view.dim == 0
+            and val.dtype == torch.int64
+            and val.dim() == 2
+            and is_size(val.shape[1], symbol)
+        )
+
+    def plain(source: fx.Node) -> bool:
+        return not isinstance(value(source), torch.Tensor) or is_op(source, ATEN.arange, ATEN.add)
+
+    return [
+        node for node in nodes if counts(node) and all(plain(source) or source is node for source in ancestors(node))
+    ]
 
 
-def target_reads(editor: Editor, nodes: Iterable[fx.Node], old: fx.Node, new: fx.Node) -> None:
+def target_reads(nodes: Iterable[fx.Node], old: fx.Node, new: fx.Node) -> None:
     """Let the target's nodes read `new` where they read `old`; the cache goes on counting the caller's columns."""
     for node in nodes:
-        if old in node.all_input_nodes and not is_op(node, SPEC.size):
+        if old in node.all_input_nodes and not Size.is_call(node):
             node.replace_input_with(old, new)
 
 
-def resize(editor: Editor, nodes: list[fx.Node], symbol: Any, columns: int) -> None:
+def resize(editor: Editor, nodes: list[fx.Node], symbol: sympy.Expr, columns: int) -> None:
     """Put the constant in the symbol's place in `nodes`, and recompute the values that depend on it."""
     inside = set(nodes)
     for size in [n for n in editor.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]:
-        if size.meta["val"].node.expr == symbol:
+        if value(size).node.expr == symbol:
             for user in [user for user in size.users if user in inside]:
-                _replace_constant(user, size, columns)
+                put_number(user, size, columns)
     for node in nodes:
-        if node.op == "call_function" and not is_op(node, SPEC.size) and depends(node.meta.get("val"), symbol):
-            with quiet(editor.mode):
-                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)
-            if isinstance(node.meta["val"], int):
+        if node.op == "call_function" and not Size.is_call(node) and depends(node.meta.get("val"), symbol):
+            editor.refresh(node)
+            if isinstance(value(node), int):
                 for user in list(node.users):
-                    _replace_constant(user, node, node.meta["val"])
+                    put_number(user, node, value(node))
 
 
-def _replace_constant(user: fx.Node, node: fx.Node, constant: int) -> None:
-    user.args, user.kwargs = fx.map_arg((user.args, dict(user.kwargs)), lambda n: constant if n is node else n)
+def put_number(user: fx.Node, node: fx.Node, number: int) -> None:
+    """Let `user` take a number where it read a node."""
+    user.args, user.kwargs = fx.map_arg((user.args, dict(user.kwargs)), lambda n: number if n is node else n)

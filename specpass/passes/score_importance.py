@@ -10,45 +10,53 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
-from specpass.passes.base import Pass, Refusal, State
+from specpass.graph.walk import value
+from specpass.passes.facts import Drafted, Rows, Scores
 from specpass.passes.inline import Inline, check_result
+from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
+from specpass.rewrite.sites import Site, Sites
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreImportance(Pass):
     name: ClassVar[str] = "score_importance"
     stage: ClassVar[str] = "PRUNED"
-    kinds: ClassVar[tuple[str, ...]] = ("prefill",)
+    kinds: ClassVar[tuple[Kind, ...]] = ("prefill",)
+    requires: ClassVar[tuple[type, ...]] = (Sites, Rows)
+    provides: ClassVar[tuple[type, ...]] = (Scores,)
 
-    def run(self, gm: fx.GraphModule, state: State) -> None:
-        method: Any = state.method
-        if not method.scored or not state.sites:
-            return
-        editor = Editor(gm)
-        sources = [node for node in (state.lookahead_ids, state.lengths) if node is not None]
-        anchor = max(sources).next  # behind both
-        rows = editor.call(
-            SPEC.score_rows, state.lengths, state.lookahead_ids, method.window, list(state.eos_ids), before=anchor
-        )
-        own: dict[float, Inline] = {}  # by scale, which is a constant of the site
-        for site in state.sites:
+    def applies(self, request: Request) -> bool:
+        return request.pruning.scored
+
+    def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
+        editor, method = Editor(gm), request.pruning
+        lengths, drafted = facts[Rows].lengths, facts.get(Drafted)
+        ahead = None if drafted is None else drafted.ids
+        anchor = (lengths if ahead is None else max(ahead, lengths)).next  # behind both
+        rows = editor.call(SPEC.score_rows, lengths, ahead, method.window, list(request.eos_ids), before=anchor)
+        own = OwnScores(editor, request, rows, lengths)
+        scores = []
+        for site in facts[Sites].sites:
             before, like = site.attention.next, site.attention
             taken = editor.call(SPEC.take_rows, site.query, rows, before=before, like=like)
-            if method.score is None:
-                changes = (None, None, *site.changes) if site.changes else ()  # no weights, no log-sum-exp yet
-                site.scores = editor.call(
+            if method.score is not None:
+                scores.append(own(site, taken, before))
+                continue
+            changes = (None, None, *site.changes) if site.changes else ()  # no weights, no log-sum-exp yet
+            scores.append(
+                editor.call(
                     SPEC.importance,
                     taken,
                     site.key,
                     rows,
-                    state.lengths,
+                    lengths,
                     method.window,
                     site.scale,
                     method.reduce,
@@ -56,12 +64,26 @@ class ScoreImportance(Pass):
                     before=before,
                     like=like,
                 )
-                continue
-            if site.changes:
-                raise Refusal(f"{method.name}.score is not told of this layer's soft cap or sinks", site.module)
-            name = f"{method.name}.score"
-            function = functools.partial(method.score, scale=site.scale)
-            inline = own.setdefault(site.scale, Inline(editor, function, name))
-            scores = inline(taken, site.key, site.value, rows, state.lengths, before=before, like=like)
-            shape = tuple(site.key.meta["val"].shape[:3])
-            site.scores = check_result(scores, shape, torch.float32, name, "scores [B, K, T]")
+            )
+        facts.add(Scores(tuple(scores)))
+
+
+class OwnScores:
+    """The nodes of a method's own `score` at each site."""
+
+    def __init__(self, editor: Editor, request: Request, rows: fx.Node, lengths: fx.Node) -> None:
+        self.editor, self.method, self.rows, self.lengths = editor, request.pruning, rows, lengths
+        self.name = f"{self.method.name}.score"
+        self.inlines: dict[float, Inline] = {}  # by scale, which is a constant of the site
+
+    def __call__(self, site: Site, taken: fx.Node, before: fx.Node) -> fx.Node:
+        """Scores [B, K, T] of the queries `taken` [B, H, R, D]."""
+        if site.changes:
+            raise Refusal(f"{self.name} is not told of this layer's soft cap or sinks", site.module)
+        if site.scale not in self.inlines:
+            function = functools.partial(self.method.score, scale=site.scale)  # type: ignore[arg-type]
+            self.inlines[site.scale] = Inline(self.editor, function, self.name)
+        tensors = (taken, site.key, site.value, self.rows, self.lengths)
+        scores = self.inlines[site.scale](*tensors, before=before, like=site.attention)
+        shape = tuple(value(site.key).shape[:3])
+        return check_result(scores, shape, torch.float32, self.name, "scores [B, K, T]")

@@ -13,29 +13,31 @@ from typing import ClassVar
 
 from torch import fx
 
+from specpass.dialect.cache import Advance
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
-from specpass.graph.walk import find
-from specpass.passes.base import Pass, State
+from specpass.graph.walk import first_call
+from specpass.passes.facts import Inputs
+from specpass.rewrite import Facts, Kind, Pass, Request
+from specpass.rewrite.base import STEPS
 
 
 @dataclasses.dataclass(frozen=True)
 class ShiftPositions(Pass):
     name: ClassVar[str] = "shift_positions"
     stage: ClassVar[str] = "PRUNED"
-    kinds: ClassVar[tuple[str, ...]] = ("decode", "append")
+    kinds: ClassVar[tuple[Kind, ...]] = STEPS
 
-    def run(self, gm: fx.GraphModule, state: State) -> None:
-        editor = Editor(gm)
-        for advance in find(gm.graph, SPEC.advance):
-            seen, shift, _ = advance.args
+    def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
+        editor, inputs = Editor(gm), facts.get(Inputs)
+        given = None if inputs is None else inputs.positions
+        for advance in Advance.find(gm.graph):
+            seen, shift = advance.seen, advance.shift
             if shift is None:
                 continue
-            before = next(node for node in gm.graph.nodes if node.op != "placeholder")
-            given = state.inputs.get("position_ids")
             source, target = (seen, SPEC.told_length) if given is None else (given, SPEC.told_positions)
-            readers = [user for user in source.users if user is not advance]
-            new = editor.call(target, source, shift, before=before)
+            readers = [user for user in source.users if user is not advance.node]
+            new = editor.call(target, source, shift, before=first_call(gm.graph))
             for reader in readers:
                 reader.replace_input_with(source, new)
-            advance.args = (seen, None, advance.args[2])  # its shift has been read
+            advance.update(shift=None)  # it has been read

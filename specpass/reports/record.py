@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specpass.reports.cost import Costs
+    from specpass.rewrite.base import Kind
     from specpass.sizes import Decoder
 
 _NUMBER = itertools.count()
@@ -19,7 +20,7 @@ _NUMBER = itertools.count()
 class GraphRecord:
     """One compiled graph. Seconds are wall-clock; `sites` are (module path, budget)."""
 
-    kind: str
+    kind: Kind
     exact: bool = False
     sites: list[tuple[str, int]] = dataclasses.field(default_factory=list)
     trace_seconds: float = 0.0

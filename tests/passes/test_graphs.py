@@ -20,8 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import specpass
 import specpass.backend.compile
 from specpass.graph.edit import copy_module
+from specpass.lowering.fuse import FUSION
 from specpass.passes import pipeline
-from specpass.passes.stages import StageError, verify
+from specpass.rewrite import Request
+from specpass.rewrite.stages import STAGES, check_stage
+from specpass.rewrite.verify import StageError, verify
 from specpass.testing import eager
 
 C, W, L, LAYERS = 24, 8, 4, 2
@@ -49,14 +52,19 @@ class Record:
         self.inputs: list[tuple[Any, ...]] = []
         self.model, self.method = tiny(layers=layers, attention=attention), method
         self.backend = specpass.Backend(
-            draft, method, lowering="eager", keep_stages=("TRACED", "DRAFTED", "PRUNED"), full_verify=True, **options
+            draft,
+            method,
+            lowering="eager",
+            keep_stages=("TRACED", "DRAFTED", "PRUNED"),
+            full_verify=True,
+            observe=self.observe,
+            **options,
         )
         self.model.compile(backend=self.backend, dynamic=True)
 
     def __call__(self, ids: torch.Tensor, **kwargs: Any) -> specpass.BudgetCache:
         cache = specpass.BudgetCache(self.model.config, self.method, max_new_tokens=8)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "verify", self.verify)
             patch.setattr("specpass.backend.compile.lower", self.lower)
             call(self.model, ids, cache, **kwargs)
             if len(ids) > 1:
@@ -64,10 +72,9 @@ class Record:
                 call(self.model, prompt(1, batch=len(ids)), cache, position_ids=position)
         return cache
 
-    def verify(self, gm: fx.GraphModule, stage: str, name: str, **options: Any) -> None:
-        verify(gm, stage, name, **options)
-        kind = "decode" if count(gm)["specpass.append_kv"] else "prefill"
-        self.after[kind, name] = count(gm)
+    def observe(self, request: Request, name: str, gm: fx.GraphModule) -> None:
+        if name != "traced":
+            self.after[request.kind, name] = count(gm)
 
     def lower(self, gm: fx.GraphModule, lowering: str, record: Any, *options: Any) -> Callable[..., Any]:
         gm.recompile()
@@ -101,10 +108,11 @@ EXPECTED: dict[tuple[str, str], tuple[list[str], dict[str, int]]] = {
         ["aten.softmax"],
         {"aten.scaled_dot_product_attention": LAYERS, "specpass.fill": LAYERS, "specpass.lookahead": 1},
     ),
-    ("prefill", "pack_rows"): (
+    ("prefill", "attend_packed"): (
         ["aten.scaled_dot_product_attention", "aten.bitwise_and", "aten.__and__", "aten.le"],
-        {"specpass.prefill_attention": LAYERS, "specpass.pack_order": 1, "specpass.pack_ids": 1},
+        {"specpass.prefill_attention": LAYERS},
     ),
+    ("prefill", "pack_rows"): ([], {"specpass.pack_order": 1, "specpass.pack_ids": 1}),
     ("prefill", "insert_draft"): (
         ["specpass.lookahead"],
         {"draft_prefill": 1, "draft_step": L - 1, "specpass.next_token": L, "specpass.append_ids": 1},
@@ -116,7 +124,7 @@ EXPECTED: dict[tuple[str, str], tuple[list[str], dict[str, int]]] = {
     ),
     ("prefill", "gather_prune"): (["specpass.fill"], {"specpass.select": LAYERS, "specpass.gather_kv": LAYERS}),
     ("decode", "canonicalize"): ([], {"aten.scaled_dot_product_attention": LAYERS, "specpass.append_kv": LAYERS}),
-    ("decode", "specialize"): (
+    ("decode", "attend_slots"): (
         ["aten.scaled_dot_product_attention", "aten.le", "aten.lt", "aten.bitwise_and"],
         {"specpass.attend": LAYERS, "specpass.append_kv": LAYERS},
     ),
@@ -132,7 +140,8 @@ def test_what_each_pass_does(record: Record, kind: str, name: str) -> None:
 
 def test_every_pass_ran_in_the_order_of_the_pipeline(record: Record) -> None:
     for kind in ("prefill", "decode"):
-        names = [item.name for item in pipeline.PASSES if kind in item.kinds]
+        request = Request(kind, METHOD, L)
+        names = [item.name for item in pipeline.PASSES if kind in item.kinds and item.applies(request)]
         assert [name for seen, name in record.after if seen == kind] == names
     for kind in ("prefill", "decode"):  # annotate only looks
         assert record.after[kind, "annotate"] == record.after[kind, "canonicalize"]
@@ -258,20 +267,32 @@ def test_verify_finds_what_a_pass_may_not_leave(record: Record) -> None:
         return twin, next(node for node in twin.graph.nodes if "take_rows" in str(node.target))
 
     gm, node = broken()
-    verify(gm, "FINAL", "mine", full=True)
+    verify(gm, "mine", full=True)
     del node.meta["val"]
     with pytest.raises(StageError, match=r"after mine: node take_rows\w* has no fake value"):
-        verify(gm, "FINAL", "mine")
+        verify(gm, "mine")
     gm, node = broken()
     node.meta["val"] = node.meta["val"][:, :, 1:]
     with pytest.raises(StageError, match="after mine: take_rows"):
-        verify(gm, "FINAL", "mine", full=True)
+        verify(gm, "mine", full=True)
     gm, node = broken()
     node.args = (node.args[0], gm)
     with pytest.raises(StageError, match="takes the Python object GraphModule"):
-        verify(gm, "FINAL", "mine")
-    with pytest.raises(StageError, match="is not allowed in a FINAL graph"):
-        verify(record.backend.stages["DRAFTED"], "FINAL", "mine")
+        verify(gm, "mine")
+
+
+def test_stages_say_what_a_graph_holds(record: Record) -> None:
+    stages = record.backend.stages
+    for name in ("TRACED", "DRAFTED", "PRUNED"):
+        check_stage(stages[name], STAGES[name], "mine", left=True, kind="prefill", sites=LAYERS)
+    with pytest.raises(StageError, match=r"mine: fill\w* \(model.layers.0.*\) is not allowed in a PRUNED graph"):
+        check_stage(stages["DRAFTED"], STAGES["PRUNED"], "mine", left=True, kind="prefill", sites=LAYERS)
+    with pytest.raises(StageError, match=r"gather_kv belongs to PRUNED .. LOWERED"):
+        check_stage(stages["PRUNED"], STAGES["DRAFTED"], "mine", left=False, kind="prefill", sites=LAYERS)
+    with pytest.raises(
+        StageError, match="one gather_kv or keep_kv for each of its 3 attention sites, and this one has 2"
+    ):
+        check_stage(stages["PRUNED"], STAGES["PRUNED"], "mine", left=True, kind="prefill", sites=3)
 
 
 def test_dumps_are_numbered_readable_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +300,9 @@ def test_dumps_are_numbered_readable_python(tmp_path: Path, monkeypatch: pytest.
     model = compile_eager(tiny(layers=1), specpass.SnapKV(budget=C, window=W))
     call(model, prompt(60), specpass.BudgetCache(model.config, specpass.SnapKV(budget=C, window=W)))
     files = sorted((tmp_path / "dump").iterdir())
-    names = ["traced", *(item.name for item in pipeline.PASSES if "prefill" in item.kinds)]
+    request = Request("prefill", specpass.SnapKV(budget=C, window=W))
+    planned = [item.name for item in pipeline.PASSES if "prefill" in item.kinds and item.applies(request)]
+    names = ["traced", *planned, "traced", *(item.name for item in FUSION if "prefill" in item.kinds)]
     numbers = [int(file.name.split("_")[0]) for file in files]
     assert numbers == list(range(numbers[0], numbers[0] + len(names)))
     assert [file.stem.split("_prefill_")[1] for file in files] == names

@@ -7,6 +7,7 @@ that they are given, and a pruned cache has fewer slots than positions.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from torch import fx
@@ -23,7 +24,7 @@ CHANGES = (
 STEPS = 40  # between a softmax and its product, and between that and the keys, stand fewer nodes
 
 
-def changed_logits(softmax: fx.Node, keys: dict[fx.Node, Any]) -> str | None:
+def changed_logits(softmax: fx.Node, keys: Container[fx.Node]) -> str | None:
     """Why this softmax over cached `keys` is no plain attention; None where it reads none of them."""
     path = walk_back(softmax, (*PRODUCTS, *OTHERS))
     products = [node for node in path if is_op(node, *PRODUCTS)]

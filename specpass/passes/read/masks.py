@@ -12,73 +12,98 @@ import torch
 from torch import Tensor, fx
 
 from specpass.graph.walk import ancestors, value
+from specpass.passes.facts import Inputs
+
+TRIALS = ((6, (0, 0)), (7, (0, 3)), (5, (2, 1)))  # prompt length, left padding of each row
 
 
-def mask_class(mask: fx.Node, inputs: dict[str, fx.Node]) -> str:
+def mask_class(mask: fx.Node, inputs: Inputs | None) -> str:
     """ "causal" (padding included), "sliding window W", or "unknown: reason"."""
-    needed = ancestors(mask)
-    sources = {node: name for name, node in inputs.items()}
-    free = [node for node in needed if node.op == "placeholder" and node not in sources]
-    ids_value = value(inputs["input_ids"])
-    sizes = {str(size): axis for axis, size in enumerate(ids_value.shape) if isinstance(size, torch.SymInt)}
-    for node in free:
-        if not isinstance(value(node), torch.SymInt) or (
-            not _is_constant(value(node)) and str(value(node)) not in sizes
-        ):
-            return f"unknown: the mask depends on the input {node.name}"
-    given = inputs.get("attention_mask")
-    masked = given is not None and bool(given.users)  # an export knows of padding that its model was not told of
-    window: set[int] = set()
-    for length, pads in ((6, (0, 0)), (7, (0, 3)), (5, (2, 1))):
-        batch = len(pads) if isinstance(ids_value.shape[0], torch.SymInt) else int(ids_value.shape[0])
-        real = torch.ones(batch, length, dtype=torch.int64)
-        if masked:
-            for row, pad in enumerate(pads[:batch]):
-                real[row, :pad] = 0
-        feeds: dict[fx.Node, Any] = {}
-        for node in free:
-            feeds[node] = (batch, length)[sizes[str(value(node))]] if str(value(node)) in sizes else int(value(node))
-        for node, name in sources.items():
-            feeds[node] = _feed(name, node, real)
+    if inputs is None or inputs.ids is None:
+        return "unknown: it is made of no token ids"
+    subgraph = _Subgraph(mask, inputs)
+    stranger = subgraph.stranger()
+    if stranger is not None:
+        return f"unknown: the mask depends on the input {stranger.name}"
+    windows: set[int] = set()
+    for length, pads in TRIALS:
+        real = subgraph.tokens(length, pads)
         try:
-            got = _run(mask, needed, feeds)
+            got = subgraph.run(real)
         except Exception as error:  # the subgraph holds an operator that real tensors of this size cannot run
             return f"unknown: its subgraph does not evaluate ({type(error).__name__})"
-        allowed = got if got.dtype == torch.bool else got > torch.finfo(got.dtype).min / 2
-        if allowed.dim() != 4:
+        if got.dim() != 4:
             return f"unknown: shape {tuple(got.shape)}"
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        expected = causal & (real != 0)[:, None, None, :]
-        rows = (real != 0)[:, None, :, None].expand_as(expected)  # what padding rows see does not matter
-        allowed = allowed.expand(batch, 1, length, length) if allowed.shape[1] == 1 else allowed
-        if allowed.shape[1] != 1 or not torch.equal(allowed & rows, expected & rows):
-            window.add(_window_of(allowed, expected, rows))
-    if not window:
+        window = _difference(got, real)
+        if window is not None:
+            windows.add(window)
+    if not windows:
         return "causal"
-    return "unknown: neither causal nor a sliding window" if 0 in window else f"sliding window {min(window)}"
+    return "unknown: neither causal nor a sliding window" if 0 in windows else f"sliding window {min(windows)}"
 
 
-def _is_constant(size: torch.SymInt) -> bool:
-    return not size.node.expr.free_symbols
+class _Subgraph:
+    """What a mask is computed from, and its value for given tokens."""
+
+    def __init__(self, mask: fx.Node, inputs: Inputs) -> None:
+        self.mask, self.inputs, self.needed = mask, inputs, ancestors(mask)
+        named = (inputs.ids, inputs.mask, inputs.positions, inputs.embeds)
+        self.free = [node for node in self.needed if node.op == "placeholder" and node not in named]
+        self.shape = value(inputs.tokens).shape
+        self.sizes = {str(size): axis for axis, size in enumerate(self.shape) if isinstance(size, torch.SymInt)}
+
+    def stranger(self) -> fx.Node | None:
+        """An input that is neither the prompt's nor a size of it."""
+        for node in self.free:
+            val = value(node)
+            known = isinstance(val, torch.SymInt) and (not val.node.expr.free_symbols or str(val) in self.sizes)
+            if not known:
+                return node
+        return None
+
+    def tokens(self, length: int, pads: tuple[int, ...]) -> Tensor:
+        """[B, length] int64: 1 where a token is real."""
+        batch = len(pads) if isinstance(self.shape[0], torch.SymInt) else int(self.shape[0])
+        real = torch.ones(batch, length, dtype=torch.int64)
+        given = self.inputs.mask
+        if given is not None and given.users:  # an export knows of padding that its model was not told of
+            for row, pad in enumerate(pads[:batch]):
+                real[row, :pad] = 0
+        return real
+
+    def run(self, real: Tensor) -> Tensor:
+        """The mask for these tokens."""
+        env: dict[fx.Node, Any] = {}
+        for node in self.free:
+            size = str(value(node))
+            env[node] = real.shape[self.sizes[size]] if size in self.sizes else int(value(node))
+        for node, feed in (
+            (self.inputs.ids, torch.zeros_like(real)),
+            (self.inputs.embeds, torch.zeros_like(real)),
+            (self.inputs.positions, (real.cumsum(1) - 1).clamp(min=0)),
+        ):
+            if node is not None:
+                env[node] = feed
+        if self.inputs.mask is not None:
+            env[self.inputs.mask] = real.to(value(self.inputs.mask).dtype)
+        for node in self.needed:
+            if node not in env:
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
+                env[node] = node.target(*args, **kwargs)
+        return env[self.mask]
 
 
-def _feed(name: str, node: fx.Node, real: Tensor) -> Tensor:
-    if name == "attention_mask":
-        return real.to(value(node).dtype)
-    if name == "position_ids":
-        return (real.cumsum(1) - 1).clamp(min=0)
-    return torch.zeros_like(real)
-
-
-def _run(mask: fx.Node, needed: list[fx.Node], feeds: dict[fx.Node, Any]) -> Tensor:
-    env: dict[fx.Node, Any] = {}
-    for node in needed:
-        if node in feeds:
-            env[node] = feeds[node]
-            continue
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
-        env[node] = node.target(*args, **kwargs)
-    return env[mask]
+def _difference(mask: Tensor, real: Tensor) -> int | None:
+    """None where a mask [B, 1, S, S] is causal for tokens [B, S], else its window; 0: no window explains it."""
+    batch, length = real.shape
+    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    expected = causal & (real != 0)[:, None, None, :]
+    rows = (real != 0)[:, None, :, None].expand_as(expected)  # what padding rows see does not matter
+    allowed = allowed.expand(batch, 1, length, length) if allowed.shape[1] == 1 else allowed
+    if allowed.shape[1] == 1 and torch.equal(allowed & rows, expected & rows):
+        return None
+    return _window_of(allowed, expected, rows)
 
 
 def _window_of(allowed: Tensor, expected: Tensor, rows: Tensor) -> int:

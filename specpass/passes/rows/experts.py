@@ -10,6 +10,7 @@ with the model's own weights, some of them in another order must give the same r
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, fx
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.walk import ATEN, behind, depends, is_size
-from specpass.passes.base import Refusal, State
-from specpass.passes.rows.rows import every_row, has_rows, is_rows, keeps_rows, last_only, last_row
+from specpass.passes.rows.rows import RowIndices, has_rows, is_rows, keeps_rows, last_only
+from specpass.rewrite import Refusal
 
 ROWS, SOME = 5, (3, 0, 4)  # rows of the trial, and those that are run once more
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # relative to the largest number; 16 bits: 2e-2
@@ -34,7 +35,9 @@ class Block:
     exits: tuple[fx.Node, ...]
 
 
-def take_in_front_of_blocks(editor: Editor, state: State, hidden: fx.Node, columns: object) -> set[fx.Node]:
+def take_in_front_of_blocks(
+    editor: Editor, indices: RowIndices, weights: Mapping[fx.Node, Tensor], hidden: fx.Node, columns: object
+) -> set[fx.Node]:
     """Take rows in front of blocks that sort them, and of what is added to their results; returns what stands behind.
 
     Raises: Refusal: positions are mixed.
@@ -44,10 +47,10 @@ def take_in_front_of_blocks(editor: Editor, state: State, hidden: fx.Node, colum
     if start is None or not isinstance(columns, torch.SymInt):
         return set()
     block = find_block(start, tail, columns)
-    check_tokens_apart(editor.gm, block, state.weights, columns)
+    check_tokens_apart(editor.gm, block, weights, columns)
     place = hidden.next
     only_last = all(last_only(node) for node in ends(block.exits, columns))
-    index = (last_row if only_last else every_row)(editor, state, place)
+    index = (indices.last if only_last else indices.every)(place)
     length = 1 if only_last else editor.call(ATEN.sym_size.int, index, 1, before=place)
     taken: dict[fx.Node, fx.Node] = {}
 
@@ -131,7 +134,9 @@ def is_length(node: fx.Node, columns: torch.SymInt) -> bool:
     return is_size(node.meta.get("val"), columns)
 
 
-def check_tokens_apart(gm: fx.GraphModule, block: Block, weights: dict[fx.Node, Tensor], columns: torch.SymInt) -> None:
+def check_tokens_apart(
+    gm: fx.GraphModule, block: Block, weights: Mapping[fx.Node, Tensor], columns: torch.SymInt
+) -> None:
     """Run the block on random rows, and on some of them in another order.
 
     Args: weights: real tensors of the graph's placeholders.
@@ -162,7 +167,9 @@ def check_tokens_apart(gm: fx.GraphModule, block: Block, weights: dict[fx.Node, 
 class _Trial:
     """Evaluates a block for batch 1 and so many rows as it is given."""
 
-    def __init__(self, gm: fx.GraphModule, block: Block, weights: dict[fx.Node, Tensor], columns: torch.SymInt) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, block: Block, weights: Mapping[fx.Node, Tensor], columns: torch.SymInt
+    ) -> None:
         self.gm, self.block, self.weights, self.columns = gm, block, weights, columns
 
     def run(self, rows: list[Tensor]) -> list[Tensor]:

@@ -7,9 +7,11 @@ from torch import Tensor, fx
 
 from specpass.dialect.define import SPEC
 from specpass.errors import UnsupportedCallError
+from specpass.graph.aten import Reduction, Select, Slice
 from specpass.graph.edit import Editor
-from specpass.graph.walk import ATEN, FULL, is_op, is_size
-from specpass.passes.base import State
+from specpass.graph.walk import ATEN, FULL, is_op, is_size, value
+from specpass.passes.facts import Inputs, ReadPositions, Rows
+from specpass.rewrite import Facts, Request
 
 POINTWISE_TAGS = torch.Tag.pointwise
 ROW_OPS = (
@@ -27,6 +29,18 @@ ROW_OPS = (
     ATEN.addmm,
     ATEN.mm,
     ATEN.type_as,
+)
+SHAPE_OPS = (
+    ATEN.reshape,
+    ATEN.view,
+    ATEN.transpose,
+    ATEN.unsqueeze,
+    ATEN.squeeze,
+    ATEN.expand,
+    ATEN.add,
+    ATEN.mul,
+    ATEN.pow,
+    ATEN.rsqrt,
 )
 
 
@@ -51,52 +65,47 @@ def keeps_rows(node: fx.Node, columns: object) -> bool:
     """Whether each row of the result depends on the same row alone."""
     if node.op != "call_function" or not has_rows(node, columns):
         return False
-    tags = getattr(node.target, "tags", ())
-    if POINTWISE_TAGS in tags or is_op(node, *ROW_OPS):
+    if POINTWISE_TAGS in getattr(node.target, "tags", ()) or is_op(node, *ROW_OPS):
         return True
-    if is_op(node, ATEN.mean, ATEN.sum, ATEN.var, ATEN.softmax, ATEN.amax):
-        dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
-        return list(dims) == [-1]
-    if is_op(node, ATEN.slice):  # over another axis, or over all of this one
-        return not is_size(node.args[0].meta["val"].shape[node.args[1]], columns) or tuple(node.args[2:]) == (0, FULL)
-    return is_op(
-        node,
-        ATEN.reshape,
-        ATEN.view,
-        ATEN.transpose,
-        ATEN.unsqueeze,
-        ATEN.squeeze,
-        ATEN.expand,
-        ATEN.add,
-        ATEN.mul,
-        ATEN.pow,
-        ATEN.rsqrt,
-    )
+    reduction, cut = Reduction.match(node), Slice.match(node)
+    if reduction is not None:
+        return reduction.dim in (-1, [-1], (-1,))
+    if cut is not None:  # over another axis, or over all of this one
+        whole = (cut.start, cut.end, cut.step) == (0, FULL, 1)
+        return whole or not is_size(value(cut.input).shape[cut.dim], columns)
+    return is_op(node, *SHAPE_OPS)
 
 
 def last_only(node: fx.Node) -> bool:
     """x[:, -1:] or x[:, -1]"""
-    return (is_op(node, ATEN.slice) and tuple(node.args[1:]) == (1, -1, FULL)) or (
-        is_op(node, ATEN.select) and tuple(node.args[1:]) == (1, -1)
-    )
+    cut, one = Slice.match(node), Select.match(node)
+    if cut is not None:
+        return (cut.dim, cut.start, cut.end, cut.step) == (1, -1, FULL, 1)
+    return one is not None and (one.dim, one.index) == (1, -1)
 
 
-def last_row(editor: Editor, state: State, before: fx.Node) -> fx.Node:
-    """Index [B, 1] of each prompt's last row."""
-    less = editor.call(ATEN.sub.Tensor, state.lengths, 1, before=before, like=before)
-    return editor.call(ATEN.unsqueeze, less, 1, before=before, like=before)
+class RowIndices:
+    """Indices of a prompt's rows among packed ones, as nodes."""
 
+    def __init__(self, editor: Editor, request: Request, facts: Facts) -> None:
+        self.editor, self.request, self.facts = editor, request, facts
 
-def every_row(editor: Editor, state: State, before: fx.Node) -> fx.Node:
-    """Index [B, S] of the prompt's own rows in the caller's order.
+    def last(self, before: fx.Node) -> fx.Node:
+        """[B, 1]: each prompt's last row."""
+        less = self.editor.call(ATEN.sub.Tensor, self.facts[Rows].lengths, 1, before=before, like=before)
+        return self.editor.call(ATEN.unsqueeze, less, 1, before=before, like=before)
 
-    Raises: UnsupportedCallError where the target does not read them all.
-    """
-    if state.prompt_positions is not None:
-        raise UnsupportedCallError(
-            f"more than the last position's logits (or hidden states) were asked for, and {state.method.name} reads "
-            "only a part of the prompt: pass logits_to_keep=1 (generate() does)."
-        )
-    if state.order is not None:
-        return editor.call(SPEC.unpack_index, state.order, before=before)
-    return editor.call(SPEC.row_index, state.inputs["input_ids"], before=before)
+    def every(self, before: fx.Node) -> fx.Node:
+        """[B, S]: the prompt's own rows in the caller's order.
+
+        Raises: UnsupportedCallError where the target does not read them all.
+        """
+        if ReadPositions in self.facts:
+            raise UnsupportedCallError(
+                "more than the last position's logits (or hidden states) were asked for, and "
+                f"{self.request.pruning.name} reads only a part of the prompt: pass logits_to_keep=1 (generate() does)."
+            )
+        order = self.facts[Rows].order
+        if order is not None:
+            return self.editor.call(SPEC.unpack_index, order, before=before)
+        return self.editor.call(SPEC.row_index, self.facts[Inputs].tokens, before=before)

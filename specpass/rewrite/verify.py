@@ -1,4 +1,4 @@
-"""What a graph may hold at each stage, as data; checked after every pass."""
+"""What holds of every graph between passes: it is well formed, and its nodes' fake values are theirs."""
 
 from __future__ import annotations
 
@@ -7,25 +7,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from specpass.dialect.define import SPEC
 from specpass.graph.edit import fake_mode_of, quiet
-from specpass.graph.walk import find
-
-# operators that must be gone when a graph reaches a stage
-FORBIDDEN: dict[str, tuple[Any, ...]] = {
-    "TRACED": (),
-    "DRAFTED": (),
-    "PRUNED": (),
-    "FINAL": (SPEC.fill, SPEC.modified_attention, torch.ops.aten.scaled_dot_product_attention),
-}
 
 
 class StageError(AssertionError):
-    """A pass left a graph that its stage forbids: a bug of specpass, not of its user."""
+    """A pass left a graph that its stage forbids, or a fact unsaid: a bug of specpass, not of its user."""
 
 
-def verify(gm: fx.GraphModule, stage: str, name: str, *, full: bool = False) -> None:
-    """Lint, fake values, stage rules.
+def verify(gm: fx.GraphModule, name: str, *, full: bool = False) -> None:
+    """Lint, fake values, and no Python object among the operands.
 
     Passes give each node they insert a fake value, which is checked to be there; `full=True` propagates fake values
     through the whole graph once more and compares the shapes (seconds for a large model: tests do it).
@@ -39,10 +29,6 @@ def verify(gm: fx.GraphModule, stage: str, name: str, *, full: bool = False) -> 
         for argument in (*node.args, *node.kwargs.values()):
             if not _is_plain(argument):
                 raise StageError(f"after {name}: node {node.name} takes the Python object {type(argument).__name__}")
-    for packet in FORBIDDEN[stage]:
-        left = find(gm.graph, packet)
-        if left:
-            raise StageError(f"after {name}: {left[0].name} is not allowed in a {stage} graph")
     if full:
         propagate(gm, name)
 

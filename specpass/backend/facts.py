@@ -1,0 +1,115 @@
+"""What the backend reads of a traced graph: once, before any pass; later it asks the graph nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor, fx
+
+from specpass.backend.calls import owner_of
+from specpass.cache import BudgetCache
+from specpass.dialect.cache import AppendKv, Fill, GatherKv
+from specpass.errors import GradientsError, PartialGraphError, UnsupportedCallError
+from specpass.graph.aten import Dropout, Embedding, Sdpa
+from specpass.graph.operands import GetItem, results_of
+from specpass.graph.roles import named_inputs
+from specpass.graph.walk import ATEN, find, value
+from specpass.passes.facts import Inputs, Weights
+from specpass.rewrite import Kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A traced graph and what is known of it.
+
+    Attributes:
+        kind: said by the cache's own operators, not by the query length.
+        cache: the BudgetCache that was traced into it.
+        places: index of the inputs handle, input_ids, attention_mask, position_ids, ... among Dynamo's inputs.
+        inputs, weights: facts for the passes.
+        embedding: the fake weight of the first embedding, or None.
+    """
+
+    gm: fx.GraphModule
+    kind: Kind
+    cache: BudgetCache
+    places: dict[str, int]
+    inputs: Inputs
+    weights: Weights
+    embedding: Tensor | None
+
+    @classmethod
+    def read(cls, gm: fx.GraphModule, example_inputs: list[Any]) -> Traced:
+        """Raises: PartialGraphError, UnsupportedCallError, GradientsError: the graph cannot be pruned as it is."""
+        writes: list[Fill | AppendKv] = [*Fill.find(gm.graph), *AppendKv.find(gm.graph)]
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        handle = writes[0].handle
+        assert handle is not None
+        named = named_inputs(gm)
+        places = {"handle": placeholders.index(handle)} | {r: placeholders.index(node) for r, node in named.items()}
+        cache = owner_of(example_inputs[places["handle"]])
+        inputs = Inputs.of(named)
+        check_whole(gm, len(writes), len(cache.layers), inputs)
+        check_inference(gm)
+        weights = {
+            node: example
+            for node, example in zip(placeholders, example_inputs, strict=True)
+            if isinstance(example, Tensor)
+        }
+        embedding = next(iter(Embedding.find(gm.graph)), None)
+        return cls(
+            gm,
+            kind_of(writes[0]),
+            cache,
+            places,
+            inputs,
+            Weights(weights),
+            None if embedding is None else value(embedding.weight),
+        )
+
+
+def kind_of(write: Fill | AppendKv) -> Kind:
+    """prefill, short, decode or append."""
+    if isinstance(write, Fill):
+        return "short" if write.short else "prefill"
+    size = value(write.key).shape[2]
+    return "decode" if isinstance(size, int) and size == 1 else "append"
+
+
+def check_whole(gm: fx.GraphModule, writes: int, layers: int, inputs: Inputs) -> None:
+    """Raises: PartialGraphError: the graph is not the whole forward. UnsupportedCallError: it ends in a loss."""
+    logits = [node for node in results_of(gm.graph) if value(node).dim() == 3 and not is_written(node)]
+    if writes != layers or (inputs.ids is None and inputs.embeds is None) or not logits:
+        raise PartialGraphError(
+            f"a graph break left specpass with {writes} of {layers} layers in this graph: pruning needs the "
+            "whole forward in one graph. Find the break with TORCH_LOGS=graph_breaks and remove it."
+        )
+    if find(gm.graph, ATEN.cross_entropy_loss, ATEN.nll_loss):
+        raise UnsupportedCallError("labels= were given: a pruned prefill has no loss; call the model without them.")
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether a result is a layer's storage, and not the model's own."""
+    item = GetItem.match(node)
+    return item is not None and Fill.is_call(item.source)
+
+
+def check_inference(gm: fx.GraphModule) -> None:
+    """Raises: GradientsError: dropout is on."""
+    trains = any(dropout.train for dropout in Dropout.find(gm.graph))
+    if trains or any(attention.dropout_p > 0 for attention in Sdpa.find(gm.graph)):
+        raise GradientsError(
+            "the target is in training mode (dropout is on), and pruning has no backward: call target.eval()."
+        )
+
+
+def static_outputs(gm: fx.GraphModule) -> dict[int, tuple[int, ...]]:
+    """Outputs of a PRUNED graph that are the cache's storage, with the axes that decode may take as constants."""
+    axes = {0: (1, 2), 1: (1, 2), 2: (1,)}  # keys, values, lengths
+    found = {}
+    for index, node in enumerate(results_of(gm.graph)):
+        item = GetItem.match(node)
+        if item is not None and GatherKv.is_call(item.source):
+            found[index] = axes[item.index]
+    return found

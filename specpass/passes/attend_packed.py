@@ -1,0 +1,38 @@
+"""attend_packed: every site's attention becomes causal attention over packed rows, without a mask.
+
+before: sdpa(q, k, v, mask [B, 1, S, S] or causal, ...)
+after:  prefill_attention(q, k, v, scale)                   a row never sees what follows it, padding stands behind
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import fx
+
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor
+from specpass.rewrite import Facts, Kind, Pass, Request
+from specpass.rewrite.base import PROMPTS
+from specpass.rewrite.sites import Sites
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendPacked(Pass):
+    name: ClassVar[str] = "attend_packed"
+    stage: ClassVar[str] = "TRACED"
+    kinds: ClassVar[tuple[Kind, ...]] = PROMPTS
+    requires: ClassVar[tuple[type, ...]] = (Sites,)
+
+    def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
+        editor = Editor(gm)
+        rewritten = []
+        for site in facts[Sites].sites:
+            place = {"before": site.attention, "like": site.attention}
+            tensors = (site.query, site.key, site.value, site.scale)
+            new = editor.call(SPEC.prefill_attention, *tensors, *site.changes, **place)
+            editor.replace(site.attention, new)
+            rewritten.append(dataclasses.replace(site, attention=new))
+        facts.add(Sites(tuple(rewritten)))
+        gm.graph.eliminate_dead_code()  # the masks

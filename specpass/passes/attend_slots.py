@@ -1,0 +1,49 @@
+"""attend_slots: in decode, every site's attention goes over the slots that the lengths say are in use.
+
+before: sdpa(q, view(keys), view(values), mask)
+after:  attend(q, keys, values, lengths, scale)                 the mask's subgraph dies
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import fx
+
+from specpass.dialect.cache import AppendKv, Widen
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor
+from specpass.graph.walk import ATEN
+from specpass.rewrite import Facts, Kind, Pass, Request
+from specpass.rewrite.base import STEPS
+from specpass.rewrite.sites import Site, Sites
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendSlots(Pass):
+    name: ClassVar[str] = "attend_slots"
+    stage: ClassVar[str] = "PRUNED"
+    kinds: ClassVar[tuple[Kind, ...]] = STEPS
+    requires: ClassVar[tuple[type, ...]] = (Sites,)
+
+    def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
+        editor = Editor(gm)
+        rewritten = []
+        for site in facts[Sites].sites:
+            keys, values = (own_slots(editor, node, site) for node in (site.key, site.value))
+            operands = (site.query, keys, values, AppendKv.of(site.cache).lengths, site.scale, *site.changes)
+            new = editor.call(SPEC.attend, *operands, before=site.attention, like=site.attention)
+            editor.replace(site.attention, new)
+            rewritten.append(dataclasses.replace(site, key=keys, value=values, attention=new))
+        facts.add(Sites(tuple(rewritten)))
+        gm.graph.eliminate_dead_code()
+
+
+def own_slots(editor: Editor, node: fx.Node, site: Site) -> fx.Node:
+    """The layer's own slots [B, K, P, D] where the model was shown those of the widest layer."""
+    wide = Widen.match(node)
+    if wide is None:
+        return node
+    place = {"before": site.attention, "like": site.attention}
+    return editor.call(ATEN.unflatten.int, wide.storage, 1, [wide.kv_heads, -1], **place)

@@ -1,0 +1,83 @@
+"""What the passes of a target and of a draft tell each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor, fx
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The prompt's inputs [B, S] by role; packed ones once the rows are packed. `embeds`: given in the ids' place."""
+
+    ids: fx.Node | None
+    mask: fx.Node | None = None
+    positions: fx.Node | None = None
+    embeds: fx.Node | None = None
+
+    @classmethod
+    def of(cls, named: Mapping[str, fx.Node]) -> Inputs:
+        """From nodes by the roles of specpass.graph.roles."""
+        roles = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+        return cls(*(named.get(role) for role in roles))
+
+    @property
+    def tokens(self) -> fx.Node:
+        """The ids, which a prompt that is rewritten has."""
+        assert self.ids is not None
+        return self.ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The model's real tensors by placeholder: experts are tried on a few rows."""
+
+    tensors: Mapping[fx.Node, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Packed rows: row b's tokens stand at 0 .. lengths[b] - 1.
+
+    Args:
+        lengths: [B], of the tokens that the target reads.
+        order: [B, S] packed column -> the caller's, None without a padding mask.
+        full: every row's last token stands in the last column.
+    """
+
+    lengths: fx.Node
+    order: fx.Node | None = None
+    full: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafted:
+    """The draft stands in front of the target.
+
+    Args:
+        ids: [B, L] lookahead tokens.
+        anchor: the target's first own node.
+        scores: [B, S] the draft's attention to each prompt token, where it scores.
+        lifted: the draft's tensors by the name of their placeholder.
+    """
+
+    ids: fx.Node
+    anchor: fx.Node
+    scores: fx.Node | None = None
+    lifted: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadPositions:
+    """positions: [B, C] prompt tokens that the target reads (SpecPC), ascending, -1 unused."""
+
+    positions: fx.Node
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """[B, K, T] float32 of each attention site, in their order."""
+
+    nodes: tuple[fx.Node, ...]

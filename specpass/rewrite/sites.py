@@ -1,0 +1,59 @@
+"""The attention sites of a graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import fx
+
+from specpass.graph.walk import value
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One attention site.
+
+    Args:
+        layer: its number.
+        module: its path in the model.
+        query: [B, H, T, D].
+        key: [B, K, T, D] as attention reads it.
+        value: [B, K, T, Dv].
+        cache: the node that writes the layer's cache.
+        attention: the attention node.
+        scale: of the softmax.
+        mask: its class, "causal" or "lengths".
+        softcap: of the logits, 0.0 for none.
+        sinks: [H] logits that belong to no key, or None.
+        budget: slots C of each KV head, 0 where nothing is pruned.
+    """
+
+    layer: int
+    module: str
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    cache: fx.Node
+    attention: fx.Node
+    scale: float
+    mask: str
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    budget: int = 0
+
+    @property
+    def changes(self) -> tuple[Any, ...]:
+        """Last arguments of an attention operator; none where nothing is done to the logits."""
+        return (self.softcap, self.sinks) if self.softcap or self.sinks is not None else ()
+
+    @property
+    def kv_heads(self) -> int:
+        return int(value(self.key).shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sites:
+    """All attention sites, in the model's order; a fact."""
+
+    sites: tuple[Site, ...]

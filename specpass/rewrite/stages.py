@@ -1,0 +1,86 @@
+"""What a graph may hold and must hold at a stage, and the check of it.
+
+Which of specpass's operators may stand in a graph is said where they are declared (`since`, `until`); what a graph must
+hold of them, one for each attention site, is in STAGES.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import fx
+
+from specpass.dialect import attention, cache
+from specpass.dialect.define import OPERATORS, ORDER, Operator
+from specpass.graph.walk import is_op, module_path
+from specpass.rewrite.base import Kind
+from specpass.rewrite.verify import StageError
+
+Choice = tuple[type[Operator], ...]  # one of these
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """`must[kind]`: for each attention site, a graph of that kind has one call of an operator of each choice."""
+
+    name: str
+    must: Mapping[Kind, tuple[Choice, ...]]
+
+    def may_hold(self, operator: type[Operator], left: bool) -> bool:
+        """Whether the operator may stand in a graph of this stage; `left`: and in one that is done with it."""
+        at = ORDER.index(self.name)
+        return ORDER.index(operator.since) <= at and not (left and ORDER.index(operator.until) < at)
+
+
+def _stage(name: str, prompts: tuple[Choice, ...], steps: tuple[Choice, ...]) -> Stage:
+    return Stage(name, {"prefill": prompts, "short": prompts, "decode": steps, "append": steps})
+
+
+_PREFILLS, _STORES = (cache.Fill, cache.KeepKv), (cache.GatherKv, cache.KeepKv)
+_FLASH = (attention.PrefillAttention, attention.PrefillAttentionLse)
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        _stage("TRACED", (_PREFILLS,), ((cache.AppendKv,),)),
+        _stage("DRAFTED", (_PREFILLS, _FLASH), ((cache.AppendKv,),)),
+        _stage("PRUNED", (_STORES, _FLASH), ((cache.AppendKv,), (attention.Attend,))),
+        _stage(
+            "LOWERED",
+            (_STORES, _FLASH),
+            ((cache.AppendKv, attention.AppendAttend), (attention.Attend, attention.AppendAttend)),
+        ),
+    )
+}
+
+
+def check_stage(gm: fx.GraphModule, stage: Stage, when: str, *, left: bool, kind: Kind, sites: int | None) -> None:
+    """The graph holds nothing that it may not hold; where it has `left` the stage, also all that it must.
+
+    Args:
+        when: "after take_last", for the message.
+        sites: attention sites, None where nobody has counted them: then there is one at least.
+
+    Raises: StageError.
+    """
+    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+    for operator in OPERATORS.values():
+        if not stage.may_hold(operator, left):
+            found = next((node for node in calls if is_op(node, operator.packet)), None)
+            if found is not None:
+                raise StageError(
+                    f"{when}: {found.name} ({module_path(found) or 'no module'}) is not allowed in a {stage.name} "
+                    f"graph: {operator.name} belongs to {operator.since} .. {operator.until}"
+                )
+    if not left:
+        return
+    for choice in stage.must[kind]:
+        packets = [operator.packet for operator in choice]
+        count = sum(1 for node in calls if is_op(node, *packets))
+        if count != sites if sites is not None else count == 0:
+            names = " or ".join(operator.name for operator in choice)
+            raise StageError(
+                f"{when}: a {stage.name} {kind} graph has one {names} for each of its "
+                f"{'' if sites is None else f'{sites} '}attention sites, and this one has {count}"
+            )
