@@ -43,8 +43,9 @@ lint: $(STAMP)  ## ruff's rules and format, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# Not --quiet: --strict counts the warnings that are logged, and would let all of them pass.
 docs: $(STAMP)  ## the documentation as a site in site/, warnings are errors
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Each writes bench/results/NAME.json, with machine and versions; `make bench BENCH=decode_step ARGS="--rounds 1"` runs
 # one, with its own options (--out FILE puts the result elsewhere).
