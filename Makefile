@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-real demo lint bench clean
+.PHONY: help venv test test-fast test-real demo lint docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "specpass needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test,docs]'
 	@touch $@
 
 test: test-fast test-real  ## all tests: the fast suite, then real models (fetched once)
@@ -43,6 +43,10 @@ lint: $(STAMP)  ## ruff's rules and format, mypy, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# Not --quiet: --strict counts the warnings that are logged, and would let all of them pass.
+docs: $(STAMP)  ## the documentation as a site in site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # Each writes bench/results/NAME.json, with machine and versions; `make bench BENCH=decode_step ARGS="--rounds 1"` runs
 # one, with its own options (--out FILE puts the result elsewhere).
 BENCH ?= decode_step memory compile_time multikey
@@ -50,5 +54,5 @@ bench: $(STAMP)  ## quality and speed against full KV, the eager formulas and st
 	for name in $(BENCH); do $(BIN)/python -m bench.$$name $(ARGS) || exit 1; done
 
 clean:  ## remove .venv, caches and builds (the fetched models stay in the user's cache)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache specpass-demo
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache specpass-demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

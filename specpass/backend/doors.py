@@ -64,8 +64,8 @@ def compile(
     Returns: target.
 
     Raises:
-        BudgetError, MissingDraftError, TokenizerMismatchError, DeviceMismatchError, DtypeMismatchError,
-        GradientsError, EncoderDecoderError: before anything is changed; each message names the fix.
+        SpecpassError: before anything is changed, with a message that names the fix: BudgetError, MissingDraftError,
+            TokenizerMismatchError, DeviceMismatchError, DtypeMismatchError, GradientsError, EncoderDecoderError.
     """
     checks.check_method(method)
     checks.check_decoder(target, "target")

@@ -58,7 +58,8 @@ def export_onnx(
     """Write `target`, pruned by `method`, to the folder `out`: prefill.onnx, decode.onnx, data files, specpass.json.
 
     Args:
-        target, draft: Hugging Face decoders in eval mode, in float32 or float16; they are left as they are.
+        target: a Hugging Face decoder in eval mode, in float32 or float16; it is left as it is.
+        draft: a smaller one with the same tokenizer, likewise.
         method: e.g. specpass.SpecKV(budget=256, window=32, lookahead=16); None exports the exact model.
         out: a new folder, or an earlier export, which is replaced once the new one is complete.
         weights: "float" as the models have them, or "int8" through ONNX Runtime's dynamic quantizer.
@@ -68,8 +69,8 @@ def export_onnx(
 
     Raises:
         ExportError: an architecture or operator that has no ONNX form; names the layer.
-        OnnxMissingError, BudgetError (a ratio), LookaheadError, DtypeMismatchError, OutputFileError; and what
-        specpass.compile raises for a draft or target that does not fit.
+        SpecpassError: OnnxMissingError, BudgetError (a ratio), LookaheadError, DtypeMismatchError, OutputFileError; and
+            what specpass.compile raises for a draft or target that does not fit.
     """
     check_packages(weights)
     if method is not None:

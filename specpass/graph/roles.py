@@ -15,7 +15,7 @@ _BARE = re.compile(r"^L\['(\w+)'\]$")
 
 
 def source_name(node: fx.Node) -> str:
-    """Where Dynamo read an input from, e.g. L['kwargs']['input_ids']."""
+    """Where Dynamo read an input from, e.g. `L['kwargs']['input_ids']`."""
     grapharg = node.meta.get("grapharg")
     source = getattr(grapharg, "source", None)
     if source is None:

@@ -18,8 +18,11 @@ class SpecKV(Scored):
         budget: KV slots C per KV head and layer, or a ratio of the prompt length.
         window: the last W prompt tokens are always kept and always score.
         lookahead: L tokens that the draft writes; None means max_new_tokens of the generation.
-        reduce, pool, kernel: reduction over rows, pooling along the sequence and its odd width.
-        temperature, seed: 0.0 drafts greedily; above, the draft samples from a counter-based generator.
+        reduce: "max" or "mean", over rows and over the query heads of a KV head.
+        pool: "max" or "avg", along the sequence.
+        kernel: odd width of the pooling.
+        temperature: 0.0 drafts greedily; above, the draft samples from a counter-based generator.
+        seed: of that generator.
         lookahead_ids: [B, L] token ids that take the draft's place; no draft is needed then.
 
     Source: arXiv 2506.08373, Algorithm 1.

@@ -16,7 +16,11 @@ class SpecKVPC(SpecKV):
 
     Args:
         prompt_budget: prompt tokens C1 that the target reads.
-        prompt_window, prompt_kernel, neighbours, first_layer, positions: as window, kernel, ... of SpecPC.
+        prompt_window: `window` of SpecPC.
+        prompt_kernel: `kernel` of SpecPC.
+        neighbours: as in SpecPC.
+        first_layer: as in SpecPC.
+        positions: as in SpecPC.
 
     The other arguments are SpecKV's; `reduce` is used by both steps. Source: arXiv 2506.08373, section on SpecKV-PC.
     """

@@ -19,12 +19,14 @@ class SpecPC(Method):
         budget: prompt tokens C, or a ratio of the prompt length.
         window: the last W prompt tokens are always read; their queries score, later ones with more weight.
         lookahead: L tokens that the draft writes; each after the first adds a row.
-        kernel, pool: pooling along the sequence.
+        kernel: width of the pooling along the sequence.
+        pool: "max" or "avg".
         neighbours: tokens taken around each peak, itself included.
         first_layer: draft layers from this one on score; None is min(8, layers // 3).
         reduce: over heads and rows, then layers, then steps: "max", or "mean" (a plain sum).
         positions: "renumber" counts the tokens read 0 .. C - 1; "original" keeps the prompt's numbers.
-        temperature, seed: as in SpecKV.
+        temperature: as in SpecKV.
+        seed: as in SpecKV.
 
     Source: arXiv 2506.08373, Algorithm 2; "original" as in Speculative Prefill (2502.02789).
     """

@@ -43,10 +43,13 @@ class State:
     """A batch after its prefill.
 
     Attributes:
-        logits: [B, V] of the last position. positions: per layer [B, K, C] kept prompt positions, unused slots -1.
-        lengths: [layers, B, K] slots in use. told: [B] position of the next token, as the target counts.
+        logits: [B, V] of the last position.
+        positions: per layer [B, K, C] kept prompt positions, unused slots -1.
+        lengths: [layers, B, K] slots in use.
+        told: [B] position of the next token, as the target counts.
         storage: `past.0.key`, ... [B, K, slots, D], as OrtValues.
-        lookahead_ids: [B, L] or None; prompt_positions: [B, C] or None.
+        lookahead_ids: [B, L] or None.
+        prompt_positions: [B, C] or None.
     """
 
     logits: np.ndarray
