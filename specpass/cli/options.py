@@ -89,7 +89,7 @@ def choose(
         if draft is not None:
             typer.echo(f"note: {made.name} asks no draft; --draft {draft} is not loaded", err=True)
         draft = None
-    elif draft is None and getattr(made, "lookahead_ids", None) is None:
+    elif draft is None and made.lookahead_ids is None:
         raise MissingDraftError(
             f"{made.name} looks ahead with a draft model: add --draft NAME, a small model with the target's tokenizer "
             "(the target itself works too), or choose a method without one, e.g. --method snapkv."

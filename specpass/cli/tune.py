@@ -119,8 +119,7 @@ def plan(
     jobs = []
     for method in methods:
         # None stands for the generation's length, as in generate.
-        lookahead = getattr(method, "lookahead", 0)
-        lookahead = max_new_tokens if lookahead is None else lookahead
+        lookahead = max_new_tokens if method.lookahead is None else method.lookahead
         jobs += target_jobs(own, config.num_hidden_layers, method, name, prompt, lookahead, round_room(max_new_tokens))
         if drafts is not None:
             jobs += draft_jobs(drafts, method, name, prompt, lookahead)
