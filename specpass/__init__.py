@@ -36,19 +36,19 @@ _HOME = {
 
 
 def _names() -> list[str]:
-    from specpass.methods.registry import builtins
+    from specpass.methods.registry import built_in
 
-    return [*_HOME, *builtins(), "__version__"]
+    return [*_HOME, *built_in(), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    from specpass.methods.registry import builtins
+    from specpass.methods.registry import built_in
 
     if name == "__all__":
         return _names()
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
-    elif name in (methods := builtins()):
+    elif name in (methods := built_in()):
         value = methods[name]
     else:
         raise AttributeError(f"module 'specpass' has no attribute {name!r}")

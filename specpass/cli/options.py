@@ -1,4 +1,4 @@
-"""What `generate` and `explain` share: their common options, the pair of models, the prompt."""
+"""What commands share: their common options, the pair of models, the prompt, the example at the end of their help."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or
 Lowering = Annotated[str, typer.Option(help="inductor, or eager: the same passes without a compiler.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
+
+
+def example(line: str) -> str:
+    """The end of a command's help: a line that works."""
+    return f"Example: [bold]{line}[/bold]"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ GROUP = "specpass.methods"  # of entry points
 FULL = "full"  # on the command line: no method, the uncompiled model with its whole KV cache
 
 
-def builtins() -> dict[str, type[Method]]:
+def built_in() -> dict[str, type[Method]]:
     """Class name -> class of specpass's own methods."""
     found: dict[str, type[Method]] = {}
     for info in pkgutil.iter_modules(specpass.methods.__path__):
@@ -36,23 +36,15 @@ def builtins() -> dict[str, type[Method]]:
     return found
 
 
-def announced() -> dict[str, list[EntryPoint]]:
-    """Name -> the entry points of that name, none of them loaded."""
-    found: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=GROUP):
-        found.setdefault(_plain(point.name), []).append(point)
-    return found
-
-
 def own_names() -> tuple[str, ...]:
     """The names of users' methods; not those that a built-in method, or full KV, has taken."""
-    taken = {FULL, *map(_plain, builtins())}
-    return tuple(name for name in announced() if name not in taken)
+    taken = {FULL, *map(_plain, built_in())}
+    return tuple(name for name in _announced() if name not in taken)
 
 
 def names() -> tuple[str, ...]:
     """The names of all methods, in lower case, specpass's own first."""
-    return (*map(_plain, builtins()), *own_names())
+    return (*map(_plain, built_in()), *own_names())
 
 
 def method_class(name: str) -> type[Method]:
@@ -63,9 +55,9 @@ def method_class(name: str) -> type[Method]:
     Raises: MethodOptionError, naming the known ones.
     """
     plain = _plain(name)
-    own = next((cls for known, cls in builtins().items() if _plain(known) == plain), None)
+    own = next((cls for known, cls in built_in().items() if _plain(known) == plain), None)
     if own is not None:
-        for point in announced().get(plain, ()):
+        for point in _announced().get(plain, ()):
             _leave_out(point, f"specpass has a method {own.__name__} of its own; give it another name")
         return own
     found = own_class(plain)
@@ -78,7 +70,7 @@ def method_class(name: str) -> type[Method]:
 def own_class(name: str) -> type[Method] | None:
     """The user's method of that name; None where there is none, or, with a warning, where it cannot be loaded."""
     found: type[Method] | None = None
-    for point in announced().get(_plain(name), ()):
+    for point in _announced().get(_plain(name), ()):
         if found is None:
             found = _load(point)
         else:
@@ -133,6 +125,14 @@ def _pair(option: str) -> tuple[str, Any]:
         return name.strip(), ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):
         return name.strip(), text.strip()  # words need no quotes: pool=avg
+
+
+def _announced() -> dict[str, list[EntryPoint]]:
+    """Name -> the entry points of that name, none of them loaded."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        found.setdefault(_plain(point.name), []).append(point)
+    return found
 
 
 def _plain(name: str) -> str:

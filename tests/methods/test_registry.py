@@ -21,7 +21,7 @@ BUILT_IN = {"SpecKV", "SnapKV", "StreamingLLM", "PyramidKV", "SpecPC", "SpecKVPC
 
 
 def test_the_packages_own_methods() -> None:
-    assert set(registry.builtins()) == BUILT_IN
+    assert set(registry.built_in()) == BUILT_IN
     assert set(registry.names()) == {name.lower() for name in BUILT_IN}
     assert registry.method_class("SpecKV-PC") is specpass.SpecKVPC
     assert {*BUILT_IN, "Method", "compile", "report"} <= set(specpass.__all__) == set(dir(specpass))
