@@ -85,8 +85,12 @@ def test_the_warm_up_compiles_all_that_is_measured(folder: Path, monkeypatch: py
 def test_a_method_of_ones_own_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     points = ["toy = demo_method:Toy", "broken = no_such_module:Toy", "snapkv = demo_method:Toy"]
     announce(tmp_path, monkeypatch, "demo_method", SNAP, points)
-    with pytest.warns(UserWarning, match="no_such_module"):
+    with pytest.warns(UserWarning, match="is left out") as caught:
         methods = demo.demo_methods(64)
+    assert [str(warning.message).split(" of ")[0] for warning in caught] == [
+        "specpass: the method snapkv = demo_method:Toy",
+        "specpass: the method broken = no_such_module:Toy",
+    ]
     assert [method.name for method in methods] == ["SnapKV", "SpecKV", "SpecPC", "SpecKVPC", "Toy"]
     assert (methods[-1].budget, methods[-1].window) == (64, 32)
     assert type(methods[0]) is specpass.SnapKV
