@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import common
+from specpass.benchmarks.methods import LOOKAHEAD, WINDOW
 from specpass.benchmarks.models import Pair, answers, label
 from specpass.benchmarks.pace import Pace
 from specpass.benchmarks.quality.summary import summarise
-from specpass.benchmarks.quality.variants import DRAFT, FULL, LOOKAHEAD, WINDOW, Variant
+from specpass.benchmarks.quality.variants import DRAFT, FULL, Variant
 from specpass.benchmarks.results import Store
 from specpass.benchmarks.tasks.prompts import Prompt
 from specpass.benchmarks.tasks.table import SEPARATING, TASKS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from specpass._version import __version__
+from specpass._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from specpass.backend.compile import Backend as Backend
@@ -22,33 +22,39 @@ if TYPE_CHECKING:
     from specpass.methods.streamingllm import StreamingLLM as StreamingLLM
     from specpass.reports.record import report as report
 
-# Names are looked up on first use, so that `import specpass` does not import torch.
+# Names are looked up on first use, so that `import specpass` does not import torch. Methods are not listed: the
+# registry finds them.
 _HOME = {
     "compile": "specpass.backend.doors",
     "restore": "specpass.backend.doors",
     "Backend": "specpass.backend.compile",
     "BudgetCache": "specpass.cache",
     "Method": "specpass.methods.base",
-    "SpecKV": "specpass.methods.speckv",
-    "SnapKV": "specpass.methods.snapkv",
-    "StreamingLLM": "specpass.methods.streamingllm",
-    "PyramidKV": "specpass.methods.pyramidkv",
-    "SpecPC": "specpass.methods.specpc",
-    "SpecKVPC": "specpass.methods.speckvpc",
     "export_onnx": "specpass.export.api",
     "report": "specpass.reports.record",
 }
 
-__all__ = [*_HOME, "__version__"]
+
+def _names() -> list[str]:
+    from specpass.methods.registry import built_in
+
+    return [*_HOME, *built_in(), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    from specpass.methods.registry import built_in
+
+    if name == "__all__":
+        return _names()
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+    elif name in (methods := built_in()):
+        value = methods[name]
+    else:
         raise AttributeError(f"module 'specpass' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(_names())

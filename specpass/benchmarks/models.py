@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from specpass.benchmarks.quality.variants import DRAFT, FULL, LOOKAHEAD, ORACLE, Variant
+from specpass.benchmarks.methods import LOOKAHEAD
+from specpass.benchmarks.quality.variants import DRAFT, FULL, ORACLE, Variant
 from specpass.benchmarks.tasks.prompts import Prompt
 from specpass.errors import BenchmarkError
 

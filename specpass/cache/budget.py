@@ -53,7 +53,7 @@ class BudgetCache(Cache):
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
         self.room = round_room(max_new_tokens or 1)
-        rows = lookahead_ids if lookahead_ids is not None else getattr(method, "lookahead_ids", None)
+        rows = lookahead_ids if lookahead_ids is not None else method.lookahead_ids
         if lookahead_ids is not None and method.prompt is not None:
             raise LookaheadError(f"{method.name} needs the draft's attention, so lookahead_ids cannot take its place.")
         self.given_ids = None if rows is None or not method.drafts else torch.tensor(as_id_rows(rows))
@@ -73,7 +73,7 @@ class BudgetCache(Cache):
             return 0
         if self.given_ids is not None:
             return self.given_ids.shape[1]
-        length = self.method.lookahead  # type: ignore[attr-defined]
+        length = self.method.lookahead
         if length is None:
             length = self.max_new_tokens
         if length is None:

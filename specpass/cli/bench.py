@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specpass.cli.options import Dtype, Lowering, check_words
+from specpass.cli.options import Dtype, Lowering, check_words, example
 
 RESULTS = Path("bench/results")
 QUICK_MINUTES, MINUTES = 8.0, 110.0  # the step that is under way when the time is over is finished
@@ -24,7 +24,13 @@ Restart = Annotated[bool, typer.Option("--restart", help="Drop what the file hol
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Words = Annotated[str | None, typer.Option(help="Some of them only, separated by commas.")]
 
+ORDER = 7
+
 bench_app = typer.Typer(no_args_is_help=True, help="Quality and speed beside other implementations, as JSON files.")
+
+
+def add(app: typer.Typer) -> None:
+    app.add_typer(bench_app, name="bench")
 
 
 def _quiet_threads() -> None:
@@ -61,7 +67,7 @@ def _default(kind: str, quick: bool) -> Path:
     return RESULTS / f"{kind}{'_quick' if quick else ''}.json"
 
 
-@bench_app.command(epilog="Example: [bold]specpass bench quality --quick[/bold]")
+@bench_app.command(epilog=example("specpass bench quality --quick"))
 def quality(
     target: Target = "qwen2.5-coder-1.5b",
     draft: Draft = "qwen2.5-coder-0.5b",
@@ -109,7 +115,7 @@ def _finish(out: Path, table: str, complete: bool) -> None:
         typer.echo("The grid is not complete: the same command goes on where this one stopped.")
 
 
-@bench_app.command(epilog="Example: [bold]specpass bench speed --quick[/bold]")
+@bench_app.command(epilog=example("specpass bench speed --quick"))
 def speed(
     target: Target = "qwen2.5-coder-1.5b",
     draft: Draft = "qwen2.5-coder-0.5b",
@@ -144,7 +150,7 @@ def speed(
     _finish(out, markdown(read_results(out)), complete)
 
 
-@bench_app.command(epilog="Example: [bold]specpass bench verify bench/results/quality.json[/bold]")
+@bench_app.command(epilog=example("specpass bench verify bench/results/quality.json"))
 def verify(
     file: Annotated[
         Path | None, typer.Argument(help="What `specpass bench quality` wrote; by default its default file.")
@@ -160,7 +166,7 @@ def verify(
     typer.echo(f"{count} answers verified: prompts, scores and summary are those of the seeds")
 
 
-@bench_app.command(epilog="Example: [bold]specpass bench plot bench/results/quality.json[/bold]")
+@bench_app.command(epilog=example("specpass bench plot bench/results/quality.json"))
 def plot(
     files: Annotated[
         list[Path] | None,

@@ -23,12 +23,20 @@ from specpass.cli.options import (
     Target,
     Window,
     choose,
+    example,
 )
 from specpass.errors import MethodOptionError, OutputFileError
 from specpass.files import check_folder
 
 FORMATS = (".svg", ".dot")
 NARROW = 72  # columns; below, tables fall to pieces and the report's lines do not
+
+
+ORDER = 2
+
+
+def add(app: typer.Typer) -> None:
+    app.command(epilog=example("specpass explain -t qwen2.5-coder-1.5b -d qwen2.5-coder-0.5b -b 1024"))(explain)
 
 
 def explain(

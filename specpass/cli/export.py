@@ -8,7 +8,13 @@ from typing import Annotated
 
 import typer
 
-from specpass.cli.options import Budget, Draft, Lookahead, MethodName, Options, Target, Window, choose
+from specpass.cli.options import Budget, Draft, Lookahead, MethodName, Options, Target, Window, choose, example
+
+ORDER = 3
+
+
+def add(app: typer.Typer) -> None:
+    app.command(epilog=example("specpass export -t smollm2-135m -m snapkv -b 256 --out smollm2-onnx"))(export)
 
 
 def export(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from specpass.cli import onnx as cli_onnx
+from specpass.cli.group import INTERRUPTED
 from specpass.cli.options import (
     Budget,
     Choice,
@@ -26,11 +27,16 @@ from specpass.cli.options import (
     check_device,
     choose,
     encode,
+    example,
     load_pair,
     read_prompt,
 )
 
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+ORDER = 1
+
+
+def add(app: typer.Typer) -> None:
+    app.command(epilog=example('specpass generate -t smollm2-135m -m snapkv -p "Why is the sky blue?"'))(generate)
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""What `generate` and `explain` share: their common options, the pair of models, the prompt."""
+"""What commands share: their common options, the pair of models, the prompt, the example at the end of their help."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or
 Lowering = Annotated[str, typer.Option(help="inductor, or eager: the same passes without a compiler.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
+
+
+def example(line: str) -> str:
+    """The end of a command's help: a line that works."""
+    return f"Example: [bold]{line}[/bold]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,7 @@ def choose(
         if draft is not None:
             typer.echo(f"note: {made.name} asks no draft; --draft {draft} is not loaded", err=True)
         draft = None
-    elif draft is None and getattr(made, "lookahead_ids", None) is None:
+    elif draft is None and made.lookahead_ids is None:
         raise MissingDraftError(
             f"{made.name} looks ahead with a draft model: add --draft NAME, a small model with the target's tokenizer "
             "(the target itself works too), or choose a method without one, e.g. --method snapkv."

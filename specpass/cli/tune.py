@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from specpass.cli.options import Lookahead, MaxNewTokens, MethodName, Options, Window
+from specpass.cli.options import Lookahead, MaxNewTokens, MethodName, Options, Window, example
 from specpass.errors import BudgetError, TritonMissingError, UnknownArchError
 from specpass.files import check_folder, write_file
 from specpass.methods.base import Method
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from specpass.kernels.tuner import Job
 
 console = Console(stderr=True, highlight=False)
+
+
+ORDER = 4
+
+
+def add(app: typer.Typer) -> None:
+    app.command(epilog=example("specpass tune -t qwen2.5-coder-1.5b -b 256,512 --arch sm_90 --json tiles.json"))(tune)
 
 
 def tune(
@@ -119,8 +126,7 @@ def plan(
     jobs = []
     for method in methods:
         # None stands for the generation's length, as in generate.
-        lookahead = getattr(method, "lookahead", 0)
-        lookahead = max_new_tokens if lookahead is None else lookahead
+        lookahead = max_new_tokens if method.lookahead is None else method.lookahead
         jobs += target_jobs(own, config.num_hidden_layers, method, name, prompt, lookahead, round_room(max_new_tokens))
         if drafts is not None:
             jobs += draft_jobs(drafts, method, name, prompt, lookahead)

@@ -5,7 +5,6 @@ Methods run one after the other, compiled, at the same budget; what each kept be
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import sys
 import time
@@ -22,13 +21,13 @@ from specpass.backend import checks
 from specpass.demo.prompt import Prompt, build_prompt
 from specpass.demo.result import Result, kept_positions, table
 from specpass.files import check_folder
-from specpass.methods import registry as method_table
+from specpass.methods import registry
 from specpass.methods.base import Method
 from specpass.observe.storage import cache_bytes
 from specpass.observe.streaming import Clock
 
 DRAFT, TARGET = "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
-METHODS = ("snapkv", "speckv", "specpc", "speckvpc")  # those that the package has, in this order
+METHODS = ("snapkv", "speckv", "specpc", "speckvpc")
 OPTIONS = {"window": 32, "lookahead": 32, "prompt_budget": 1024}  # where a method has them
 WARM_UP_TOKENS = 256  # graphs serve every length beyond the budget: a short prompt compiles for a long one
 WARM_UP_NEW = 3  # the second token compiles decode; rooms come in blocks of 64 slots, so it serves NEW_TOKENS too
@@ -38,14 +37,10 @@ _LOG = Console(stderr=True)
 
 
 def demo_methods(budget: int) -> list[Method]:
-    """The methods of METHODS that specpass exports, at one budget."""
-    made = []
-    for name in METHODS:
-        if name in method_table.names():
-            fields = {field.name for field in dataclasses.fields(method_table.method_class(name))}
-            options: dict[str, Any] = {key: value for key, value in OPTIONS.items() if key in fields}
-            made.append(method_table.make_method(name, budget, **options))
-    return made
+    """METHODS and the user's own, at one budget; of the latter, what cannot be loaded is left out with a warning."""
+    classes = [registry.method_class(name) for name in METHODS]
+    classes += [cls for name in registry.own_names() if (cls := registry.own_class(name)) is not None]
+    return [cls(**{"budget": budget, **registry.fields_of(cls, OPTIONS)}) for cls in classes]
 
 
 def measure(name: str, model: Any, tokenizer: Any, prompt: Prompt, warm_up: Prompt | None) -> Result:

@@ -116,9 +116,9 @@ def check_method(method: Method | None) -> None:
             f"budget={method.budget} is a ratio, and an exported graph has a constant budget: give a "
             "count, e.g. budget=256."
         )
-    if getattr(method, "lookahead_ids", None) is not None:
+    if method.lookahead_ids is not None:
         raise LookaheadError("lookahead_ids are those of one prompt, and an export serves all: export with a draft.")
-    if method.drafts and getattr(method, "lookahead", None) is None:
+    if method.drafts and method.lookahead is None:
         raise LookaheadError(
             "lookahead=None means max_new_tokens, which an export does not know: give a count, e.g. lookahead=16."
         )
@@ -218,7 +218,7 @@ def describe(folder: Path, target: nn.Module, draft: nn.Module | None, method: M
         dtype=str(key.dtype.numpy()),
         weights=weights,
         compressed=method is not None and method.prompt is not None,
-        lookahead=getattr(method, "lookahead", 0) if draft is not None else 0,
+        lookahead=0 if method is None or draft is None else method.lookahead or 0,
         context=checks.context_length(draft),
         eos_ids=eos,
         pad_id=int(pad),

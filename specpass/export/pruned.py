@@ -7,7 +7,6 @@ No mask reaches the model: pack_rows makes one length per row of it, and packed 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -126,7 +125,8 @@ class Pruned:
         fields = {field.name: getattr(graphs, field.name) for field in dataclasses.fields(graphs)}
         method: Any = self.method
         return kind(
-            **fields | {"temperature": method.temperature, "seed": method.seed, "target_vocab": self.config.vocab_size}
+            **fields
+            | {"temperature": self.method.temperature, "seed": self.method.seed, "target_vocab": self.config.vocab_size}
         )
 
     def _decode(self) -> Program:

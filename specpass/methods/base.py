@@ -29,21 +29,30 @@ def check_temperature(temperature: float) -> None:
         raise BudgetError(f"temperature={temperature}: expected 0.0 (greedy) or more.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """What every method has: a budget C of KV slots per KV head and layer.
+def is_builtin(cls: type) -> bool:
+    """Whether a method's class is one of specpass's own."""
+    return cls.__module__.startswith(f"{__package__}.")
 
-    Args:
-        budget: slots as an int, or a ratio of the prompt length as a float in (0, 1].
+
+class Traits:
+    """What the rest of specpass asks of a method, with what holds where a method says nothing.
+
+    No dataclass: a method makes a field of what its user may choose (`window: int = 32`).
     """
 
-    budget: int | float
-
     scored: ClassVar[bool] = False  # whether query rows are scored against the keys
-    window: ClassVar[int] = 0
-    sinks: ClassVar[int] = 0
     drafts: ClassVar[bool] = False  # whether a draft (or given ids) looks ahead of the prompt
     appends: ClassVar[bool] = False  # whether the target reads the lookahead tokens, which then supply query rows
+
+    window: int = 0  # last prompt tokens W that are always kept, and whose queries score
+    sinks: int = 0  # first prompt tokens that are always kept
+    reduce: str = "max"  # over query rows: "max" or "mean"
+    pool: str = "max"  # along the sequence: "max" or "avg"
+    kernel: int = 1  # the pooling's width
+    lookahead: int | None = 0  # tokens L that the draft writes; None: as many as are generated
+    lookahead_ids: tuple[tuple[int, ...], ...] | None = None  # [B, L] token ids in the draft's place
+    temperature: float = 0.0  # of the draft's sampling; 0.0 is greedy
+    seed: int = 0  # of the draft's sampling
 
     # A method of one's own replaces these by methods; None stands for the operators `importance` and `select`.
     # score(query [B, H, R, D], key [B, K, T, D], value [B, K, T, Dv], rows [B, R], lengths [B], scale)
@@ -51,6 +60,17 @@ class Method:
     # select(scores [B, K, T], lengths [B], budget) -> positions [B, K, C] int64, ascending; unused slots last, -1
     score: ClassVar[Callable[..., Any] | None] = None
     select: ClassVar[Callable[..., Any] | None] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(Traits):
+    """What every method has: a budget C of KV slots per KV head and layer.
+
+    Args:
+        budget: slots as an int, or a ratio of the prompt length as a float in (0, 1].
+    """
+
+    budget: int | float
 
     def __post_init__(self) -> None:
         self._check_budget()
@@ -71,9 +91,10 @@ class Method:
             )
 
     def _check_reductions(self) -> None:
-        for name, allowed in (("reduce", ("max", "mean")), ("pool", ("max", "avg"))):
-            if getattr(self, name) not in allowed:
-                raise BudgetError(f"{name}={getattr(self, name)!r}: expected one of {allowed}.")
+        chosen = (("reduce", self.reduce, ("max", "mean")), ("pool", self.pool, ("max", "avg")))
+        for name, value, allowed in chosen:
+            if value not in allowed:
+                raise BudgetError(f"{name}={value!r}: expected one of {allowed}.")
 
     def resolve(self, prompt_length: int | None) -> Method:
         """This method with its budget as a count for a prompt of `prompt_length` tokens.
@@ -107,16 +128,21 @@ class Method:
 
     @property
     def key(self) -> str:
-        """Stable text that names the method and all its hyperparameters, for cache keys and reports."""
+        """Stable text that names the method and all its hyperparameters, for cache keys and reports.
+
+        A method of one's own is named with its module: two classes of one name are two methods.
+        """
         fields = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
-        return f"{self.name}({fields})"
+        cls = type(self)
+        name = self.name if is_builtin(cls) else f"{cls.__module__}.{cls.__qualname__}"
+        return f"{name}({fields})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored(Method):
     """Methods that keep the window and the top C - W positions by pooled attention scores."""
 
-    window: int = 32  # type: ignore[misc]
+    window: int = 32
     reduce: str = "max"
     pool: str = "max"
     kernel: int = 7

@@ -1,41 +1,87 @@
-"""Methods by name, made from text options: what the command line and the demo know about methods.
+"""Methods by name: specpass's own, which are found by looking, and users' own, which packages announce.
 
-The table is read off the package: a Method that `specpass.__init__` exports is here.
+A built-in method is a class in a module of this package. A method of one's own is an entry point of the group
+`specpass.methods`, whose name is the method's and whose value is "module:Class"; it is loaded when it is asked for.
 """
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterable
+import importlib
+import pkgutil
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-import specpass
+import specpass.methods
 from specpass.errors import BudgetError, MethodOptionError
 from specpass.methods.base import Method
 
+GROUP = "specpass.methods"  # of entry points
 FULL = "full"  # on the command line: no method, the uncompiled model with its whole KV cache
 
 
-def names() -> dict[str, str]:
-    """Lower-case name -> class name, in the order in which the package lists them."""
-    return {
-        name.lower(): name
-        for name, home in specpass._HOME.items()
-        if home.startswith("specpass.methods.") and name != Method.__name__
-    }
+def built_in() -> dict[str, type[Method]]:
+    """Class name -> class of specpass's own methods."""
+    found: dict[str, type[Method]] = {}
+    for info in pkgutil.iter_modules(specpass.methods.__path__):
+        module = importlib.import_module(f"{specpass.methods.__name__}.{info.name}")
+        if module.__name__ == Method.__module__:
+            continue  # what methods are made from
+        for name, value in vars(module).items():
+            if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__:
+                found[name] = value
+    return found
+
+
+def own_names() -> tuple[str, ...]:
+    """The names of users' methods; not those that a built-in method, or full KV, has taken."""
+    taken = {FULL, *map(_plain, built_in())}
+    return tuple(name for name in _announced() if name not in taken)
+
+
+def names() -> tuple[str, ...]:
+    """The names of all methods, in lower case, specpass's own first."""
+    return (*map(_plain, built_in()), *own_names())
 
 
 def method_class(name: str) -> type[Method]:
-    """The class that a name stands for; case and hyphens do not count (speckv-pc is SpecKVPC).
+    """The class that a name stands for; case, hyphens and underscores do not count (speckv-pc is SpecKVPC).
+
+    Warns of an entry point of this name that cannot serve.
 
     Raises: MethodOptionError, naming the known ones.
     """
-    known = names()
-    found = known.get(name.lower().replace("-", "").replace("_", ""))
+    plain = _plain(name)
+    own = next((cls for known, cls in built_in().items() if _plain(known) == plain), None)
+    if own is not None:
+        for point in _announced().get(plain, ()):
+            _leave_out(point, f"specpass has a method {own.__name__} of its own; give it another name")
+        return own
+    found = own_class(plain)
     if found is None:
+        known = [known for known in names() if known != plain]
         raise MethodOptionError(f"--method {name!r} is not a method. Known: {', '.join([*known, FULL])}.")
-    return getattr(specpass, found)
+    return found
+
+
+def own_class(name: str) -> type[Method] | None:
+    """The user's method of that name; None where there is none, or, with a warning, where it cannot be loaded."""
+    found: type[Method] | None = None
+    for point in _announced().get(_plain(name), ()):
+        if found is None:
+            found = _load(point)
+        else:
+            _leave_out(point, f"{found.__module__}.{found.__name__} has its name; give one of them another")
+    return found
+
+
+def fields_of(cls: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that the method has."""
+    fields = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in options.items() if name in fields}
 
 
 def make_method(name: str, budget: str | int | float, options: Iterable[str] = (), **given: Any) -> Method:
@@ -50,13 +96,13 @@ def make_method(name: str, budget: str | int | float, options: Iterable[str] = (
         MethodOptionError: unknown method, or an option that it does not have. BudgetError: see the method.
     """
     cls = method_class(name)
-    fields = {field.name for field in dataclasses.fields(cls)}
     values = {key: value for key, value in given.items() if value is not None} | dict(map(_pair, options))
     values.setdefault("budget", parse_budget(budget))
+    fields = sorted(field.name for field in dataclasses.fields(cls))
     for key in values:
         if key not in fields:
             raise MethodOptionError(
-                f"{cls.__name__} has no option {key!r}: leave it out. Its options: {', '.join(sorted(fields))}."
+                f"{cls.__name__} has no option {key!r}: leave it out. Its options: {', '.join(fields)}."
             )
     return cls(**values)
 
@@ -79,3 +125,37 @@ def _pair(option: str) -> tuple[str, Any]:
         return name.strip(), ast.literal_eval(text.strip())
     except (ValueError, SyntaxError):
         return name.strip(), text.strip()  # words need no quotes: pool=avg
+
+
+def _announced() -> dict[str, list[EntryPoint]]:
+    """Name -> the entry points of that name, none of them loaded."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        found.setdefault(_plain(point.name), []).append(point)
+    return found
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _load(point: EntryPoint) -> type[Method] | None:
+    """The class behind an entry point; None, with a warning, where there is none."""
+    try:
+        found = point.load()
+    except Exception as error:  # another package's code: whatever it raises
+        _leave_out(point, f"it cannot be loaded ({type(error).__name__}: {error})")
+        return None
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        _leave_out(point, f"{found!r} is no class that derives from specpass.Method")
+        return None
+    return found
+
+
+def _leave_out(point: EntryPoint, reason: str) -> None:
+    warnings.warn(f"specpass: {_title(point)} is left out: {reason}.", stacklevel=3)
+
+
+def _title(point: EntryPoint) -> str:
+    package = f" of {point.dist.name}" if point.dist is not None else ""
+    return f"the method {point.name} = {point.value}{package}"

@@ -31,7 +31,7 @@ class SpecPC(Method):
     Source: arXiv 2506.08373, Algorithm 2; "original" as in Speculative Prefill (2502.02789).
     """
 
-    window: int = 64  # type: ignore[misc]
+    window: int = 64
     lookahead: int = 1
     kernel: int = 64
     neighbours: int = 64

@@ -11,7 +11,7 @@ from specpass.methods.base import Method, check_count
 class StreamingLLM(Method):
     """The first `sinks` positions and the last C - sinks. Source: arXiv 2309.17453."""
 
-    sinks: int = 4  # type: ignore[misc]
+    sinks: int = 4
 
     def __post_init__(self) -> None:
         check_count("sinks", self.sinks, 0)

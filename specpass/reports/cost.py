@@ -20,14 +20,12 @@ from typing import Any
 import sympy
 from sympy import Expr, Symbol
 
-from specpass.methods.base import BUDGET_STEP, Method
+from specpass.methods.base import BUDGET_STEP, Method, is_builtin
 from specpass.sizes import Decoder
 
 B, S, L, W, C, N, M = (Symbol(name, positive=True) for name in "BSLWCNM")
 C_P, W_P, N_P = (Symbol(name, positive=True) for name in ("C_p", "W_p", "n_p"))
 
-# Methods that these forms describe; one of your own may score or select in a way that costs something else.
-KNOWN = frozenset({"SpecKV", "SnapKV", "StreamingLLM", "PyramidKV", "SpecPC", "SpecKVPC"})
 BREAK_EVENS = ("kv_bytes", "bytes", "flops")
 
 
@@ -190,10 +188,13 @@ def _total(forms: dict[str, Expr], what: str) -> Expr:
 
 
 def costs_of(method: Method, target: Decoder, draft: Decoder | None = None) -> Costs | None:
-    """The costs of `method` on a target; None where the method has no closed form (see KNOWN)."""
-    if method.name not in KNOWN:
+    """The costs of `method` on a target; None where nothing is known.
+
+    That is of methods of one's own, which may score or select in a way that costs something else.
+    """
+    if not is_builtin(type(method)) or method.score is not None or method.select is not None:
         return None
-    drafts = method.drafts and getattr(method, "lookahead_ids", None) is None
+    drafts = method.drafts and method.lookahead_ids is None
     if drafts and draft is None:
         return None
     values: dict[Symbol, Any] = {**_T.values(target), W: method.window}
@@ -204,7 +205,6 @@ def costs_of(method: Method, target: Decoder, draft: Decoder | None = None) -> C
             values |= {W_P: how.window, N_P: len(how.scoring_layers(draft.layers))}
             if method.scored:
                 values[C_P] = how.budget
-    length = getattr(method, "lookahead", None)
-    if length is not None or not method.drafts:
-        values[L] = length or 0
+    if method.lookahead is not None:
+        values[L] = method.lookahead
     return Costs(full_forms(), pruned_forms(method, drafts), method, target.layers, values)

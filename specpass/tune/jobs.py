@@ -55,13 +55,12 @@ def target_jobs(
     from specpass.kernels import launch
     from specpass.kernels.tuner import Job
 
-    how: Any = method
     read = prompt if method.prompt is None else min(prompt, int(method.prompt.budget))
     columns = read + (lookahead if method.appends else 0)
     jobs = []
     if method.scored:
         rows = method.window + columns - read
-        scored = launch.score_shapes(layer.queries(rows), layer.keys(columns), method.window, how.reduce)
+        scored = launch.score_shapes(layer.queries(rows), layer.keys(columns), method.window, method.reduce)
         jobs += [Job("importance", scored, arch), Job("importance_given_lse", scored, arch)]
     for budget in sorted(set(method.layer_budgets(layers))):
         slots = layer.keys(budget + room)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from announced import SNAP, announce
 from cli_models import save_model
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
+import specpass
 from specpass import cli, hub
 from specpass.benchmarks import pace
 from specpass.benchmarks.models import Pair, told
@@ -22,6 +24,8 @@ from specpass.benchmarks.quality import summary, variants
 from specpass.benchmarks.quality.run import Grid, Run
 from specpass.benchmarks.quality.variants import Variant
 from specpass.benchmarks.results import read_results
+from specpass.benchmarks.speed.child import Engine
+from specpass.benchmarks.speed.run import Config, Plan
 from specpass.benchmarks.tasks.prompts import Prompt
 from specpass.cli import bench as cli_bench
 from specpass.errors import BenchmarkError, PeerError
@@ -278,6 +282,67 @@ def test_every_variant_is_a_method() -> None:
         if variant.method.startswith("specpass_"):
             assert variant.specpass_method().budget == variant.budget
         assert variant.work(2048, 40, 0.3) > 0
+
+
+def test_a_variant_that_is_no_method_is_an_error_and_not_speckv() -> None:
+    for name in ("specpass_nothing", "h2o", "full"):
+        with pytest.raises(
+            BenchmarkError, match=f"'{name}' is not a method.*specpass_pyramidkv.*specpass_streamingllm"
+        ):
+            Variant(name, 64).specpass_method()
+    with pytest.raises(BenchmarkError, match=r"'specpass_nothing' is not .* Known: full, draft, specpass_speckv, "):
+        variants.variants(["specpass_nothing"], (0,))
+
+
+def test_variants_are_the_methods_that_they_were() -> None:
+    made = {name: Variant(name, 256).specpass_method() for name in variants.known() if name.startswith("specpass_")}
+    assert made == {
+        "specpass_speckv": specpass.SpecKV(256, window=32, lookahead=32),
+        "specpass_oracle": specpass.SpecKV(256, window=32, lookahead=32),
+        "specpass_snapkv": specpass.SnapKV(256, window=32),
+        "specpass_pyramidkv": specpass.PyramidKV(256, window=32),
+        "specpass_streamingllm": specpass.StreamingLLM(256),
+        "specpass_specpc": specpass.SpecPC(256),
+        "specpass_speckvpc": specpass.SpecKVPC(256, window=32, lookahead=32, prompt_budget=1024),
+    }
+    assert variants.known() == tuple(variants.GRID)
+    # target, draft and decode in tokens that the target reads: 2048 of them, 40 new ones, a draft of a third
+    reads, draft, decode = 2048, 0.3 * (2048 + 30 * 16), 30 * 20
+    for name, work in {
+        "full": reads + decode,
+        "draft": draft + 0.3 * decode,
+        "specpass_snapkv": reads + decode,
+        "specpass_oracle": reads + decode,
+        "specpass_speckv": reads + decode + draft,
+        "specpass_specpc": 256 + decode + draft,
+        "specpass_speckvpc": 1024 + decode + draft,
+        "kvpress_snapkv": reads + decode,
+        "kvpress_kvzip": 3 * reads + decode,
+    }.items():
+        assert Variant(name, 256).work(2048, 40, 0.3) == pytest.approx(work), name
+
+
+def test_a_method_of_ones_own_is_a_variant(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    announce(tmp_path, monkeypatch, "bench_method", SNAP, ["toy = bench_method:Toy"])
+    assert variants.known() == (*variants.GRID, "specpass_toy")
+    assert "specpass_toy" in Plan(methods=("specpass_toy",)).methods
+    assert [(v.method, v.budget) for v in variants.variants(["specpass_toy", "full"], (0, 1))] == [
+        ("full", None),
+        ("specpass_toy", 256),
+        ("specpass_toy", 64),
+    ]
+    out = tmp_path / "quality.json"
+    assert Run(pair(folder), Grid(("specpass_toy",), (TASK,), (320,), 1, (1,)), out, minutes=9).run()
+    (record,) = read_results(out)["results"]
+    assert (record["method"], record["budget"]) == ("specpass_toy", 64)
+    config = Config("specpass_toy", 64, 500, 1, 1)
+    engine = Engine({**config._asdict(), **pair_settings(folder), "steps": 2})
+    assert engine.method is not None
+    assert engine.method.key.startswith("bench_method.Toy(budget=64, ")
+
+
+def pair_settings(folder: str) -> dict[str, str]:
+    return {"target": folder, "draft": folder, "dtype": "float32", "device": "cpu", "lowering": "eager"}
 
 
 def test_pace_tells_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:

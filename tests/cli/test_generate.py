@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import torch
 import typer.main
+from announced import SNAP, announce
 from cli_models import save_model
 from typer.testing import CliRunner
 
 import specpass
 from specpass import cli
-from specpass.errors import MethodOptionError
-from specpass.methods import registry as method_table
 from specpass.observe.streaming import Streamer
 
 runner = CliRunner()
@@ -136,18 +135,16 @@ def test_a_real_sigint_ends_with_130_and_no_traceback(folder: Path) -> None:
     assert "Traceback" not in errors
 
 
-def test_methods_come_from_what_the_package_exports(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"speckv", "snapkv", "streamingllm"} <= set(method_table.names())
-    monkeypatch.setitem(specpass._HOME, "SpecWhatever", "specpass.methods.specwhatever")
-    assert method_table.names()["specwhatever"] == "SpecWhatever"
-
-
-def test_methods_from_texts() -> None:
-    made = method_table.make_method("Snap-KV", "0.25", ["kernel=13", "pool=max"], window=16, lookahead=None)
-    assert made == specpass.SnapKV(0.25, window=16, kernel=13, pool="max")
-    assert method_table.make_method("streamingllm", "64", ["sinks=2"]).sinks == 2
-    with pytest.raises(MethodOptionError, match=r"StreamingLLM has no option 'window'.*sinks"):
-        method_table.make_method("streamingllm", "64", window=8)
+def test_a_method_of_ones_own_has_a_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    announce(tmp_path, monkeypatch, "generate_method", SNAP, ["toy = generate_method:Toy"])
+    common = ("-b", "24", "--window", "8", "-p", TEXT, "--raw", "--json")
+    own = json.loads(generate(folder, "-m", "toy", "-o", "factor=3", *common).stdout)
+    assert own["method"].startswith("generate_method.Toy(budget=24, window=8, ")
+    assert own["method"].endswith("factor=3)")
+    assert own["token_ids"] == json.loads(generate(folder, "-m", "snapkv", *common).stdout)["token_ids"]
+    wrong = generate(folder, "-m", "toyy", *common)
+    assert wrong.exit_code == 1
+    assert "streamingllm, toy, full" in wrong.stderr
 
 
 def commands() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from announced import SNAP, announce
 from cli_models import save_model
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -21,7 +22,6 @@ from specpass import cli, hub
 from specpass.demo import pictures
 from specpass.demo import run as demo
 from specpass.demo.prompt import EXPECTED, QUESTION, Prompt, build_prompt
-from specpass.methods import registry as method_table
 
 BUDGET, TOKENS = 40, 400
 
@@ -55,9 +55,7 @@ def test_rows_are_full_kv_and_every_method_that_exists(ran: tuple[list[demo.Resu
     full, *pruned = ran[0]
     assert full.method == "full KV"
     assert full.kept is None
-    there = [name for name in demo.METHODS if name in method_table.names()]
-    assert [row.method.split()[0].lower() for row in pruned] == there
-    assert {"snapkv", "speckv"} <= set(there)
+    assert [row.method.split()[0].lower() for row in pruned] == list(demo.METHODS)
     for row in pruned:
         assert row.slots == BUDGET
         assert row.cache_bytes < full.cache_bytes
@@ -84,14 +82,18 @@ def test_the_warm_up_compiles_all_that_is_measured(folder: Path, monkeypatch: py
     assert counts == [2, 2]
 
 
-def test_a_method_that_the_package_gains_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclasses.dataclass(frozen=True)
-    class SpecPC(specpass.SnapKV):
-        pass
-
-    monkeypatch.setitem(specpass._HOME, "SpecPC", "specpass.methods.specpc")
-    monkeypatch.setattr(specpass, "SpecPC", SpecPC, raising=False)
-    assert SpecPC(64) in demo.demo_methods(64)
+def test_a_method_of_ones_own_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = ["toy = demo_method:Toy", "broken = no_such_module:Toy", "snapkv = demo_method:Toy"]
+    announce(tmp_path, monkeypatch, "demo_method", SNAP, points)
+    with pytest.warns(UserWarning, match="is left out") as caught:
+        methods = demo.demo_methods(64)
+    assert [str(warning.message).split(" of ")[0] for warning in caught] == [
+        "specpass: the method snapkv = demo_method:Toy",
+        "specpass: the method broken = no_such_module:Toy",
+    ]
+    assert [method.name for method in methods] == ["SnapKV", "SpecKV", "SpecPC", "SpecKVPC", "Toy"]
+    assert (methods[-1].budget, methods[-1].window) == (64, 32)
+    assert type(methods[0]) is specpass.SnapKV
 
 
 def test_binning_keeps_shares() -> None:

@@ -1,37 +1,45 @@
-"""Methods of one's own: the example of docs/own-method.md as it stands there, and what the hooks refuse."""
+"""Methods of one's own: the example of docs/extending.md as it stands there, and what the hooks refuse."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
-import types
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from announced import announce
+from cli_models import save_model
+from pages import example
 from support import check_answer, check_rules, compile_eager, kept, padded, run
 from tiny import prompt, tiny
 from transformers import DynamicCache
+from typer.testing import CliRunner
 
 import specpass
+from specpass import cli
 from specpass.errors import MethodHookError
+from specpass.methods import registry
 from specpass.testing import eager
 
 C, W = 24, 6
-DOC = Path(__file__).parents[2] / "docs" / "own-method.md"
+SECTION = "A method: one file"
+runner = CliRunner()
 
 
-@pytest.fixture(scope="module")
-def key_norm() -> Any:
-    """The class that the documentation shows."""
-    source = re.findall(r"```python\n(.*?)```", DOC.read_text(), re.DOTALL)[0]
+@pytest.fixture
+def key_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The class that the documentation shows, from a package that announces it as the documentation says."""
+    source = example("extending.md", SECTION)
     assert len(source.splitlines()) < 60
-    module = types.ModuleType("own_method")
-    sys.modules[module.__name__] = module  # where dataclasses looks a class's annotations up
-    exec(source, vars(module))
-    return module.KeyNorm
+    points = tomllib.loads(example("extending.md", SECTION, "toml"))["project"]["entry-points"]["specpass.methods"]
+    announce(tmp_path, monkeypatch, "own_method", source, [f"{name} = {value}" for name, value in points.items()])
+    yield registry.method_class("keynorm")
+    del sys.modules["own_method"]
 
 
 def smallest_keys(twin: Any, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -58,6 +66,22 @@ def test_the_documented_method_works(key_norm: Any) -> None:
         assert together.tokens[row] == alone.tokens[0]
         for ours, theirs in zip(kept(alone.cache), smallest_keys(twin, own), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_the_documented_name_works(key_norm: Any, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    args = ["-t", str(folder), "-m", "keynorm", "-b", "24", "--option", "window=6", "--lowering", "eager", "--json"]
+    result = runner.invoke(cli.app, ["explain", *args])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["method"] == key_norm(24, window=6).key == f"own_method.{key_norm(24, window=6)!r}"
+    assert [site["budget"] for site in found["graphs"][0]["sites"]] == [24, 24]
+    assert found["refusals"] == []
+    assert found["costs"] is None  # what its scores cost is not known
+    text = " ".join(f"w{index % 90}" for index in range(60))
+    result = runner.invoke(cli.app, ["generate", *args, "-p", text, "--raw", "-n", "4"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["method"] == found["method"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,7 +75,7 @@ def test_a_generation_launches_what_is_tuned(method: Any, met: set[tuple[str, Sh
     torch._dynamo.reset()
     target, draft = tiny(), tiny(num_key_value_heads=4, seed=1000, layers=1)
     run(compile_eager(target, method, draft if method.drafts else None), prompt(S, seed=1), NEW)
-    lookahead = getattr(method, "lookahead", 0)
+    lookahead = method.lookahead
     sizes = [Layer.of(model.config, 1, "float32") for model in (target, draft)]
     jobs = target_jobs(sizes[0], 2, method, "sm_90", S, lookahead, round_room(NEW))
     jobs += draft_jobs(sizes[1], method, "sm_90", S, lookahead)

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from specpass.benchmarks.methods import LOOKAHEAD, PROMPT_BUDGET, WINDOW
 from specpass.benchmarks.models import Answer, Pair, answers, label
 from specpass.benchmarks.pace import Pace
 from specpass.benchmarks.peers import run as peers
 from specpass.benchmarks.quality.summary import summarise
-from specpass.benchmarks.quality.variants import FULL, GRID, LOOKAHEAD, ORACLE, PROMPT_BUDGET, WINDOW, Variant, variants
+from specpass.benchmarks.quality.variants import FULL, GRID, ORACLE, Variant, variants
 from specpass.benchmarks.results import Store
 from specpass.benchmarks.tasks.prompts import Prompt
 from specpass.benchmarks.tasks.table import SEPARATING, TASKS, task_named

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from specpass.benchmarks import methods
+from specpass.benchmarks.methods import LOOKAHEAD
 from specpass.errors import BenchmarkError
+from specpass.methods.base import Method
 
-WINDOW, LOOKAHEAD = 32, 32
 FULL, DRAFT, ORACLE = "full", "draft", "specpass_oracle"
 # method -> (budgets, the first being the one of longer prompts; None: no budget). KV slots of each KV head and layer;
 # prompt tokens for SpecPC. In order of importance: a run that is cut off has the first ones.
@@ -27,7 +28,7 @@ GRID: dict[str, tuple[int | None, ...]] = {
     "specpass_pyramidkv": (256, 64),
     "kvpress_kvzip": (256, 64),
 }
-PROMPT_BUDGET = 1024  # SpecKV-PC: prompt tokens that the target reads
+BUDGETS = (256, 64)  # of a method that is not in the grid
 
 
 @dataclass(frozen=True)
@@ -45,23 +46,13 @@ class Variant:
     def is_peer(self) -> bool:
         return self.method.startswith("kvpress_")
 
-    def specpass_method(self) -> Any:
-        """The specpass.Method; an oracle is SpecKV, told the answer."""
-        import specpass
+    def specpass_method(self) -> Method:
+        """The method; an oracle is SpecKV, told the answer.
 
-        budget = self.budget
-        assert budget is not None
-        if self.method == "specpass_streamingllm":
-            return specpass.StreamingLLM(budget=budget)
-        if self.method == "specpass_snapkv":
-            return specpass.SnapKV(budget=budget, window=WINDOW)
-        if self.method == "specpass_pyramidkv":
-            return specpass.PyramidKV(budget=budget, window=WINDOW)
-        if self.method == "specpass_specpc":
-            return specpass.SpecPC(budget=budget)
-        if self.method == "specpass_speckvpc":
-            return specpass.SpecKVPC(budget=budget, window=WINDOW, lookahead=LOOKAHEAD, prompt_budget=PROMPT_BUDGET)
-        return specpass.SpecKV(budget=budget, window=WINDOW, lookahead=LOOKAHEAD)
+        Raises: BenchmarkError: it is none of specpass's.
+        """
+        assert self.budget is not None
+        return methods.make("specpass_speckv" if self.method == ORACLE else self.method, self.budget)
 
     def work(self, length: int, new_tokens: int, draft_share: float) -> float:
         """About what a prompt costs, in tokens that the target reads.
@@ -70,25 +61,33 @@ class Variant:
         """
         step = 30.0  # a decode step reads the weights; a prefill does as many FLOPs in so many tokens on a CPU
         drafted = draft_share * (length + step * LOOKAHEAD / 2)
-        read = {DRAFT: 0, "specpass_specpc": self.budget, "specpass_speckvpc": PROMPT_BUDGET}.get(self.method, length)
-        total = min(read or 0, length) + step * new_tokens / 2 * (draft_share if self.method == DRAFT else 1)
+        if self.method == DRAFT:
+            return drafted + step * new_tokens / 2 * draft_share
+        total = length + step * new_tokens / 2
         if self.method == "kvpress_kvzip":
             total += 2 * length
-        drafts = self.method in (DRAFT, "specpass_speckv", "specpass_specpc", "specpass_speckvpc")
-        return total + (drafted if drafts else 0)
+        if self.method in (FULL, ORACLE) or self.is_peer:
+            return total
+        method = self.specpass_method()
+        if method.prompt is not None:
+            total -= max(0, length - int(method.prompt.budget))
+        return total + (drafted if method.drafts else 0)
 
 
-def variants(methods: Iterable[str], budgets: Sequence[int]) -> list[Variant]:
-    """The grid's variants of these methods: all at the first of `budgets` (numbers in GRID's lists), then at the next.
+def known() -> tuple[str, ...]:
+    """The grid's methods, and then those that are not in it: new ones, and users' own."""
+    return tuple(dict.fromkeys([*GRID, *methods.names()]))
+
+
+def variants(names: Iterable[str], budgets: Sequence[int]) -> list[Variant]:
+    """Variants of these methods in the grid's order: all at the first of `budgets` (numbers in its lists), then on.
 
     Raises: BenchmarkError: an unknown method, naming the known ones.
     """
-    chosen = list(methods)
+    chosen, there = list(names), known()
     for name in chosen:
-        if name not in GRID:
-            raise BenchmarkError(f"{name!r} is not a method of this benchmark. Known: {', '.join(GRID)}.")
-    rounds = [
-        [Variant(name, GRID[name][min(index, len(GRID[name]) - 1)]) for name in GRID if name in chosen]
-        for index in budgets
-    ]
+        if name not in there:
+            raise BenchmarkError(f"{name!r} is not a method of this benchmark. Known: {', '.join(there)}.")
+    of = {name: GRID.get(name, BUDGETS) for name in there if name in chosen}
+    rounds = [[Variant(name, own[min(index, len(own) - 1)]) for name, own in of.items()] for index in budgets]
     return list(dict.fromkeys(variant for found in rounds for variant in found))

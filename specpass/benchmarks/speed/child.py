@@ -17,39 +17,35 @@ from typing import Any
 import torch
 from transformers import CompileConfig, DynamicCache, StaticCache
 
+import specpass
+from specpass.benchmarks import methods
 from specpass.benchmarks.models import Pair
-from specpass.benchmarks.quality.variants import LOOKAHEAD, WINDOW
 from specpass.benchmarks.speed import profiles, rates
+from specpass.methods.base import Method
 from specpass.observe.storage import cache_bytes, step_weight_bytes
 from specpass.observe.streaming import Clock
 
 WARM_UP_STEPS = 3
 COMPILE_TOKENS = 8
+FULL = ("full_eager", "full_static_compiled")  # what is not a method of specpass
 TURNS, TURN_STEPS = 8, 4
 
 
 class Engine:
-    """A method on the pair, as its users run it: everything goes through `generate`."""
+    """A method on the pair, as its users run it: everything goes through `generate`.
+
+    Raises: BenchmarkError: neither full KV nor a method of specpass.
+    """
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job, self.name = job, job["method"]
         pair = Pair(job["target"], job["draft"], job["dtype"], job["device"], job["lowering"])
         self.model, self.device = pair.target, job["device"]
-        self.method: Any = None
-        if self.name.startswith("specpass_"):
-            import specpass
-
-            self.method = self._method(specpass)
+        self.method: Method | None = None
+        if self.name not in FULL:
+            self.method = methods.make(self.name, job["budget"])
             draft = pair.draft if self.method.drafts else None
             specpass.compile(self.model, draft=draft, method=self.method, lowering=job["lowering"])
-
-    def _method(self, specpass: Any) -> Any:
-        budget = self.job["budget"]
-        if self.name == "specpass_snapkv":
-            return specpass.SnapKV(budget=budget, window=WINDOW)
-        if self.name == "specpass_specpc":
-            return specpass.SpecPC(budget=budget)
-        return specpass.SpecKV(budget=budget, window=WINDOW, lookahead=LOOKAHEAD)
 
     @property
     def shortest(self) -> int:

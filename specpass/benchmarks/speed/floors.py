@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from specpass.benchmarks import methods
 from specpass.benchmarks.models import Pair
-from specpass.benchmarks.quality.variants import LOOKAHEAD
 
 if TYPE_CHECKING:
     from specpass.sizes import Decoder
@@ -37,9 +37,12 @@ def prefill_flops(pair: Pair, method: str, budget: int | None, length: int, batc
     target, draft = (Decoder.of(hub.read_config(name)) for name in (pair.target_name, pair.draft_name))
     if target is None or draft is None:
         return None
-    read = min(budget or length, length) if method == "specpass_specpc" else length
-    drafted = {"specpass_specpc": 1, "specpass_speckv": LOOKAHEAD}.get(method, 0) if length > (budget or 0) else 0
-    total = _pass(target, read + (drafted if method == "specpass_speckv" else 0), read, batch)
+    if budget is None or length <= budget or not method.startswith(methods.PREFIX):
+        return _pass(target, length, length, batch)
+    made = methods.make(method, budget)
+    read = length if made.prompt is None else min(length, int(made.prompt.budget))
+    drafted = made.lookahead or 0 if made.drafts else 0
+    total = _pass(target, read + (drafted if made.appends else 0), read, batch)
     if drafted:
         total += _pass(draft, length, length, batch) + (drafted - 1) * _pass(draft, 1, 2 * length, batch)
     return total

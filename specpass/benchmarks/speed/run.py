@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from specpass.benchmarks import methods
+from specpass.benchmarks.methods import LOOKAHEAD, WINDOW
 from specpass.benchmarks.models import Pair, label
 from specpass.benchmarks.pace import Pace
 from specpass.benchmarks.peers import run as peers
-from specpass.benchmarks.quality.variants import LOOKAHEAD, WINDOW
 from specpass.benchmarks.results import Store
 from specpass.benchmarks.speed.floors import floors
 from specpass.benchmarks.speed.table import BUDGET, EQUAL, PROMPT_BUDGET, aims, shown
 from specpass.errors import BenchmarkError, PeerError
 
 KEY = ("method", "budget", "length", "batch")
-# method -> its budget; in order of importance
+# method -> its budget, in order of importance; specpass's other methods are measured at BUDGET when asked for
 METHODS: dict[str, int | None] = {
     "full_eager": None,
     "full_static_compiled": None,
@@ -33,7 +34,7 @@ METHODS: dict[str, int | None] = {
     "specpass_snapkv": BUDGET,
     "kvpress_snapkv": BUDGET,
 }
-COMPILED = ("full_static_compiled", "specpass_speckv", "specpass_specpc", "specpass_snapkv")
+PEER = "kvpress_snapkv"
 PROFILED = ("full_eager", "full_static_compiled", "specpass_speckv", "specpass_specpc")
 STEPS = 16
 SAME_MACHINE = 1.5  # rates further apart are of two machines: virtual ones of one name differ by a factor of two
@@ -89,9 +90,10 @@ class Plan:
     timed: int = 8192  # longest prompt whose prefill is timed
 
     def __post_init__(self) -> None:
+        known = dict.fromkeys([*METHODS, *methods.names()])
         for name in self.methods:
-            if name not in METHODS:
-                raise BenchmarkError(f"{name!r} is not a method of this benchmark. Known: {', '.join(METHODS)}.")
+            if name not in known:
+                raise BenchmarkError(f"{name!r} is not a method of this benchmark. Known: {', '.join(known)}.")
         if not self.methods or not self.lengths or not self.batches or min(*self.lengths, *self.batches) < 1:
             raise BenchmarkError(
                 f"nothing to measure: methods {self.methods}, lengths {self.lengths}, batches "
@@ -133,7 +135,7 @@ class Plan:
 
     def _config(self, method: str, length: int, batch: int) -> Config:
         prefills = 0 if batch > 1 or length > self.timed else 3 if length <= 2048 else 1
-        return Config(method, METHODS[method], length, batch, prefills)
+        return Config(method, METHODS.get(method, BUDGET), length, batch, prefills)
 
 
 QUICK = Plan(
@@ -184,7 +186,7 @@ class Run:
     def _run(self, caches: Path) -> bool:
         configs = self.todo()
         compiled = self.store.parts.setdefault("compile", {})
-        to_compile = [name for name in COMPILED if name in self.plan.methods and name not in compiled]
+        to_compile = {name for name in self.plan.methods if compiles(name)} - compiled.keys()
         pace = Pace(sum(config.work for config in configs) + 120 * len(to_compile), self.minutes)
         rates = self.rates(caches)
         for key, record in self.store.records.items():
@@ -253,7 +255,7 @@ class Run:
         return {"compile_cold_s": round(cold, 2), "compile_warm_s": round(warm, 2)}
 
     def measure(self, config: Config, caches: Path) -> dict[str, Any]:
-        if config.method.startswith("kvpress_"):
+        if config.method == PEER:
             found = peers.speed(self.pair, config.length, config.batch, config.budget or 0, STEPS, config.prefills)
             return {**found, "decode_ms": 1000 * config.batch / found["decode_tokens_per_s"]}
         return self.child(caches, config, what="measure")
@@ -295,6 +297,10 @@ class Run:
                 "--lengths or --batches."
             )
         return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compiles(method: str) -> bool:
+    return method == "full_static_compiled" or method.startswith(methods.PREFIX)
 
 
 def _rounded(value: Any) -> Any:

@@ -1,0 +1,37 @@
+"""specpass's methods in the benchmarks: `specpass_<name>` for each one that the registry knows, users' own included."""
+
+from __future__ import annotations
+
+import functools
+
+from specpass.errors import BenchmarkError, MethodOptionError
+from specpass.methods import registry
+from specpass.methods.base import Method
+from specpass.methods.specpc import SpecPC
+
+PREFIX = "specpass_"
+WINDOW, LOOKAHEAD = 32, 32
+PROMPT_BUDGET = 1024  # SpecKV-PC: prompt tokens that the target reads
+OPTIONS = {"window": WINDOW, "lookahead": LOOKAHEAD, "prompt_budget": PROMPT_BUDGET}  # where a method has them
+
+
+def names() -> tuple[str, ...]:
+    """The benchmarks' names of all methods of specpass."""
+    return tuple(f"{PREFIX}{name}" for name in registry.names())
+
+
+@functools.cache
+def make(name: str, budget: int) -> Method:
+    """The method of a benchmark's name.
+
+    Raises: BenchmarkError: it is no method of specpass; names the known ones.
+    """
+    try:
+        if not name.startswith(PREFIX):
+            raise MethodOptionError(name)
+        cls = registry.method_class(name.removeprefix(PREFIX))
+    except MethodOptionError as error:
+        raise BenchmarkError(f"{name!r} is not a method of specpass. Known: {', '.join(names())}.") from error
+    # To SpecPC, which chooses what is read and not what is kept, a window and a lookahead mean something else.
+    options = {} if issubclass(cls, SpecPC) else registry.fields_of(cls, OPTIONS)
+    return cls(**{"budget": budget, **options})

@@ -1,0 +1,32 @@
+"""`specpass demo`: a fact in a long prompt, with full KV and each method side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specpass.cli.options import Dtype, Lowering, check_words, example
+
+ORDER = 5
+
+
+def add(app: typer.Typer) -> None:
+    app.command(epilog=example("specpass demo --budget 128"))(demo)
+
+
+def demo(
+    budget: Annotated[int, typer.Option("--budget", "-b", help="KV slots per KV head and layer.")] = 128,
+    tokens: Annotated[int, typer.Option(min=256, help="Prompt length, in tokens.")] = 4000,
+    target: Annotated[str, typer.Option("--target", "-t", help="Name, hub id or folder.")] = "qwen2.5-coder-1.5b",
+    draft: Annotated[str, typer.Option("--draft", "-d", help="Name, hub id or folder.")] = "qwen2.5-coder-0.5b",
+    dtype: Dtype = "bfloat16",
+    lowering: Lowering = "inductor",
+    out: Annotated[Path, typer.Option(help="Folder for kept.png and kept.html.")] = Path("specpass-demo"),
+) -> None:
+    """Find a fact in a long prompt with full KV and each method: answers, memory, speed, and what was kept."""
+    check_words(dtype, lowering)
+    from specpass.demo.run import run
+
+    run(budget, tokens, target=target, draft=draft, dtype=dtype, lowering=lowering, out=out)
