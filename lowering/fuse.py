@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import fx
 
+from specpass.dialect.attention import Attend
+from specpass.dialect.cache import AppendKv
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor, copy_module
 from specpass.graph.walk import ATEN, VIEWS, find, is_op, value
@@ -81,7 +83,8 @@ def fuse_append(gm: fx.GraphModule, attend: fx.Node) -> None:
     if append is None or any(reads(node, {*storage, lengths}) for node in between(append, attend)):
         return
     args = (*append.args[:3], query, *append.args[3:5], *logits)
-    if choose("append_attend", tuple(map(value, args))).kernel is None:
+    operands = Attend.of(attend).values() | AppendKv.of(append).values()  # the storage itself, not views of it
+    if choose("append_attend", operands).kernel is None:
         return
     editor = Editor(gm)
     editor.replace(attend, editor.call(SPEC.append_attend, *args, before=attend, like=attend))

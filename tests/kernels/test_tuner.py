@@ -12,24 +12,27 @@ import torch
 from typer.testing import CliRunner
 
 from specpass import cli
-from specpass.kernels import cost, launch, measure, store, tuner
+from specpass.files import tiles_dir, write_file
+from specpass.kernels import cost, measure, spec, store, tuner
 from specpass.kernels.archs import ARCHS
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
+from specpass.kernels.spec import find_tile
 from specpass.kernels.store import Entry, Trial
-from specpass.kernels.tiles import Tile, candidate_tiles, default_tile
+from specpass.kernels.tiles import Tile
 from specpass.kernels.tuner import Job
 
 SHAPES = Shapes("bfloat16", 1, 8, 4, 128, 128, rows=64, window=32, budget=1024, room=256, columns=32768)
 SMALL = Shapes("float32", 2, 2, 3, 16, 16, rows=6, window=4, budget=20, room=12, columns=64)
-DECODE = Job("decode", SHAPES, "sm_90")
+DECODE = Job(REGISTRY["decode"], SHAPES, "sm_90")
 FIELDS = {"kernel", "arch", "dtype", "shapes", "config", "regs", "spills", "shared_bytes", "measured"}
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPECPASS_CACHE", str(tmp_path))
-    launch._find_tile.cache_clear()
+    monkeypatch.setattr(store, "_place", store.Place(tiles_dir, write_file))
+    spec._find_tile.cache_clear()
     return tmp_path
 
 
@@ -41,11 +44,12 @@ def trial(block_n: int, predicted_s: float = 1.0, **fields: Any) -> Trial:
 @pytest.mark.parametrize("name", REGISTRY)
 def test_the_cost_model_never_rules_out_what_the_compiler_can_do(name: str, arch: str) -> None:
     pytest.importorskip("triton")
-    tile = default_tile(name, SHAPES, ARCHS[arch])
-    assert cost.rule_out(name, SHAPES, tile, ARCHS[arch]) is None
-    built = tuner.compile_trial(Job(name, SHAPES, arch), tile)
+    kernel = REGISTRY[name]
+    tile = kernel.default_tile(SHAPES, ARCHS[arch])
+    assert cost.rule_out(kernel, SHAPES, tile, ARCHS[arch]) is None
+    built = tuner.compile_trial(Job(kernel, SHAPES, arch), tile)
     assert built.error is None
-    assert cost.evaluate(name, "shared", SHAPES, tile) <= built.shared_bytes
+    assert cost.evaluate(kernel.cost.shared, SHAPES, tile) <= built.shared_bytes
 
 
 def test_what_cannot_fit_is_ruled_out_with_the_reason() -> None:
@@ -56,42 +60,44 @@ def test_what_cannot_fit_is_ruled_out_with_the_reason() -> None:
         ("decode", Tile(16, warps=16), "sm_90"): "loads",
     }
     for (name, tile, arch), reason in reasons.items():
-        assert (cost.rule_out(name, wide, tile, ARCHS[arch]) or "").startswith(reason)
+        assert (cost.rule_out(REGISTRY[name], wide, tile, ARCHS[arch]) or "").startswith(reason)
 
 
 def test_closed_forms_count_what_an_array_holds() -> None:
-    case, tile = measure.make_case("decode", SHAPES, "cpu"), Tile(64)
-    query, keys, values = case.args[:3]
-    tensors = sum(t.numel() * t.element_size() for t in (query, keys, values, measure.fallback(case)))
-    assert cost.evaluate("decode", "bytes", SHAPES, tile) == tensors
+    case, tile = measure.make_case(DECODE.kernel, SHAPES, "cpu"), Tile(64)
+    read = [case.operands[name] for name in ("query", "keys", "values")]
+    tensors = sum(t.numel() * t.element_size() for t in (*read, measure.fallback(case)))
+    moved = DECODE.kernel.cost.bytes
+    assert cost.evaluate(moved, SHAPES, tile) == tensors
     partial = 3 * SHAPES.heads * SHAPES.group * (SHAPES.value_dim + 1) * 4  # written, and read by the second stage
-    assert cost.evaluate("decode", "bytes", SHAPES, Tile(64, splits=3)) == tensors + 2 * partial
+    assert cost.evaluate(moved, SHAPES, Tile(64, splits=3)) == tensors + 2 * partial
     scored = dataclasses.replace(SHAPES, columns=1024)
-    query, key, rows = measure.make_case("importance_given_lse", scored, "cpu").args[:3]
-    moved = (
+    given = REGISTRY["importance_given_lse"]
+    query, key, rows = (given.make(scored, "cpu", 0)[name] for name in ("query", "key", "rows"))
+    expected = (
         sum(t.numel() * t.element_size() for t in (query, key))
         + 8 * SHAPES.heads * SHAPES.group * rows.shape[1]
         + 4 * key.numel() // key.shape[3]
     )
-    assert cost.evaluate("importance_given_lse", "bytes", scored, tile) == moved
+    assert cost.evaluate(given.cost.bytes, scored, tile) == expected
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_the_shortlist_holds_the_default_and_is_ranked(name: str) -> None:
-    arch = ARCHS["sm_90"]
-    tiles = cost.shortlist(name, SHAPES, arch, 5)
+    kernel, arch = REGISTRY[name], ARCHS["sm_90"]
+    tiles = cost.shortlist(kernel, SHAPES, arch, 5)
     assert len(tiles) == 5
-    assert default_tile(name, SHAPES, arch) in tiles
+    assert kernel.default_tile(SHAPES, arch) in tiles
     best = min(
-        cost.seconds(name, SHAPES, tile, arch)
-        for tile in candidate_tiles(name, SHAPES, arch)
-        if cost.rule_out(name, SHAPES, tile, arch) is None
+        cost.seconds(kernel, SHAPES, tile, arch)
+        for tile in kernel.candidate_tiles(SHAPES, arch)
+        if cost.rule_out(kernel, SHAPES, tile, arch) is None
     )
-    assert cost.seconds(name, SHAPES, tiles[0], arch) == best
+    assert cost.seconds(kernel, SHAPES, tiles[0], arch) == best
 
 
 def test_measurements_decide_and_the_model_needs_a_clear_gain() -> None:
-    default = Trial(default_tile("decode", SHAPES, ARCHS["sm_90"]), 64, 0, 0, 1.0)
+    default = Trial(DECODE.kernel.default_tile(SHAPES, ARCHS["sm_90"]), 64, 0, 0, 1.0)
     assert tuner.pick(DECODE, (default, trial(16, 0.9))) == default
     assert tuner.pick(DECODE, (default, trial(16, 0.5))) == trial(16, 0.5)
     assert tuner.pick(DECODE, (default, trial(16, 0.5, error="spills"))) == default
@@ -102,7 +108,7 @@ def test_measurements_decide_and_the_model_needs_a_clear_gain() -> None:
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_checks_pass_right_results_and_catch_wrong_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure.check(measure.make_case(name, SMALL, "cpu", seed=3)) <= 1.0
+    assert measure.check(measure.make_case(REGISTRY[name], SMALL, "cpu", seed=3)) <= 1.0
 
     right = measure.fallback
 
@@ -113,20 +119,20 @@ def test_checks_pass_right_results_and_catch_wrong_ones(name: str, monkeypatch: 
         return out
 
     monkeypatch.setattr(measure, "fallback", wrong)
-    assert measure.check(measure.make_case(name, SMALL, "cpu", seed=3)) > 1.0
+    assert measure.check(measure.make_case(REGISTRY[name], SMALL, "cpu", seed=3)) > 1.0
 
 
 def test_compiled_models_take_the_tuned_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "device_arch", lambda index: "sm_90")
-    winner = trial(32, time_us=5.0)
+    monkeypatch.setattr(spec, "device_arch", lambda index: "sm_90")
+    winner, kernel, cuda = trial(32, time_us=5.0), DECODE.kernel, torch.device("cuda")
     store.save(Entry(DECODE.key, (winner,), winner))
     keys = torch.empty(1, 8, 1280, 128, dtype=torch.bfloat16, device="meta")
     query = torch.empty(1, 32, 1, 128, dtype=torch.bfloat16, device="meta")
-    shapes = launch.decode_shapes(query, keys, keys)
-    assert launch.find_tile("decode", shapes, torch.device("cuda")) == default_tile("decode", shapes, ARCHS["sm_90"])
-    store.save(Entry(store.Key.of("decode", shapes, "sm_90"), (winner,), winner))
-    launch._find_tile.cache_clear()
-    assert launch.find_tile("decode", shapes, torch.device("cuda")) == winner.tile
+    shapes = kernel.shapes_of({"query": query, "keys": keys, "values": keys, "softcap": 0.0, "sinks": None})
+    assert find_tile(kernel, shapes, cuda) == kernel.default_tile(shapes, ARCHS["sm_90"])
+    store.save(Entry(store.Key.of(kernel, shapes, "sm_90"), (winner,), winner))
+    spec._find_tile.cache_clear()
+    assert find_tile(kernel, shapes, cuda) == winner.tile
 
 
 @pytest.fixture
