@@ -48,7 +48,6 @@ def tune(
     """
     from specpass.kernels import store
     from specpass.tune.entries import describe, emit_modules, show_store
-    from specpass.tune.run import console, run
 
     store.use(folder=tiles_dir, write=write_file)
     if clear:
@@ -63,6 +62,8 @@ def tune(
     work, aten = plan(target, draft, methods, arch, dtype, batch, prompt, max_new_tokens)
     for folder in ([Path(emit_path)] if emit_path else []) + ([Path(json_path).parent] if json_path else []):
         check_folder(folder)  # before the work, not after
+    from specpass.tune.run import console, run  # imports torch, which showing the store needs not
+
     try:
         found = run(work, tiles, jobs)
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from specpass.files import tiles_dir, write_file
+import specpass.ops  # noqa: F401  (says where tiles are kept)
 from specpass.kernels import store
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
@@ -27,7 +27,6 @@ TRIALS = tuple(Trial(Tile(16 << i, splits=i + 1), 40 + i, 0, 4096, 1e-6 * i, tim
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPECPASS_CACHE", str(tmp_path))
-    monkeypatch.setattr(store, "_place", store.Place(tiles_dir, write_file))
     return tmp_path
 
 
@@ -119,10 +118,8 @@ def test_without_a_place_nothing_is_found_and_nothing_is_kept(entry: Entry, monk
         store.save(entry)
 
 
-def test_operators_say_where_tiles_are_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import specpass.ops  # noqa: F401
-
-    monkeypatch.undo()
+def test_where_tiles_are_kept_is_asked_each_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.folder() == cache / "tune"
     monkeypatch.setenv("SPECPASS_CACHE", str(cache / "other"))
     assert store.folder() == cache / "other" / "tune"
 

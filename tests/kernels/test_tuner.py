@@ -11,8 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import specpass.ops  # noqa: F401  (says where tiles are kept)
 from specpass import cli
-from specpass.files import tiles_dir, write_file
 from specpass.kernels import cost, measure, spec, store, tuner
 from specpass.kernels.archs import ARCHS
 from specpass.kernels.registry import REGISTRY
@@ -31,7 +31,6 @@ FIELDS = {"kernel", "arch", "dtype", "shapes", "config", "regs", "spills", "shar
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPECPASS_CACHE", str(tmp_path))
-    monkeypatch.setattr(store, "_place", store.Place(tiles_dir, write_file))
     spec._find_tile.cache_clear()
     return tmp_path
 
