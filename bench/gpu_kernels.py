@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib
-import importlib.util
 import platform
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from specpass.kernels import cost, launch, measure, reference
+from bench.gpu_peers import peers
+from specpass.kernels import cost, measure
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
+from specpass.kernels.spec import Kernel, find_tile
 
 if TYPE_CHECKING:
     from bench.gpu import Run
@@ -44,15 +44,13 @@ def free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def sizes(run: Run, kernel: str) -> Shapes:
-    """Shapes to time a kernel at: importance at one long sequence, the others at a batch."""
+def sizes(run: Run, kernel: Kernel) -> Shapes:
+    """Shapes to time a kernel at: one long sequence where it reads a prompt's columns, a batch where it reads slots."""
     if run.tiny:
         return SMALL
-    return (
-        dataclasses.replace(LARGE, batch=1)
-        if kernel.startswith("importance")
-        else dataclasses.replace(LARGE, columns=4096)
-    )
+    if kernel.work == "columns":
+        return dataclasses.replace(LARGE, batch=1)
+    return dataclasses.replace(LARGE, columns=4096)
 
 
 def correctness(run: Run) -> None:
@@ -66,30 +64,27 @@ def correctness(run: Run) -> None:
             dataclasses.replace(LARGE, batch=1, columns=2048, dtype="float16", dim=80, value_dim=80, group=7),
         ]
     )
-    for kernel in REGISTRY:
-        # What SpecPC asks of importance besides: rows with weights, and a sum over them.
-        variants = (
-            [
-                dataclasses.replace(shapes[-1], reduce="sum", weighted=True),
-                dataclasses.replace(shapes[0], reduce="mean"),
-            ]
-            if kernel.startswith("importance")
-            else []
-        )
-        if kernel != "gather":
-            variants += [dataclasses.replace(shapes[0], softcap=30.0), dataclasses.replace(shapes[-1], sinks=True)]
+    for kernel in REGISTRY.values():
+        variants = [
+            dataclasses.replace(shapes[-1 if turn % 2 else 0], **changes)
+            for turn, changes in enumerate(kernel.variants)
+        ]
         for index, each in enumerate([*shapes, *variants]):
-            name = f"{kernel}, {each.dtype}, D {each.dim}, G {each.group}"
-            if kernel.startswith("importance"):
-                name += f", {each.reduce}{' of weighted rows' if each.weighted else ''}"
-            name += f"{', soft cap' if each.softcap else ''}{', sinks' if each.sinks else ''}"
             run.step(
                 "correctness",
-                name,
+                label(kernel, each),
                 lambda kernel=kernel, each=each, index=index: {
                     "error_share": round(measure.check(measure.make_case(kernel, each, run.device, seed=index)), 4)
                 },
             )
+
+
+def label(kernel: Kernel, shapes: Shapes) -> str:
+    """A kernel and what sets these shapes apart."""
+    name = f"{kernel.name}, {shapes.dtype}, D {shapes.dim}, G {shapes.group}"
+    if kernel.work == "columns":
+        name += f", {shapes.reduce}{' of weighted rows' if shapes.weighted else ''}"
+    return name + f"{', soft cap' if shapes.softcap else ''}{', sinks' if shapes.sinks else ''}"
 
 
 def rates(run: Run) -> dict[str, float]:
@@ -108,20 +103,16 @@ def floors(run: Run) -> None:
     measured = run.step("rates", "device", lambda: rates(run))
     if "copy_bytes_s" not in measured:
         return
-    for kernel in REGISTRY:
-        run.step("floors", kernel, lambda kernel=kernel: against_floor(run, kernel, measured))
+    for kernel in REGISTRY.values():
+        run.step("floors", kernel.name, lambda kernel=kernel: against_floor(run, kernel, measured))
 
 
-def against_floor(run: Run, kernel: str, measured: dict[str, float]) -> dict[str, Any]:
+def against_floor(run: Run, kernel: Kernel, measured: dict[str, float]) -> dict[str, Any]:
     """Times in microseconds. `of_floor` is time over floor; `bandwidth_share` is floor bytes over the copy's rate."""
     shapes = sizes(run, kernel)
-    case, tile = (
-        measure.make_case(kernel, shapes, run.device),
-        launch.find_tile(kernel, shapes, torch.device(run.device)),
-    )
-    # The floor of importance reads K once and multiplies once: the second pass is the kernel's own cost.
-    least = "importance_given_lse" if kernel == "importance" else kernel
-    moved, flops = (cost.evaluate(least, field, shapes, tile) for field in ("bytes", "flops"))
+    case = measure.make_case(kernel, shapes, run.device)
+    tile = find_tile(kernel, shapes, torch.device(run.device))
+    moved, flops = (cost.evaluate(form, shapes, tile) for form in (kernel.least.bytes, kernel.least.flops))
     floor = 1e6 * max(moved / measured["copy_bytes_s"], flops / measured["matmul_flop_s"])
     back = measure.rewind(case)
     cold, warm = (
@@ -133,7 +124,7 @@ def against_floor(run: Run, kernel: str, measured: dict[str, float]) -> dict[str
         "floor_us": floor,
         "of_floor": cold / floor,
         "bandwidth_share": 1e6 * moved / measured["copy_bytes_s"] / cold,
-        "slots": shapes.heads * (shapes.columns if kernel.startswith("importance") else shapes.slots),
+        "slots": shapes.heads * (shapes.columns if kernel.work == "columns" else shapes.slots),
         "tile": str(tile),
     }
     found["peers_us"] = {name: _time(call, run.device, back) for name, call in peers(case).items()}
@@ -147,65 +138,14 @@ def _time(call: Callable[[], Any], device: str, before: Callable[[], None]) -> f
         return f"{type(error).__name__}: {error}"[:200]
 
 
-def peers(case: measure.Case) -> dict[str, Callable[[], Any]]:
-    """Other ways to the same result, with the same inputs."""
-    found: dict[str, Callable[[], Any]] = {"aten": lambda: measure.fallback(case)}
-    if case.new is not None:  # does it win to write the token in attention's launch?
-        query, keys, values, lengths, scale = case.args
-        plain = measure.Case("decode", case.shapes, case.args)
-
-        def apart() -> None:
-            reference.append_kv(keys.flatten(1, 2), values.flatten(1, 2), lengths, *case.new)  # type: ignore[misc]
-            measure.run(plain)
-
-        found["append, then decode"] = apart
-    if case.kernel != "decode":
-        return found
-    query, keys, values, _, scale = case.args
-    found["sdpa"] = lambda: scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
-    if query.device.type == "cuda":
-        flex = torch.compile(importlib.import_module("torch.nn.attention.flex_attention").flex_attention)
-        found["flex_attention"] = lambda: flex(query, keys, values, scale=scale, enable_gqa=True)
-        flash = _flashinfer(case)
-        if flash is not None:
-            found["flashinfer"] = flash
-    return found
-
-
-def _flashinfer(case: measure.Case) -> Callable[[], Any] | None:
-    """FlashInfer's batched decode over one page a sequence, or None where it is not installed."""
-    if importlib.util.find_spec("flashinfer") is None:
-        return None
-    flashinfer: Any = importlib.import_module("flashinfer")
-    query, keys, values, _, scale = case.args
-    batch, kv_heads, slots, dim = keys.shape
-    workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device=query.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
-    pages = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
-    last = torch.full((batch,), slots, dtype=torch.int32, device=query.device)
-    wrapper.plan(
-        pages,
-        pages[:-1],
-        last,
-        query.shape[1],
-        kv_heads,
-        dim,
-        slots,
-        q_data_type=query.dtype,
-        kv_data_type=keys.dtype,
-        sm_scale=scale,
-    )
-    return lambda: wrapper.run(query[:, :, 0], (keys, values))
-
-
 def full_kv(run: Run) -> None:
     """The attention of one decode step at 128k tokens, batch 1: C = 1024 against SDPA over the full KV."""
 
     def compare() -> dict[str, Any]:
         pruned = SMALL if run.tiny else dataclasses.replace(LARGE, batch=1)
         whole = dataclasses.replace(pruned, budget=256 if run.tiny else 131072)
-        case, long = (measure.make_case("decode", each, run.device) for each in (pruned, whole))
-        query, keys, values, _, scale = long.args
+        case, long = (measure.make_case(REGISTRY["decode"], each, run.device) for each in (pruned, whole))
+        query, keys, values, scale = (long.operands[name] for name in ("query", "keys", "values", "scale"))
         ours = measure.time_us(lambda: measure.run(case), run.device, cold=True)
         theirs = measure.time_us(
             lambda: scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True),

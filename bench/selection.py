@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bench.common import RESULTS, median, save_results
-from specpass.kernels import reference
+from specpass.kernels.importance.reference import importance
 from specpass.ops import rows as rows_ops
 from specpass.ops import select as select_ops
 
@@ -85,14 +85,14 @@ def bytes_of(columns: int) -> dict[str, Any]:
 
     A radix sort moves 4 bytes of score and 8 of index in and out, 8 bits a pass; no way reads less than the scores.
     """
-    attention, importance = 2 * DIM * 2 * columns, (2 * DIM + 4) * columns  # K and V once; K once, scores out
+    attention, scoring = 2 * DIM * 2 * columns, (2 * DIM + 4) * columns  # K and V once; K once, scores out
     sort, least = 4 * 2 * 12 * columns, 4 * columns
     return {
         "attention": attention,
-        "importance": importance,
+        "importance": scoring,
         "sort": sort,
         "least": least,
-        "could_save": round((sort - least) / (attention + importance + sort), 3),
+        "could_save": round((sort - least) / (attention + scoring + sort), 3),
     }
 
 
@@ -112,8 +112,8 @@ def measure(columns: int, repeats: int) -> dict[str, Any]:
         ],
         1,
     )
-    scores = reference.importance(*args)
-    error = (reference.importance(*args, lse=lse) - scores).abs().max()
+    scores = importance(*args)
+    error = (importance(*args, lse=lse) - scores).abs().max()
     pooled = torch.nn.functional.max_pool1d(scores, KERNEL, 1, KERNEL // 2)  # plateaus: ties are the rule
     top = BUDGET - WINDOW
     expected = by_sort(pooled, top)
@@ -125,14 +125,14 @@ def measure(columns: int, repeats: int) -> dict[str, Any]:
         for name, way in WAYS.items()
     }
     select = median(milliseconds(lambda: select_ops.select(scores, lengths, BUDGET, WINDOW, KERNEL, "max"), repeats), 3)
-    importance, given = (
-        median(milliseconds(lambda known=known: reference.importance(*args, lse=known), 3), 1) for known in (None, lse)
+    alone, given = (
+        median(milliseconds(lambda known=known: importance(*args, lse=known), 3), 1) for known in (None, lse)
     )
     return {
         "columns": columns,
         "ways": found,
         "select_ms": select,
-        "importance_ms": importance,
+        "importance_ms": alone,
         "importance_given_lse_ms": given,
         "given_lse_error": float(error),
         "gpu_bytes_of_a_kv_head": bytes_of(columns),

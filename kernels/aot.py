@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from specpass.kernels.archs import Arch
-from specpass.kernels.registry import Kernel, Launch
+from specpass.kernels.launch import Launch
 from specpass.kernels.shapes import Shapes
+from specpass.kernels.spec import Kernel
 from specpass.kernels.tiles import Tile
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -56,9 +57,7 @@ def compile_launch(code: Any, launch: Launch, arch: Arch) -> Any:
 
 def build(kernel: Kernel, shapes: Shapes, tile: Tile, arch: Arch) -> tuple[Built, ...]:
     """Compile all launches of a kernel and say what they use."""
-    from specpass.kernels.launch import code_of
-
-    code = code_of(kernel.name)
+    code = kernel.code
     return tuple(inspect(compile_launch(code, launch, arch), launch) for launch in kernel.plan(shapes, tile))
 
 

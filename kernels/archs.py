@@ -6,6 +6,7 @@ Rates are the vendors' data-sheet figures (dense 16-bit); they rank tiles where 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,7 @@ ARCHS: dict[str, Arch] = {
 }
 
 
+@functools.cache
 def device_arch(index: int = 0) -> str | None:
     """Name of the GPU's architecture here, or None without a GPU; it need not be one of ARCHS."""
     import torch

@@ -10,8 +10,8 @@ from __future__ import annotations
 import ast
 from typing import Any
 
-from specpass.kernels.registry import FOLDER, Kernel
 from specpass.kernels.shapes import Shapes
+from specpass.kernels.spec import FOLDER, Kernel
 from specpass.kernels.tiles import Tile
 
 
@@ -23,7 +23,8 @@ def emit(kernel: Kernel, shapes: Shapes, tile: Tile) -> str:
         for name, value in launch.constants.items():
             if constants.setdefault(name, value) != value:
                 raise ValueError(f"{kernel.name}: {name} is {constants[name]} in one launch and {value} in another")
-    body = [node for name in ("logits", kernel.module) for node in ast.parse((FOLDER / f"{name}.py").read_text()).body]
+    files = (FOLDER / "logits.py", kernel.folder / "jit.py")
+    body = [node for file in files for node in ast.parse(file.read_text()).body]
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     bind = _Bind(constants, functions)
     bound = {name: ast.fix_missing_locations(bind.visit(node)) for name, node in functions.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 DTYPES = {"float32": ("fp32", 4), "float16": ("fp16", 2), "bfloat16": ("bf16", 2)}  # name -> Triton's name, bytes
 
@@ -49,6 +50,11 @@ class Shapes:
         return self.batch * self.kv_heads
 
     @property
+    def members(self) -> int:
+        """M = G * R: query rows that share a KV head."""
+        return self.group * self.rows
+
+    @property
     def triton_dtype(self) -> str:
         return DTYPES[self.dtype][0]
 
@@ -67,17 +73,11 @@ def block_of(dim: int) -> int:
     return power_of_two(dim, 16)
 
 
-def refuse(kernel: str, shapes: Shapes) -> str | None:
-    """Why this kernel does not serve these shapes, or None."""
-    if shapes.dtype not in DTYPES:
-        return f"dtype {shapes.dtype}"
-    for name, dim in (("head dimension", shapes.dim), ("value dimension", shapes.value_dim)):
-        if dim > 256 or dim % 8:
-            return f"{name} {dim}: at most 256 and a multiple of 8"
-    if kernel.startswith("importance") and shapes.dtype == "float32" and shapes.dim > 128:
-        return f"float32 with head dimension {shapes.dim}: no tile of three-product tensor-core dots is free of spills"
-    if kernel.startswith("decode") and shapes.group > 16:
-        return f"group of {shapes.group} query heads: at most 16"
-    if kernel.startswith("importance") and shapes.group * shapes.rows > 16384:
-        return f"{shapes.group * shapes.rows} query rows of a KV head: at most 16384"
-    return None
+def constant(size: Any) -> int:
+    """A size of a tensor; 0 where it is a symbol (batch, prompt length), which decides nothing."""
+    return size if isinstance(size, int) else 0
+
+
+def dtype_of(tensor: Any) -> str:
+    """ "bfloat16" of a tensor of torch.bfloat16."""
+    return str(tensor.dtype).removeprefix("torch.")

@@ -10,17 +10,47 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from specpass.files import cache_dir, write_file
-from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
 from specpass.kernels.tiles import Tile
 
+if TYPE_CHECKING:
+    from specpass.kernels.spec import Kernel
+
 FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """`folder()`: where entries are, asked each time. `write(path, text)`: writes a file whole or not at all."""
+
+    folder: Callable[[], Path]
+    write: Callable[[Path, str], None]
+
+
+_place: Place | None = None
+
+
+def use(folder: Callable[[], Path], write: Callable[[Path, str], None]) -> None:
+    """Say where tuned tiles are kept; before, none is found. Arguments as in Place."""
+    global _place
+    _place = Place(folder, write)
+
+
+def place() -> Place:
+    """Raises: RuntimeError: nobody said where."""
+    if _place is None:
+        raise RuntimeError("nobody said where tuned tiles are kept: call specpass.kernels.store.use first.")
+    return _place
+
+
+def folder() -> Path:
+    """The store's folder."""
+    return place().folder()
 
 
 def triton_version() -> str:
@@ -42,8 +72,8 @@ class Key:
     triton: str
 
     @classmethod
-    def of(cls, kernel: str, shapes: Shapes, arch: str) -> Key:
-        return cls(kernel, shapes, arch, REGISTRY[kernel].fingerprint, triton_version())
+    def of(cls, kernel: Kernel, shapes: Shapes, arch: str) -> Key:
+        return cls(kernel.name, shapes, arch, kernel.fingerprint, triton_version())
 
     @property
     def path(self) -> Path:
@@ -82,17 +112,12 @@ class Entry:
         return self.winner is not None and self.winner.time_us is not None
 
 
-def folder() -> Path:
-    """The store's folder, under SPECPASS_CACHE or the user's cache folder."""
-    return cache_dir() / "tune"
-
-
 def save(entry: Entry) -> None:
     """Write an entry atomically; the last of several writers wins, and no reader sees half a file.
 
-    Raises: OutputFileError: the store's folder cannot be written to.
+    Raises: RuntimeError: nobody said where; and what `Place.write` raises.
     """
-    write_file(entry.key.path, json.dumps({"format": FORMAT, **dataclasses.asdict(entry)}, indent=1))
+    place().write(entry.key.path, json.dumps({"format": FORMAT, **dataclasses.asdict(entry)}, indent=1))
 
 
 def load(key: Key) -> Entry | None:
@@ -157,7 +182,9 @@ def clear() -> int:
     return sum(path.suffix == ".json" for path in paths)
 
 
-def lookup(kernel: str, shapes: Shapes, arch: str) -> Tile | None:
+def lookup(kernel: Kernel, shapes: Shapes, arch: str) -> Tile | None:
     """The tuned tile, or None."""
+    if _place is None:
+        return None
     entry = load(Key.of(kernel, shapes, arch))
     return entry.winner.tile if entry is not None and entry.winner is not None else None

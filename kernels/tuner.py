@@ -13,10 +13,10 @@ from concurrent.futures import Executor, Future, as_completed
 
 from specpass.kernels import cost, store
 from specpass.kernels.archs import ARCHS, device_arch
-from specpass.kernels.registry import REGISTRY
-from specpass.kernels.shapes import Shapes, refuse
+from specpass.kernels.shapes import Shapes
+from specpass.kernels.spec import Kernel
 from specpass.kernels.store import Entry, Key, Trial
-from specpass.kernels.tiles import Tile, default_tile
+from specpass.kernels.tiles import Tile
 
 CLEAR_GAIN = 0.8  # of the default's predicted time; the model is not good enough for less
 
@@ -25,7 +25,7 @@ CLEAR_GAIN = 0.8  # of the default's predicted time; the model is not good enoug
 class Job:
     """One thing to tune."""
 
-    kernel: str
+    kernel: Kernel
     shapes: Shapes
     arch: str
 
@@ -35,7 +35,7 @@ class Job:
 
     @property
     def refused(self) -> str | None:
-        return refuse(self.kernel, self.shapes)
+        return self.kernel.refuse(self.shapes)
 
 
 def compile_trial(job: Job, tile: Tile) -> Trial:
@@ -45,7 +45,7 @@ def compile_trial(job: Job, tile: Tile) -> Trial:
     arch = ARCHS[job.arch]
     predicted = cost.seconds(job.kernel, job.shapes, tile, arch)
     try:
-        built = build(REGISTRY[job.kernel], job.shapes, tile, arch)
+        built = build(job.kernel, job.shapes, tile, arch)
     except Exception as error:  # a compiler's crash on one tile is one candidate less
         return Trial(tile, 0, 0, 0, predicted, error=f"{type(error).__name__}: {error}"[:200])
     regs, spills, shared = (max(getattr(part, name) for part in built) for name in ("regs", "spills", "shared_bytes"))
@@ -89,7 +89,7 @@ def pick(job: Job, trials: tuple[Trial, ...]) -> Trial | None:
     if not fit:
         return None
     best = min(fit, key=lambda trial: trial.predicted_s)
-    default = next((t for t in fit if t.tile == default_tile(job.kernel, job.shapes, ARCHS[job.arch])), best)
+    default = next((t for t in fit if t.tile == job.kernel.default_tile(job.shapes, ARCHS[job.arch])), best)
     return best if best.predicted_s < CLEAR_GAIN * default.predicted_s else default
 
 

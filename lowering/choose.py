@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from torch import fx
 
-from specpass.dialect.define import SPEC
-from specpass.graph.walk import find, module_path, value
-from specpass.kernels.dispatch import ATEN_OPERATORS, KERNELS, Choice, choose
+from specpass.dialect.define import OPERATORS
+from specpass.graph.walk import find, module_path
+from specpass.kernels.dispatch import ATEN_OPERATORS, Choice, choose
+from specpass.kernels.registry import operators
 
 
 def choose_sites(gm: fx.GraphModule) -> list[tuple[str, Choice]]:
     """(module path, choice) of each operator that could be a kernel, in graph order; by fake tensors alone."""
-    operators = {getattr(SPEC, name): name for name in (*KERNELS, *ATEN_OPERATORS)}
-    return [
-        (module_path(node), choose(operators[node.target.overloadpacket], tuple(value(arg) for arg in node.args)))
-        for node in find(gm.graph, *operators)
-    ]
+    views = {OPERATORS[name].packet: OPERATORS[name] for name in (*operators(), *ATEN_OPERATORS)}
+    calls = [views[node.target.overloadpacket](node) for node in find(gm.graph, *views)]
+    return [(module_path(call.node), choose(call.name, call.fakes())) for call in calls]

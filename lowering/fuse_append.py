@@ -44,7 +44,7 @@ class FuseAppend(Pass):
                 "sinks": attend.sinks,
             }
             fakes = {name: value(operand) for name, operand in operands.items()}
-            if choose("append_attend", tuple(fakes.values())).kernel is None:
+            if choose("append_attend", fakes).kernel is None:
                 continue
             node = attend.node
             fused = editor.call(SPEC.append_attend, *operands.values(), before=node, like=node)

@@ -51,3 +51,8 @@ def write_file(path: Path, content: str | bytes) -> None:
 def cache_dir() -> Path:
     """The folder that specpass writes to: ``SPECPASS_CACHE``, else the user's cache folder."""
     return Path(os.environ.get("SPECPASS_CACHE") or platformdirs.user_cache_dir("specpass"))
+
+
+def tiles_dir() -> Path:
+    """The folder of tuned tiles."""
+    return cache_dir() / "tune"

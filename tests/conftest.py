@@ -61,11 +61,8 @@ def autograd_stays_on() -> Iterator[None]:
 
 
 @pytest.fixture
-def triton_counts_as_installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def triton_counts_as_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of kernels decides as where Triton is, whatever this machine has."""
     from specpass.kernels import dispatch
 
     monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
-    dispatch._choose.cache_clear()
-    yield
-    dispatch._choose.cache_clear()

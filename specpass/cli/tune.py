@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
-import multiprocessing
-import os
-import signal
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from specpass.cli.options import Lookahead, MaxNewTokens, MethodName, Options, Window, example
 from specpass.errors import BudgetError, TritonMissingError, UnknownArchError
-from specpass.files import check_folder, write_file
+from specpass.files import check_folder, tiles_dir, write_file
 from specpass.methods.base import Method
 from specpass.methods.registry import make_method
 
 if TYPE_CHECKING:
-    from specpass.kernels.store import Entry
     from specpass.kernels.tuner import Job
-
-console = Console(stderr=True, highlight=False)
 
 
 ORDER = 4
@@ -67,7 +54,9 @@ def tune(
     Without a GPU of the architecture, tiles are ranked by a cost model. A run that is cut off goes on where it was.
     """
     from specpass.kernels import store
+    from specpass.tune.entries import describe, emit_modules, show_store
 
+    store.use(folder=tiles_dir, write=write_file)
     if clear:
         typer.echo(f"removed {store.clear()} tuned kernels from {store.folder()}")
     if show:
@@ -80,7 +69,13 @@ def tune(
     work, aten = plan(target, draft, methods, arch, dtype, batch, prompt, max_new_tokens)
     for folder in ([Path(emit_path)] if emit_path else []) + ([Path(json_path).parent] if json_path else []):
         check_folder(folder)  # before the work, not after
-    found = run(work, tiles, jobs)
+    from specpass.tune.run import console, run  # imports torch, which showing the store needs not
+
+    try:
+        found = run(work, tiles, jobs)
+    except KeyboardInterrupt:
+        console.print("cut off: what was compiled is kept; the same command goes on from here")
+        raise typer.Exit(130) from None
     if emit_path:
         emit_modules(found, Path(emit_path))
         typer.echo(f"wrote {len(found)} modules to {emit_path}")
@@ -146,129 +141,3 @@ def plan(
         for operator, reason in ATEN_OPERATORS.items()
     ]
     return list(dict.fromkeys(jobs)), aten
-
-
-def run(work: list[Job], count: int, processes: int) -> list[Entry]:
-    """Tune what the store does not have, with a progress bar; returns all entries, in order."""
-    from specpass.kernels import cost, tuner
-    from specpass.kernels.archs import ARCHS
-
-    for job in work:
-        if job.refused is not None:
-            console.print(f"{job.kernel}: stays with torch's operators: {job.refused}")
-    work = [job for job in work if job.refused is None]
-    measure = bool(work) and tuner.can_measure(work[0].arch)
-    found = {job: entry for job in work if (entry := tuner.finished(job, measure)) is not None}
-    todo = [job for job in work if job not in found]
-    if not todo:
-        console.print(f"nothing to do: all {len(work)} kernels are in the store")
-        return list(found.values())
-    if found:
-        console.print(f"{len(found)} of {len(work)} kernels are in the store")
-    if not measure:
-        console.print(
-            f"no {todo[0].arch} GPU here: tiles are compiled, ranked by the cost model, not measured, and "
-            "their numbers are not checked on a device"
-        )
-    lists = {job: cost.shortlist(job.kernel, job.shapes, ARCHS[job.arch], count) for job in todo}
-    with workers(processes) as pool, _progress() as progress:
-        bar = progress.add_task("", total=sum(map(len, lists.values())))
-        try:
-            for job, tiles in lists.items():
-                progress.update(bar, description=f"{job.kernel} {job.shapes.budget or ''}")
-                found[job] = tuner.tune(job, tiles, pool, measure, lambda: progress.advance(bar))
-        except KeyboardInterrupt:
-            console.print("cut off: what was compiled is kept; the same command goes on from here")
-            raise typer.Exit(130) from None
-    console.print(f"tuned {len(todo)} kernels")
-    return [found[job] for job in work]
-
-
-@contextlib.contextmanager
-def workers(processes: int) -> Iterator[Executor | None]:
-    """Compiler processes; None, which compiles here, where one is enough. They leave Ctrl-C to this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = processes or cores
-    if wanted == 1:
-        yield None
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        wanted, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    ) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    )
-
-
-def describe(entry: Entry) -> dict[str, Any]:
-    """A winner as JSON. `config` is null where no tile fits: the table's tile, or torch's operator, serves."""
-    winner = entry.winner
-    base: dict[str, Any] = {
-        "kernel": entry.key.kernel,
-        "arch": entry.key.arch,
-        "dtype": entry.key.shapes.dtype,
-        "shapes": dataclasses.asdict(entry.key.shapes),
-        "triton": entry.key.triton,
-        "config": None if winner is None else dataclasses.asdict(winner.tile),
-    }
-    if winner is None:
-        return {**base, "regs": None, "spills": None, "shared_bytes": None, "measured": False}
-    base |= {
-        "regs": winner.regs,
-        "spills": winner.spills,
-        "shared_bytes": winner.shared_bytes,
-        "measured": entry.measured,
-        "predicted_us": round(winner.predicted_s * 1e6, 2),
-    }
-    if winner.time_us is not None:
-        base |= {"time_us": winner.time_us, "warm_us": winner.warm_us}
-    return base
-
-
-def emit_modules(found: list[Entry], folder: Path) -> None:
-    """Write the module of each winner: the kernel with this site's constants bound."""
-    from specpass.kernels.emit import emit
-    from specpass.kernels.registry import REGISTRY
-
-    for entry in found:
-        if entry.winner is not None:
-            kernel, shapes = entry.key.kernel, entry.key.shapes
-            size = f"_{shapes.slots}" if shapes.slots else ""
-            text = emit(REGISTRY[kernel], shapes, entry.winner.tile)
-            write_file(folder / f"{kernel}{size}_{entry.key.arch}.py", text)
-
-
-def show_store() -> None:
-    """A table of all entries."""
-    from specpass.kernels import store
-
-    table = Table("kernel", "arch", "dtype", "heads x dim", "slots", "tile", "regs", "shared", "time")
-    for entry in store.entries():
-        shapes, winner = entry.key.shapes, entry.winner
-        sizes = (f"{shapes.kv_heads} x {shapes.dim}", str(shapes.slots or "-"))
-        if winner is None:
-            table.add_row(entry.key.kernel, entry.key.arch, shapes.dtype, *sizes, "unfinished or none", "", "", "")
-            continue
-        tile = winner.tile
-        time = "not measured" if winner.time_us is None else f"{winner.time_us:.1f} us"
-        table.add_row(
-            entry.key.kernel,
-            entry.key.arch,
-            shapes.dtype,
-            *sizes,
-            f"{tile.block_n}, {tile.block_m}, {tile.splits} splits, {tile.warps} warps, {tile.stages} stages",
-            str(winner.regs),
-            str(winner.shared_bytes),
-            time,
-        )
-    Console(width=None if os.isatty(1) else 160).print(table)
-    typer.echo(f"{table.row_count} in {store.folder()}")

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.dialect import attention as dialect
-from specpass.kernels import dispatch, reference
+from specpass.kernels.attention import modified_attention
+from specpass.kernels.decode import reference
 from specpass.kernels.dispatch import returns_lse
-from specpass.kernels.reference import modified_attention
 from specpass.ops.bind import bind
 
 ROWS = 256  # query rows whose logits are held at once where no flash attention serves
@@ -166,5 +166,5 @@ def append_flops(keys: Any, values: Any, lengths: Any, query: Any, key: Any, *_:
 bind(dialect.ModifiedAttention, modified_attention, flops=attention_flops)
 bind(dialect.PrefillAttention, prefill_attention, onnx=prefill_attention_onnx, flops=attention_flops)
 bind(dialect.PrefillAttentionLse, prefill_attention_lse, flops=attention_flops)
-bind(dialect.Attend, dispatch.attend, onnx=attend_onnx, flops=attention_flops)
-bind(dialect.AppendAttend, dispatch.append_attend, flops=append_flops)
+bind(dialect.Attend, reference.attend, onnx=attend_onnx, flops=attention_flops)
+bind(dialect.AppendAttend, reference.append_attend, flops=append_flops)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.dialect import cache as dialect
-from specpass.kernels import dispatch, reference
+from specpass.kernels.decode import reference
+from specpass.kernels.gather.reference import gather_kv
 from specpass.ops.bind import bind
 
 
@@ -23,7 +24,7 @@ def fill(
     """
     batch, kv_heads, size = key.shape[:3]
     positions = torch.arange(size, device=key.device).expand(batch, kv_heads, -1).contiguous()
-    return *reference.gather_kv(key, value, positions, room), positions
+    return *gather_kv(key, value, positions, room), positions
 
 
 def keep_kv(key: Tensor, value: Tensor, lengths: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +43,7 @@ def extend_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> tuple
 
 
 def append_kv(keys: Tensor, values: Tensor, lengths: Tensor, key: Tensor, value: Tensor, handle: Tensor | None) -> None:
-    """See reference.append_kv; `handle` led the backend to the cache."""
+    """See the reference; `handle` led the backend to the cache."""
     reference.append_kv(keys, values, lengths, key, value)
 
 
@@ -77,7 +78,7 @@ def widen(storage: Tensor, kv_heads: int, slots: int) -> Tensor:
 
 
 def gather_functional(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
-    """reference.gather_kv without free slots, writing nothing in place (ONNX: the runtime owns the room)."""
+    """`gather_kv` without free slots, writing nothing in place (ONNX: the runtime owns the room)."""
     if room:
         raise ValueError(f"room={room}: an exported prefill has no free slots")
     index = positions.clamp(min=0)[..., None]
@@ -99,4 +100,4 @@ bind(dialect.ReadPrompt, read_prompt)
 bind(dialect.Size, size)
 bind(dialect.Advance, advance)
 bind(dialect.Widen, widen)
-bind(dialect.GatherKv, dispatch.gather_kv, onnx=gather_functional)
+bind(dialect.GatherKv, gather_kv, onnx=gather_functional)

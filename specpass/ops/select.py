@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.dialect import select as dialect
-from specpass.kernels import dispatch, reference
+from specpass.kernels.importance.reference import importance
 from specpass.ops.bind import bind
 
 
@@ -79,7 +79,7 @@ def importance_flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
     return 2 * batch * heads * rows * key[2] * dim
 
 
-bind(dialect.Importance, dispatch.importance, onnx=reference.importance, flops=importance_flops)
+bind(dialect.Importance, importance, flops=importance_flops)
 bind(dialect.Select, select)
 bind(dialect.SelectRecent, select_recent)
 bind(dialect.KeepAll, keep_all)

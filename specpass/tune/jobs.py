@@ -1,6 +1,6 @@
 """What `specpass tune` tunes: the kernels that a method launches, in the shapes of a target's and its draft's config.
 
-Shapes come from tensors without data, as the launcher makes them.
+Shapes come from operands without data, as the operators meet them.
 """
 
 from __future__ import annotations
@@ -34,60 +34,87 @@ class Layer:
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         return cls(batch, heads, kv_heads, getattr(text, "head_dim", None) or text.hidden_size // heads, dtype)
 
-    def queries(self, count: int) -> torch.Tensor:
-        """[B, H, count, D]"""
-        return self._empty(self.heads, count)
+    def importance(
+        self, rows: int, columns: int, window: int, reduce: str, weighted: bool = False
+    ) -> list[dict[str, Any]]:
+        """Operands of `importance`, without the rows' log-sum-exp and with it."""
+        operands = {
+            "query": self._empty(self.heads, rows),
+            "key": self._empty(self.kv_heads, columns),
+            "window": window,
+            "reduce": reduce,
+            "weights": _empty("float32", rows) if weighted else None,
+            "softcap": 0.0,
+            "sinks": None,
+        }
+        return [operands | {"lse": lse} for lse in (None, _empty("float32", self.batch, self.heads, rows))]
 
-    def keys(self, count: int) -> torch.Tensor:
-        """[B, K, count, D]"""
-        return self._empty(self.kv_heads, count)
+    def gather_kv(self, columns: int, budget: int, room: int) -> dict[str, Any]:
+        """Operands of `gather_kv`."""
+        states = self._empty(self.kv_heads, columns)
+        positions = _empty("int64", self.batch, self.kv_heads, budget)
+        return {"key": states, "value": states, "positions": positions, "room": room}
+
+    def attend(self, slots: int) -> dict[str, Any]:
+        """Operands of `attend` for one query."""
+        storage = self._empty(self.kv_heads, slots)
+        return {"query": self._empty(self.heads, 1), "keys": storage, "values": storage, "softcap": 0.0, "sinks": None}
+
+    def append_attend(self, slots: int) -> dict[str, Any]:
+        """Operands of `append_attend`."""
+        new, storage = self._empty(self.kv_heads, 1), self._empty(self.kv_heads, slots).flatten(1, 2)
+        return self.attend(slots) | {"keys": storage, "values": storage, "key": new, "value": new}
 
     def _empty(self, heads: int, count: int) -> torch.Tensor:
-        import torch
+        """[B, heads, count, D]"""
+        return _empty(self.dtype, self.batch, heads, count, self.dim)
 
-        return torch.empty(self.batch, heads, count, self.dim, dtype=getattr(torch, self.dtype), device="meta")
+
+def _empty(dtype: str, *sizes: int) -> torch.Tensor:
+    import torch
+
+    return torch.empty(*sizes, dtype=getattr(torch, dtype), device="meta")
+
+
+def jobs_of(operator: str, operands: dict[str, Any], arch: str) -> list[Job]:
+    """One for each kernel of the operator that such a call means."""
+    from specpass.kernels.registry import kernels_of
+    from specpass.kernels.tuner import Job
+
+    kernels = [kernel for kernel in kernels_of(operator) if kernel.applies(operands)]
+    return [Job(kernel, kernel.shapes_of(operands), arch) for kernel in kernels]
 
 
 def target_jobs(
     layer: Layer, layers: int, method: Method, arch: str, prompt: int, lookahead: int, room: int
 ) -> list[Job]:
     """The target's own: importance where the method scores, gather and decode attention of each budget."""
-    from specpass.kernels import launch
-    from specpass.kernels.tuner import Job
-
     read = prompt if method.prompt is None else min(prompt, int(method.prompt.budget))
     columns = read + (lookahead if method.appends else 0)
     jobs = []
     if method.scored:
-        rows = method.window + columns - read
-        scored = launch.score_shapes(layer.queries(rows), layer.keys(columns), method.window, method.reduce)
-        jobs += [Job("importance", scored, arch), Job("importance_given_lse", scored, arch)]
+        for operands in layer.importance(method.window + columns - read, columns, method.window, method.reduce):
+            jobs += jobs_of("importance", operands, arch)
     for budget in sorted(set(method.layer_budgets(layers))):
-        slots = layer.keys(budget + room)
-        decode = launch.decode_shapes(layer.queries(1), slots, slots)
-        jobs += [
-            Job("gather", launch.gather_shapes(layer.keys(columns), layer.keys(columns), budget, room), arch),
-            Job("decode", decode, arch),
-            Job("decode_append", decode, arch),
-        ]
+        jobs += jobs_of("gather_kv", layer.gather_kv(columns, budget, room), arch)
+        jobs += jobs_of("attend", layer.attend(budget + room), arch)
+        jobs += jobs_of("append_attend", layer.append_attend(budget + room), arch)
     return jobs
 
 
 def draft_jobs(layer: Layer, method: Method, arch: str, prompt: int, lookahead: int) -> list[Job]:
     """The draft's: attention of its steps over the whole prompt, and the scores of prompt tokens (SpecPC)."""
-    from specpass.kernels import launch
-    from specpass.kernels.tuner import Job
-
     if not method.drafts:
         return []
-    slots, jobs = layer.keys(prompt + lookahead), []
+    slots, jobs = prompt + lookahead, []
     if lookahead > 1:
-        jobs.append(Job("decode_append", launch.decode_shapes(layer.queries(1), slots, slots), arch))
+        jobs += jobs_of("append_attend", layer.append_attend(slots), arch)
     how = method.prompt
     if how is not None:
         reduce = "max" if how.reduce == "max" else "sum"
-        window = launch.score_shapes(layer.queries(how.window), layer.keys(prompt), 0, reduce, weighted=True)
-        jobs += [Job("importance", window, arch), Job("importance_given_lse", window, arch)]
+        for operands in layer.importance(how.window, prompt, 0, reduce, weighted=True):
+            jobs += jobs_of("importance", operands, arch)
         if lookahead > 1:
-            jobs.append(Job("importance", launch.score_shapes(layer.queries(1), slots, 0, reduce), arch))
+            step, _ = layer.importance(1, slots, 0, reduce)
+            jobs += jobs_of("importance", step, arch)
     return jobs

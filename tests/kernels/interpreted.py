@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specpass.kernels import launch, reference
+from specpass.kernels.decode.reference import append_kv
+from specpass.kernels.registry import REGISTRY
 from specpass.kernels.tiles import Tile
 from specpass.ops import rows as rows_ops
 from specpass.ops import select as select_ops
@@ -72,12 +73,24 @@ def test_importance_with_and_without_the_log_sum_exp(
     taken, scale = rows_ops.take_rows(query, rows), 1 / math.sqrt(dim)
     weights = torch.linspace(0, 1, window + ahead) if weighted else None
     softcap, sinks = changes(data, kv_heads * group)
-    expected = reference.importance(taken, key, rows, lengths, kept, scale, reduce, weights, None, softcap, sinks)
+    operands: dict[str, Any] = {
+        "query": taken,
+        "key": key,
+        "rows": rows,
+        "lengths": lengths,
+        "window": kept,
+        "scale": scale,
+        "reduce": reduce,
+        "weights": weights,
+        "lse": None,
+        "softcap": softcap,
+        "sinks": sinks,
+    }
+    expected = REGISTRY["importance"].reference(**operands)
     tile = Tile(data.draw(st.sampled_from([16, 32])), data.draw(st.sampled_from([16, 32])))
-    arguments = (taken, key, rows, lengths, kept, scale, reduce, weights)
-    for lse in (None, softmax_rows(taken, key, rows, scale, softcap, sinks)):
-        last = (lse, softcap, sinks)
-        for found in (launch.importance(*arguments, *last, tile), reference.importance(*arguments, *last)):
+    given = operands | {"lse": softmax_rows(taken, key, rows, scale, softcap, sinks)}
+    for name, call in (("importance", operands), ("importance_given_lse", given)):
+        for found in (REGISTRY[name].launch(call, tile), REGISTRY[name].reference(**call)):
             torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-5)
 
 
@@ -88,7 +101,9 @@ def test_equal_scores_stay_equal_across_tiles_so_that_ties_go_to_the_lower_posit
     lengths = torch.tensor([size])
     rows = rows_ops.score_rows(lengths, None, window, [])
     taken = rows_ops.take_rows(torch.randn(batch, kv_heads * group, size, dim), rows)
-    scores = launch.importance(taken, key, rows, lengths, window, 0.25, "max", tile=Tile(16))
+    operands = {"query": taken, "key": key, "rows": rows, "lengths": lengths, "window": window, "scale": 0.25}
+    plain = {"reduce": "max", "weights": None, "lse": None, "softcap": 0.0, "sinks": None}
+    scores = REGISTRY["importance"].launch(operands | plain, Tile(16))
     assert (scores[..., : size - window] == scores[..., :1]).all()
     kept = select_ops.select(scores, lengths, window + 3, window, 7, "max")
     assert kept.tolist() == [[[0, 1, 2, 66, 67, 68, 69]] * kv_heads]
@@ -108,8 +123,9 @@ def test_gather_copies_bit_for_bit(data: Any, dtype: torch.dtype, dim: int, seed
         for head in range(kv_heads):
             count = data.draw(st.integers(0, min(budget, columns)))
             positions[row, head, :count] = torch.randperm(columns)[:count].sort().values
-    found = launch.gather_kv(key, value, positions, room, tile=Tile(data.draw(st.sampled_from([4, 16]))))
-    for mine, theirs in zip(found, reference.gather_kv(key, value, positions, room), strict=True):
+    gather, operands = REGISTRY["gather"], {"key": key, "value": value, "positions": positions, "room": room}
+    found = gather.launch(operands, Tile(data.draw(st.sampled_from([4, 16]))))
+    for mine, theirs in zip(found, gather.reference(**operands), strict=True):
         assert mine.dtype == theirs.dtype
         assert torch.equal(mine, theirs)
 
@@ -134,16 +150,20 @@ def test_decode_attention_and_its_writing_variant(
     query = torch.randn(batch, kv_heads * group, 1, dim).to(dtype)
     new = tuple(torch.randn(*heads, 1, d).to(dtype) for d in (dim, 16))
     expected = keys.clone(), values.clone(), before.clone()
-    reference.append_kv(expected[0].flatten(1, 2), expected[1].flatten(1, 2), expected[2], *new)
-    last = changes(data, kv_heads * group)
+    append_kv(expected[0].flatten(1, 2), expected[1].flatten(1, 2), expected[2], *new)
+    softcap, sinks = changes(data, kv_heads * group)
+    common = {"scale": 0.3, "softcap": softcap, "sinks": sinks}
     doubles = [states.double() for states in (query, *expected[:2])]
-    plain = reference.attend(*doubles, expected[2], 0.3, *last).to(dtype)
+    decode = REGISTRY["decode"]
+    plain = decode.reference(*doubles, expected[2], **common).to(dtype)
     tile = Tile(16, splits=data.draw(st.integers(1, 4)))
     tolerance = {"atol": OUTPUT[dtype], "rtol": 2 * OUTPUT[dtype]}
-    torch.testing.assert_close(launch.attend(query, *expected, 0.3, *last, tile=tile), plain, **tolerance)
+    after = dict(zip(("keys", "values", "lengths"), expected, strict=True))
+    torch.testing.assert_close(decode.launch({"query": query, **after, **common}, tile), plain, **tolerance)
     lengths = before.clone()
-    written = launch.attend(query, keys, values, lengths, 0.3, *last, new=new, tile=tile)
-    torch.testing.assert_close(written, plain, **tolerance)
+    operands = {"keys": keys.flatten(1, 2), "values": values.flatten(1, 2), "lengths": lengths, "query": query}
+    operands |= {"key": new[0], "value": new[1], **common}
+    torch.testing.assert_close(REGISTRY["decode_append"].launch(operands, tile), plain, **tolerance)
     for mine, theirs in zip((keys, values, lengths), expected, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -153,6 +173,8 @@ def test_an_empty_head_attends_to_nothing(splits: int) -> None:
     keys, values = (torch.full((1, 2, 48, 16), float("nan")) for _ in range(2))
     keys[:, 1], values[:, 1] = 1.0, 2.0
     lengths = torch.tensor([[0, 5]])
-    out = launch.attend(torch.ones(1, 2, 1, 16), keys, values, lengths, 0.3, tile=Tile(16, splits=splits))
+    query = torch.ones(1, 2, 1, 16)
+    operands = {"query": query, "keys": keys, "values": values, "lengths": lengths, "scale": 0.3, "softcap": 0.0}
+    out = REGISTRY["decode"].launch(operands | {"sinks": None}, Tile(16, splits=splits))
     assert not out[:, 0].any()
     torch.testing.assert_close(out[:, 1], torch.full((1, 1, 16), 2.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -15,8 +14,8 @@ from specpass.kernels.aot import build, compile_launch, inspect
 from specpass.kernels.archs import ARCHS, nearest
 from specpass.kernels.emit import emit
 from specpass.kernels.registry import REGISTRY
-from specpass.kernels.shapes import Shapes, refuse
-from specpass.kernels.tiles import Tile, candidate_tiles, default_tile
+from specpass.kernels.shapes import Shapes
+from specpass.kernels.tiles import Tile
 
 EMITTED = Path(__file__).with_name("emitted")
 # A layer of Llama-3.1-8B, for every kernel on every architecture; and a covering set: with it decode and gather meet
@@ -67,8 +66,8 @@ def compiler() -> None:
 def test_default_tiles_fit(shapes: Shapes, arch: str, names: tuple[str, ...]) -> None:
     for name in names:
         kernel = REGISTRY[name]
-        assert refuse(name, shapes) is None
-        tile = default_tile(name, shapes, ARCHS[arch])
+        assert kernel.refuse(shapes) is None
+        tile = kernel.default_tile(shapes, ARCHS[arch])
         plan = kernel.plan(shapes, tile)
         for launch, built in zip(plan, build(kernel, shapes, tile, ARCHS[arch]), strict=True):
             where = f"{name}: {built} at {tile}"
@@ -116,7 +115,7 @@ GOLDEN = [(name, LLAMA, name) for name in REGISTRY] + [
 def test_emitted_modules_are_golden_and_compile(name: str, shapes: Shapes, file: str, tmp_path: Path) -> None:
     """SPECPASS_ACCEPT=1 writes the golden files anew."""
     kernel, arch = REGISTRY[name], ARCHS["sm_90"]
-    tile = default_tile(name, shapes, arch)
+    tile = kernel.default_tile(shapes, arch)
     text, golden = emit(kernel, shapes, tile), EMITTED / f"{file}.txt"
     if os.environ.get("SPECPASS_ACCEPT"):
         golden.write_text(text)
@@ -128,9 +127,8 @@ def test_emitted_modules_are_golden_and_compile(name: str, shapes: Shapes, file:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    template = importlib.import_module(f"specpass.kernels.{kernel.module}")
     for launch in kernel.plan(shapes, tile):
-        emitted, generic = (inspect(compile_launch(code, launch, arch), launch) for code in (module, template))
+        emitted, generic = (inspect(compile_launch(code, launch, arch), launch) for code in (module, kernel.code))
         assert emitted == generic
 
 
@@ -149,6 +147,7 @@ def test_unknown_architectures_take_the_tiles_of_the_nearest_older_one() -> None
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_candidates_are_distinct_and_start_with_the_default(name: str) -> None:
-    tiles = list(candidate_tiles(name, LLAMA, ARCHS["sm_80"]))
-    assert tiles[0] == default_tile(name, LLAMA, ARCHS["sm_80"])
+    kernel = REGISTRY[name]
+    tiles = list(kernel.candidate_tiles(LLAMA, ARCHS["sm_80"]))
+    assert tiles[0] == kernel.default_tile(LLAMA, ARCHS["sm_80"])
     assert len(tiles) == len(set(tiles)) > 10

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
+import specpass.ops  # noqa: F401  (says where tiles are kept)
 from specpass.kernels import store
+from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
 from specpass.kernels.store import Entry, Key, Trial
 from specpass.kernels.tiles import Tile
 
+DECODE = REGISTRY["decode"]
 SHAPES = Shapes("float16", 2, 4, 2, 64, 64, budget=256, room=64)
 TRIALS = tuple(Trial(Tile(16 << i, splits=i + 1), 40 + i, 0, 4096, 1e-6 * i, time_us=3.0 + i) for i in range(3))
 
@@ -29,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def entry() -> Entry:
-    saved = Entry(Key.of("decode", SHAPES, "sm_90"), TRIALS, TRIALS[1])
+    saved = Entry(Key.of(DECODE, SHAPES, "sm_90"), TRIALS, TRIALS[1])
     store.save(saved)
     return saved
 
@@ -42,7 +45,7 @@ def quietly(key: Key) -> Entry | None:
 
 def test_round_trip_and_plain_misses_without_a_warning(entry: Entry) -> None:
     assert quietly(entry.key) == entry
-    assert store.lookup("decode", SHAPES, "sm_90") == TRIALS[1].tile
+    assert store.lookup(DECODE, SHAPES, "sm_90") == TRIALS[1].tile
     for other in (
         dataclasses.replace(entry.key, arch="sm_80"),
         dataclasses.replace(entry.key, triton="9.9"),
@@ -56,7 +59,7 @@ def test_round_trip_and_plain_misses_without_a_warning(entry: Entry) -> None:
 
 def test_an_unfinished_entry_gives_no_tile(entry: Entry) -> None:
     store.save(dataclasses.replace(entry, winner=None))
-    assert store.lookup("decode", SHAPES, "sm_90") is None
+    assert store.lookup(DECODE, SHAPES, "sm_90") is None
 
 
 def damage(document: dict[str, Any], how: str) -> str:
@@ -108,14 +111,29 @@ def test_stale_and_foreign_entries_are_misses_with_a_warning(entry: Entry) -> No
         assert store.load(entry.key) is None
 
 
+def test_without_a_place_nothing_is_found_and_nothing_is_kept(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_place", None)
+    assert store.lookup(DECODE, SHAPES, "sm_90") is None
+    with pytest.raises(RuntimeError, match=r"store\.use"):
+        store.save(entry)
+
+
+def test_where_tiles_are_kept_is_asked_each_time(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.folder() == cache / "tune"
+    monkeypatch.setenv("SPECPASS_CACHE", str(cache / "other"))
+    assert store.folder() == cache / "other" / "tune"
+
+
 WRITER = """
 import sys, warnings
 warnings.simplefilter("error")
+import specpass.ops
 from specpass.kernels import store
+from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
 from specpass.kernels.store import Entry, Key, Trial
 from specpass.kernels.tiles import Tile
-key = Key.of("decode", Shapes("float16", 2, 4, 2, 64, 64, budget=256, room=64), "sm_90")
+key = Key.of(REGISTRY["decode"], Shapes("float16", 2, 4, 2, 64, 64, budget=256, room=64), "sm_90")
 trial = Trial(Tile(int(sys.argv[1])), 40, 0, 4096, 1e-6)
 for _ in range(150):
     store.save(Entry(key, (trial,) * 20, trial))

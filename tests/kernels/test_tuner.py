@@ -1,35 +1,33 @@
-"""The tuner: cost model, winners, what it stores, and what compiled models take from there."""
+"""The tuner: cost model, winners, and what compiled models take from the store."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from specpass import cli
-from specpass.kernels import cost, launch, measure, store, tuner
+import specpass.ops  # noqa: F401  (says where tiles are kept)
+from specpass.kernels import cost, measure, spec, store, tuner
 from specpass.kernels.archs import ARCHS
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
+from specpass.kernels.spec import find_tile
 from specpass.kernels.store import Entry, Trial
-from specpass.kernels.tiles import Tile, candidate_tiles, default_tile
+from specpass.kernels.tiles import Tile
 from specpass.kernels.tuner import Job
 
 SHAPES = Shapes("bfloat16", 1, 8, 4, 128, 128, rows=64, window=32, budget=1024, room=256, columns=32768)
 SMALL = Shapes("float32", 2, 2, 3, 16, 16, rows=6, window=4, budget=20, room=12, columns=64)
-DECODE = Job("decode", SHAPES, "sm_90")
-FIELDS = {"kernel", "arch", "dtype", "shapes", "config", "regs", "spills", "shared_bytes", "measured"}
+DECODE = Job(REGISTRY["decode"], SHAPES, "sm_90")
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPECPASS_CACHE", str(tmp_path))
-    launch._find_tile.cache_clear()
+    spec._find_tile.cache_clear()
     return tmp_path
 
 
@@ -41,11 +39,12 @@ def trial(block_n: int, predicted_s: float = 1.0, **fields: Any) -> Trial:
 @pytest.mark.parametrize("name", REGISTRY)
 def test_the_cost_model_never_rules_out_what_the_compiler_can_do(name: str, arch: str) -> None:
     pytest.importorskip("triton")
-    tile = default_tile(name, SHAPES, ARCHS[arch])
-    assert cost.rule_out(name, SHAPES, tile, ARCHS[arch]) is None
-    built = tuner.compile_trial(Job(name, SHAPES, arch), tile)
+    kernel = REGISTRY[name]
+    tile = kernel.default_tile(SHAPES, ARCHS[arch])
+    assert cost.rule_out(kernel, SHAPES, tile, ARCHS[arch]) is None
+    built = tuner.compile_trial(Job(kernel, SHAPES, arch), tile)
     assert built.error is None
-    assert cost.evaluate(name, "shared", SHAPES, tile) <= built.shared_bytes
+    assert cost.evaluate(kernel.cost.shared, SHAPES, tile) <= built.shared_bytes
 
 
 def test_what_cannot_fit_is_ruled_out_with_the_reason() -> None:
@@ -56,42 +55,44 @@ def test_what_cannot_fit_is_ruled_out_with_the_reason() -> None:
         ("decode", Tile(16, warps=16), "sm_90"): "loads",
     }
     for (name, tile, arch), reason in reasons.items():
-        assert (cost.rule_out(name, wide, tile, ARCHS[arch]) or "").startswith(reason)
+        assert (cost.rule_out(REGISTRY[name], wide, tile, ARCHS[arch]) or "").startswith(reason)
 
 
 def test_closed_forms_count_what_an_array_holds() -> None:
-    case, tile = measure.make_case("decode", SHAPES, "cpu"), Tile(64)
-    query, keys, values = case.args[:3]
-    tensors = sum(t.numel() * t.element_size() for t in (query, keys, values, measure.fallback(case)))
-    assert cost.evaluate("decode", "bytes", SHAPES, tile) == tensors
+    case, tile = measure.make_case(DECODE.kernel, SHAPES, "cpu"), Tile(64)
+    read = [case.operands[name] for name in ("query", "keys", "values")]
+    tensors = sum(t.numel() * t.element_size() for t in (*read, measure.fallback(case)))
+    moved = DECODE.kernel.cost.bytes
+    assert cost.evaluate(moved, SHAPES, tile) == tensors
     partial = 3 * SHAPES.heads * SHAPES.group * (SHAPES.value_dim + 1) * 4  # written, and read by the second stage
-    assert cost.evaluate("decode", "bytes", SHAPES, Tile(64, splits=3)) == tensors + 2 * partial
+    assert cost.evaluate(moved, SHAPES, Tile(64, splits=3)) == tensors + 2 * partial
     scored = dataclasses.replace(SHAPES, columns=1024)
-    query, key, rows = measure.make_case("importance_given_lse", scored, "cpu").args[:3]
-    moved = (
+    given = REGISTRY["importance_given_lse"]
+    query, key, rows = (given.make(scored, "cpu", 0)[name] for name in ("query", "key", "rows"))
+    expected = (
         sum(t.numel() * t.element_size() for t in (query, key))
         + 8 * SHAPES.heads * SHAPES.group * rows.shape[1]
         + 4 * key.numel() // key.shape[3]
     )
-    assert cost.evaluate("importance_given_lse", "bytes", scored, tile) == moved
+    assert cost.evaluate(given.cost.bytes, scored, tile) == expected
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_the_shortlist_holds_the_default_and_is_ranked(name: str) -> None:
-    arch = ARCHS["sm_90"]
-    tiles = cost.shortlist(name, SHAPES, arch, 5)
+    kernel, arch = REGISTRY[name], ARCHS["sm_90"]
+    tiles = cost.shortlist(kernel, SHAPES, arch, 5)
     assert len(tiles) == 5
-    assert default_tile(name, SHAPES, arch) in tiles
+    assert kernel.default_tile(SHAPES, arch) in tiles
     best = min(
-        cost.seconds(name, SHAPES, tile, arch)
-        for tile in candidate_tiles(name, SHAPES, arch)
-        if cost.rule_out(name, SHAPES, tile, arch) is None
+        cost.seconds(kernel, SHAPES, tile, arch)
+        for tile in kernel.candidate_tiles(SHAPES, arch)
+        if cost.rule_out(kernel, SHAPES, tile, arch) is None
     )
-    assert cost.seconds(name, SHAPES, tiles[0], arch) == best
+    assert cost.seconds(kernel, SHAPES, tiles[0], arch) == best
 
 
 def test_measurements_decide_and_the_model_needs_a_clear_gain() -> None:
-    default = Trial(default_tile("decode", SHAPES, ARCHS["sm_90"]), 64, 0, 0, 1.0)
+    default = Trial(DECODE.kernel.default_tile(SHAPES, ARCHS["sm_90"]), 64, 0, 0, 1.0)
     assert tuner.pick(DECODE, (default, trial(16, 0.9))) == default
     assert tuner.pick(DECODE, (default, trial(16, 0.5))) == trial(16, 0.5)
     assert tuner.pick(DECODE, (default, trial(16, 0.5, error="spills"))) == default
@@ -102,7 +103,7 @@ def test_measurements_decide_and_the_model_needs_a_clear_gain() -> None:
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_checks_pass_right_results_and_catch_wrong_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure.check(measure.make_case(name, SMALL, "cpu", seed=3)) <= 1.0
+    assert measure.check(measure.make_case(REGISTRY[name], SMALL, "cpu", seed=3)) <= 1.0
 
     right = measure.fallback
 
@@ -113,104 +114,17 @@ def test_checks_pass_right_results_and_catch_wrong_ones(name: str, monkeypatch: 
         return out
 
     monkeypatch.setattr(measure, "fallback", wrong)
-    assert measure.check(measure.make_case(name, SMALL, "cpu", seed=3)) > 1.0
+    assert measure.check(measure.make_case(REGISTRY[name], SMALL, "cpu", seed=3)) > 1.0
 
 
 def test_compiled_models_take_the_tuned_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "device_arch", lambda index: "sm_90")
-    winner = trial(32, time_us=5.0)
+    monkeypatch.setattr(spec, "device_arch", lambda index: "sm_90")
+    winner, kernel, cuda = trial(32, time_us=5.0), DECODE.kernel, torch.device("cuda")
     store.save(Entry(DECODE.key, (winner,), winner))
     keys = torch.empty(1, 8, 1280, 128, dtype=torch.bfloat16, device="meta")
     query = torch.empty(1, 32, 1, 128, dtype=torch.bfloat16, device="meta")
-    shapes = launch.decode_shapes(query, keys, keys)
-    assert launch.find_tile("decode", shapes, torch.device("cuda")) == default_tile("decode", shapes, ARCHS["sm_90"])
-    store.save(Entry(store.Key.of("decode", shapes, "sm_90"), (winner,), winner))
-    launch._find_tile.cache_clear()
-    assert launch.find_tile("decode", shapes, torch.device("cuda")) == winner.tile
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> str:
-    """A folder with a config and nothing else."""
-    folder = tmp_path / "target"
-    folder.mkdir()
-    config = {"model_type": "llama", "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
-
-
-def tune(target: str, *more: str) -> Any:
-    arguments = ["tune", "--target", target, "--budget", "64,128", "--arch", "sm_90", "--tiles", "2", "--jobs", "1"]
-    return CliRunner().invoke(cli.app, [*arguments, *more])
-
-
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Tile]:
-    """Compilation replaced by a note of what was asked for."""
-    seen: list[Tile] = []
-
-    def fake(job: Job, tile: Tile) -> Trial:
-        seen.append(tile)
-        return Trial(tile, 40, 0, 2048, cost.seconds(job.kernel, job.shapes, tile, ARCHS[job.arch]))
-
-    monkeypatch.setattr(tuner, "compile_trial", fake)
-    monkeypatch.setattr("specpass.kernels.dispatch.triton_installed", lambda: True)
-    return seen
-
-
-def test_tune_writes_winners_and_the_next_run_finds_them(target: str, tmp_path: Path, compiled: list[Tile]) -> None:
-    out = tmp_path / "out.json"
-    first = tune(target, "--json", str(out))
-    assert first.exit_code == 0, first.output
-    assert "not measured" in " ".join(first.stderr.split())
-    rows = json.loads(out.read_text())
-    assert all(row.keys() >= FIELDS and row["measured"] is False for row in rows)
-    assert {row["kernel"] for row in rows if row["config"]} == set(REGISTRY)
-    assert {row["kernel"] for row in rows if not row["config"]} == {
-        "select",
-        "prefill_attention",
-        "prefill_attention_lse",
-        "append_kv",
-    }
-    assert len(compiled) == 2 * (2 + 2 * 3)  # importance does not depend on the budget
-    again = tune(target, "--emit", str(tmp_path / "modules"))
-    modules = sorted(path.name for path in (tmp_path / "modules").glob("*.py"))
-    assert len(modules) == 8
-    assert "gather_384_sm_90.py" in modules
-    assert "C = tl.constexpr(128)" in (tmp_path / "modules" / "gather_384_sm_90.py").read_text()
-    assert "nothing to do: all 8 kernels are in the store" in again.stderr
-    assert len(compiled) == 16
-    assert "8 in " in CliRunner().invoke(cli.app, ["tune", "--list"]).stdout
-    assert "removed 8" in CliRunner().invoke(cli.app, ["tune", "--clear"]).stdout
-    assert "0 in " in CliRunner().invoke(cli.app, ["tune", "--list"]).stdout
-
-
-def test_a_run_that_is_cut_off_goes_on_where_it_was(
-    target: str, compiled: list[Tile], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = tuner.compile_trial
-
-    def cut(job: Job, tile: Tile) -> Trial:
-        if len(compiled) == 5:
-            raise KeyboardInterrupt
-        return real(job, tile)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tuner, "compile_trial", cut)
-        run = tune(target)
-    assert run.exit_code == 130
-    assert "goes on from here" in run.stderr
-    assert len(compiled) == 5
-    assert tune(target).exit_code == 0
-    assert len(compiled) == 16  # nothing twice
-
-
-MISTAKES = [(["--arch", "sm_1"], "sm_80, sm_90"), (["--budget", "lots"], "256,512,1024"), (["--budget", "8"], "window")]
-
-
-@pytest.mark.parametrize(("more", "fix"), MISTAKES)
-def test_mistakes_are_one_message_with_the_fix(target: str, more: list[str], fix: str, compiled: list[Tile]) -> None:
-    run = tune(target, *more)
-    assert run.exit_code == 1
-    assert fix in run.stderr
-    assert not compiled
+    shapes = kernel.shapes_of({"query": query, "keys": keys, "values": keys, "softcap": 0.0, "sinks": None})
+    assert find_tile(kernel, shapes, cuda) == kernel.default_tile(shapes, ARCHS["sm_90"])
+    store.save(Entry(store.Key.of(kernel, shapes, "sm_90"), (winner,), winner))
+    spec._find_tile.cache_clear()
+    assert find_tile(kernel, shapes, cuda) == winner.tile

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import specpass.ops  # noqa: F401  (registers the operators)
-from specpass.kernels import registry
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
+from specpass.kernels.spec import FOLDER
 from specpass.kernels.store import Key
 from specpass.lowering.inductor import compile_region, tagged
 from specpass.lowering.regions import close
@@ -30,26 +29,27 @@ def test_the_pipelines_fingerprint_is_of_its_passes_and_sources(
     whole = fingerprint()
     assert whole == fingerprint()
     assert fingerprint(["take_last"]) != whole
-    assert {"gather_prune.py", "walk.py", "select.py", "reference.py", "importance.py"} <= {
-        path.name for path in SOURCES
-    }
+    assert {"gather_prune.py", "walk.py", "select.py", "reference.py", "jit.py"} <= {path.name for path in SOURCES}
     changed = tmp_path / SOURCES[0].name
     changed.write_text(SOURCES[0].read_text() + "# one comment more\n")
     monkeypatch.setattr(pipeline, "SOURCES", (changed, *SOURCES[1:]))
     assert fingerprint() != whole
 
 
-@pytest.mark.parametrize("changed", ["decode.py", "launch.py", "registry.py", "shapes.py", "gather.py"])
+DECIDING = ["decode/jit.py", "decode/spec.py", "decode/plan.py", "launch.py", "logits.py", "spec.py", "shapes.py"]
+
+
+@pytest.mark.parametrize("changed", [*DECIDING, "gather/jit.py"])
 def test_a_tuned_tiles_key_is_of_its_kernels_sources(
     changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes = Shapes("float16", 2, 4, 2, 64, 64, budget=256, room=64)
-    before = Key.of("decode", shapes, "sm_90")
-    for path in registry.FOLDER.glob("*.py"):
-        (tmp_path / path.name).write_text(path.read_text() + ("# more\n" if path.name == changed else ""))
-    monkeypatch.setattr(registry, "FOLDER", tmp_path)
-    monkeypatch.setitem(REGISTRY, "decode", dataclasses.replace(REGISTRY["decode"]))  # without its cached property
-    assert (Key.of("decode", shapes, "sm_90") != before) == (changed != "gather.py")
+    kernel, shapes = REGISTRY["decode"], Shapes("float16", 2, 4, 2, 64, 64, budget=256, room=64)
+    before = Key.of(kernel, shapes, "sm_90")
+    copy = tmp_path / "changed.py"
+    copy.write_text((FOLDER / changed).read_text() + "# more\n")
+    sources = tuple(copy if path == FOLDER / changed else path for path in kernel.sources)
+    monkeypatch.setattr(type(kernel), "sources", sources)
+    assert (Key.of(kernel, shapes, "sm_90") != before) == (changed in DECIDING)
 
 
 def compiled(gm: fx.GraphModule, fingerprint: str) -> tuple[int, int]:

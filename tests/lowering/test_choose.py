@@ -38,6 +38,17 @@ def tensors(device: str, dim: int = 64, group: int = H // K, dtype: torch.dtype 
     }
 
 
+def attend(query: Any, keys: Any, values: Any) -> dict[str, Any]:
+    """Operands of `attend` that decide."""
+    return {"query": query, "keys": keys, "values": values, "softcap": 0.0, "sinks": None}
+
+
+def importance(query: Any, key: Any) -> dict[str, Any]:
+    """Operands of `importance` that decide."""
+    least = {"window": W, "reduce": "max", "weights": None, "lse": None, "softcap": 0.0, "sinks": None}
+    return {"query": query, "key": key, **least}
+
+
 def steps(whole: Any, query: Any, key: Any, rows: Any, lengths: Any, new: Any, keys: Any, used: Any) -> tuple[Any, ...]:
     """What a pruned prefill and a decode step hold."""
     attended = SPEC.prefill_attention(whole, key, key, 0.1)
@@ -82,7 +93,7 @@ REFUSED = [
 def test_unsupported_shapes_take_aten_and_say_why(sizes: dict[str, Any], reason: str) -> None:
     with FakeTensorMode():
         given = tensors("cuda", **sizes)
-        choice = choose("attend", (given["new"], given["keys"], given["keys"]))
+        choice = choose("attend", attend(given["new"], given["keys"], given["keys"]))
     assert choice.kernel is None
     assert reason in choice.reason
 
@@ -91,23 +102,23 @@ def test_appends_strided_storage_and_float32_of_large_heads_take_aten() -> None:
     with FakeTensorMode():
         given = tensors("cuda")
         keys = given["keys"]
-        assert choose("attend", (given["query"], keys, keys)).reason == "several new queries at once"
+        assert choose("attend", attend(given["query"], keys, keys)).reason == "several new queries at once"
         strided = torch.empty(B, C + N, K, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        assert choose("attend", (given["new"], strided, keys)).reason == "the cache's storage is not dense"
+        assert choose("attend", attend(given["new"], strided, keys)).reason == "the cache's storage is not dense"
         large = tensors("cuda", dim=256, dtype=torch.float32)
-        assert "spills" in choose("importance", (large["query"], large["key"])).reason
-        assert choose("importance", (given["query"], given["key"])).kernel == "importance"
+        assert "spills" in choose("importance", importance(large["query"], large["key"])).reason
+        assert choose("importance", importance(given["query"], given["key"])).kernel == "importance"
 
 
 def test_old_devices_and_a_missing_triton_take_aten(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         given = tensors("cuda")
-    arguments = (given["key"], given["key"])
+        positions = torch.zeros(B, K, C, dtype=torch.int64, device="cuda")
+    operands = {"key": given["key"], "value": given["key"], "positions": positions, "room": N}
     monkeypatch.setattr(dispatch, "device_arch", lambda index: "sm_75")
-    assert choose("gather_kv", arguments).reason == "sm_75 is older than sm_80"
-    dispatch._choose.cache_clear()
+    assert choose("gather_kv", operands).reason == "sm_75 is older than sm_80"
     monkeypatch.setattr(dispatch, "triton_installed", lambda: False)
-    assert "pip install triton" in choose("gather_kv", arguments).reason
+    assert "pip install triton" in choose("gather_kv", operands).reason
     assert archs.nearest("sm_75").name == "sm_80"  # the tile table still answers; the table above does not ask it
 
 

@@ -31,7 +31,7 @@ B, H, K, T, R, P, W, D = 2, 8, 2, 60, 12, 84, 4, 64
 @pytest.fixture
 def fused_appends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table says kernel for CPU tensors; the operator itself still runs its reference there."""
-    monkeypatch.setattr(fusing, "choose", lambda operator, args: Choice(operator, "decode_append", "a test"))
+    monkeypatch.setattr(fusing, "choose", lambda operator, operands: Choice(operator, "decode_append", "a test"))
 
 
 def prefill(query: Any, key: Any, value: Any, rows: Any, lengths: Any) -> Any:
@@ -207,7 +207,7 @@ def test_generation_does_not_notice(method: Any, lowering: str, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr("specpass.lowering.lower.fuse", lambda gm: None)
         theirs, plain = generate("eager")
-    monkeypatch.setattr(fusing, "choose", lambda operator, args: Choice(operator, "decode_append", "a test"))
+    monkeypatch.setattr(fusing, "choose", lambda operator, operands: Choice(operator, "decode_append", "a test"))
     ours, names = generate(lowering)
     assert ours.tokens == theirs.tokens
     torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Every operator of specpass/kernels/reference.py and specpass/ops against loops that spell the formula out."""
+"""Every operator of specpass/ops, and the references of kernels, against loops that spell the formula out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import specpass.ops  # noqa: F401  (registers the operators)
-from specpass.kernels import reference
+from specpass.kernels.decode import reference as decode
+from specpass.kernels.gather.reference import gather_kv
+from specpass.kernels.importance.reference import importance
 from specpass.ops import cache as cache_ops
 from specpass.ops import draft as draft_ops
 from specpass.ops import rows as row_ops
@@ -60,7 +62,7 @@ def test_importance_is_the_reduced_softmax_of_full_causal_attention(case: dict[s
     query, key, lengths, window = (case[name] for name in ("query", "key", "lengths", "window"))
     rows = row_ops.score_rows(lengths, case["lookahead"], window, [2])
     scale = 1 / math.sqrt(query.shape[3])
-    scores = reference.importance(row_ops.take_rows(query, rows), key, rows, lengths, window, scale, reduce)
+    scores = importance(row_ops.take_rows(query, rows), key, rows, lengths, window, scale, reduce)
     assert scores.shape == key.shape[:3]
     assert scores.dtype == torch.float32
     wide = key.repeat_interleave(case["group"], 1).double()
@@ -140,7 +142,7 @@ def test_gather_kv_compacts_the_kept_positions(data: st.DataObject) -> None:
         for head in range(kv_heads):
             count = data.draw(st.integers(0, min(budget, columns)))
             positions[row, head, :count] = torch.randperm(columns)[:count].sort().values
-    keys, values, lengths = reference.gather_kv(key, value, positions, room)
+    keys, values, lengths = gather_kv(key, value, positions, room)
     assert keys.shape == (batch, kv_heads * (budget + room), 4)
     assert torch.equal(lengths, (positions >= 0).sum(-1))
     for row in range(batch):
@@ -179,10 +181,10 @@ def test_append_and_attend_are_plain_attention_of_each_head(data: st.DataObject)
     query = torch.randn(batch, kv_heads * group, count, dim)
     key, value = torch.randn(batch, kv_heads, count, dim), torch.randn(batch, kv_heads, count, dim)
     used = lengths.clone()
-    reference.append_kv(keys, values, lengths, key, value)
+    decode.append_kv(keys, values, lengths, key, value)
     assert torch.equal(lengths, used + count)
     views = [states.view(batch, kv_heads, slots, dim) for states in (keys, values)]
-    out = reference.attend(query, *views, lengths, 0.7)
+    out = decode.attend(query, *views, lengths, 0.7)
     assert out.shape == query.shape
     for row in range(batch):
         for head in range(kv_heads):

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import specpass
 import specpass.ops.flops
 from specpass.backend import compile as backend
-from specpass.kernels import reference
+from specpass.kernels.decode.reference import attend
+from specpass.kernels.importance.reference import importance
 from specpass.observe.storage import cache_bytes
 from specpass.ops import attention
 from specpass.reports import cost
@@ -107,9 +108,9 @@ def test_operators_formulas_are_their_references_counts() -> None:
     lengths = torch.full((2,), 10)
     spec = torch.ops.specpass
     for ours, theirs, args in (
-        (spec.importance, reference.importance, (query, key, rows, lengths, 4, 0.25, "max")),
+        (spec.importance, importance, (query, key, rows, lengths, 4, 0.25, "max")),
         (spec.prefill_attention, attention.prefill_attention, (query, key, value, 0.25)),
-        (spec.attend, reference.attend, (query, key, value, lengths[:, None].expand(-1, 2), 0.25)),
+        (spec.attend, attend, (query, key, value, lengths[:, None].expand(-1, 2), 0.25)),
     ):
         numbers = []
         for run in (ours, theirs):

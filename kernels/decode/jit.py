@@ -10,7 +10,7 @@ Glossary
     BLOCK_G     rows of a tile of queries: G rounded up to 16, the least that tensor cores take
     BLOCK_N     slots read at a time
     WRITE       the new token's K/V goes into its slot in the same launch, and `lengths` is advanced by one
-    SOFTCAP, SINKS, UPCAST, PRECISION: as in importance.py
+    SOFTCAP, SINKS, UPCAST, PRECISION: as in importance/jit.py
 """
 
 from __future__ import annotations

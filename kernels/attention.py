@@ -1,0 +1,49 @@
+"""What models do to attention, in torch: the references share it. What kernels splice in is in logits.py.
+
+Symbols: B batch, H query heads, K key/value heads, G = H / K, D and Dv head dimensions, q queries, T columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def soft_capped(logits: Tensor, softcap: float) -> Tensor:
+    """softcap * tanh(logits / softcap), as Gemma 2 has it (arXiv 2408.00118); 0 caps nothing."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax in float32 over the last axis and, where there are sinks, one logit more that belongs to no key.
+
+    Args: logits [..., M, T]; sinks, broadcast to [..., M]: each row's further logit (gpt-oss, arXiv 2508.10925).
+    """
+    if sinks is None:
+        return torch.softmax(logits, dim=-1, dtype=torch.float32)
+    column = sinks.to(logits.dtype).expand(logits.shape[:-1])[..., None]
+    return torch.softmax(torch.cat([logits, column], -1), dim=-1, dtype=torch.float32)[..., :-1]
+
+
+def modified_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """Attention whose logits are soft-capped, or whose softmax has a sink: what eager models compute.
+
+    Args: query [B, H, q, D]; key [B, K, T, D], value [B, K, T, Dv]; mask: True where a query reads, or added to the
+    logits, broadcast to [B, H, q, T] or [B, K, G, q, T]; softcap: 0 for none; sinks [H] natural logits.
+    Returns: [B, H, q, Dv].
+    """
+    batch, heads, count, dim = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    folded = query.reshape(batch, kv_heads, group * count, dim)
+    logits = soft_capped(torch.matmul(folded, key.transpose(2, 3)) * scale, softcap)
+    logits = logits.view(batch, kv_heads, group, count, key.shape[2])
+    if mask is not None:
+        if mask.dim() == 4:
+            mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (kv_heads, group))
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    weights = softmax_with_sinks(logits, None if sinks is None else sinks.view(kv_heads, group, 1))
+    out = torch.matmul(weights.to(value.dtype).flatten(2, 3), value)
+    return out.view(batch, heads, count, value.shape[3])

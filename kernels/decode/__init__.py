@@ -1,0 +1,1 @@
+"""One new query per sequence against the slots in use."""

@@ -1,0 +1,72 @@
+"""Random operands of decode attention, and its result in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specpass.kernels.attention import soft_capped
+from specpass.kernels.shapes import Shapes
+from specpass.kernels.spec import Operands
+
+TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of outputs that are rounded to the dtype
+
+
+def make(shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
+    """Of `attend`; every slot is in use."""
+    operands = _storage(shapes, device, torch.Generator(device).manual_seed(seed))
+    return operands | {"lengths": torch.full((shapes.batch, shapes.kv_heads), shapes.slots, device=device)}
+
+
+def make_append(shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
+    """Of `append_attend`; the new token takes the last slot."""
+    generator = torch.Generator(device).manual_seed(seed)
+    operands = _storage(shapes, device, generator)
+    for name in ("keys", "values"):
+        operands[name] = operands[name].flatten(1, 2)
+    heads = (shapes.batch, shapes.kv_heads)
+    return operands | {
+        "key": _normal(generator, shapes, device, *heads, 1, shapes.dim),
+        "value": _normal(generator, shapes, device, *heads, 1, shapes.value_dim),
+        "lengths": torch.full(heads, shapes.slots - 1, device=device),
+    }
+
+
+def _storage(shapes: Shapes, device: str, generator: torch.Generator) -> dict[str, Any]:
+    heads = shapes.kv_heads * shapes.group
+    return {
+        "sinks": torch.randn(heads, generator=generator, device=device) if shapes.sinks else None,
+        "keys": _normal(generator, shapes, device, shapes.batch, shapes.kv_heads, shapes.slots, shapes.dim),
+        "values": _normal(generator, shapes, device, shapes.batch, shapes.kv_heads, shapes.slots, shapes.value_dim),
+        "query": _normal(generator, shapes, device, shapes.batch, heads, 1, shapes.dim),
+        "scale": 1 / math.sqrt(shapes.dim),
+        "softcap": shapes.softcap,
+    }
+
+
+def _normal(generator: torch.Generator, shapes: Shapes, device: str, *sizes: int) -> Tensor:
+    return torch.randn(*sizes, generator=generator, device=device).to(getattr(torch, shapes.dtype))
+
+
+def error(operands: Operands, found: Tensor, shapes: Shapes) -> float:
+    """Infinity where a call did not leave every slot in use."""
+    if not bool((operands["lengths"] == shapes.slots).all()):
+        return math.inf
+    return float((found.double() - attention(operands, shapes)).abs().max()) / TOLERANCE[shapes.dtype]
+
+
+def attention(operands: Operands, shapes: Shapes) -> Tensor:
+    """[B, H, 1, Dv] float64 of what the storage holds now."""
+    query, sinks = operands["query"], operands["sinks"]
+    keys, values = (
+        operands[name].view(shapes.batch, shapes.kv_heads, shapes.slots, -1).double() for name in ("keys", "values")
+    )
+    folded = query.double().view(shapes.batch, shapes.kv_heads, -1, shapes.dim)
+    logits = soft_capped(folded @ keys.transpose(2, 3) * operands["scale"], operands["softcap"])
+    if sinks is not None:  # a column of a value that is zero
+        column = sinks.double().view(1, shapes.kv_heads, -1, 1).expand(shapes.batch, -1, -1, -1)
+        logits = torch.cat([logits, column], -1)
+    return (logits.softmax(-1)[..., : shapes.slots] @ values).view(shapes.batch, -1, 1, shapes.value_dim)

@@ -1,0 +1,155 @@
+"""The kernels of `attend` and `append_attend`: one new query, whose K/V is in its slot already or is written there."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from specpass.kernels.archs import KIB, Arch
+from specpass.kernels.decode import case
+from specpass.kernels.decode.plan import launches
+from specpass.kernels.decode.reference import append_attend, attend
+from specpass.kernels.launch import Launch, start
+from specpass.kernels.shapes import Shapes, block_of, constant, dtype_of, power_of_two
+from specpass.kernels.spec import Kernel, Operands
+from specpass.kernels.tiles import Tile
+
+if TYPE_CHECKING:
+    from specpass.kernels.cost import Cost
+
+
+class Decode(Kernel):
+    """`attend` of one query: keys [B, K, P, D], values [B, K, P, Dv]."""
+
+    name = "decode"
+    operator = "attend"
+    reference: ClassVar[Callable[..., Any]] = staticmethod(attend)
+    variants = ({"softcap": 30.0}, {"sinks": True})
+    write = False  # the new token's K/V goes into its slot in the same launch
+
+    def refuse_layout(self, operands: Operands) -> str | None:
+        if operands["query"].shape[2] != 1:
+            return "several new queries at once"
+        if not all(_dense(operands[name]) for name in ("keys", "values")):
+            return "the cache's storage is not dense"
+        return None
+
+    def refuse(self, shapes: Shapes) -> str | None:
+        refused = super().refuse(shapes)
+        if refused is None and shapes.group > 16:
+            return f"group of {shapes.group} query heads: at most 16"
+        return refused
+
+    def storage(self, operands: Operands) -> tuple[Any, Any]:
+        """KV heads, and the slots of each."""
+        keys = operands["keys"]
+        return keys.shape[1], keys.shape[2]
+
+    def shapes_of(self, operands: Operands) -> Shapes:
+        """P counts as the budget, and is rounded up, by an eighth at most: a draft's differs from prompt to prompt."""
+        query, keys, values = (operands[name] for name in ("query", "keys", "values"))
+        kv_heads, size = self.storage(operands)
+        slots = constant(size)
+        step = max(64, power_of_two(slots) // 16)
+        return Shapes(
+            dtype_of(keys),
+            constant(keys.shape[0]),
+            kv_heads,
+            query.shape[1] // kv_heads,
+            keys.shape[-1],
+            values.shape[-1],
+            budget=-(-slots // step) * step,
+            softcap=operands["softcap"],
+            sinks=operands["sinks"] is not None,
+        )
+
+    def table(self, shapes: Shapes, arch: Arch) -> Tile:
+        wide = block_of(max(shapes.dim, shapes.value_dim)) * shapes.itemsize // 2
+        small = arch.shared <= 64 * KIB
+        block_n = 64 if wide <= 128 and not small else 32
+        if wide > 256:
+            block_n = 16
+        warps, stages = 8 if wide > 256 else 4, 2 if small or wide > 256 else 3
+        return Tile(block_n, splits=splits_for(shapes, arch, block_n), warps=warps, stages=stages)
+
+    def choices(self, shapes: Shapes, arch: Arch) -> Iterable[Tile]:
+        most = splits_for(shapes, arch, 16)
+        counts = sorted({max(1, most // part) for part in (1, 2, 4)})
+        sizes = itertools.product((16, 32, 64, 128), counts, (2, 4, 8), (2, 3, 4))
+        return (Tile(n, splits=splits, warps=warps, stages=stages) for n, splits, warps, stages in sizes)
+
+    @property
+    def cost(self) -> Cost:
+        from specpass.kernels.decode.cost import DECODE
+
+        return DECODE
+
+    def rule_out(self, shapes: Shapes, tile: Tile, arch: Arch) -> str | None:
+        if tile.block_n * block_of(shapes.dim) * shapes.itemsize < 32 * tile.warps * arch.warp:
+            return "loads: less than two of 16 bytes a thread"
+        return None
+
+    def plan(self, shapes: Shapes, tile: Tile) -> tuple[Launch, ...]:
+        return launches(shapes, tile, self.write)
+
+    def run(self, operands: Operands, shapes: Shapes, tile: Tile, plan: tuple[Launch, ...]) -> Tensor:
+        """[B, H, 1, Dv]."""
+        keys, values, lengths, sinks = (operands[name] for name in ("keys", "values", "lengths", "sinks"))
+        query = operands["query"].contiguous()
+        new = (operands[name].contiguous() for name in ("key", "value")) if self.write else (query, query)
+        out = query.new_empty(*query.shape[:3], shapes.value_dim)
+        splits, partial, lse = plan[0].constants["SPLITS"], out, out
+        if splits > 1:
+            partial = out.new_empty(shapes.heads, splits, shapes.group, shapes.value_dim, dtype=torch.float32)
+            lse = out.new_empty(shapes.heads, splits, shapes.group, dtype=torch.float32)
+        read = (query, keys, values, lengths, *new, lse if sinks is None else sinks.float())
+        sizes = (self.storage(operands)[1], operands["scale"])
+        start(self.code, plan[0], (shapes.heads, splits), *read, out, partial, lse, *sizes)
+        if splits > 1:
+            start(self.code, plan[1], (shapes.heads, shapes.group), partial, lse, lengths, out)
+        return out
+
+    def make(self, shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
+        return case.make(shapes, device, seed)
+
+    def error(self, operands: Operands, found: Any, shapes: Shapes) -> float:
+        return case.error(operands, found, shapes)
+
+
+class DecodeAppend(Decode):
+    """`append_attend`: keys [B, K * P, D], values [B, K * P, Dv], which the new token's are written to."""
+
+    name = "decode_append"
+    operator = "append_attend"
+    reference = staticmethod(append_attend)
+    write = True
+    advances = ("lengths",)
+
+    def storage(self, operands: Operands) -> tuple[Any, Any]:
+        kv_heads = operands["key"].shape[1]
+        return kv_heads, operands["keys"].shape[1] // kv_heads
+
+    def make(self, shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
+        return case.make_append(shapes, device, seed)
+
+
+def splits_for(shapes: Shapes, arch: Arch, block_n: int) -> int:
+    """Splits of a KV head's slots: two programs for each processor, no split shorter than one step, at most 64."""
+    wanted = -(-2 * arch.units // shapes.heads)
+    return max(1, min(wanted, -(-shapes.slots // block_n), 64))
+
+
+def _dense(states: Tensor) -> bool:
+    # A symbolic batch says nothing about strides that are constants, and must not be guarded on.
+    return (
+        states.stride(-1) == 1
+        and states.stride(-2) == states.shape[-1]
+        and (states.dim() == 3 or states.stride(1) == states.shape[2] * states.shape[3])
+    )
+
+
+KERNELS = (Decode(), DecodeAppend())

@@ -1,0 +1,1 @@
+"""The kept K and V become the cache's storage."""

@@ -1,0 +1,1 @@
+"""Query rows against all keys, reduced to one score a column."""
