@@ -33,7 +33,8 @@ from specpass.methods.base import Method
 from specpass.passes.base import Refusal, State
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.pipeline import Pipeline
-from specpass.reports.record import GraphRecord, Report
+from specpass.reports.record import GraphRecord
+from specpass.reports.report import Report
 
 RECOMPILE_LIMIT = 64  # Dynamo's default of 8 counts all models of a process; see Backend.__call__
 
@@ -78,8 +79,7 @@ class Backend:
         Pipeline(self.skip_passes)  # unknown names are an error now, not at the first call
         self.keep_stages = tuple(keep_stages)
         self.stages: dict[str, fx.GraphModule] = {}
-        self.report = Report(method.key, lowering)
-        self.report.describe(method, draft)
+        self.report = Report(method, lowering, getattr(draft, "config", None))
         self._graphs: DraftGraphs | None = None
         self.__name__ = "specpass"
         prepare(lowering)
@@ -138,15 +138,21 @@ class Backend:
             exact = trace_aten(gm)
             for fill in Fill.find(exact.graph):  # everything is kept and nothing else: no free slots
                 fill.update(room=0)
-            return Call(lower(exact, "eager", record), state.kind, places, refusal=str(refusal))
+            lowered = lower(exact, "eager")
+            record.add(lowered)
+            return Call(lowered.run, state.kind, places, refusal=str(refusal))
         record.sites = [(site.module, site.budget) for site in state.sites]
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
         alike = len({budget for _, budget in record.sites}) == 1
         static = static_outputs(graph) if alike else {}
-        run = lower(graph, self.lowering, record, self.cudagraphs, Pipeline(self.skip_passes).fingerprint())
+        fingerprint = Pipeline(self.skip_passes).fingerprint()
+        lowered = lower(
+            graph, self.lowering, decode=state.kind == "decode", cudagraphs=self.cudagraphs, fingerprint=fingerprint
+        )
+        record.add(lowered)
         context = None if state.draft is None else checks.context_length(self.draft)
         return Call(
-            run,
+            lowered.run,
             state.kind,
             places,
             tuple(state.lifted.values()),

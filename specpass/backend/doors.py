@@ -85,7 +85,7 @@ def restore(model: nn.Module) -> nn.Module:
     state = model.__dict__.get("_specpass")
     if state is None:
         return model
-    state.backend.report.configs.clear()  # report() no longer finds this model
+    state.backend.report.target_configs.clear()  # report() no longer finds this model
     for name, value in state.before.items():
         model.__dict__.pop(name, None)
         if value is not _ABSENT:

@@ -18,7 +18,7 @@ from specpass import hub
 from specpass.backend import checks
 from specpass.graph.edit import copy_module
 from specpass.methods.base import Method
-from specpass.reports.record import Report
+from specpass.reports.report import Report
 from specpass.sizes import Decoder
 
 HEAD_DIM, INTERMEDIATE, VOCAB = 16, 64, 256
@@ -82,8 +82,8 @@ def explain(
         input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3, do_sample=False
     )
     report = specpass.report(model)
-    sizes = [None if config is None else Decoder.of(config, _dtype(config, dtype).itemsize) for config in configs]
-    report.sizes = (sizes[0], sizes[1])
+    decoders = [None if config is None else Decoder.of(config, _dtype(config, dtype).itemsize) for config in configs]
+    report.decoders = (decoders[0], decoders[1])
     return report, stages | {name: gm for name, gm in backend.stages.items() if name == "PRUNED"}
 
 
