@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import operator
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import specpass
 import specpass.backend.compile
 from specpass.graph.edit import copy_module
+from specpass.lowering.lower import Lowered
 from specpass.passes import pipeline
 from specpass.passes.stages import StageError, verify
 from specpass.testing import eager
@@ -69,15 +69,15 @@ class Record:
         kind = "decode" if count(gm)["specpass.append_kv"] else "prefill"
         self.after[kind, name] = count(gm)
 
-    def lower(self, gm: fx.GraphModule, lowering: str, record: Any, *options: Any) -> Callable[..., Any]:
+    def lower(self, gm: fx.GraphModule, lowering: str, *, decode: bool = False, **options: Any) -> Lowered:
         gm.recompile()
 
         def run(*args: Any) -> Any:
-            if record.kind == "prefill":
+            if not decode:
                 self.inputs.append(args)
             return gm.forward(*args)
 
-        return run
+        return Lowered(run, (), 0, 0, (), 0.0)
 
 
 @pytest.fixture(scope="module")
