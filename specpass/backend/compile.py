@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from specpass.backend import checks
 from specpass.backend.calls import Call, owner_of
+from specpass.backend.limit import ensure_limit, raised_limit
 from specpass.cache.budget import BudgetCache
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
@@ -36,8 +36,6 @@ from specpass.passes.pipeline import Pipeline
 from specpass.reports.record import GraphRecord
 from specpass.reports.report import Report
 
-RECOMPILE_LIMIT = 64  # Dynamo's default of 8 counts all models of a process; see Backend.__call__
-
 
 class Backend:
     """A torch.compile backend: `target.compile(backend=Backend(draft=draft, method=method), dynamic=True)`.
@@ -55,6 +53,8 @@ class Backend:
     Raises:
         MissingDraftError, GradientsError, EncoderDecoderError, NoCudaError: see specpass.errors.
     """
+
+    backend_ctx_ctor = staticmethod(raised_limit)  # Dynamo enters it around each call
 
     def __init__(
         self,
@@ -85,9 +85,7 @@ class Backend:
         prepare(lowering)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
-        # Past its limit Dynamo would run the next call uncompiled without a word, and one process may hold many
-        # models that share transformers' decorated forward (one code object).
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        ensure_limit()
         if find(gm.graph, SPEC.extend_kv):  # goes on from a prompt that was kept whole
             return gm.forward
         if not holds_cache_ops(gm):

@@ -11,15 +11,17 @@ import dataclasses
 import gc
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import specpass.ops.flops  # noqa: F401  (torch's FLOP counter knows our operators)
 from specpass.backend import checks
 from specpass.backend.compile import Backend
+from specpass.backend.limit import raised_limit
 from specpass.cache.budget import BudgetCache
 from specpass.graph.roles import ROLES
 from specpass.methods.base import Method
@@ -93,6 +95,23 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
+class _Loose:
+    """A backend for Dynamo, which holds all that it ever saw until torch._dynamo.reset(), without holding the draft.
+
+    The model's own attributes hold the backend: it lives until the model dies or is restored.
+    """
+
+    __name__ = "specpass"
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = weakref.ref(backend)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
+        backend = self.backend()
+        assert backend is not None, "called by a model that holds its backend"
+        return backend(gm, example_inputs)
+
+
 def _fresh(target: nn.Module) -> Callable[..., Any]:
     """A function with a code object of its own: Dynamo's recompile limit counts per code object."""
 
@@ -104,7 +123,7 @@ def _fresh(target: nn.Module) -> Callable[..., Any]:
 
 
 def _call(target: nn.Module, backend: Backend) -> Callable[..., Any]:
-    compiled = torch.compile(_fresh(target), backend=backend, dynamic=True)
+    compiled = torch.compile(_fresh(target), backend=_Loose(backend), dynamic=True)
     warned = False
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -123,7 +142,7 @@ def _call(target: nn.Module, backend: Backend) -> Callable[..., Any]:
                 warned = True
             return target._call_impl(*args[len(ROLES) :], **kwargs)
         prepare(cache, kwargs)
-        with torch._dynamo.config.patch(specialize_float=True), collector_rests_while_compiling():
+        with raised_limit(specialize_float=True), collector_rests_while_compiling():
             return compiled(**kwargs)
 
     return call
