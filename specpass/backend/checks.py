@@ -136,17 +136,3 @@ def _read_vocabulary(file: Path, changed: int) -> dict[str, int]:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
-
-
-def context_length(model: nn.Module | None) -> int | None:
-    """Positions that the model was made for, or None if it does not say."""
-    if model is None:
-        return None
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def as_ids(ids: Any) -> tuple[int, ...]:
-    """EOS ids as a tuple, from None, one id or several."""
-    if ids is None:
-        return ()
-    return tuple(int(i) for i in ids) if isinstance(ids, (list, tuple)) else (int(ids),)

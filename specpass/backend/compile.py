@@ -35,6 +35,7 @@ from specpass.passes.draft import DraftGraphs
 from specpass.passes.pipeline import Pipeline
 from specpass.reports.record import GraphRecord
 from specpass.reports.report import Report
+from specpass.sizes import context_length, eos_ids
 
 
 class Backend:
@@ -148,7 +149,7 @@ class Backend:
             graph, self.lowering, decode=state.kind == "decode", cudagraphs=self.cudagraphs, fingerprint=fingerprint
         )
         record.add(lowered)
-        context = None if state.draft is None else checks.context_length(self.draft)
+        context = None if state.draft is None else context_length(self.draft.config)  # type: ignore[union-attr]
         return Call(
             lowered.run,
             state.kind,
@@ -180,7 +181,7 @@ class Backend:
 
     def _eos_ids(self, cache: BudgetCache) -> tuple[int, ...]:
         source = self.draft.generation_config if self.draft is not None else cache.config
-        return checks.as_ids(source.eos_token_id)
+        return eos_ids(source)
 
     def draft_graphs(self, cache: BudgetCache) -> DraftGraphs:
         """The draft's two graphs, captured once."""

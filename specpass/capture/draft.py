@@ -13,7 +13,6 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 import specpass.ops  # noqa: F401
-from specpass.backend.checks import as_ids
 from specpass.capture.model import BATCH, SLOTS, ModelTrace
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
@@ -27,6 +26,7 @@ from specpass.passes.pack_rows import attend_packed
 from specpass.passes.score_prompt import score_prefill, score_step
 from specpass.passes.specialize import attend_slots
 from specpass.passes.take_last import TakeLast
+from specpass.sizes import eos_ids
 
 
 class _DraftLayer(CacheLayerMixin):
@@ -70,14 +70,14 @@ def capture_draft(draft: nn.Module, prompt: SpecPC | None = None) -> DraftGraphs
     """
     layers = draft.config.get_text_config(decoder=True).num_hidden_layers
     config = draft.generation_config
-    eos_ids = as_ids(config.eos_token_id)
-    pad = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else 0)
+    ends = eos_ids(config)
+    pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
     capture = _Capture(ModelTrace(draft), layers, prompt)
     prefill, step = capture.prefill(), capture.step()
     result = output_of(step.graph).args[0]
     logits = result[0] if isinstance(result, (tuple, list)) else result
     return DraftGraphs(
-        prefill, step, capture.model.params, layers, int(logits.meta["val"].shape[-1]), eos_ids, int(pad), prompt=prompt
+        prefill, step, capture.model.params, layers, int(logits.meta["val"].shape[-1]), ends, int(pad), prompt=prompt
     )
 
 

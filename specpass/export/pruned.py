@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from specpass.backend.checks import as_ids
 from specpass.cache.budget import BudgetCache
 from specpass.capture.draft import capture_draft
 from specpass.capture.model import BATCH, SLOTS, ModelTrace
@@ -26,6 +25,7 @@ from specpass.methods.base import Method
 from specpass.passes.base import Refusal, State
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.pipeline import Pipeline
+from specpass.sizes import eos_ids
 
 
 def capture_target(
@@ -95,7 +95,7 @@ class Pruned:
             state.lookahead = self._cache().lookahead
             state.draft = self._draft()
         source = self.draft.generation_config if self.draft is not None else self.config
-        state.eos_ids = as_ids(source.eos_token_id)
+        state.eos_ids = eos_ids(source)
         pruned = named_submodules(named(Pipeline().run(gm, state)))
         self.kv = [
             (site.kv_heads, int(site.key.meta["val"].shape[3]), int(site.value.meta["val"].shape[3]))
