@@ -7,6 +7,7 @@ structure, so it is rewritten, or refused, as the model is. Where no stand-in ca
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from specpass.graph.edit import copy_module
 from specpass.methods.base import Method
 from specpass.reports.report import Report
 from specpass.sizes import Decoder
+
+Observer = Callable[[str, str, fx.GraphModule], None]  # (kind of call, stage or pass, the graph then)
 
 HEAD_DIM, INTERMEDIATE, VOCAB = 16, 64, 256
 BEYOND = 64  # prompt tokens beyond the budget
@@ -73,7 +76,8 @@ def explain(
     small = None if draft is None else _model(draft, configs[1], dtype, weights)
     specpass.compile(model, draft=small, method=method, lowering=lowering, keep_stages=("PRUNED",))
     backend = model._specpass.backend
-    stages = _keep_traced(backend)
+    stages: dict[str, fx.GraphModule] = {}
+    _observe(backend, _keeper(stages))
     size = method.budget + BEYOND if isinstance(method.budget, int) else RATIO_PROMPT
     cache = specpass.BudgetCache(model.config, method, max_new_tokens=max_new_tokens, prompt_length=size)
     vocab = min(m.config.get_text_config(decoder=True).vocab_size for m in (model, small) if m is not None)
@@ -87,18 +91,25 @@ def explain(
     return report, stages | {name: gm for name, gm in backend.stages.items() if name == "PRUNED"}
 
 
-def _keep_traced(backend: specpass.Backend) -> dict[str, fx.GraphModule]:
-    """Where this backend will leave a copy of the prefill's graph from before the first pass."""
-    found: dict[str, fx.GraphModule] = {}
+def _keeper(found: dict[str, fx.GraphModule]) -> Observer:
+    """Keeps a copy of the prefill's graph from before the first pass."""
+
+    def keep(kind: str, name: str, gm: fx.GraphModule) -> None:
+        if kind == "prefill" and name == "traced":
+            found["TRACED"] = copy_module(gm)
+
+    return keep
+
+
+def _observe(backend: specpass.Backend, observer: Observer) -> None:
+    """Show the observer each graph as it came from tracing."""
     rewrite: Any = backend._rewrite
 
-    def keeping(traced: fx.GraphModule, state: Any, *rest: Any) -> fx.GraphModule:
-        if state.kind == "prefill":
-            found["TRACED"] = copy_module(traced)
+    def shown(traced: fx.GraphModule, state: Any, *rest: Any) -> fx.GraphModule:
+        observer(state.kind, "traced", traced)
         return rewrite(traced, state, *rest)
 
-    vars(backend)["_rewrite"] = keeping
-    return found
+    vars(backend)["_rewrite"] = shown
 
 
 def _model(name: str, config: Any, dtype: str, weights: bool) -> Any:
