@@ -13,12 +13,14 @@ import functools
 import hashlib
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import sympy
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
@@ -29,7 +31,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from specpass.graph.edit import copy_module
 from specpass.lowering.regions import Region, close, find_regions
-from specpass.reports.record import GraphRecord
+
+Size: TypeAlias = int | torch.SymInt
 
 
 class CompiledRegion(nn.Module):
@@ -54,7 +57,7 @@ def compiler_probe() -> threading.Thread:
     return thread
 
 
-def tagged(fingerprint: str) -> Any:
+def tagged(fingerprint: str) -> AbstractContextManager[None]:
     """What is compiled inside has the pipeline's fingerprint and the lowering's sources in its cache keys.
 
     Inductor's keys know an operator by its name alone: a region that an older specpass compiled must not be found.
@@ -65,15 +68,21 @@ def tagged(fingerprint: str) -> Any:
     return torch.compiler.config.patch(cache_key_tag=f"{tag} specpass {fingerprint} {own}".strip())
 
 
-def lower_regions(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
-    """Replace each decoder layer by a call of its compiled region, in place; subgraphs (the draft) too."""
+def lower_regions(gm: fx.GraphModule) -> tuple[int, int]:
+    """Replace each decoder layer by a call of its compiled region, in place; subgraphs (the draft) too.
+
+    Returns: how many regions there were, and how many of them are distinct.
+    """
     compiler_probe().join()
+    count = distinct = 0
     for name, child in list(gm.named_children()):
         if isinstance(child, fx.GraphModule):
             # The captured draft is shared by later graphs: lowered once, kept beside it.
             lowered = child.meta.get("specpass_lowered")
             if lowered is None:
-                lowered = lower_regions(copy_module(child), record)
+                lowered = copy_module(child)
+                inside = lower_regions(lowered)
+                count, distinct = count + inside[0], distinct + inside[1]
                 lowered.recompile()
                 child.meta["specpass_lowered"] = lowered
             setattr(gm, name, lowered)
@@ -86,10 +95,8 @@ def lower_regions(gm: fx.GraphModule, record: GraphRecord) -> fx.GraphModule:
             compiled[key] = f"region_{len(compiled)}"
             gm.add_submodule(compiled[key], CompiledRegion(compile_region(gm, region)))
         stitch(gm, region, compiled[key])
-    record.regions += len(regions)
-    record.distinct_regions += len(compiled)
     gm.graph.lint()
-    return gm
+    return count + len(regions), distinct + len(compiled)
 
 
 def extract(gm: fx.GraphModule, region: Region) -> fx.GraphModule:
@@ -116,16 +123,16 @@ def compile_region(gm: fx.GraphModule, region: Region) -> Callable[..., Any]:
         return compile_fx(sub, inputs)
 
 
-def restate(values: list[Any], mode: FakeTensorMode) -> list[Any]:
+def restate(values: Sequence[Size | Tensor], mode: FakeTensorMode) -> list[Size | Tensor]:
     """The same fake inputs in a shape environment of their own: one fresh symbol for each distinct symbolic size.
 
     So the region's code does not depend on which graph it was met in, and what Inductor learns about sizes stays out
     of the guards that Dynamo checks on each call.
     """
     env = mode.shape_env
-    known: dict[Any, torch.SymInt] = {}
+    known: dict[sympy.Expr, torch.SymInt] = {}
 
-    def size(dim: Any) -> Any:
+    def size(dim: Size) -> Size:
         if not isinstance(dim, torch.SymInt) or not dim.node.expr.free_symbols:
             return int(dim)
         expr = dim.node.expr
@@ -135,10 +142,11 @@ def restate(values: list[Any], mode: FakeTensorMode) -> list[Any]:
             known[expr] = env.create_symintnode(symbol, hint=dim.node.hint, source=source)
         return known[expr]
 
-    def tensor(val: torch.Tensor) -> torch.Tensor:
+    def tensor(val: Tensor) -> Tensor:
         shape = [size(dim) for dim in val.shape]
         order = sorted(range(val.dim()), key=lambda axis: val.stride(axis))
-        stride, step = [0] * val.dim(), 1
+        stride: list[Size] = [0] * val.dim()
+        step: Size = 1
         if any(isinstance(dim, torch.SymInt) for dim in val.stride()):
             for axis in order:  # dense in the order of the original strides
                 stride[axis] = step
@@ -148,7 +156,7 @@ def restate(values: list[Any], mode: FakeTensorMode) -> list[Any]:
         return torch.empty_strided(shape, stride, dtype=val.dtype, device=val.device)
 
     with mode, torch.no_grad():
-        return [tensor(val) if isinstance(val, torch.Tensor) else size(val) for val in values]
+        return [tensor(val) if isinstance(val, Tensor) else size(val) for val in values]
 
 
 def stitch(gm: fx.GraphModule, region: Region, name: str) -> None:

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
+from specpass.kernels.dispatch import Choice
 from specpass.lowering.choose import choose_sites
 from specpass.lowering.cuda_graph import GraphedStep, moving_inputs, on_cuda
 from specpass.lowering.fuse import fuse
-from specpass.reports.record import GraphRecord
-from specpass.rewrite import Request
+from specpass.rewrite import Kind, Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A callable, and how it came about.
+
+    Attributes:
+        run: takes the graph's inputs, in their order.
+        choices: (module path, kernel or aten and why) of each operator that could be a kernel.
+        regions: decoder layers that became calls.
+        distinct_regions: what was compiled for them.
+        notes: what else there is to say.
+        seconds: wall-clock time.
+    """
+
+    run: Callable[..., Any]
+    choices: tuple[tuple[str, Choice], ...]
+    regions: int
+    distinct_regions: int
+    notes: tuple[str, ...]
+    seconds: float
 
 
 def prepare(lowering: str) -> None:
@@ -23,27 +45,27 @@ def prepare(lowering: str) -> None:
         compiler_probe()
 
 
-def lower(
-    gm: fx.GraphModule, lowering: str, record: GraphRecord, cudagraphs: bool = False, fingerprint: str = ""
-) -> Callable[..., Any]:
+def lower(gm: fx.GraphModule, lowering: str, kind: Kind, *, cudagraphs: bool = False, fingerprint: str = "") -> Lowered:
     """`lowering="eager"` runs the operators one by one; "inductor" compiles the decoder layers' regions.
 
-    `cudagraphs` replays decode steps on CUDA as one CUDA graph. `fingerprint` of the pipeline goes into the keys of
-    Inductor's caches.
+    Args:
+        kind: what the graph does.
+        cudagraphs: replay decode steps on CUDA as one CUDA graph.
+        fingerprint: of the pipeline that made the graph; it goes into the keys of Inductor's caches.
     """
     start = time.perf_counter()
-    graphed = cudagraphs and record.kind == "decode" and on_cuda(gm)
+    graphed = cudagraphs and kind == "decode" and on_cuda(gm)
     moving = moving_inputs(gm)
-    fuse(gm, Request(record.kind))
-    record.choices = choose_sites(gm)
+    fuse(gm, Request(kind))
+    choices = tuple(choose_sites(gm))
+    regions = distinct = 0
     if lowering == "inductor":
         from specpass.lowering.inductor import lower_regions, tagged
 
         with tagged(fingerprint):
-            gm = lower_regions(gm, record)
+            regions, distinct = lower_regions(gm)
     gm.recompile()
-    record.lower_seconds = time.perf_counter() - start
-    if graphed:
-        record.notes.append("decode steps are replayed as one CUDA graph")
-        return GraphedStep(gm.forward, moving)
-    return gm.forward
+    seconds = time.perf_counter() - start
+    run = GraphedStep(gm.forward, moving) if graphed else gm.forward
+    notes = ("decode steps are replayed as one CUDA graph",) if graphed else ()
+    return Lowered(run, choices, regions, distinct, notes, seconds)

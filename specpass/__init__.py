@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from specpass.methods.speckvpc import SpecKVPC as SpecKVPC
     from specpass.methods.specpc import SpecPC as SpecPC
     from specpass.methods.streamingllm import StreamingLLM as StreamingLLM
-    from specpass.reports.record import report as report
+    from specpass.reports.report import report as report
 
 # Names are looked up on first use, so that `import specpass` does not import torch. Methods are not listed: the
 # registry finds them.
@@ -31,7 +31,7 @@ _HOME = {
     "BudgetCache": "specpass.cache",
     "Method": "specpass.methods.base",
     "export_onnx": "specpass.export.api",
-    "report": "specpass.reports.record",
+    "report": "specpass.reports.report",
 }
 
 

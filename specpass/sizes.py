@@ -1,9 +1,10 @@
-"""A decoder's sizes, read from its config and from a model of that config without memory (the meta device)."""
+"""What is read from a model's config: EOS ids, context, and sizes (some from a model of it on the meta device)."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from typing import Any
 
@@ -58,6 +59,19 @@ class Decoder:
         )
 
 
+def eos_ids(config: Any) -> tuple[int, ...]:
+    """Ids that end a sequence, by a model's config or generation config: it names none, one or several."""
+    ids = config.eos_token_id
+    if ids is None:
+        return ()
+    return tuple(map(int, ids)) if isinstance(ids, (list, tuple)) else (int(ids),)
+
+
+def context_length(config: Any) -> int | None:
+    """Positions that a model was made for, or None if its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def layer_weights(config: Any) -> int:
     """Numbers in the matrices of all decoder layers."""
     text = config.get_text_config(decoder=True)
@@ -67,8 +81,6 @@ def layer_weights(config: Any) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _layer_weights(kind: Any, text: str) -> int:
-    import json
-
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -36,12 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def fresh_dynamo() -> Iterator[None]:
-    """No graph of one module serves another, and Dynamo's settings are put back."""
-    limit = torch._dynamo.config.recompile_limit
+    """No graph of one module serves another."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = limit
     gc.collect()
 
 

@@ -49,7 +49,7 @@ def check_draft(draft: Any, method: Method) -> None:
     if not method.drafts:
         return
     if draft is None:
-        if getattr(method, "lookahead_ids", None) is None:
+        if method.lookahead_ids is None:
             instead = "" if method.prompt is not None else "lookahead_ids=[B, L] token ids, "
             raise MissingDraftError(
                 f"{method.name} looks ahead with a draft model and none was given: pass draft=a smaller model with the "
@@ -136,17 +136,3 @@ def _read_vocabulary(file: Path, changed: int) -> dict[str, int]:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
-
-
-def context_length(model: nn.Module | None) -> int | None:
-    """Positions that the model was made for, or None if it does not say."""
-    if model is None:
-        return None
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def as_ids(ids: Any) -> tuple[int, ...]:
-    """EOS ids as a tuple, from None, one id or several."""
-    if ids is None:
-        return ()
-    return tuple(int(i) for i in ids) if isinstance(ids, (list, tuple)) else (int(ids),)

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from specpass.backend import checks
 from specpass.backend.calls import Call
 from specpass.backend.facts import Traced, static_outputs
+from specpass.backend.limit import ensure_limit, raised_limit
 from specpass.cache.budget import BudgetCache
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
@@ -25,13 +25,13 @@ from specpass.methods.base import Method
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Drafted
 from specpass.passes.pipeline import PASSES, fingerprint
-from specpass.reports.record import GraphRecord, Report
+from specpass.reports.record import GraphRecord
+from specpass.reports.report import Report
 from specpass.rewrite import Facts, Observer, Pipeline, Refusal, Request
 from specpass.rewrite.base import PROMPTS
 from specpass.rewrite.pipeline import check_names
 from specpass.rewrite.sites import Sites
-
-RECOMPILE_LIMIT = 64  # Dynamo's default of 8 counts all models of a process; see Backend.__call__
+from specpass.sizes import context_length, eos_ids
 
 
 class Backend:
@@ -52,6 +52,8 @@ class Backend:
     Raises:
         MissingDraftError, GradientsError, EncoderDecoderError, NoCudaError: see specpass.errors.
     """
+
+    backend_ctx_ctor = staticmethod(raised_limit)  # Dynamo enters it around each call
 
     def __init__(
         self,
@@ -78,16 +80,13 @@ class Backend:
         self.observers = () if observe is None else (observe,)
         self.keep_stages = tuple(keep_stages)
         self.stages: dict[str, fx.GraphModule] = {}
-        self.report = Report(method.key, lowering)
-        self.report.describe(method, draft)
+        self.report = Report(method, lowering, getattr(draft, "config", None))
         self._graphs: DraftGraphs | None = None
         self.__name__ = "specpass"
         prepare(lowering)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
-        # Past its limit Dynamo would run the next call uncompiled without a word, and one process may hold many
-        # models that share transformers' decorated forward (one code object).
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        ensure_limit()
         if ExtendKv.find(gm.graph):  # goes on from a prompt that was kept whole
             return gm.forward
         if not holds_cache_ops(gm):
@@ -140,25 +139,26 @@ class Backend:
         Raises: Refusal.
         """
         request, facts = self._request(traced)
-        pipeline = Pipeline(
-            PASSES, skip=self.skip_passes, full_verify=self.full_verify, observers=(self._keep_stage, *self.observers)
-        )
+        observers = (self._keep_stage, *self.observers)
+        pipeline = Pipeline(PASSES, skip=self.skip_passes, full_verify=self.full_verify, observers=observers)
         graph = pipeline.run(traced.gm, request, facts)
         record.pass_seconds = dict(pipeline.seconds)
-        sites = facts.get(Sites)
+        sites, drafted = facts.get(Sites), facts.get(Drafted)
         record.sites = [] if sites is None else [(site.module, site.budget) for site in sites.sites]
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
         alike = len({budget for _, budget in record.sites}) == 1
         static = static_outputs(graph) if alike else {}
-        run = lower(graph, self.lowering, record, self.cudagraphs, fingerprint(self.skip_passes))
-        drafted = facts.get(Drafted)
+        lowered = lower(
+            graph, self.lowering, request.kind, cudagraphs=self.cudagraphs, fingerprint=fingerprint(self.skip_passes)
+        )
+        record.add(lowered)
         return Call(
-            run,
+            lowered.run,
             request.kind,
             traced.places,
             () if drafted is None else tuple(drafted.lifted.values()),
             static,
-            checks.context_length(self.draft) if DraftGraphs in facts else None,
+            context_length(self.draft.config) if self.draft is not None and DraftGraphs in facts else None,
             request.lookahead,
             packed="attention_mask" in traced.places and request.kind in PROMPTS,
         )
@@ -189,7 +189,7 @@ class Backend:
 
     def _eos_ids(self, cache: BudgetCache) -> tuple[int, ...]:
         source = self.draft.generation_config if self.draft is not None else cache.config
-        return checks.as_ids(source.eos_token_id)
+        return eos_ids(source)
 
     def draft_graphs(self, cache: BudgetCache) -> DraftGraphs:
         """The draft's two graphs, captured once."""

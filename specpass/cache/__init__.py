@@ -1,4 +1,4 @@
-"""A KV cache of fixed budget: policy in budget.py, a layer's storage in layer.py."""
+"""A KV cache of fixed budget: policy in budget.py, a layer's storage in layer.py, transformers' side in protocol.py."""
 
 from specpass.cache.budget import BudgetCache
 

@@ -1,24 +1,26 @@
-"""BudgetCache: a transformers Cache with a logical length (what generate counts) and a physical one (slots)."""
+"""BudgetCache: how much each layer keeps of a prompt, and how much room the answer gets."""
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
-from specpass.cache.layer import BudgetLayer, round_room
-from specpass.errors import BudgetError, CacheStateError, LookaheadError, UncompiledCacheError
+from specpass.cache.layer import round_room
+from specpass.cache.protocol import BudgetLayer, CacheProtocol
+from specpass.dialect.define import SPEC
+from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError
 from specpass.methods.base import Method
 from specpass.methods.speckv import as_id_rows
 
 
-class BudgetCache(Cache):
+class BudgetCache(CacheProtocol):
     """KV cache of fixed budget; prompts are pruned into it by a graph compiled with specpass.
 
     Args:
@@ -101,7 +103,7 @@ class BudgetCache(Cache):
         Raises:
             UncompiledCacheError: called uncompiled, where nothing would prune.
         """
-        if not torch.compiler.is_compiling() and not _is_traced(key_states):
+        if not torch.compiler.is_compiling() and not _is_traced():
             raise UncompiledCacheError(
                 "BudgetCache.update was called uncompiled. Compile the model first: specpass.compile(model, draft=..., "
                 "method=...) or model.compile(backend=specpass.Backend(...), dynamic=True)."
@@ -109,71 +111,25 @@ class BudgetCache(Cache):
         first = not self.layers[layer_idx].is_initialized
         if layer_idx == 0 and first:
             if self.lookahead > 0 and not self.fits(key_states):
-                self.lookahead_ids = torch.ops.specpass.lookahead(key_states, self.given_ids, self.lookahead)
+                self.lookahead_ids = SPEC.lookahead(key_states, self.given_ids, self.lookahead)
             if self.compresses:
-                self.prompt_positions, self.shift = torch.ops.specpass.read_prompt(key_states)
+                self.prompt_positions, self.shift = SPEC.read_prompt(key_states)
         keys, values = self.layers[layer_idx].update(key_states, value_states)
         if layer_idx == len(self.layers) - 1:
             if first:
-                self.seen = torch.ops.specpass.size(key_states, 2)
+                self.seen = SPEC.size(key_states, 2)
             else:
-                torch.ops.specpass.advance(self.seen, self.shift, key_states.shape[2])
+                SPEC.advance(self.seen, self.shift, key_states.shape[2])
         return keys, values
 
     def fits(self, key_states: Tensor) -> bool:
         """Whether a prompt's keys [B, K, S, D] are kept whole, without draft or scores."""
         return self.early_exit and bool(key_states.shape[2] <= self.whole)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
-        """Physical length: slots in use, as a 0-d tensor after the prefill (masks are in slot coordinates)."""
-        layer = self.layers[layer_idx]
-        return layer.lengths.max() if layer.is_initialized else 0
-
-    @property
-    def is_croppable(self) -> bool:
-        return False
-
     def reset(self) -> None:
         """Forget everything; the next prompt is pruned anew."""
         super().reset()
         self._clear()
-
-    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Apply a change of the batch to what the cache itself holds of each row."""
-        for name in ("lookahead_ids", "prompt_positions", "shift"):
-            if getattr(self, name) is not None:
-                setattr(self, name, change(getattr(self, name)))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.map_rows(lambda t: t.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.map_rows(lambda t: t[indices])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `tokens_to_remove` tokens that were appended behind the pruned prompt.
-
-        Raises:
-            CacheStateError: more tokens than were appended; dropped prompt positions cannot come back.
-        """
-        tokens_to_remove = abs(tokens_to_remove)  # transformers' own layers take it negative
-        if tokens_to_remove == 0 or not self.layers[0].is_initialized:
-            return
-        if not 0 < tokens_to_remove <= self.appended:
-            raise CacheStateError(
-                f"crop({tokens_to_remove}): only the {self.appended} tokens behind the pruned prompt can be removed; "
-                "call reset() to prune a prompt anew."
-            )
-        for layer in self.layers:
-            layer.lengths.sub_(tokens_to_remove)
-        self.seen.sub_(tokens_to_remove)
-        self.appended -= tokens_to_remove
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens, in blocks of 64 slots; nothing happens if there is room."""
@@ -186,8 +142,6 @@ class BudgetCache(Cache):
             self.free_at_prefill += round_room(missing)
 
     def __deepcopy__(self, memo: dict) -> BudgetCache:
-        import copy
-
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         for name, value in self.__dict__.items():
@@ -198,8 +152,6 @@ class BudgetCache(Cache):
         return twin
 
 
-def _is_traced(tensor: Tensor) -> bool:
+def _is_traced() -> bool:
     """Whether make_fx is tracing (the draft is captured without Dynamo)."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
     return get_proxy_mode() is not None

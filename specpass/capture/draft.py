@@ -13,7 +13,6 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 import specpass.ops  # noqa: F401  (binds the operators that a draft's layers trace to)
-from specpass.backend.checks import as_ids
 from specpass.capture.model import BATCH, SLOTS, ModelTrace
 from specpass.dialect.define import SPEC
 from specpass.graph.operands import results_of
@@ -25,6 +24,7 @@ from specpass.passes.pipeline import draft_prefill_passes, draft_step_passes
 from specpass.passes.score_draft import StepRows
 from specpass.rewrite import Facts, Kind, Pass, Pipeline, Request
 from specpass.rewrite.sites import Sites
+from specpass.sizes import eos_ids
 
 
 class _DraftLayer(CacheLayerMixin):
@@ -68,12 +68,12 @@ def capture_draft(draft: nn.Module, prompt: SpecPC | None = None) -> DraftGraphs
     """
     layers = draft.config.get_text_config(decoder=True).num_hidden_layers
     config = draft.generation_config
-    eos_ids = as_ids(config.eos_token_id)
-    pad = config.pad_token_id if config.pad_token_id is not None else (eos_ids[0] if eos_ids else 0)
+    ends = eos_ids(config)
+    pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
     capture = _Capture(ModelTrace(draft), layers, prompt)
     prefill, step = capture.prefill(), capture.step()
     vocab = int(value(results_of(step.graph)[0]).shape[-1])
-    return DraftGraphs(prefill, step, capture.model.params, layers, vocab, eos_ids, int(pad), prompt=prompt)
+    return DraftGraphs(prefill, step, capture.model.params, layers, vocab, ends, int(pad), prompt=prompt)
 
 
 class _Capture:

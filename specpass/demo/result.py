@@ -37,7 +37,9 @@ def kept_positions(cache: Any) -> tuple[tuple[tuple[int, ...], ...], ...] | None
     if not isinstance(cache, specpass.BudgetCache):
         return None
     return tuple(
-        tuple(tuple(position for position in head if position >= 0) for head in layer.positions[0].tolist())
+        tuple(
+            tuple(position for position in head if position >= 0) for head in layer.tensors()["positions"][0].tolist()
+        )
         for layer in cache.layers
     )
 

@@ -11,10 +11,13 @@ import operator
 import torch
 from torch import fx
 
-from specpass.dialect.define import SPEC
-from specpass.graph.walk import ATEN, find
+from specpass.dialect.attention import ModifiedAttention, PrefillAttention
+from specpass.dialect.rows import AppendIds
+from specpass.graph.aten import Sdpa
+from specpass.graph.walk import value
 from specpass.lowering.regions import find_regions
 
+ATTENTION = (Sdpa, ModifiedAttention, PrefillAttention)
 _HIDDEN = frozenset(
     {
         "view",
@@ -94,9 +97,9 @@ def _is_weight(node: fx.Node) -> bool:
 
 def _size_names(gm: fx.GraphModule) -> dict[str, str]:
     """Symbol -> the name that the documentation uses, read off the first attention site."""
-    site = find(gm.graph, ATEN.scaled_dot_product_attention, SPEC.modified_attention, SPEC.prefill_attention)[0]
-    batch, _, columns, _ = site.args[0].meta["val"].shape
-    drafted = bool(find(gm.graph, SPEC.append_ids))
+    query = next(site.query for view in ATTENTION for site in view.find(gm.graph))
+    batch, _, columns, _ = value(query).shape
+    drafted = bool(AppendIds.find(gm.graph))
     return {str(batch): "B", str(columns): "(S+L)" if drafted else "S"}
 
 

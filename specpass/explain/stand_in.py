@@ -19,8 +19,8 @@ from specpass.backend import checks
 from specpass.graph.edit import copy_module
 from specpass.methods.base import Method
 from specpass.passes.pipeline import PASSES
-from specpass.reports.record import Report
-from specpass.rewrite import Request
+from specpass.reports.report import Report
+from specpass.rewrite import Observer, Request
 from specpass.sizes import Decoder
 
 HEAD_DIM, INTERMEDIATE, VOCAB = 16, 64, 256
@@ -75,12 +75,7 @@ def explain(
     model = _model(target, configs[0], dtype, weights)
     small = None if draft is None else _model(draft, configs[1], dtype, weights)
     stages: dict[str, fx.GraphModule] = {}
-
-    def keep(request: Request, name: str, gm: fx.GraphModule) -> None:
-        if request.kind == "prefill" and name in KEPT:
-            stages[KEPT[name]] = copy_module(gm)
-
-    specpass.compile(model, draft=small, method=method, lowering=lowering, observe=keep)
+    specpass.compile(model, draft=small, method=method, lowering=lowering, observe=keeper(stages))
     size = method.budget + BEYOND if isinstance(method.budget, int) else RATIO_PROMPT
     cache = specpass.BudgetCache(model.config, method, max_new_tokens=max_new_tokens, prompt_length=size)
     vocab = min(m.config.get_text_config(decoder=True).vocab_size for m in (model, small) if m is not None)
@@ -89,9 +84,19 @@ def explain(
         input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3, do_sample=False
     )
     report = specpass.report(model)
-    sizes = [None if config is None else Decoder.of(config, _dtype(config, dtype).itemsize) for config in configs]
-    report.sizes = (sizes[0], sizes[1])
+    decoders = [None if config is None else Decoder.of(config, _dtype(config, dtype).itemsize) for config in configs]
+    report.decoders = (decoders[0], decoders[1])
     return report, stages
+
+
+def keeper(found: dict[str, fx.GraphModule]) -> Observer:
+    """Keeps copies of the prefill's graph from before the first pass and from behind the last."""
+
+    def keep(request: Request, name: str, gm: fx.GraphModule) -> None:
+        if request.kind == "prefill" and name in KEPT:
+            found[KEPT[name]] = copy_module(gm)
+
+    return keep
 
 
 def _model(name: str, config: Any, dtype: str, weights: bool) -> Any:

@@ -30,6 +30,7 @@ from specpass.files import write_file
 from specpass.methods.base import Method
 from specpass.rewrite import Refusal
 from specpass.runtime.bundle import DECODE, MANIFEST, PREFILL, Bundle, file_hash
+from specpass.sizes import context_length, eos_ids
 
 PACKAGES = ("onnx", "onnx_ir", "onnxscript")
 TOKENIZER_FILES = (
@@ -199,7 +200,7 @@ def describe(folder: Path, target: nn.Module, draft: nn.Module | None, method: M
 
     config = target.config.get_text_config(decoder=True)
     generation = target.generation_config
-    eos = checks.as_ids(generation.eos_token_id)
+    eos = eos_ids(generation)
     pad = generation.pad_token_id if generation.pad_token_id is not None else (eos[0] if eos else 0)
     shapes = {value.name: value for value in ir.load(folder / DECODE).graph.inputs}
     kv = []
@@ -219,7 +220,7 @@ def describe(folder: Path, target: nn.Module, draft: nn.Module | None, method: M
         weights=weights,
         compressed=method is not None and method.prompt is not None,
         lookahead=0 if method is None or draft is None else method.lookahead or 0,
-        context=checks.context_length(draft),
+        context=None if draft is None else context_length(draft.config),
         eos_ids=eos,
         pad_id=int(pad),
         vocab=config.vocab_size,

@@ -11,7 +11,6 @@ import dataclasses
 import torch
 from torch import Tensor, fx, nn
 
-from specpass.backend.checks import as_ids
 from specpass.cache.budget import BudgetCache
 from specpass.capture.draft import capture_draft
 from specpass.capture.model import BATCH, SLOTS, ModelTrace
@@ -30,6 +29,7 @@ from specpass.passes.facts import Inputs, Weights
 from specpass.passes.pipeline import PASSES
 from specpass.rewrite import Facts, Pipeline, Refusal, Request
 from specpass.rewrite.sites import Sites
+from specpass.sizes import eos_ids
 
 
 def capture_target(
@@ -95,7 +95,7 @@ class Pruned:
         if self.draft is not None and self.method.drafts:
             facts.add(self._draft(self.draft))
         source = self.draft.generation_config if self.draft is not None else self.config
-        request = Request("prefill", self.method, self._cache().lookahead, as_ids(source.eos_token_id))
+        request = Request("prefill", self.method, self._cache().lookahead, eos_ids(source))
         Pipeline(PASSES).run(gm, request, facts)
         pruned = named_submodules(named(gm, "prefill"))
         for site in facts[Sites].sites:
@@ -123,7 +123,6 @@ class Pruned:
             raise Refusal(f"the draft cannot be captured: {refusal}") from refusal
         kind = DraftGraphs if self.unrolled else LoopedDraft
         fields = {field.name: getattr(graphs, field.name) for field in dataclasses.fields(graphs)}
-        method: Any = self.method
         return kind(
             **fields
             | {"temperature": self.method.temperature, "seed": self.method.seed, "target_vocab": self.config.vocab_size}

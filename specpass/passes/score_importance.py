@@ -74,14 +74,16 @@ class OwnScores:
     def __init__(self, editor: Editor, request: Request, rows: fx.Node, lengths: fx.Node) -> None:
         self.editor, self.method, self.rows, self.lengths = editor, request.pruning, rows, lengths
         self.name = f"{self.method.name}.score"
+        self.score = self.method.score
         self.inlines: dict[float, Inline] = {}  # by scale, which is a constant of the site
 
     def __call__(self, site: Site, taken: fx.Node, before: fx.Node) -> fx.Node:
         """Scores [B, K, T] of the queries `taken` [B, H, R, D]."""
         if site.changes:
             raise Refusal(f"{self.name} is not told of this layer's soft cap or sinks", site.module)
+        assert self.score is not None
         if site.scale not in self.inlines:
-            function = functools.partial(self.method.score, scale=site.scale)  # type: ignore[arg-type]
+            function = functools.partial(self.score, scale=site.scale)
             self.inlines[site.scale] = Inline(self.editor, function, self.name)
         tensors = (taken, site.key, site.value, self.rows, self.lengths)
         scores = self.inlines[site.scale](*tensors, before=before, like=site.attention)

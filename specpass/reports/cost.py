@@ -20,6 +20,7 @@ from typing import Any
 import sympy
 from sympy import Expr, Symbol
 
+from specpass.cache.layer import round_room
 from specpass.methods.base import BUDGET_STEP, Method, is_builtin
 from specpass.sizes import Decoder
 
@@ -155,8 +156,6 @@ class Costs:
         return found
 
     def _values(self, prompt: int, new_tokens: int, batch: int) -> dict[Symbol, Any]:
-        from specpass.cache.layer import round_room
-
         budgets = self.method.resolve(prompt).layer_budgets(self.layers)
         mean = sympy.Rational(sum(budgets), len(budgets))
         ahead = {} if L in self.values else {L: new_tokens}  # lookahead=None drafts the whole answer

@@ -7,27 +7,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from specpass.reports.cost import BREAK_EVENS, Costs
-from specpass.reports.record import Report
+from specpass.reports.record import BackendRecord
 from specpass.reports.tables import NAMES
 from specpass.reports.text import LENGTHS, NEW_TOKENS
 
 
-def data(report: Report, new_tokens: int = NEW_TOKENS, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
+def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
     """The report as JSON-serialisable data; `costs` is None where there is no closed form."""
-    costs = report.costs()
+    costs = record.costs()
     return {
-        "method": report.method,
-        "lowering": report.lowering,
-        "draft_seconds": report.draft_seconds,
+        "method": record.method,
+        "lowering": record.lowering,
+        "draft_seconds": record.draft_seconds,
         "graphs": [
             {
-                **dataclasses.asdict(record),
-                "sites": [{"module": module, "budget": budget} for module, budget in record.sites],
+                **dataclasses.asdict(graph),
+                "sites": [{"module": module, "budget": budget} for module, budget in graph.sites],
             }
-            for record in report.graphs
+            for graph in record.graphs
         ],
-        "refusals": list(report.refusals),
-        "foreign": report.foreign,
+        "refusals": list(record.refusals),
+        "foreign": record.foreign,
         "costs": None if costs is None else cost_data(costs, new_tokens, lengths),
     }
 

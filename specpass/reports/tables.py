@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from specpass.reports.cost import BREAK_EVENS, Costs, Forms
-from specpass.reports.record import Report
-from specpass.reports.text import BREAKS, LENGTHS, NEW_TOKENS, _break, amount, budget_lines
+from specpass.reports.record import BackendRecord
+from specpass.reports.text import BREAKS, LENGTHS, NEW_TOKENS, amount, break_even, budget_lines
 
 NAMES = {
     "kv_bytes": "KV cache",
@@ -29,34 +27,34 @@ SYMBOLS = (
 )
 
 
-def tables(report: Report) -> Group:
-    """The report for a terminal: graphs, sites and budgets, refusals, costs, formulas."""
-    parts: list[Any] = [Text(f"{report.method}, lowering={report.lowering}", style="bold"), _graphs(report)]
-    if report.draft_seconds:
-        parts.append(f"draft captured in {report.draft_seconds:.1f} s")
-    parts += [Text(f"  {line}") for line in budget_lines(report)]
-    parts += [Text(f"refused: {reason} (the model runs exactly)", style="red") for reason in report.refusals]
-    costs = report.costs()
+def tables(record: BackendRecord) -> Group:
+    """The record for a terminal: graphs, sites and budgets, refusals, costs, formulas."""
+    parts: list[RenderableType] = [Text(f"{record.method}, lowering={record.lowering}", style="bold"), _graphs(record)]
+    if record.draft_seconds:
+        parts.append(f"draft captured in {record.draft_seconds:.1f} s")
+    parts += [Text(f"  {line}") for line in budget_lines(record)]
+    parts += [Text(f"refused: {reason} (the model runs exactly)", style="red") for reason in record.refusals]
+    costs = record.costs()
     if costs is None:
         parts.append("no costs: they are counted for dense decoders and the methods that specpass brings")
-    elif not report.refusals:
+    elif not record.refusals:
         parts += [_numbers(costs), _formulas(costs)]
     return Group(*parts)
 
 
-def _graphs(report: Report) -> Table:
+def _graphs(record: BackendRecord) -> Table:
     table = Table("graph", "sites found", "rewritten", "regions", "trace s", "passes s", "lowering s", "total s")
-    for record in report.graphs:
-        found = "all refused" if record.exact else str(len(record.sites))
+    for graph in record.graphs:
+        found = "all refused" if graph.exact else str(len(graph.sites))
         table.add_row(
-            record.kind,
+            graph.kind,
             found,
-            "0 (exact)" if record.exact else str(len(record.sites)),
-            f"{record.distinct_regions} of {record.regions}",
-            f"{record.trace_seconds:.1f}",
-            f"{sum(record.pass_seconds.values()):.2f}",
-            f"{record.lower_seconds:.1f}",
-            f"{record.seconds:.1f}",
+            "0 (exact)" if graph.exact else str(len(graph.sites)),
+            f"{graph.distinct_regions} of {graph.regions}",
+            f"{graph.trace_seconds:.1f}",
+            f"{sum(graph.pass_seconds.values()):.2f}",
+            f"{graph.lower_seconds:.1f}",
+            f"{graph.seconds:.1f}",
         )
     return table
 
@@ -75,7 +73,7 @@ def _numbers(costs: Costs) -> Table:
     for name, label in _names(costs).items():
         unit = "FLOP" if name.endswith("flops") else "B"
         table.add_row(label, *(" -> ".join(amount(value, unit) for value in row[name]) for row in found))
-    breaks = ", ".join(f"{BREAKS[what]} {_break(costs.break_even(what, NEW_TOKENS))}" for what in BREAK_EVENS)
+    breaks = ", ".join(f"{BREAKS[what]} {break_even(costs.break_even(what, NEW_TOKENS))}" for what in BREAK_EVENS)
     table.caption = f"pays from a prompt of: {breaks}"
     return table
 

@@ -1,15 +1,49 @@
-"""The cost and budget lines of a report's text."""
+"""A report as plain text, and the words that its tables share."""
 
 from __future__ import annotations
 
+import collections
 import itertools
 
 from specpass.reports.cost import BREAK_EVENS, Costs
-from specpass.reports.record import Report
+from specpass.reports.record import BackendRecord, GraphRecord
 
 LENGTHS = (4096, 32768, 131072)
 NEW_TOKENS = 256
 BREAKS = {"kv_bytes": "KV cache", "bytes": "bytes moved", "flops": "FLOPs"}
+
+
+def text(record: BackendRecord) -> str:
+    """What was compiled, refused and left alone, and what it costs."""
+    lines = [f"specpass: {record.method}, lowering={record.lowering}"]
+    if record.draft_seconds:
+        lines.append(f"draft captured in {record.draft_seconds:.1f} s")
+    for graph in record.graphs:
+        lines += graph_lines(graph)
+    lines += [f"refused: {reason} (the model runs exactly)" for reason in record.refusals]
+    if record.foreign:
+        lines.append(f"{record.foreign} graph(s) without a BudgetCache run exactly")
+    if not record.graphs and not record.foreign:
+        lines.append("nothing compiled yet: call the model once")
+    costs = record.costs()
+    if costs is not None and not record.refusals:
+        lines += cost_lines(costs)
+    return "\n".join(lines)
+
+
+def graph_lines(graph: GraphRecord) -> list[str]:
+    what = "exact (refused)" if graph.exact else f"{len(graph.sites)} sites rewritten"
+    passes = sum(graph.pass_seconds.values())
+    lines = [
+        f"{graph.kind} graph: {what}, {graph.distinct_regions} distinct of {graph.regions} regions compiled; "
+        f"trace {graph.trace_seconds:.1f} s, passes {passes:.2f} s, lowering {graph.lower_seconds:.1f} s"
+    ]
+    budgets = sorted({budget for _, budget in graph.sites if budget})
+    if budgets:
+        lines.append(f"  budget per KV head and layer: {', '.join(map(str, budgets))} slots")
+    counts = collections.Counter(str(choice) for _, choice in graph.choices)
+    lines += [f"  {count} x {choice}" for choice, count in counts.items()]
+    return lines + [f"  note: {note}" for note in graph.notes]
 
 
 def cost_lines(costs: Costs, new_tokens: int = NEW_TOKENS) -> list[str]:
@@ -21,11 +55,12 @@ def cost_lines(costs: Costs, new_tokens: int = NEW_TOKENS) -> list[str]:
         read = " -> ".join(amount(pair["prefill_flops"][i] + pair["draft_flops"][i], "FLOP") for i in (0, 1))
         step = " -> ".join(amount(value, "B") for value in pair["decode_bytes"])
         lines.append(f"at {length:,} tokens: KV cache {cache}, prefill and draft {read}, a decode step moves {step}")
-    breaks = (f"{BREAKS[what]} {_break(costs.break_even(what, new_tokens))}" for what in BREAK_EVENS)
+    breaks = (f"{BREAKS[what]} {break_even(costs.break_even(what, new_tokens))}" for what in BREAK_EVENS)
     return [*lines, f"pays from a prompt of ({new_tokens} new tokens): {', '.join(breaks)}"]
 
 
-def _break(length: int | None) -> str:
+def break_even(length: int | None) -> str:
+    """The shortest prompt that pays, in words."""
     return "never" if length is None else f"{length:,} tokens"
 
 
@@ -40,9 +75,9 @@ def amount(value: float, unit: str) -> str:
     return f"{value:,.1f} {prefixes[-1]}{unit}"
 
 
-def budget_lines(report: Report) -> list[str]:
+def budget_lines(record: BackendRecord) -> list[str]:
     """Runs of sites with one budget: `model.layers.0.self_attn .. model.layers.27.self_attn: 1,024 slots`."""
-    sites = next((record.sites for record in report.graphs if record.sites and not record.exact), [])
+    sites = next((graph.sites for graph in record.graphs if graph.sites and not graph.exact), [])
     lines = []
     for budget, run in itertools.groupby(sites, key=lambda site: site[1]):
         paths = [module for module, _ in run]

@@ -18,7 +18,6 @@ from specpass.backend import compile as backend
 from specpass.errors import NoCudaError
 from specpass.lowering import lower as lowering
 from specpass.lowering.cuda_graph import KEPT, GraphedStep, moving_inputs, on_cuda
-from specpass.reports.record import GraphRecord
 
 METHOD = specpass.SnapKV(budget=12, window=4)
 
@@ -105,15 +104,18 @@ def test_without_cuda_it_is_an_error_at_both_doors() -> None:
     assert "_specpass" not in target.__dict__
 
 
-def test_only_decode_on_cuda_is_graphed() -> None:
+def test_only_decode_on_cuda_is_graphed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "fuse", lambda *_: None)  # which asks for a decode step's operators
+
     def step(x: torch.Tensor) -> tuple[torch.Tensor]:
         return (x + 1,)
 
-    for device, kind, graphed in (("cuda", "decode", True), ("cuda", "prefill", False), ("cpu", "decode", False)):
+    for device, decode, graphed in (("cuda", True, True), ("cuda", False, False), ("cpu", True, False)):
         with FakeTensorMode():
             gm = make_fx(step)(torch.empty(2, 1, device=device))
         gm.graph.find_nodes(op="placeholder")[0].meta["specpass_source"] = "L['kwargs']['input_ids']"
         assert on_cuda(gm) == (device == "cuda")
         assert moving_inputs(gm) == (0,)
-        call = lowering.lower(gm, "eager", GraphRecord(kind), cudagraphs=True)
-        assert isinstance(call, GraphedStep) == graphed
+        done = lowering.lower(gm, "eager", "decode" if decode else "append", cudagraphs=True)
+        assert isinstance(done.run, GraphedStep) == graphed
+        assert bool(done.notes) == graphed

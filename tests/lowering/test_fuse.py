@@ -20,9 +20,10 @@ from specpass.dialect.define import SPEC
 from specpass.graph.walk import find
 from specpass.kernels import dispatch
 from specpass.kernels.dispatch import Choice
-from specpass.lowering import fuse as fusing
+from specpass.lowering import fuse_append
 from specpass.lowering.choose import choose_sites
-from specpass.lowering.fuse import fuse
+from specpass.lowering.fuse import FUSION
+from specpass.rewrite import Facts, Request
 
 pytestmark = pytest.mark.usefixtures("triton_counts_as_installed")
 B, H, K, T, R, P, W, D = 2, 8, 2, 60, 12, 84, 4, 64
@@ -31,7 +32,7 @@ B, H, K, T, R, P, W, D = 2, 8, 2, 60, 12, 84, 4, 64
 @pytest.fixture
 def fused_appends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table says kernel for CPU tensors; the operator itself still runs its reference there."""
-    monkeypatch.setattr(fusing, "choose", lambda operator, operands: Choice(operator, "decode_append", "a test"))
+    monkeypatch.setattr(fuse_append, "choose", lambda operator, operands: Choice(operator, "decode_append", "a test"))
 
 
 def prefill(query: Any, key: Any, value: Any, rows: Any, lengths: Any) -> Any:
@@ -69,6 +70,13 @@ def traced(
         return make_fx(function or of, pre_dispatch=True)(*inputs(of, device, dtype))
 
 
+def fuse(gm: fx.GraphModule) -> None:
+    """Both passes, alone: these graphs are parts of a layer, no stage of a model's."""
+    for item in FUSION:
+        item.run(gm, Request("decode"), Facts())
+    gm.graph.lint()
+
+
 def text(gm: fx.GraphModule) -> str:
     """Calls of specpass's operators, one a line."""
     return "\n".join(
@@ -100,7 +108,8 @@ def test_a_decode_step_writes_and_attends_in_one_launch() -> None:
     gm = traced(step, "cuda")
     fuse(gm)
     assert text(gm) == (
-        "append_attend_default = specpass.append_attend.default(keys_1, values_1, used_1, query_1, key_1, value_1, 0.1)"
+        "append_attend_default = specpass.append_attend.default(keys_1, values_1, used_1, query_1, key_1, value_1, 0.1, "
+        "0.0, None)"
     )
     assert [str(choice) for _, choice in choose_sites(gm)] == [
         "append_attend: kernel decode_append (shapes are supported)"
@@ -205,9 +214,9 @@ def test_generation_does_not_notice(method: Any, lowering: str, monkeypatch: pyt
         return found, [str(choice) for record in specpass.report(model).graphs for _, choice in record.choices]
 
     with monkeypatch.context() as patch:
-        patch.setattr("specpass.lowering.lower.fuse", lambda gm: None)
+        patch.setattr("specpass.lowering.lower.fuse", lambda *_: None)
         theirs, plain = generate("eager")
-    monkeypatch.setattr(fusing, "choose", lambda operator, operands: Choice(operator, "decode_append", "a test"))
+    monkeypatch.setattr(fuse_append, "choose", lambda operator, operands: Choice(operator, "decode_append", "a test"))
     ours, names = generate(lowering)
     assert ours.tokens == theirs.tokens
     torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=1e-4)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import operator
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import specpass
 import specpass.backend.compile
 from specpass.graph.edit import copy_module
 from specpass.lowering.fuse import FUSION
+from specpass.lowering.lower import Lowered
 from specpass.passes import pipeline
 from specpass.rewrite import Request
 from specpass.rewrite.stages import STAGES, check_stage
@@ -76,15 +76,15 @@ class Record:
         if name != "traced":
             self.after[request.kind, name] = count(gm)
 
-    def lower(self, gm: fx.GraphModule, lowering: str, record: Any, *options: Any) -> Callable[..., Any]:
+    def lower(self, gm: fx.GraphModule, lowering: str, kind: str, **options: Any) -> Lowered:
         gm.recompile()
 
         def run(*args: Any) -> Any:
-            if record.kind == "prefill":
+            if kind == "prefill":
                 self.inputs.append(args)
             return gm.forward(*args)
 
-        return run
+        return Lowered(run, (), 0, 0, (), 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -31,16 +32,16 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     lower = backend.lower
 
-    def counting(*args: Any) -> Any:
-        run = lower(*args)
+    def counting(*args: Any, **options: Any) -> Any:
+        lowered = lower(*args, **options)
 
         def counted(*inputs: Any) -> Any:
             with FlopCounterMode(display=False) as counter:
-                out = run(*inputs)
+                out = lowered.run(*inputs)
             found.append(counter.get_total_flops())
             return out
 
-        return counted
+        return dataclasses.replace(lowered, run=counted)
 
     monkeypatch.setattr(backend, "lower", counting)
     return found

@@ -1,0 +1,109 @@
+"""A compiled model's call: checked, brought into the form with the fewest graphs, and handed to Dynamo."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from specpass.backend import checks
+from specpass.backend.compile import Backend
+from specpass.backend.limit import raised_limit
+from specpass.cache.budget import BudgetCache
+from specpass.graph.roles import ROLES
+
+
+class LooseBackend:
+    """A backend for Dynamo, which holds all that it ever saw until torch._dynamo.reset(), without holding the draft.
+
+    The model's own attributes hold the backend: it lives until the model dies or is restored.
+    """
+
+    __name__ = "specpass"
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = weakref.ref(backend)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
+        backend = self.backend()
+        assert backend is not None, "called by a model that holds its backend"
+        return backend(gm, example_inputs)
+
+
+def fresh_forward(target: nn.Module) -> types.FunctionType:
+    """A function with a code object of its own: Dynamo's recompile limit counts per code object."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return target._call_impl(*args, **kwargs)
+
+    code = forward.__code__.replace(co_name=f"specpass_forward_{id(forward):x}")
+    return types.FunctionType(code, forward.__globals__, forward.__name__, None, forward.__closure__)
+
+
+def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
+    warned = False
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal warned
+        checks.check_decoder(target, "target")  # train() may have been called since compile
+        checks.check_draft(backend.draft, backend.method)
+        kwargs.update(zip(ROLES, args, strict=False))
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, BudgetCache) or len(args) > len(ROLES):
+            if not warned:
+                warnings.warn(
+                    f"specpass: past_key_values is {type(cache).__name__}, not a BudgetCache, so the model runs "
+                    "exactly, unpruned. Use generate(), or pass specpass.BudgetCache(model.config, method).",
+                    stacklevel=3,
+                )
+                warned = True
+            return target._call_impl(*args[len(ROLES) :], **kwargs)
+        prepare(cache, kwargs)
+        with raised_limit(specialize_float=True), collector_rests_while_compiling():
+            return compiled(**kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def collector_rests_while_compiling() -> Iterator[None]:
+    """No garbage collection inside a compilation: tracing makes millions of objects, and each full pass looks at all.
+
+    It takes an eighth off the time of a trace. Calls that compile nothing are not touched.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    handler = torch._dynamo.callback.callback_handler
+    start = handler.register_start_callback(lambda _: gc.disable())
+    end = handler.register_end_callback(lambda _: gc.enable())
+    try:
+        yield
+    finally:
+        handler.remove_start_callback(start)
+        handler.remove_end_callback(end)
+        gc.enable()
+
+
+def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
+    """Bring a call into the form with the fewest graphs: no mask where none is needed, room for the new tokens."""
+    mask = kwargs.get("attention_mask")
+    if not cache.layers[0].is_initialized:
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            if bool(mask.all()):  # reads the mask once, before anything is queued
+                del kwargs["attention_mask"]
+            elif kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        return
+    ids = kwargs.get("input_ids")
+    cache.reserve(ids.shape[1] if ids is not None else 1)
+    if not cache.exact:
+        kwargs.pop("attention_mask", None)  # lengths say which slots are in use

@@ -1,0 +1,44 @@
+"""What Hugging Face's generate() asks of a compiled model: its cache, and no masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from specpass.backend.compile import Backend
+from specpass.cache.budget import BudgetCache
+
+
+def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
+    def prepare_cache(
+        generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:
+        """Stands in for the method of the same name, and asks it wherever the user chose a cache."""
+        chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
+        if chosen or generation_config.use_cache is False:
+            return type(target)._prepare_cache_for_generation(
+                target, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        prompt = prompt_length(generation_config, model_kwargs)
+        model_kwargs["past_key_values"] = BudgetCache(
+            target.config, backend.method, max_new_tokens=generation_config.max_length - prompt, prompt_length=prompt
+        )
+        generation_config.disable_compile = True  # generate would compile the call a second time on a GPU
+        return None
+
+    return prepare_cache
+
+
+def prompt_length(generation_config: Any, model_kwargs: dict) -> int:
+    """S as generate sees it, padding included."""
+    mask = model_kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return mask.shape[1]
+    return generation_config.max_length - (generation_config.max_new_tokens or 1)
+
+
+def keep_mask(attention_mask: Any = None, **_: Any) -> Any:
+    """generate would build a 4-D mask in slot coordinates for every step; lengths replace it."""
+    return attention_mask

@@ -1,0 +1,151 @@
+"""What transformers asks of a cache and of its layers, answered in terms of slots in use and tokens counted.
+
+Two lengths: the logical one is what generate counts (positions), the physical one is slots (masks). generate, beam
+search and the models' own code call these methods; storage is in layer.py, what is kept in budget.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from specpass.cache.layer import Storage
+from specpass.dialect.define import SPEC
+from specpass.errors import CacheStateError
+
+if TYPE_CHECKING:
+    from specpass.cache.budget import BudgetCache
+
+
+class CacheProtocol(Cache):
+    """transformers' side of a BudgetCache."""
+
+    layers: list[BudgetLayer]
+    seen: Any  # tokens that generate counts: 0, or a 0-d tensor after the prefill
+    appended: int
+    lookahead_ids: Tensor | None
+    prompt_positions: Tensor | None
+    shift: Tensor | None
+
+    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
+        """Physical length: slots in use, as a 0-d tensor after the prefill (masks are in slot coordinates)."""
+        layer = self.layers[layer_idx]
+        return layer.lengths.max() if layer.is_initialized else 0
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `tokens_to_remove` tokens that were appended behind the pruned prompt.
+
+        Raises:
+            CacheStateError: more tokens than were appended; dropped prompt positions cannot come back.
+        """
+        tokens_to_remove = abs(tokens_to_remove)  # transformers' own layers take it negative
+        if tokens_to_remove == 0 or not self.layers[0].is_initialized:
+            return
+        if not 0 < tokens_to_remove <= self.appended:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): only the {self.appended} tokens behind the pruned prompt can be removed; "
+                "call reset() to prune a prompt anew."
+            )
+        for layer in self.layers:
+            layer.lengths.sub_(tokens_to_remove)
+        self.seen.sub_(tokens_to_remove)
+        self.appended -= tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.map_rows(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.map_rows(lambda t: t[indices])
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of the batch to what the cache itself holds of each row."""
+        for name in ("lookahead_ids", "prompt_positions", "shift"):
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
+
+
+class BudgetLayer(Storage, CacheLayerMixin):
+    """One layer of a BudgetCache, as transformers knows it."""
+
+    is_sliding = False
+    is_croppable = False  # a crop into the pruned prompt cannot put dropped positions back
+    supports_early_init = False
+
+    def __init__(self, cache: BudgetCache, index: int, budget: int) -> None:
+        self.cache = cache
+        self.index = index
+        self.budget = budget
+        self.reset()
+
+    @property
+    def is_compileable(self) -> bool:
+        # True once the prefill is over: generate then makes a mask of fixed shape for each decode step.
+        return self.is_initialized and not self.cache.exact
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The prefill graph makes the storage; there is nothing to prepare."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Traces to `specpass::fill` (prefill) or `specpass::append_kv` (afterwards); see `BudgetCache.update`."""
+        cache = self.cache
+        if not self.is_initialized:
+            short = cache.fits(key_states)
+            budget = cache.whole if short else self.budget
+            self.key_buffer, self.value_buffer, self.lengths, self.positions = SPEC.fill(
+                key_states, value_states, cache.handle, budget, cache.room, self.index, short
+            )
+            self.is_initialized = True
+            return key_states, value_states
+        if cache.exact:  # kept whole, without free slots: goes on like transformers' DynamicCache
+            self.key_buffer, self.value_buffer = SPEC.extend_kv(self.keys, self.values, key_states, value_states)
+            self.lengths.add_(key_states.shape[2])
+            return self.keys, self.values
+        SPEC.append_kv(self.key_buffer, self.value_buffer, self.lengths, key_states, value_states, cache.handle)
+        if cache.widest is None:
+            return self.keys, self.values
+        slots = cache.layers[cache.widest].slots  # the model makes one mask for all layers
+        return tuple(SPEC.widen(buffer, self.kv_heads, slots) for buffer in (self.key_buffer, self.value_buffer))
+
+    def get_seq_length(self) -> int | Tensor:
+        return self.cache.seen if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.cache.exact:
+            return self.slots + query_length, 0
+        if not torch.compiler.is_compiling():
+            self.cache.reserve(query_length)  # generate asks before each step: the time to make room
+        widest = self if self.cache.widest is None else self.cache.layers[self.cache.widest]
+        return (widest.slots, 0) if self.is_initialized else (query_length, 0)
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map_tensors(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map_tensors(lambda t: t[indices])
+
+    def offload(self) -> None:
+        self.map_tensors(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Layers stay where the graph made them."""

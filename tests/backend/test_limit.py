@@ -1,0 +1,97 @@
+"""Dynamo's recompile limit holds more graphs for our models, and is nobody else's business."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import call, compile_eager
+from tiny import prompt, tiny
+from torch._dynamo.repro import after_dynamo
+
+import specpass
+from specpass.backend.entry import entry_point
+from specpass.backend.limit import RECOMPILE_LIMIT
+
+METHOD = specpass.StreamingLLM(budget=0.5)
+LIMIT = torch._dynamo.config.recompile_limit
+
+
+def ours(target: Any) -> Any:
+    return compile_eager(target, METHOD)
+
+
+def plain(target: Any) -> Any:
+    target.compile(backend=specpass.Backend(method=METHOD, lowering="eager"), dynamic=True)
+    return target
+
+
+def named(target: Any) -> Any:
+    return torch.compile(target, backend=entry_point, dynamic=True, options={"method": METHOD, "lowering": "eager"})
+
+
+DOORS = (ours, plain, named)
+
+
+@pytest.fixture(autouse=True)
+def forgetful() -> None:
+    torch._dynamo.reset()
+
+
+def check_many(door: Callable[[Any], Any], graphs: int, limit: int) -> None:
+    """Each budget's prompt is pruned: past the limit, BudgetCache.update would be called uncompiled, and raise."""
+    target = tiny(layers=1)
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        model = door(target)
+        for budget in range(1, graphs + 1):  # in steps of 64: a graph each
+            cache = specpass.BudgetCache(target.config, METHOD, max_new_tokens=6, prompt_length=128 * budget)
+            call(model, prompt(128 * budget), cache)
+            assert cache.layers[0].positions.shape[2] == 64 * budget
+            assert torch._dynamo.config.recompile_limit == limit
+    assert len(specpass.report(target).graphs) == graphs
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_holds_more_graphs_than_the_limit(door: Callable[[Any], Any]) -> None:
+    check_many(door, graphs=4, limit=2)
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_in_a_worker_thread_too(door: Callable[[Any], Any]) -> None:
+    """Dynamo's settings are a thread's own."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(check_many, door, graphs=4, limit=2).result()
+
+
+def test_dynamos_own_limit_is_not_ours() -> None:
+    check_many(named, graphs=9, limit=LIMIT)
+
+
+def test_the_limit_is_the_users_again_after_an_error() -> None:
+    model = plain(tiny(layers=1))
+    with pytest.raises(specpass.errors.MethodMismatchError):
+        call(model, prompt(60), specpass.BudgetCache(model.config, specpass.SnapKV(budget=40), max_new_tokens=6))
+    assert torch._dynamo.config.recompile_limit == LIMIT
+
+
+def test_a_foreign_backend_keeps_its_limit() -> None:
+    seen = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        seen.append(torch._dynamo.config.recompile_limit)
+        return gm.forward
+
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
+    assert seen == [LIMIT]
+
+
+def test_where_dynamo_does_not_ask_the_limit_is_raised_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(after_dynamo.WrapBackendDebug, "backend_ctx_ctor")
+    model = plain(tiny(layers=1))
+    cache = specpass.BudgetCache(model.config, METHOD, max_new_tokens=6, prompt_length=128)
+    with torch._dynamo.config.patch(recompile_limit=LIMIT):
+        call(model, prompt(128), cache)
+        assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
