@@ -108,8 +108,8 @@ def test_a_decode_step_writes_and_attends_in_one_launch() -> None:
     gm = traced(step, "cuda")
     fuse(gm)
     assert text(gm) == (
-        "append_attend_default = specpass.append_attend.default(keys_1, values_1, used_1, query_1, key_1, value_1, 0.1, "
-        "0.0, None)"
+        "append_attend_default = specpass.append_attend.default(keys_1, values_1, used_1, query_1, key_1, value_1, "
+        "0.1, 0.0, None)"
     )
     assert [str(choice) for _, choice in choose_sites(gm)] == [
         "append_attend: kernel decode_append (shapes are supported)"
