@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from specpass.errors import MethodHookError
 from specpass.graph.edit import Editor, quiet
-from specpass.graph.walk import output_of
+from specpass.graph.operands import returned
 
 
 class Inline:
@@ -48,7 +48,7 @@ class Inline:
                     for name in ("nn_module_stack", "stack_trace"):
                         if like is not None and name in like.meta:
                             new.meta[name] = like.meta[name]
-        return env[output_of(graph).args[0]]
+        return env[returned(graph)]
 
     def _trace(self, values: list[Any]) -> fx.GraphModule:
         try:
@@ -59,7 +59,7 @@ class Inline:
                 f"{self.name} cannot be traced into the graph ({type(error).__name__}: {error}). Use torch operations "
                 "on its arguments only: no .item(), no branch on a tensor's values."
             ) from error
-        result = output_of(traced.graph).args[0]
+        result = returned(traced.graph)
         if not isinstance(result, fx.Node) or not isinstance(result.meta.get("val"), torch.Tensor):
             raise MethodHookError(f"{self.name} must return one tensor that it computed, not {result!r}.")
         return traced
