@@ -46,7 +46,7 @@ class Factor(Operands, packets=[ATEN.mul, ATEN.div]):
     other: Any
 
     @staticmethod
-    def multiplies(node: Any) -> bool:
+    def multiplies(node: fx.Node) -> bool:
         return is_op(node, ATEN.mul)
 
 
@@ -140,6 +140,6 @@ class Written(Operands):
     input: fx.Node
 
     @classmethod
-    def is_call(cls, node: Any) -> bool:
+    def is_call(cls, node: object) -> bool:
         schema = getattr(getattr(node, "target", None), "_schema", None)
         return schema is not None and schema.is_mutable

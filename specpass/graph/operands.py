@@ -55,23 +55,23 @@ class Operands:
             if unknown:
                 raise TypeError(f"{cls.__name__}: {packet} has no operand {sorted(unknown)}")
 
-    def __init__(self, node: Any) -> None:
+    def __init__(self, node: fx.Node) -> None:
         if not self.is_call(node):
             raise TypeError(f"{node} is no call of {', '.join(map(str, self.packets))}")
         self.node = node
 
     @classmethod
-    def of(cls, node: Any) -> Self:
+    def of(cls, node: fx.Node) -> Self:
         """Raises: TypeError: the node calls something else."""
         return cls(node)
 
     @classmethod
-    def match(cls, node: Any) -> Self | None:
+    def match(cls, node: object) -> Self | None:
         """The view, or None where the node calls something else (or is no node)."""
         return cls(node) if cls.is_call(node) else None
 
     @classmethod
-    def is_call(cls, node: Any) -> bool:
+    def is_call(cls, node: object) -> bool:
         return is_op(node, *cls.packets)
 
     @classmethod
@@ -129,7 +129,7 @@ class GetItem:
         self.source, self.index = node.args
 
     @classmethod
-    def match(cls, node: Any) -> GetItem | None:
+    def match(cls, node: object) -> GetItem | None:
         return cls(node) if isinstance(node, fx.Node) and node.target is operator.getitem else None
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
+import sympy
 import torch
 from torch import fx
 
 _ROOT = re.compile(r"^[LG]\['\w+'\]\.?")  # how Dynamo names the module that it was called with
 ATEN = torch.ops.aten
+Size: TypeAlias = "torch.SymInt | sympy.Expr"  # a symbolic size, or its expression
 VIEWS = (ATEN.reshape, ATEN.view, ATEN._unsafe_view)
 
 
-def is_op(node: Any, *packets: Any) -> bool:
+def is_op(node: object, *packets: Any) -> bool:
     """Whether `node` calls one of the operator packets (any overload)."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
@@ -25,18 +27,18 @@ def find(graph: fx.Graph, *packets: Any) -> list[fx.Node]:
     return [node for node in graph.nodes if is_op(node, *packets)]
 
 
-def value(argument: Any) -> Any:
+def value(argument: object) -> Any:
     """The fake value of a node, or the constant itself."""
     return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
 
-def is_size(size: Any, columns: Any) -> bool:
+def is_size(size: object, columns: Size) -> bool:
     """Whether `size` is the symbolic size `columns` (a SymInt or its expression)."""
     expr = columns.node.expr if isinstance(columns, torch.SymInt) else columns
     return isinstance(size, torch.SymInt) and size.node.expr == expr
 
 
-def depends(val: Any, columns: Any) -> bool:
+def depends(val: object, columns: Size) -> bool:
     """Whether a number, or some size or stride of a value or of a list's items, has a symbol of `columns` in it."""
     expr = columns.node.expr if isinstance(columns, torch.SymInt) else columns
     if isinstance(val, torch.SymInt):
@@ -90,7 +92,7 @@ def behind(node: fx.Node) -> set[fx.Node]:
 FULL = (1 << 63) - 1
 
 
-def skip_full_slices(node: Any) -> Any:
+def skip_full_slices(node: fx.Node) -> fx.Node:
     """Step over `x[:, :]` spelled as aten.slice over the whole axis."""
     while is_op(node, ATEN.slice) and tuple(node.args[2:4]) in ((0, FULL), (None, None)) and len(node.args) < 5:
         node = node.args[0]

@@ -150,13 +150,15 @@ def attention_onnx(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, sc
     return torch.matmul(torch.softmax(logits + bias, -1), value)
 
 
-def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
     """query [B, H, q, D], key [B, K, P, D], value [B, K, P, Dv]: scores and their product with V, for all H heads."""
     batch, heads, rows, dim = query
     return 2 * batch * heads * rows * key[2] * (dim + value[3])
 
 
-def append_flops(keys: Any, values: Any, lengths: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
+def append_flops(
+    keys: torch.Size, values: torch.Size, lengths: torch.Size, query: torch.Size, key: torch.Size, *_: Any, **__: Any
+) -> int:
     """keys [B, K * P, D], values [B, K * P, Dv], query [B, H, 1, D], key [B, K, 1, D]: as attention over P slots."""
     batch, kv_heads = key[:2]
     slots = keys[1] // kv_heads

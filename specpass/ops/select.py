@@ -73,7 +73,7 @@ def _ascending(positions: Tensor, never: int) -> Tensor:
     return ordered.masked_fill(ordered >= never, -1)
 
 
-def importance_flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
+def importance_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
     """query [B, H, R, D], key [B, K, T, D]: one product."""
     batch, heads, rows, dim = query
     return 2 * batch * heads * rows * key[2] * dim

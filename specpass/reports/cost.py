@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 from sympy import Expr, Symbol
@@ -28,6 +28,9 @@ B, S, L, W, C, N, M = (Symbol(name, positive=True) for name in "BSLWCNM")
 C_P, W_P, N_P = (Symbol(name, positive=True) for name in ("C_p", "W_p", "n_p"))
 
 BREAK_EVENS = ("kv_bytes", "bytes", "flops")
+
+
+Amount: TypeAlias = "Expr | int"  # of rows, slots or layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Forms:
         """Numbers in one layer's weight matrices."""
         return 2 * self.E * self.H * self.D + 2 * self.E * self.K * self.D + self.m * self.E * self.I
 
-    def flops(self, rows: Any, columns: Any, heads: Any) -> Expr:
+    def flops(self, rows: Amount, columns: Amount, heads: Amount) -> Expr:
         """`rows` new tokens of each prompt against `columns` keys; logits of `heads` rows."""
         linear = 2 * B * rows * self.n * self.layer()
         return linear + 4 * B * rows * columns * self.n * self.H * self.D + 2 * B * heads * self.E * self.V
@@ -52,15 +55,15 @@ class Forms:
         """Bytes of the weights that one pass reads."""
         return self.b * (self.n * self.layer() + self.E * self.V)
 
-    def kv(self, slots: Any) -> Expr:
+    def kv(self, slots: Amount) -> Expr:
         """Bytes of keys and values in `slots` slots of every layer and head."""
         return 2 * self.keys(slots, self.n)
 
-    def keys(self, slots: Any, layers: Any) -> Expr:
+    def keys(self, slots: Amount, layers: Amount) -> Expr:
         """Bytes of keys in `slots` slots of every head of `layers` layers."""
         return layers * B * self.K * self.D * slots * self.b
 
-    def scores(self, rows: Any, columns: Any, layers: Any) -> Expr:
+    def scores(self, rows: Amount, columns: Amount, layers: Amount) -> Expr:
         """FLOPs of scoring `rows` queries of every head of `layers` layers against `columns` keys."""
         return 2 * B * layers * self.H * self.D * rows * columns
 

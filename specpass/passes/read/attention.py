@@ -82,7 +82,7 @@ def one_operator(editor: Editor, logits: Logits, product: Matmul) -> fx.Node:
     return sdpa
 
 
-def read_logits(node: Any) -> Logits | None:
+def read_logits(node: fx.Node) -> Logits | None:
     """Parse from the softmax back to the product; None where a step is unknown."""
     node, sinks = without_sinks(skip(node))
     node, mask = without_mask(skip(node))
@@ -97,14 +97,14 @@ def read_logits(node: Any) -> Logits | None:
     return Logits(product.input, turned.input, mask, scale, softcap, sinks)
 
 
-def skip(node: Any) -> Any:
+def skip(node: fx.Node) -> fx.Node:
     """Step over casts, copies and inactive dropout."""
     while (passive := Passive.match(node)) is not None:
         node = passive.input
     return node
 
 
-def without_mask(node: Any) -> tuple[Any, fx.Node | None]:
+def without_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """x and mask of `x + mask`."""
     total = Add.match(node)
     if total is None or not all(isinstance(part, fx.Node) for part in (total.input, total.other)):
@@ -112,7 +112,7 @@ def without_mask(node: Any) -> tuple[Any, fx.Node | None]:
     return skip(total.input), total.other
 
 
-def without_factor(node: Any) -> tuple[Any, float]:
+def without_factor(node: fx.Node) -> tuple[fx.Node, float]:
     """x and s of `x * s` or `x / (1 / s)`; 1.0 where no number multiplies."""
     factor = Factor.match(node)
     if factor is None or not isinstance(factor.other, (int, float)):
@@ -121,7 +121,7 @@ def without_factor(node: Any) -> tuple[Any, float]:
     return skip(factor.input), number if Factor.multiplies(node) else 1.0 / number
 
 
-def without_cap(node: Any) -> tuple[Any, float]:
+def without_cap(node: fx.Node) -> tuple[fx.Node, float]:
     """x and c of `c * tanh(x / c)`; 0.0 where there is no such cap."""
     inner, cap = without_factor(node)
     capped = Tanh.match(inner)
@@ -131,7 +131,7 @@ def without_cap(node: Any) -> tuple[Any, float]:
     return (inner, cap) if abs(cap * share - 1.0) < 1e-6 else (node, 0.0)
 
 
-def without_sinks(node: Any) -> tuple[Any, fx.Node | None]:
+def without_sinks(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """x and sinks [H] of `cat([x, expand(reshape(sinks))])`, with or without its rows' maximum taken off."""
     less, joined = Sub.match(node), Cat.match(node)
     if less is not None and largest_of(less.other) is less.input:
@@ -146,7 +146,7 @@ def without_sinks(node: Any) -> tuple[Any, fx.Node | None]:
     return (logits, sinks) if width == 1 and tuple(value(sinks).shape) == (heads,) else (node, None)
 
 
-def largest_of(node: Any) -> Any:
+def largest_of(node: fx.Node) -> fx.Node | None:
     """x of `x.max(-1, keepdim=True).values` or `x.amax(-1, True)`."""
     item = GetItem.match(node)
     if item is not None and item.index == 0:
