@@ -201,10 +201,8 @@ class Backend:
             except Refusal as refusal:
                 raise Refusal(f"the draft cannot be captured: {refusal}") from refusal
             self.report.draft_seconds = time.perf_counter() - start
-        method: Any = cache.method
-        return dataclasses.replace(
-            self._graphs, temperature=method.temperature, seed=method.seed, target_vocab=cache.config.vocab_size
-        )
+        how, vocab = cache.method, cache.config.vocab_size
+        return dataclasses.replace(self._graphs, temperature=how.temperature, seed=how.seed, target_vocab=vocab)
 
     def _check_cache(self, cache: BudgetCache) -> None:
         mine = dataclasses.replace(self.method, budget=cache.method.budget)
