@@ -15,10 +15,14 @@ from specpass.rewrite import Facts, Kind, Observer, Pass, Pipeline, Request
 FUSION: tuple[Pass, ...] = (ShareLse(), FuseAppend())
 
 
-def fuse(gm: fx.GraphModule, request: Request, observers: Iterable[Observer] = ()) -> None:
+def fuse(
+    gm: fx.GraphModule, request: Request, skip: Iterable[str] = (), observers: Iterable[Observer] = ()
+) -> dict[str, float]:
     """Fuse a PRUNED graph in place, the graphs that it calls (the draft's) too.
 
     Those are shared by the target's graphs, so fused copies take their place, made once and kept beside them.
+
+    Returns: seconds of each pass over `gm`.
     """
     for name, child in list(gm.named_children()):
         if isinstance(child, fx.GraphModule):
@@ -26,7 +30,9 @@ def fuse(gm: fx.GraphModule, request: Request, observers: Iterable[Observer] = (
             if fused is None:
                 fused = copy_module(child)
                 kind: Kind = "decode" if AppendKv.find(child.graph) else "prefill"
-                fuse(fused, Request(kind, model="draft"), observers)
+                fuse(fused, Request(kind, model="draft"), skip, observers)
                 child.meta["specpass_fused"] = fused
             setattr(gm, name, fused)
-    Pipeline(FUSION, entry="PRUNED", observers=observers).run(gm, request, Facts())
+    pipeline = Pipeline(FUSION, entry="PRUNED", skip=skip, observers=observers)
+    pipeline.run(gm, request, Facts())
+    return pipeline.seconds

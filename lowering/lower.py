@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import fx
@@ -13,7 +13,7 @@ from specpass.kernels.dispatch import Choice
 from specpass.lowering.choose import choose_sites
 from specpass.lowering.cuda_graph import GraphedStep, moving_inputs, on_cuda
 from specpass.lowering.fuse import fuse
-from specpass.rewrite import Kind, Request
+from specpass.rewrite import Observer, Request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Lowered:
         regions: decoder layers that became calls.
         distinct_regions: what was compiled for them.
         notes: what else there is to say.
+        pass_seconds: of each fusion pass.
         seconds: wall-clock time.
     """
 
@@ -34,6 +35,7 @@ class Lowered:
     regions: int
     distinct_regions: int
     notes: tuple[str, ...]
+    pass_seconds: dict[str, float]
     seconds: float
 
 
@@ -45,18 +47,29 @@ def prepare(lowering: str) -> None:
         compiler_probe()
 
 
-def lower(gm: fx.GraphModule, lowering: str, kind: Kind, *, cudagraphs: bool = False, fingerprint: str = "") -> Lowered:
+def lower(
+    gm: fx.GraphModule,
+    lowering: str,
+    request: Request,
+    *,
+    cudagraphs: bool = False,
+    fingerprint: str = "",
+    skip: Iterable[str] = (),
+    observers: Iterable[Observer] = (),
+) -> Lowered:
     """`lowering="eager"` runs the operators one by one; "inductor" compiles the decoder layers' regions.
 
     Args:
-        kind: what the graph does.
+        request: what the graph does, and for which method.
         cudagraphs: replay decode steps on CUDA as one CUDA graph.
         fingerprint: of the pipeline that made the graph; it goes into the keys of Inductor's caches.
+        skip: names of fusion passes to leave out.
+        observers: of the fusion passes.
     """
     start = time.perf_counter()
-    graphed = cudagraphs and kind == "decode" and on_cuda(gm)
+    graphed = cudagraphs and request.kind == "decode" and on_cuda(gm)
     moving = moving_inputs(gm)
-    fuse(gm, Request(kind))
+    pass_seconds = fuse(gm, request, skip, observers)
     choices = tuple(choose_sites(gm))
     regions = distinct = 0
     if lowering == "inductor":
@@ -68,4 +81,4 @@ def lower(gm: fx.GraphModule, lowering: str, kind: Kind, *, cudagraphs: bool = F
     seconds = time.perf_counter() - start
     run = GraphedStep(gm.forward, moving) if graphed else gm.forward
     notes = ("decode steps are replayed as one CUDA graph",) if graphed else ()
-    return Lowered(run, choices, regions, distinct, notes, seconds)
+    return Lowered(run, choices, regions, distinct, notes, pass_seconds, seconds)

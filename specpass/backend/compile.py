@@ -20,6 +20,7 @@ from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, tra
 from specpass.dialect.cache import ExtendKv, Fill
 from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError
 from specpass.graph.edit import copy_module
+from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import Method
 from specpass.passes.draft import DraftGraphs
@@ -76,7 +77,7 @@ class Backend:
         checks.check_cudagraphs(cudagraphs)
         self.draft, self.method, self.lowering, self.cudagraphs = draft, method, lowering, cudagraphs
         self.skip_passes, self.full_verify = tuple(skip_passes), full_verify
-        check_names(self.skip_passes, PASSES)  # unknown names are an error now, not at the first call
+        check_names(self.skip_passes, (*PASSES, *FUSION))  # unknown names are an error now, not at the first call
         self.observers = () if observe is None else (observe,)
         self.keep_stages = tuple(keep_stages)
         self.stages: dict[str, fx.GraphModule] = {}
@@ -149,7 +150,13 @@ class Backend:
         alike = len({budget for _, budget in record.sites}) == 1
         static = static_outputs(graph) if alike else {}
         lowered = lower(
-            graph, self.lowering, request.kind, cudagraphs=self.cudagraphs, fingerprint=fingerprint(self.skip_passes)
+            graph,
+            self.lowering,
+            request,
+            cudagraphs=self.cudagraphs,
+            fingerprint=fingerprint(self.skip_passes),
+            skip=self.skip_passes,
+            observers=self.observers,
         )
         record.add(lowered)
         return Call(

@@ -34,6 +34,7 @@ class GraphRecord:
         self.choices = list(lowered.choices)
         self.regions, self.distinct_regions = lowered.regions, lowered.distinct_regions
         self.notes += lowered.notes
+        self.pass_seconds |= lowered.pass_seconds
         self.lower_seconds = lowered.seconds
 
 

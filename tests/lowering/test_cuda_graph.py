@@ -18,6 +18,7 @@ from specpass.backend import compile as backend
 from specpass.errors import NoCudaError
 from specpass.lowering import lower as lowering
 from specpass.lowering.cuda_graph import KEPT, GraphedStep, moving_inputs, on_cuda
+from specpass.rewrite import Request
 
 METHOD = specpass.SnapKV(budget=12, window=4)
 
@@ -105,7 +106,7 @@ def test_without_cuda_it_is_an_error_at_both_doors() -> None:
 
 
 def test_only_decode_on_cuda_is_graphed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowering, "fuse", lambda *_: None)  # which asks for a decode step's operators
+    monkeypatch.setattr(lowering, "fuse", lambda *_: {})  # which asks for a decode step's operators
 
     def step(x: torch.Tensor) -> tuple[torch.Tensor]:
         return (x + 1,)
@@ -116,6 +117,6 @@ def test_only_decode_on_cuda_is_graphed(monkeypatch: pytest.MonkeyPatch) -> None
         gm.graph.find_nodes(op="placeholder")[0].meta["specpass_source"] = "L['kwargs']['input_ids']"
         assert on_cuda(gm) == (device == "cuda")
         assert moving_inputs(gm) == (0,)
-        done = lowering.lower(gm, "eager", "decode" if decode else "append", cudagraphs=True)
+        done = lowering.lower(gm, "eager", Request("decode" if decode else "append"), cudagraphs=True)
         assert isinstance(done.run, GraphedStep) == graphed
         assert bool(done.notes) == graphed

@@ -214,7 +214,7 @@ def test_generation_does_not_notice(method: Any, lowering: str, monkeypatch: pyt
         return found, [str(choice) for record in specpass.report(model).graphs for _, choice in record.choices]
 
     with monkeypatch.context() as patch:
-        patch.setattr("specpass.lowering.lower.fuse", lambda *_: None)
+        patch.setattr("specpass.lowering.lower.fuse", lambda *_: {})
         theirs, plain = generate("eager")
     monkeypatch.setattr(fuse_append, "choose", lambda operator, operands: Choice(operator, "decode_append", "a test"))
     ours, names = generate(lowering)

@@ -76,15 +76,15 @@ class Record:
         if name != "traced":
             self.after[request.kind, name] = count(gm)
 
-    def lower(self, gm: fx.GraphModule, lowering: str, kind: str, **options: Any) -> Lowered:
+    def lower(self, gm: fx.GraphModule, lowering: str, request: Request, **options: Any) -> Lowered:
         gm.recompile()
 
         def run(*args: Any) -> Any:
-            if kind == "prefill":
+            if request.kind == "prefill":
                 self.inputs.append(args)
             return gm.forward(*args)
 
-        return Lowered(run, (), 0, 0, (), 0.0)
+        return Lowered(run, (), 0, 0, (), {}, 0.0)
 
 
 @pytest.fixture(scope="module")
