@@ -223,19 +223,19 @@ def test_what_cannot_be_pruned_runs_exactly_and_says_why(family: str) -> None:
             check_answer(together, twin, own, kept(together.cache, row), row)
 
 
-def test_many_models_never_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_models_never_run_uncompiled() -> None:
     """Dynamo's limit counts per code object, which all models share; past it a call would run uncompiled."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     method = specpass.StreamingLLM(budget=C)
-    for seed in range(3):
-        for door in ("compile", "plain"):
-            model = tiny(seed=seed, layers=1)
-            if door == "compile":
-                compile_eager(model, method)
-            else:
-                model.compile(backend=specpass.Backend(method=method, lowering="eager"), dynamic=True)
-            cache = new_cache(model, method)
-            call(model, prompt(60), cache)
-            assert kept(cache)[0].shape == (2, C)
-            assert specpass.report(model).graphs
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for seed in range(3):
+            for door in ("compile", "plain"):
+                model = tiny(seed=seed, layers=1)
+                if door == "compile":
+                    compile_eager(model, method)
+                else:
+                    model.compile(backend=specpass.Backend(method=method, lowering="eager"), dynamic=True)
+                cache = new_cache(model, method)
+                call(model, prompt(60), cache)
+                assert kept(cache)[0].shape == (2, C)
+                assert specpass.report(model).graphs
