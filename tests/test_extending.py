@@ -157,6 +157,7 @@ def test_an_operators_call_is_seen_by_name_and_runs(operator: Any) -> None:
     assert value(view.node).shape == value(view.scores).shape
     weighed = given["scores"] * given["value"].norm(p=1, dim=-1)
     torch.testing.assert_close(gm(*given.values()), weighed)
+    torch.library.opcheck(operator.packet.default, tuple(given.values()), test_utils=("test_schema", "test_faketensor"))
     allowed = {name: stage.may_hold(operator, left=True) for name, stage in STAGES.items()}
     assert allowed == {"TRACED": False, "DRAFTED": False, "PRUNED": True, "LOWERED": True}
 
@@ -295,9 +296,7 @@ def test_a_pass_in_the_wrong_place_is_an_error(pipeline: ModuleType) -> None:
     index = [item.name for item in pipeline.PASSES].index("score_importance")
     others = [item for item in pipeline.PASSES if item is not own]
     wrong = (*others[:index], own, *others[index:])
-    with pytest.raises(
-        BackendCompilerFailed, match="StageError: weigh_values needs Scores, which no pass before it has"
-    ):
+    with pytest.raises(BackendCompilerFailed, match="StageError: weigh_values needs Scores, which no pass before it"):
         prune(wrong, SNAP, prompt(60))
 
 
