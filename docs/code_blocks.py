@@ -5,14 +5,21 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from griffe import Extension, Module
+from griffe import Class, Extension, Module
 
 _BLOCK = re.compile(r"^(?:before|prefill|decode): .*?(?=\n\n|\Z)", flags=re.M | re.S)
 
 
 class CodeBlocks(Extension):
-    """Fences them in modules' docstrings, which stay as they are in the source."""
+    """Fences them in docstrings of modules and classes, which stay as they are in the source."""
 
     def on_module(self, *, mod: Module, **_: Any) -> None:
-        if mod.docstring is not None:
-            mod.docstring.value = _BLOCK.sub(r"```text\n\g<0>\n```", mod.docstring.value)
+        _fence(mod)
+
+    def on_class(self, *, cls: Class, **_: Any) -> None:
+        _fence(cls)
+
+
+def _fence(documented: Module | Class) -> None:
+    if documented.docstring is not None:
+        documented.docstring.value = _BLOCK.sub(r"```text\n\g<0>\n```", documented.docstring.value)

@@ -1,13 +1,18 @@
 """What the operators of specpass.dialect compute: importing this package binds them.
 
-An operator's file holds its reference in plain aten, its ONNX form where that is another, and its FLOPs.
+A topic's file holds its operators' references in plain aten, their ONNX forms where those are others, and their FLOPs.
 """
 
+import importlib
+
+from specpass.dialect import TOPICS
 from specpass.files import tiles_dir, write_file
 from specpass.kernels import store
-from specpass.ops import attention, cache, draft, prompt, rows, select
 from specpass.ops.bind import IMPLEMENTATIONS
 
-__all__ = ["IMPLEMENTATIONS", "attention", "cache", "draft", "prompt", "rows", "select"]
+__all__ = ["IMPLEMENTATIONS"]
+
+for topic in TOPICS:
+    importlib.import_module(f"{__name__}.{topic}")
 
 store.use(folder=tiles_dir, write=write_file)
