@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from specpass.graph.operands import Operands, operand_names
 
@@ -57,3 +58,8 @@ class Operator(Operands):
     def fake(*args: Any) -> Any:
         """Results of the right shapes and dtypes, from fake tensors."""
         raise NotImplementedError
+
+
+def operator_name(node: fx.Node) -> str:
+    """`select` of a call of specpass::select."""
+    return node.target._schema.name.split("::")[1]

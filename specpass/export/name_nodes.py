@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from specpass.dialect.define import NAMESPACE
+from specpass.dialect.define import NAMESPACE, operator_name
 from specpass.graph.edit import copy_module
 from specpass.graph.operands import GetItem
 from specpass.graph.walk import module_path
@@ -33,11 +33,6 @@ class NameNodes(Pass):
             kind = next((kind for _, kind in (node.meta.get("nn_module_stack") or {}).values()), fx.GraphModule)
             node.meta["nn_module_stack"] = {path: (path, kind)}
             node.meta["stack_trace"] = path or node.name  # nodes without one cost a walk of Python's stack, each time
-
-
-def operator_name(node: fx.Node) -> str:
-    """`select` of a call of specpass::select."""
-    return node.target._schema.name.split("::")[1]
 
 
 def named(gm: fx.GraphModule, kind: Kind, prefix: str = "") -> fx.GraphModule:

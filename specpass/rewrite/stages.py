@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from torch import fx
 
 from specpass.dialect import attention, cache
-from specpass.dialect.define import OPERATORS, ORDER, Operator
-from specpass.graph.walk import is_op, module_path
+from specpass.dialect.define import NAMESPACE, OPERATORS, ORDER, Operator, operator_name
+from specpass.graph.walk import module_path
 from specpass.rewrite.base import Kind
 from specpass.rewrite.verify import StageError
 
@@ -64,20 +64,21 @@ def check_stage(gm: fx.GraphModule, stage: Stage, when: str, *, left: bool, kind
 
     Raises: StageError.
     """
-    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
-    for operator in OPERATORS.values():
+    calls: dict[str, list[fx.Node]] = {}  # of specpass's operators, by name
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "namespace", "") == NAMESPACE:
+            calls.setdefault(operator_name(node), []).append(node)
+    for name, nodes in calls.items():
+        operator, found = OPERATORS[name], nodes[0]
         if not stage.may_hold(operator, left):
-            found = next((node for node in calls if is_op(node, operator.packet)), None)
-            if found is not None:
-                raise StageError(
-                    f"{when}: {found.name} ({module_path(found) or 'no module'}) is not allowed in a {stage.name} "
-                    f"graph: {operator.name} belongs to {operator.since} .. {operator.until}"
-                )
+            raise StageError(
+                f"{when}: {found.name} ({module_path(found) or 'no module'}) is not allowed in a {stage.name} "
+                f"graph: {name} belongs to {operator.since} .. {operator.until}"
+            )
     if not left:
         return
     for choice in stage.must[kind]:
-        packets = [operator.packet for operator in choice]
-        count = sum(1 for node in calls if is_op(node, *packets))
+        count = sum(len(calls.get(operator.name, ())) for operator in choice)
         if count != sites if sites is not None else count == 0:
             names = " or ".join(operator.name for operator in choice)
             raise StageError(

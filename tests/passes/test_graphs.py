@@ -287,7 +287,7 @@ def test_stages_say_what_a_graph_holds(record: Record) -> None:
         check_stage(stages[name], STAGES[name], "mine", left=True, kind="prefill", sites=LAYERS)
     with pytest.raises(StageError, match=r"mine: fill\w* \(model.layers.0.*\) is not allowed in a PRUNED graph"):
         check_stage(stages["DRAFTED"], STAGES["PRUNED"], "mine", left=True, kind="prefill", sites=LAYERS)
-    with pytest.raises(StageError, match=r"gather_kv belongs to PRUNED .. LOWERED"):
+    with pytest.raises(StageError, match=r"score_rows belongs to PRUNED .. LOWERED"):
         check_stage(stages["PRUNED"], STAGES["DRAFTED"], "mine", left=False, kind="prefill", sites=LAYERS)
     with pytest.raises(
         StageError, match="one gather_kv or keep_kv for each of its 3 attention sites, and this one has 2"
