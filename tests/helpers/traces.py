@@ -42,7 +42,9 @@ def prompt_graph(
     layers: int = 1,
     **config: Any,
 ) -> Traced:
-    """(input_ids [B, S], handle [], [attention_mask [B, S]], [position_ids [B, S]], *parameters) -> see `results`.
+    """(input_ids [B, S], handle [], [attention_mask [B, S]], [position_ids [B, S]], [given_ids [B, L]], *parameters).
+
+    It returns logits, what a cache's layers hold, and the cache's own tensors: see `results`.
 
     Args:
         mask: the model is told of padding. positions: it is given position ids. keep: logits_to_keep.
@@ -50,17 +52,19 @@ def prompt_graph(
     """
     model = tiny(family, layers=layers, **config)
     trace, ahead = ModelTrace(model), method.drafts and kind == "prefill"
+    drafts = ahead and method.lookahead_ids is None
     with trace.mode:
         inputs = {"handle": torch.zeros((), dtype=torch.int64)}
         inputs |= {"attention_mask": trace.ids.new_ones(trace.ids.shape)} if mask else {}
         inputs |= {"position_ids": trace.ids.new_ones(trace.ids.shape)} if positions else {}
+        inputs |= {"given_ids": torch.tensor(method.lookahead_ids)} if method.lookahead_ids is not None else {}
     extra = ["lookahead_ids"] if ahead else []
     extra += ["prompt_positions", "shift"] if method.prompt is not None else []
 
     def run(ids: Tensor, *rest: Tensor) -> list[Any]:
         named = dict(zip(inputs, rest, strict=False))
         cache = new_cache(model, method, kind)
-        cache.handle = named.pop("handle")
+        cache.handle, cache.given_ids = named.pop("handle"), named.pop("given_ids", None)
         logits = trace.forward(rest[len(inputs) :], ids, cache, logits_to_keep=keep, **named)
         parts = [getattr(layer, part) for layer in cache.layers for part in PARTS]
         return [logits, *parts, cache.seen, *(getattr(cache, name) for name in extra)]
@@ -72,7 +76,7 @@ def prompt_graph(
     def facts(places: list[fx.Node]) -> Facts:
         named = dict(zip(("input_ids", *inputs), places, strict=False))
         weights = Weights(dict(zip(places[1 + len(inputs) :], given, strict=True)))
-        return Facts(Inputs.of(named), weights, *([draft(method.prompt)] if ahead else []))
+        return Facts(Inputs.of(named), weights, *([draft(method.prompt)] if drafts else []))
 
     request = Request(kind, method, new_cache(model, method, kind).lookahead if ahead else 0)
     results = ("logits", *(f"{part}.{layer}" for layer in range(layers) for part in PARTS), "seen", *extra)
@@ -129,11 +133,15 @@ def step_graph(
 def draft_graphs(prompt: SpecPC | None = None, layers: int = 1) -> dict[str, Traced]:
     """The draft's own graphs, prefill and decode, as capture finds them before its passes."""
     found: dict[str, Traced] = {}
+    caches = [f"{part}.{layer}" for layer in range(layers) for part in PARTS[:3]]
+    told = [] if prompt is None else ["rows", "prompt_lengths"]
+    inputs = {"prefill": ["ids", "prompt_lengths", "room"], "decode": ["ids", "position", *told, *caches]}
 
     class Recording(_Capture):
         def _rewrite(self, gm: fx.GraphModule, passes: tuple[Pass, ...], kind: Kind, facts: Facts) -> None:
             read = {"prefill": prefill_facts, "decode": step_facts}[kind]
             given = tuple(self.model.params.values())
+            name_inputs(gm, [*inputs[kind], *self.model.params])
             found[kind] = Traced(copy_module(gm), Request(kind, model="draft"), read, (), given, passes)
             super()._rewrite(gm, passes, kind, facts)
 
@@ -147,9 +155,8 @@ def draft_graphs(prompt: SpecPC | None = None, layers: int = 1) -> dict[str, Tra
     capture = Recording(ModelTrace(tiny(seed=1, layers=layers)), layers, prompt)
     capture.prefill()
     capture.step()
-    results = ("logits", *(f"{part}.{layer}" for layer in range(layers) for part in PARTS[:3]))
     return {
-        "prefill": dataclasses.replace(found["prefill"], results=results),
+        "prefill": dataclasses.replace(found["prefill"], results=("logits", *caches)),
         "decode": dataclasses.replace(found["decode"], results=("logits",)),
     }
 
