@@ -53,7 +53,8 @@ class State:
         lifted = () if drafted is None else drafted.lifted.values()
         with torch.no_grad():
             out = fx.Interpreter(self.gm).run(*inputs, *self.given, *lifted)
-        return dict(zip(self.results, out, strict=True))
+        results = [out] if isinstance(out, Tensor) else out
+        return dict(zip(self.results, results, strict=True))
 
     def apply(self, *passes: Pass) -> State:
         """Run those of these passes that apply. Returns itself."""
@@ -134,6 +135,16 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float =
         torch.testing.assert_close(
             ours[name], value, atol=tolerance, rtol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def stored(*used: int, slots: int = 40, layers: int = 1) -> list[Tensor]:
+    """Caches of a step, a row's first `used` slots in use: keys, values [B, K * P, D], lengths [B, K] of each layer."""
+    generator = torch.Generator().manual_seed(3)
+    parts: list[Tensor] = []
+    for _ in range(layers):
+        parts += [torch.randn(len(used), KV_HEADS * slots, WIDTH, generator=generator) for _ in range(2)]
+        parts.append(torch.tensor(used)[:, None].repeat(1, KV_HEADS))
+    return parts
 
 
 def by_head(storage: Tensor) -> Tensor:
