@@ -1,4 +1,4 @@
-"""Fused operators in a whole model: generation does not notice. Each pass by itself: test_share_lse, test_fuse_append."""
+"""Fused operators in a whole model, which does not notice; the passes by themselves have files of their own."""
 
 from __future__ import annotations
 

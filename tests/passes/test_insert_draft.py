@@ -10,12 +10,10 @@ from expecttest import assert_expected_inline
 from graph_text import changes, check_count, short, text
 from graphs import HANDLE, IDS, LENGTHS, MASK, SPECKV, SPECPC, C, L, W, assert_same, check_contract
 from tiny import tiny
-from torch import fx
 from traces import prompt_graph
 
 import specpass
 from specpass.graph.edit import copy_module
-from specpass.graph.operands import items_of
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Drafted, Inputs
 from specpass.passes.insert_draft import InsertDraft
@@ -125,16 +123,6 @@ def test_leaves_a_prompt_whose_length_is_a_constant() -> None:
         ids.meta["val"] = torch.zeros(3, 60, dtype=torch.int64)
     with pytest.raises(Refusal, match="the prompt length is a constant of the graph; compile with dynamic=True"):
         state.apply(InsertDraft())
-
-
-def test_the_draft_is_dead_before_the_targets_first_layer() -> None:
-    nodes = list(prompt_graph(SPECKV).after("insert_draft").gm.graph.nodes)
-
-    def last_reader(prefill: fx.Node) -> int:
-        return max(nodes.index(user) for items in items_of(prefill).values() for item in items for user in item.users)
-
-    prefill = next(node for node in nodes if node.op == "call_module" and node.target == "draft_prefill")
-    assert last_reader(prefill) < next(index for index, node in enumerate(nodes) if short(node) == "embedding")
 
 
 def test_alone() -> None:
