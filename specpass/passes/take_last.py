@@ -45,10 +45,11 @@ class TakeLast(Pass):
         # Behind a take, rows are in the caller's layout already.
         done = take_in_front_of_blocks(editor, indices, facts[Weights].tensors, hidden, columns)
         tail = behind(hidden)
+        rows = {hidden, *tail}
         for node in [n for n in gm.graph.nodes if n in tail]:
             if node is output or node in done or keeps_rows(node, columns):
                 continue
-            for source in [n for n in node.all_input_nodes if n in tail - done and has_rows(n, columns)]:
+            for source in [n for n in node.all_input_nodes if n in rows - done and has_rows(n, columns)]:
                 done |= behind(take(editor, indices, node, source, columns))
         for source in [n for n in output.all_input_nodes if n in tail - done and has_rows(n, columns)]:
             index = indices.every(output)

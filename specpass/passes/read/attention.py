@@ -64,6 +64,9 @@ def fuse_eager_attention(editor: Editor, softmax: Softmax) -> None:
         product = Matmul.match(user)
         if product is not None and product.input is weights:
             editor.replace(user, one_operator(editor, logits, product))
+    while weights is not softmax.node and not weights.users:  # dropout that is off counts as impure, and would stay
+        dead, weights = weights, weights.all_input_nodes[0]
+        editor.graph.erase_node(dead)
 
 
 def drops_last(cut: Slice | None) -> bool:

@@ -1,45 +1,31 @@
-"""The graphs: what each pass takes away and puts in, what may stand in them, how many of them there are."""
+"""The passes together, in a compiled model: their order, and what holds of the graphs that they make.
+
+Each pass by itself has a file of its own.
+"""
 
 from __future__ import annotations
 
-import ast
-import operator
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from expecttest import assert_expected_inline
-from support import call, compile_eager, kept, padded
+from graph_text import count
+from support import call, kept, padded
 from tiny import prompt, tiny
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import specpass
 import specpass.backend.compile
-from specpass.graph.edit import copy_module
-from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import Lowered
 from specpass.passes import pipeline
 from specpass.rewrite import Request
-from specpass.rewrite.stages import STAGES, check_stage
-from specpass.rewrite.verify import StageError, verify
 from specpass.testing import eager
 
 C, W, L, LAYERS = 24, 8, 4, 2
 METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)
-
-
-def count(gm: fx.GraphModule) -> Counter[str]:
-    """Operators by name without overloads, submodules by theirs."""
-    names = Counter[str]()
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is not operator.getitem:
-            names[str(getattr(node.target, "overloadpacket", node.target))] += 1
-        elif node.op == "call_module":
-            names[node.target] += 1
-    return names
 
 
 class Record:
@@ -102,42 +88,6 @@ def record(draft: Any) -> Record:
     return record
 
 
-# (kind, pass) -> operators that are gone, operators that are there and how often
-EXPECTED: dict[tuple[str, str], tuple[list[str], dict[str, int]]] = {
-    ("prefill", "canonicalize"): (
-        ["aten.softmax"],
-        {"aten.scaled_dot_product_attention": LAYERS, "specpass.fill": LAYERS, "specpass.lookahead": 1},
-    ),
-    ("prefill", "attend_packed"): (
-        ["aten.scaled_dot_product_attention", "aten.bitwise_and", "aten.__and__", "aten.le"],
-        {"specpass.prefill_attention": LAYERS},
-    ),
-    ("prefill", "pack_rows"): ([], {"specpass.pack_order": 1, "specpass.pack_ids": 1}),
-    ("prefill", "insert_draft"): (
-        ["specpass.lookahead"],
-        {"draft_prefill": 1, "draft_step": L - 1, "specpass.next_token": L, "specpass.append_ids": 1},
-    ),
-    ("prefill", "take_last"): ([], {"specpass.take_positions": 1, "specpass.fill": LAYERS}),
-    ("prefill", "score_importance"): (
-        [],
-        {"specpass.score_rows": 1, "specpass.take_rows": LAYERS, "specpass.importance": LAYERS},
-    ),
-    ("prefill", "gather_prune"): (["specpass.fill"], {"specpass.select": LAYERS, "specpass.gather_kv": LAYERS}),
-    ("decode", "canonicalize"): ([], {"aten.scaled_dot_product_attention": LAYERS, "specpass.append_kv": LAYERS}),
-    ("decode", "attend_slots"): (
-        ["aten.scaled_dot_product_attention", "aten.le", "aten.lt", "aten.bitwise_and"],
-        {"specpass.attend": LAYERS, "specpass.append_kv": LAYERS},
-    ),
-}
-
-
-@pytest.mark.parametrize(("kind", "name"), EXPECTED, ids=["-".join(key) for key in EXPECTED])
-def test_what_each_pass_does(record: Record, kind: str, name: str) -> None:
-    (gone, there), found = EXPECTED[kind, name], record.after[kind, name]
-    assert {operator_name: found[operator_name] for operator_name in gone} == dict.fromkeys(gone, 0)
-    assert {operator_name: found[operator_name] for operator_name in there} == there
-
-
 def test_every_pass_ran_in_the_order_of_the_pipeline(record: Record) -> None:
     for kind in ("prefill", "decode"):
         request = Request(kind, METHOD, L)
@@ -145,14 +95,6 @@ def test_every_pass_ran_in_the_order_of_the_pipeline(record: Record) -> None:
         assert [name for seen, name in record.after if seen == kind] == names
     for kind in ("prefill", "decode"):  # annotate only looks
         assert record.after[kind, "annotate"] == record.after[kind, "canonicalize"]
-
-
-def test_methods_without_scores_or_draft_insert_neither() -> None:
-    record = Record(specpass.StreamingLLM(budget=C), layers=1)
-    record(prompt(60))
-    found = record.after["prefill", "specialize"]
-    assert found["specpass.select_recent"] == found["specpass.gather_kv"] == 1
-    assert not {"specpass.importance", "specpass.select", "specpass.next_token", "draft_prefill"} & set(found)
 
 
 def test_eager_attention_becomes_one_operator() -> None:
@@ -258,58 +200,7 @@ specpass.take_positions""",
     )
 
 
-# -- verification, dumps, skipped passes
-
-
-def test_verify_finds_what_a_pass_may_not_leave(record: Record) -> None:
-    def broken() -> tuple[fx.GraphModule, fx.Node]:
-        twin = copy_module(record.backend.stages["PRUNED"])
-        return twin, next(node for node in twin.graph.nodes if "take_rows" in str(node.target))
-
-    gm, node = broken()
-    verify(gm, "mine", full=True)
-    del node.meta["val"]
-    with pytest.raises(StageError, match=r"after mine: node take_rows\w* has no fake value"):
-        verify(gm, "mine")
-    gm, node = broken()
-    node.meta["val"] = node.meta["val"][:, :, 1:]
-    with pytest.raises(StageError, match="after mine: take_rows"):
-        verify(gm, "mine", full=True)
-    gm, node = broken()
-    node.args = (node.args[0], gm)
-    with pytest.raises(StageError, match="takes the Python object GraphModule"):
-        verify(gm, "mine")
-
-
-def test_stages_say_what_a_graph_holds(record: Record) -> None:
-    stages = record.backend.stages
-    for name in ("TRACED", "DRAFTED", "PRUNED"):
-        check_stage(stages[name], STAGES[name], "mine", left=True, kind="prefill", sites=LAYERS)
-    with pytest.raises(StageError, match=r"mine: fill\w* \(model.layers.0.*\) is not allowed in a PRUNED graph"):
-        check_stage(stages["DRAFTED"], STAGES["PRUNED"], "mine", left=True, kind="prefill", sites=LAYERS)
-    with pytest.raises(StageError, match=r"score_rows belongs to PRUNED .. LOWERED"):
-        check_stage(stages["PRUNED"], STAGES["DRAFTED"], "mine", left=False, kind="prefill", sites=LAYERS)
-    with pytest.raises(
-        StageError, match="one gather_kv or keep_kv for each of its 3 attention sites, and this one has 2"
-    ):
-        check_stage(stages["PRUNED"], STAGES["PRUNED"], "mine", left=True, kind="prefill", sites=3)
-
-
-def test_dumps_are_numbered_readable_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPECPASS_DUMP", str(tmp_path / "dump"))
-    model = compile_eager(tiny(layers=1), specpass.SnapKV(budget=C, window=W))
-    call(model, prompt(60), specpass.BudgetCache(model.config, specpass.SnapKV(budget=C, window=W)))
-    files = sorted((tmp_path / "dump").iterdir())
-    request = Request("prefill", specpass.SnapKV(budget=C, window=W))
-    planned = [item.name for item in pipeline.PASSES if "prefill" in item.kinds and item.applies(request)]
-    names = ["traced", *planned, "traced", *(item.name for item in FUSION if "prefill" in item.kinds)]
-    numbers = [int(file.name.split("_")[0]) for file in files]
-    assert numbers == list(range(numbers[0], numbers[0] + len(names)))
-    assert [file.stem.split("_prefill_")[1] for file in files] == names
-    assert "specpass.select.default" in files[-1].read_text()
-    assert "specpass.fill.default" in files[0].read_text()
-    for file in files:
-        ast.parse(file.read_text())
+# -- skipped passes
 
 
 def test_a_pass_can_be_skipped_by_name(draft: Any) -> None:

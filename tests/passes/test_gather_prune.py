@@ -1,0 +1,157 @@
+"""gather_prune: each layer keeps its K/V at the positions that were chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from graph_text import changes, check_count, text
+from graphs import HANDLE, IDS, LENGTHS, MASK, ROOM, SNAPKV, SPECPC, C, W, by_head, check_contract
+from traces import prompt_graph, step_graph
+
+import specpass
+from specpass.errors import MethodHookError
+from specpass.graph.edit import copy_module
+from specpass.passes.facts import Scores
+from specpass.passes.gather_prune import GatherPrune
+from specpass.rewrite.sites import Sites
+from specpass.testing import eager
+
+STREAMING = specpass.StreamingLLM(budget=C)
+PYRAMID = specpass.PyramidKV(budget=C, window=W)
+SHORT_IDS, SHORT_MASK = IDS[:, -20:], MASK[:, -20:]
+
+
+class EveryOther(specpass.SnapKV):
+    """A method with a selection of its own."""
+
+    def select(self, scores: torch.Tensor, lengths: torch.Tensor, budget: int) -> torch.Tensor:
+        return torch.arange(budget).mul(2).expand(*scores.shape[:2], -1).contiguous()
+
+
+class TooFew(EveryOther):
+    def select(self, scores: torch.Tensor, lengths: torch.Tensor, budget: int) -> torch.Tensor:
+        return super().select(scores, lengths, budget - 1)
+
+
+OWN, WRONG = (kind(budget=C, window=W) for kind in (EveryOther, TooFew))
+
+
+def difference(method: Any, **options: Any) -> str:
+    state = prompt_graph(method, **options).before("gather_prune")
+    before = copy_module(state.gm)
+    return changes(before, state.apply(GatherPrune()).gm)
+
+
+def test_text() -> None:
+    assert_expected_inline(
+        difference(SNAPKV, mask=True),
+        """\
+-fill(add, transpose, handle, 24, 64, 0, False)
++select(importance, pack_order[1], 24, 8, 7, avg)
++gather_kv(add, transpose, select, 64)""",
+    )
+
+
+def test_text_of_a_compressed_prompt() -> None:
+    assert_expected_inline(
+        difference(SPECPC),
+        """\
+-fill(add, transpose, handle, 24, 64, 0, False)
++keep_all(count_kept, 2, 24)
++gather_kv(add, transpose, keep_all, 64)
++map_positions(keep_all, select_prompt)""",
+    )
+
+
+def test_text_of_unlike_budgets() -> None:
+    assert_expected_inline(
+        difference(PYRAMID, mask=True, layers=2),
+        """\
+-fill(add, transpose, handle, 39, 64, 0, False)
++select(importance, pack_order[1], 39, 8, 7, avg)
++keep_short_rows(select, pack_order[1], 24)
++gather_kv(add, transpose, keep_short_rows, 64)
+-fill(add, transpose, handle, 9, 64, 1, False)
++select(importance, pack_order[1], 9, 8, 7, avg)
++keep_short_rows(select, pack_order[1], 24)
++gather_kv(add, transpose, keep_short_rows, 64)""",
+    )
+
+
+def test_count() -> None:
+    state = prompt_graph(SNAPKV, layers=2).after("gather_prune")
+    check_count(state.gm, ["fill", "keep_all"], select=2, gather_kv=2, importance=2)
+    state = prompt_graph(STREAMING, layers=2).after("gather_prune")
+    check_count(state.gm, ["fill", "select", "importance"], select_recent=2, gather_kv=2)
+    state = prompt_graph(OWN, layers=2).after("gather_prune")
+    check_count(state.gm, ["fill", "select"], gather_kv=2, importance=2)
+
+
+@pytest.mark.parametrize("method", [SNAPKV, STREAMING, OWN], ids=["SnapKV", "StreamingLLM", "own"])
+def test_numbers_are_the_whole_prompts_at_the_kept_positions(method: Any) -> None:
+    state = prompt_graph(method, mask=True).before("gather_prune")
+    whole = state.run(IDS, HANDLE, MASK)
+    found = state.apply(GatherPrune()).run(IDS, HANDLE, MASK)
+    positions = found["positions.0"]
+    assert positions.shape == (2, 2, C)
+    assert (positions.diff(dim=-1) > 0).all()
+    assert found["lengths.0"].tolist() == [[C, C], [C, C]]
+    for part in ("key_buffer.0", "value_buffer.0"):
+        kept, full = by_head(found[part]), by_head(whole[part])
+        assert kept.shape[2] == C + ROOM
+        index = positions[..., None].expand(-1, -1, -1, full.shape[3])
+        assert torch.equal(kept[:, :, :C], full.gather(2, index))
+    torch.testing.assert_close(found["logits"], whole["logits"], atol=0.0, rtol=0.0)
+
+
+def test_numbers_of_the_positions_are_those_of_the_best_scores() -> None:
+    state = prompt_graph(SNAPKV, mask=True).after("gather_prune")
+    state.returning(scores=state.facts[Scores].nodes[0])
+    found = state.run(IDS, HANDLE, MASK)
+    for row, length in enumerate(LENGTHS):
+        columns = found["scores"][row, :, None, :length]
+        pooled = eager.pooled_scores(columns, length, eager.Scoring(W, SNAPKV.kernel, "max", SNAPKV.pool))
+        assert eager.score_margin(pooled, found["positions.0"][row], W) >= -1e-6
+
+
+def test_numbers_of_unlike_budgets() -> None:
+    found = prompt_graph(PYRAMID, mask=True, layers=2).after("gather_prune").run(IDS, HANDLE, MASK)
+    budgets = PYRAMID.layer_budgets(2)
+    assert budgets[0] > C > budgets[1]
+    for layer, budget in enumerate(budgets):
+        kept = (found[f"positions.{layer}"] >= 0).sum(-1)
+        assert kept.tolist() == [[min(budget, length)] * 2 for length in LENGTHS]
+
+
+def test_leaves_a_prompt_that_fits_whole() -> None:
+    """Nothing is chosen: every position is kept, whatever the method."""
+    state = prompt_graph(SNAPKV, kind="short", mask=True).after("gather_prune")
+    assert_expected_inline(
+        text(state.gm, "keep_all", "select", "gather_kv"),
+        """\
+keep_all(pack_order[1], 2, 24)
+gather_kv(add, transpose, keep_all, 64)""",
+    )
+    found = state.run(SHORT_IDS, HANDLE, SHORT_MASK)
+    assert found["positions.0"].tolist() == [[[*range(20), *([-1] * (C - 20))]] * 2] * 2
+
+
+def test_leaves_steps() -> None:
+    state = step_graph(SNAPKV).before("gather_prune")
+    before = copy_module(state.gm)
+    assert changes(before, state.apply(GatherPrune()).gm) == ""
+
+
+def test_leaves_a_method_that_selects_the_wrong_number() -> None:
+    with pytest.raises(MethodHookError, match=r"TooFew.select returned .* expected positions \[B, K, C\]"):
+        prompt_graph(WRONG).before("gather_prune").apply(GatherPrune())
+
+
+def test_alone() -> None:
+    state = check_contract(GatherPrune(), lambda: prompt_graph(SNAPKV, mask=True).before("gather_prune"), Scores)
+    assert [site.cache.target.name() for site in state.facts[Sites].sites] == ["specpass::gather_kv"]
+    state = check_contract(GatherPrune(), lambda: prompt_graph(STREAMING).before("gather_prune"))
+    check_count(state.gm, select_recent=1)
