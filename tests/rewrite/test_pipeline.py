@@ -154,8 +154,8 @@ def test_full_verification_compares_shapes() -> None:
             node.meta["val"] = node.meta["val"][:, :, 1:]
 
     Pipeline((Lie(),), entry="PRUNED").run(prompt_graph(SNAPKV).after("specialize").gm, PREFILL, Facts())
+    gm = prompt_graph(SNAPKV).after("specialize").gm
     with pytest.raises(StageError, match="after lie: take_rows"):
-        gm = prompt_graph(SNAPKV).after("specialize").gm
         Pipeline((Lie(),), entry="PRUNED", full_verify=True).run(gm, PREFILL, Facts())
 
 
