@@ -93,7 +93,7 @@ def keeper(found: dict[str, fx.GraphModule]) -> Observer:
     """Keeps copies of the prefill's graph from before the first pass and from behind the last."""
 
     def keep(request: Request, name: str, gm: fx.GraphModule) -> None:
-        if request.kind == "prefill" and name in KEPT:
+        if request.model == "target" and request.kind == "prefill" and name in KEPT:
             found[KEPT[name]] = copy_module(gm)
 
     return keep

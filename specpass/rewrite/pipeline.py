@@ -15,7 +15,7 @@ from specpass.rewrite.sites import Sites
 from specpass.rewrite.stages import STAGES, check_stage
 from specpass.rewrite.verify import StageError, verify
 
-# Called as observer(request, name, graph) with the graph as it came ("traced") and after each pass, by its name.
+# Called as observer(request, name, graph) with a graph as it was traced ("traced") and after each pass, by its name.
 Observer = Callable[[Request, str, fx.GraphModule], None]
 
 
@@ -53,7 +53,8 @@ class Pipeline:
         """
         planned = [item for item in self.passes if request.kind in item.kinds and item.applies(request)]
         self._check(gm, self.entry, "before the first pass", request, facts)
-        self._observe(request, "traced", gm)
+        if self.entry == "TRACED":
+            self._observe(request, "traced", gm)
         for stage, group in itertools.groupby(planned, key=lambda item: item.stage):
             for item in group:
                 self._run_one(item, gm, request, facts)
