@@ -11,7 +11,6 @@ from torch import fx
 ROLES = ("input_ids", "attention_mask", "position_ids")
 _BY_NAME = re.compile(r"\['(input_ids|attention_mask|position_ids|inputs_embeds)'\]$")
 _BY_ORDER = re.compile(r"\['args'\]\[(\d)\]$")
-_BARE = re.compile(r"^L\['(\w+)'\]$")
 
 
 def source_name(node: fx.Node) -> str:
