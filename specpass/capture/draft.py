@@ -1,6 +1,6 @@
 """Capture a draft model as two graphs, when the backend is made: prefill and one decode step.
 
-Parameters are inputs, sizes are symbolic (see model_trace), rows are packed (see pack_rows).
+Parameters are inputs, sizes are symbolic (see capture.model), rows are packed (see pack_rows).
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ class _Capture:
         weights = Weights(dict(zip(params, self.model.params.values(), strict=True)))
         facts = Facts(Inputs(ids), Rows(lengths), weights)
         self._rewrite(gm, draft_prefill_passes(self.layers, self.prompt), "prefill", facts)
-        for site in facts[Sites].sites:
-            dim, value_dim = (int(value(node).shape[3]) for node in (site.key, site.value))
-            self.shapes.append((site.kv_heads, dim, value_dim))
+        self.shapes.extend(site.kv_shape for site in facts[Sites].sites)
         return gm
 
     def step(self) -> fx.GraphModule:

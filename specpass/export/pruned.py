@@ -98,9 +98,7 @@ class Pruned:
         request = Request("prefill", self.method, self._cache().lookahead, eos_ids(source))
         Pipeline(PASSES).run(gm, request, facts)
         pruned = named_submodules(named(gm, "prefill"))
-        for site in facts[Sites].sites:
-            dim, value_dim = (int(value(node).shape[3]) for node in (site.key, site.value))
-            self.kv.append((site.kv_heads, dim, value_dim))
+        self.kv.extend(site.kv_shape for site in facts[Sites].sites)
         draft = facts.get(DraftGraphs)
         drafted = {} if draft is None else {f"draft.{name}": tensor for name, tensor in draft.params.items()}
 

@@ -1,6 +1,6 @@
 """A Program in plain ATen becomes an ONNX model, through torch.onnx's own translation.
 
-Weights stay inputs while it is translated, so that no real number is touched; specpass.export.weights turns them into
+Weights stay inputs while it is translated, so that no real number is touched; specpass.export.bind turns them into
 initializers. ONNX nodes are named by the module that they come from: `model.layers.3.self_attn.select/TopK_2`.
 """
 

@@ -38,7 +38,8 @@ class TakeLast(Pass):
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
         if facts[Rows].full and Drafted not in facts:
             return  # each row's last token stands in the last column, as the model takes it to
-        editor, indices = Editor(gm), RowIndices(Editor(gm), request, facts)
+        editor = Editor(gm)
+        indices = RowIndices(editor, request, facts)
         hidden = facts[Sites].sites[-1].attention
         columns = value(hidden).shape[2]
         output = output_of(gm.graph)

@@ -51,6 +51,11 @@ class Site:
     def kv_heads(self) -> int:
         return int(value(self.key).shape[1])
 
+    @property
+    def kv_shape(self) -> tuple[int, int, int]:
+        """(K, D, Dv) of the layer's cache."""
+        return self.kv_heads, int(value(self.key).shape[3]), int(value(self.value).shape[3])
+
 
 @dataclasses.dataclass(frozen=True)
 class Sites:
