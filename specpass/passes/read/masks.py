@@ -4,7 +4,7 @@ A mask's shape tells nothing, so its part of the graph is run on real tensors fo
 with the masks that specpass understands: causal, and within it a sliding window or chunks. Anything else is refused.
 
 A window of 4,096 would show at prompts beyond it only. So numbers that positions are compared with or divided by are
-made small while the subgraph runs (4,096 becomes 3, say), and what is found is named by the number that stood there.
+made small while the subgraph runs (4,096 becomes 2, say), and what is found is named by the number that stood there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from specpass.passes.facts import Inputs
 from specpass.sizes import Span
 
 TRIALS = ((6, (0, 0)), (7, (0, 3)), (5, (2, 1)))  # prompt length, left padding of each row
-LEAST = 8  # a number from here on shows in no trial
+LEAST = 7  # a window from here on shows in no trial
+SMALL = (2, 3, 4)  # what numbers from LEAST on become, in their order
 COMPARED = (ATEN.sub, ATEN.add, ATEN.gt, ATEN.ge, ATEN.lt, ATEN.le, ATEN.floor_divide, ATEN.div)
 
 
@@ -54,9 +55,6 @@ def mask_span(mask: fx.Node, inputs: Inputs | None) -> Span | str:
     found = min(possible, key=lambda span: span.positions)
     named = {number: name for name, number in small.items()}.get(found.positions, found.positions)
     return Span(sliding=named) if found.sliding else Span(chunk=named)
-
-
-SMALL = (3, 2, 4)  # what numbers become; unlike numbers become unlike ones
 
 
 class _Subgraph:
@@ -139,7 +137,7 @@ def _spans(mask: Tensor, real: Tensor) -> set[Span]:
     row, column = position[..., :, None], position[..., None, :]
     causal = torch.ones(length, length, dtype=torch.bool).tril() & (real != 0)[:, None, None, :]
     kept = {Span(): causal}
-    for bound in range(1, length + 1):
+    for bound in range(1, LEAST):
         kept[Span(sliding=bound)] = causal & (row - column < bound)
         kept[Span(chunk=bound)] = causal & (row // bound == column // bound)
     return {span for span, expected in kept.items() if torch.equal(allowed & rows, expected & rows)}
