@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import specpass
-from specpass.benchmarks.coverage.answers import NEW, Answer, answer, difference, padded, prompt
+from specpass.benchmarks.coverage.answers import NEW, answer, difference, padded, prompt
 from specpass.benchmarks.coverage.plain import LONG, MIDDLE, ROWS, SHORT, Layer, Plain, UnusableError
 from specpass.benchmarks.coverage.tiny import TooLargeError, tiny_model
 from specpass.cache.layer import round_room

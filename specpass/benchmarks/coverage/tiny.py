@@ -48,7 +48,10 @@ _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_group": 1, "n_group": 1},
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3], **_MAMBA},
-    "cohere_compass_text": {"num_hidden_layers": 4, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "cohere_compass_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
@@ -69,11 +72,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
-    "ministral": {
-        "head_dim": 16,
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-    },
+    "ministral": {"head_dim": 16, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "nemotron": {"num_key_value_heads": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "zamba2": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2},
