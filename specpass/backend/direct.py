@@ -96,7 +96,7 @@ def collector_rests_while_compiling() -> Iterator[None]:
 def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
     """Bring a call into the form with the fewest graphs: no mask where none is needed, room for the new tokens."""
     mask = kwargs.get("attention_mask")
-    if not cache.layers[0].is_initialized:
+    if not cache.filled:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             if bool(mask.all()):  # reads the mask once, before anything is queued
                 del kwargs["attention_mask"]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
 from specpass.cache.layer import round_room
-from specpass.cache.protocol import BudgetLayer, CacheProtocol
+from specpass.cache.protocol import CacheProtocol
+from specpass.cache.states import layer_types, make_layers
 from specpass.dialect.define import SPEC
 from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError
 from specpass.methods.base import Method
@@ -50,7 +50,7 @@ class BudgetCache(CacheProtocol):
             raise BudgetError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
         config = config.get_text_config(decoder=True)
         self.config = config
-        self.layer_types: list[str] = get_layer_types_and_kwargs(config)[0]
+        self.layer_types: list[str] = layer_types(config)
         self.method = method.resolve(prompt_length)
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
@@ -61,14 +61,22 @@ class BudgetCache(CacheProtocol):
         self.given_ids = None if rows is None or not method.drafts else torch.tensor(as_id_rows(rows))
         self.lookahead = self._resolve_lookahead()
         self.compresses = method.prompt is not None
-        budgets = self.method.layer_budgets(config.num_hidden_layers)
-        self.widest = None if len(set(budgets)) == 1 else budgets.index(max(budgets))
         self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole
-        super().__init__(layers=[BudgetLayer(self, index, budget) for index, budget in enumerate(budgets)])
+        super().__init__(layers=make_layers(self, config))
+        self.ends = self.budgeted[:1] + self.budgeted[-1:]  # first and last of the layers that hold keys
+        self.widest = self._widest()
+        self.listener: Any = None  # who answers `update` while the model's own forward runs uncompiled
         # The compiled graph gets tensors only; this one leads the runtime back to its cache.
         self.handle = torch.zeros((), dtype=torch.int64)
         self.handle._specpass_cache = weakref.ref(self)
         self._clear()
+
+    def _widest(self) -> int | None:
+        """Index of the layer with the largest budget; None where budgets are equal."""
+        budgets = [layer.budget for layer in self.budgeted]
+        if len(set(budgets)) <= 1:
+            return None
+        return max(self.budgeted, key=lambda layer: layer.budget).index
 
     def _resolve_lookahead(self) -> int:
         if not self.method.drafts:
@@ -92,6 +100,8 @@ class BudgetCache(CacheProtocol):
         self.shift: Tensor | None = None  # [B] what generate counts less what the target was told (SpecPC)
         self.padded = False
         self.exact = False  # whether the prefill was refused and kept everything
+        self.columns: int | None = None  # read by a target that runs uncompiled, padding included; None: by graphs
+        self.read_mask: Tensor | None = None  # [B, S] of a padded prompt that was read uncompiled
         self.free_at_prefill = self.room
         self.appended = 0  # upper bound of tokens written behind the prompt, kept on the host
 
@@ -104,18 +114,20 @@ class BudgetCache(CacheProtocol):
             UncompiledCacheError: called uncompiled, where nothing would prune.
         """
         if not torch.compiler.is_compiling() and not _is_traced():
+            if self.listener is not None:
+                return self.listener.update(key_states, value_states, layer_idx)
             raise UncompiledCacheError(
                 "BudgetCache.update was called uncompiled. Compile the model first: specpass.compile(model, draft=..., "
                 "method=...) or model.compile(backend=specpass.Backend(...), dynamic=True)."
             )
         first = not self.layers[layer_idx].is_initialized
-        if layer_idx == 0 and first:
+        if first and self.layers[layer_idx] is self.ends[0]:
             if self.lookahead > 0 and not self.fits(key_states):
                 self.lookahead_ids = SPEC.lookahead(key_states, self.given_ids, self.lookahead)
             if self.compresses:
                 self.prompt_positions, self.shift = SPEC.read_prompt(key_states)
         keys, values = self.layers[layer_idx].update(key_states, value_states)
-        if layer_idx == len(self.layers) - 1:
+        if self.layers[layer_idx] is self.ends[1]:
             if first:
                 self.seen = SPEC.size(key_states, 2)
             else:
@@ -133,20 +145,22 @@ class BudgetCache(CacheProtocol):
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens, in blocks of 64 slots; nothing happens if there is room."""
-        if not self.layers[0].is_initialized or self.exact:
+        if not self.filled or self.exact:
             return
         missing = self.appended + tokens - self.free_at_prefill
         if missing > 0:
-            for layer in self.layers:
-                layer.grow(missing)
+            for layer in self.budgeted:
+                if not layer.exact:
+                    layer.grow(missing)
             self.free_at_prefill += round_room(missing)
 
     def __deepcopy__(self, memo: dict) -> BudgetCache:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         for name, value in self.__dict__.items():
-            if name != "handle":
+            if name not in ("handle", "listener"):
                 setattr(twin, name, copy.deepcopy(value, memo))
+        twin.listener = None
         twin.handle = torch.zeros((), dtype=torch.int64)
         twin.handle._specpass_cache = weakref.ref(twin)
         return twin

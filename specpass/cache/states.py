@@ -1,0 +1,116 @@
+"""Layers of a BudgetCache that recur: their states are kept exactly, beside a pruned attention or alone.
+
+transformers' own layers hold the states; what they lack of a cache's protocol is added here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionLayer, get_layer_types_and_kwargs
+
+from specpass.cache.protocol import BudgetLayer
+
+if TYPE_CHECKING:
+    from specpass.cache.budget import BudgetCache
+
+STATES = ("conv", "linear_attention")  # a state and no keys
+BOTH = ("hybrid",)  # a state beside full attention
+NEITHER = ("dummy",)  # experts or an MLP alone, or another layer's keys
+RECURRENT = (*STATES, *BOTH, "hybrid_sliding")
+
+
+def layer_types(config: Any) -> list[str]:
+    """Kind of each decoder layer, in transformers' words."""
+    return list(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0])
+
+
+def recurs(config: Any) -> bool:
+    """Whether some layer of the model has a state."""
+    return any(kind in RECURRENT for kind in layer_types(config))
+
+
+class StateLayer(LinearAttentionLayer):
+    """A convolution's or a recurrence's states: after the prompt and each token, never after a lookahead."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def state_tensors(self) -> list[Tensor]:
+        """All states that are filled."""
+        states = (*self.conv_states.values(), *self.recurrent_states.values())
+        return [state for state in states if state is not None]
+
+    def map_states(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace each state t by change(t)."""
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None:
+                    states[index] = change(state)
+
+    def borrow_states(self) -> Callable[[], None]:
+        """Go on with copies of the states; the function returned puts the originals back."""
+        names = ("conv_states", "recurrent_states", "has_previous_state")
+        before = {name: getattr(self, name) for name in names}
+        for name, held in before.items():
+            copies = {key: item.clone() if isinstance(item, Tensor) else item for key, item in held.items()}
+            setattr(self, name, copies)
+        return lambda: self.__dict__.update(before)
+
+    def reset(self) -> None:
+        """Forget the states; the next prompt may have another batch."""
+        LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.map_states(lambda state: state.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.map_states(lambda state: state[indices])
+
+
+class StateBudgetLayer(StateLayer, BudgetLayer):
+    """Both: a state, and full attention that is pruned (Falcon-H1, Zamba2)."""
+
+    def __init__(self, cache: BudgetCache, index: int, budget: int, number_of_states: int = 1) -> None:
+        StateLayer.__init__(self, number_of_states=number_of_states)
+        BudgetLayer.__init__(self, cache, index, budget)
+
+    def reset(self) -> None:
+        if hasattr(self, "number_of_states"):
+            StateLayer.reset(self)
+        BudgetLayer.reset(self)
+
+    def offload(self) -> None:
+        StateLayer.offload(self)
+        BudgetLayer.offload(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        StateLayer.reorder_cache(self, beam_idx)
+        BudgetLayer.reorder_cache(self, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        StateLayer.batch_repeat_interleave(self, repeats)
+        BudgetLayer.batch_repeat_interleave(self, repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        StateLayer.batch_select_indices(self, indices)
+        BudgetLayer.batch_select_indices(self, indices)
+
+
+def make_layers(cache: BudgetCache, config: Any) -> list[CacheLayerMixin]:
+    """A cache layer for each layer of the model; the method's budgets go to those that hold keys."""
+    kinds, options = get_layer_types_and_kwargs(config)
+    budgets = iter(cache.method.layer_budgets(sum(kind not in (*STATES, *NEITHER) for kind in kinds)))
+    return [_layer(cache, index, kind, budgets, own) for index, (kind, own) in enumerate(zip(kinds, options, strict=True))]
+
+
+def _layer(cache: BudgetCache, index: int, kind: str, budgets: Any, options: dict[str, Any]) -> Any:
+    if kind in STATES:
+        return StateLayer(**options)
+    if kind in NEITHER:
+        return DummyLayer()
+    if kind in BOTH:
+        return StateBudgetLayer(cache, index, next(budgets), **options)
+    return BudgetLayer(cache, index, next(budgets))
