@@ -67,6 +67,12 @@ def eos_ids(config: Any) -> tuple[int, ...]:
     return tuple(map(int, ids)) if isinstance(ids, (list, tuple)) else (int(ids),)
 
 
+def pad_id(config: Any) -> int:
+    """The id that stands behind a sequence's end: the padding's, else the first that ends one, else 0."""
+    ends = eos_ids(config)
+    return int(config.pad_token_id) if config.pad_token_id is not None else (ends[0] if ends else 0)
+
+
 def context_length(config: Any) -> int | None:
     """Positions that a model was made for, or None if its config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -15,10 +15,11 @@ from specpass.backend.calls import Call
 from specpass.backend.facts import Traced, static_outputs
 from specpass.backend.limit import ensure_limit, raised_limit
 from specpass.cache.budget import BudgetCache
+from specpass.cache.states import RECURRENT, recurs
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.dialect.cache import ExtendKv, Fill
-from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError
+from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError, UnsupportedCallError
 from specpass.graph.edit import copy_module
 from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
@@ -83,6 +84,7 @@ class Backend:
         self.stages: dict[str, fx.GraphModule] = {}
         self.report = Report(method, lowering, getattr(draft, "config", None))
         self._graphs: DraftGraphs | None = None
+        self._uncaptured = ""  # why the draft has no graphs
         self.__name__ = "specpass"
         prepare(lowering)
 
@@ -118,7 +120,7 @@ class Backend:
         trace_seconds = time.perf_counter() - start
         traced = Traced.read(graph, example_inputs)
         self.report.saw(traced.cache.config)
-        self._check_cache(traced.cache)
+        self.check_cache(traced.cache)
         if traced.embedding is not None and self.method.drafts and self._graphs is None:
             checks.check_pair(traced.cache.config, traced.embedding, self.draft)
         record = GraphRecord(traced.kind, trace_seconds=trace_seconds)
@@ -177,6 +179,11 @@ class Backend:
         """
         cache, kind = traced.cache, traced.kind
         for index, layer in enumerate(cache.layer_types):
+            if layer in RECURRENT:
+                raise UnsupportedCallError(
+                    f"layer {index} is configured as {layer}, whose state has no form in a graph: use "
+                    "specpass.compile(model, ...), which prunes such a model around its own forward."
+                )
             if layer != "full_attention":
                 raise Refusal(f"layer {index} is configured as {layer}; only full attention is pruned")
         if traced.inputs.embeds is not None and kind in PROMPTS:
@@ -186,7 +193,7 @@ class Backend:
             return Request(kind, cache.method), facts
         if cache.lookahead and cache.given_ids is None:
             facts.add(self.draft_graphs(cache))
-        return Request(kind, cache.method, cache.lookahead, self._eos_ids(cache)), facts
+        return Request(kind, cache.method, cache.lookahead, self.eos_ids(cache)), facts
 
     def _keep_stage(self, request: Request, name: str, gm: fx.GraphModule) -> None:
         """An observer: the prefill's graph as the last pass of each wanted stage leaves it."""
@@ -194,24 +201,32 @@ class Backend:
         if request.kind == "prefill" and stage in self.keep_stages:
             self.stages[stage] = copy_module(gm)
 
-    def _eos_ids(self, cache: BudgetCache) -> tuple[int, ...]:
+    def eos_ids(self, cache: BudgetCache) -> tuple[int, ...]:
+        """Ids that end what the draft writes."""
         source = self.draft.generation_config if self.draft is not None else cache.config
         return eos_ids(source)
 
     def draft_graphs(self, cache: BudgetCache) -> DraftGraphs:
-        """The draft's two graphs, captured once."""
+        """The draft's two graphs, captured once.
+
+        Raises: Refusal: they cannot be had.
+        """
+        if self._uncaptured:
+            raise Refusal(self._uncaptured)
         if self._graphs is None:
             checks.check_draft(self.draft, self.method)  # train() may have been called since
             start = time.perf_counter()
             try:
-                self._graphs = capture_draft(self.draft, self.method.prompt)
+                self._graphs = capture(self.draft, self.method)
             except Refusal as refusal:
-                raise Refusal(f"the draft cannot be captured: {refusal}") from refusal
+                self._uncaptured = f"the draft cannot be captured: {refusal}"
+                raise Refusal(self._uncaptured) from refusal
             self.report.draft_seconds = time.perf_counter() - start
         how, vocab = cache.method, cache.config.vocab_size
         return dataclasses.replace(self._graphs, temperature=how.temperature, seed=how.seed, target_vocab=vocab)
 
-    def _check_cache(self, cache: BudgetCache) -> None:
+    def check_cache(self, cache: BudgetCache) -> None:
+        """Raises: MethodMismatchError: the cache was made for another method."""
         mine = dataclasses.replace(self.method, budget=cache.method.budget)
         same_budget = isinstance(self.method.budget, float) or self.method.budget == cache.method.budget
         ours, theirs = (
@@ -223,6 +238,21 @@ class Backend:
                 f"the cache was made for {cache.method.key} and the backend for {self.method.key}: pass the same "
                 "method to both."
             )
+
+
+def capture(draft: Any, method: Method) -> DraftGraphs:
+    """The draft's graphs.
+
+    Raises: Refusal: also where tracing itself fails, whatever it raises (foreign tensors, loops over values).
+    """
+    if recurs(draft.config):
+        raise Refusal("it has layers with a state")
+    try:
+        return capture_draft(draft, method.prompt)
+    except (Refusal, SpecpassError):
+        raise
+    except Exception as error:
+        raise Refusal(f"tracing failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from error
 
 
 def with_lookahead_ids(method: Method, lookahead_ids: Any) -> Method:

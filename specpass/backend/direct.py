@@ -16,7 +16,9 @@ from torch import fx, nn
 from specpass.backend import checks
 from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
+from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncompiled
 from specpass.cache.budget import BudgetCache
+from specpass.capture.dynamo import holds_cache_ops
 from specpass.graph.roles import ROLES
 
 
@@ -34,6 +36,8 @@ class LooseBackend:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
         backend = self.backend()
         assert backend is not None, "called by a model that holds its backend"
+        if not holds_cache_ops(gm):  # a piece of a broken graph: calls without a BudgetCache do not come here
+            return gm.forward
         return backend(gm, example_inputs)
 
 
@@ -49,6 +53,7 @@ def fresh_forward(target: nn.Module) -> types.FunctionType:
 
 def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
+    uncompiled = Uncompiled(backend, why_uncompiled(target))
     warned = False
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -66,9 +71,15 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
                 )
                 warned = True
             return target._call_impl(*args[len(ROLES) :], **kwargs)
-        prepare(cache, kwargs)
-        with raised_limit(specialize_float=True), collector_rests_while_compiling():
-            return compiled(**kwargs)
+        if not uncompiled.reason:
+            prepared = dict(kwargs)
+            prepare(cache, prepared)
+            try:
+                with raised_limit(specialize_float=True), collector_rests_while_compiling():
+                    return compiled(**prepared)
+            except FAILURES as error:
+                uncompiled.failed(error, cache)
+        return uncompiled(target, cache, kwargs)
 
     return call
 

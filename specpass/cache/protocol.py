@@ -28,6 +28,7 @@ class CacheProtocol(Cache):
 
     layers: list[Any]  # a BudgetLayer wherever attention is pruned; states and nothing at all elsewhere
     columns: int | None
+    read_mask: Tensor | None
     seen: Any  # tokens that generate counts: 0, or a 0-d tensor after the prefill
     appended: int
     lookahead_ids: Tensor | None
@@ -84,6 +85,7 @@ class CacheProtocol(Cache):
             layer.crop(tokens_to_remove)
         if self.columns is not None:
             self.columns -= tokens_to_remove
+            self.read_mask = None if self.read_mask is None else self.read_mask[:, :-tokens_to_remove]
         self.seen.sub_(tokens_to_remove)
         self.appended -= tokens_to_remove
 
@@ -149,6 +151,8 @@ class BudgetLayer(Storage, CacheLayerMixin):
         return tuple(SPEC.widen(buffer, self.kv_heads, slots) for buffer in (self.key_buffer, self.value_buffer))
 
     def get_seq_length(self) -> int | Tensor:
+        if self.cache.listener is not None:  # the target asks, and counts what it was told
+            return self.cache.columns or 0
         return self.cache.seen if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

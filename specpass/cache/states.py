@@ -38,6 +38,11 @@ class StateLayer(LinearAttentionLayer):
     is_compileable = False
     is_croppable = False
 
+    @property
+    def has_recurrence(self) -> bool:
+        """Whether there is more than a convolution's last columns."""
+        return any(self.is_recurrent_states_initialized.values())
+
     def state_tensors(self) -> list[Tensor]:
         """All states that are filled."""
         states = (*self.conv_states.values(), *self.recurrent_states.values())

@@ -38,6 +38,26 @@ class GraphRecord:
         self.lower_seconds = lowered.seconds
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptRecord:
+    """What became of a prompt that was read uncompiled.
+
+    Args:
+        short: it fits the budget and was kept whole.
+        sites: (module path, budget) of the layers that are pruned.
+        exact: (module path, why) of those that are kept whole.
+        states: layers with a state, which is exact; state_bytes: of all of them.
+        two_phases: the lookahead went through the target behind the prompt: until then keys and values were whole.
+    """
+
+    short: bool
+    sites: list[tuple[str, int]]
+    exact: list[tuple[str, str]]
+    states: int
+    state_bytes: int
+    two_phases: bool
+
+
 @dataclasses.dataclass(eq=False)
 class BackendRecord:
     """Everything that one backend has compiled.
@@ -48,6 +68,9 @@ class BackendRecord:
         target_configs: of the targets seen, each once.
         decoders: sizes of target and draft, where they are not to be read from the configs.
         foreign: graphs without a BudgetCache.
+        interpreted: why the model's own forward runs uncompiled and is pruned around it; "" where graphs serve.
+        prompts: what became of prompts then, each outcome once.
+        notes: what else there is to say of calls.
     """
 
     pruned_by: Method
@@ -56,6 +79,9 @@ class BackendRecord:
     graphs: list[GraphRecord] = dataclasses.field(default_factory=list)
     refusals: list[str] = dataclasses.field(default_factory=list)
     foreign: int = 0
+    interpreted: str = ""
+    prompts: list[PromptRecord] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     draft_seconds: float = 0.0
     target_configs: list[Any] = dataclasses.field(default_factory=list, repr=False)
     decoders: tuple[Decoder | None, Decoder | None] | None = dataclasses.field(default=None, repr=False)
@@ -76,6 +102,15 @@ class BackendRecord:
     def refuse(self, reason: str) -> None:
         if reason not in self.refusals:
             self.refusals.append(reason)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def read(self, prompt: PromptRecord) -> None:
+        """Remember what became of a prompt, if it is new."""
+        if prompt not in self.prompts:
+            self.prompts.append(prompt)
 
     def costs(self) -> Costs | None:
         """Closed forms of what the method costs; None before the first call, or where none is known."""
