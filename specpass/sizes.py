@@ -8,6 +8,7 @@ import json
 import re
 from typing import Any
 
+STATES = frozenset({"conv", "linear_attention", "mamba", "hybrid", "hybrid_sliding"})  # kinds of layers that recur
 _LAYER = re.compile(r"\.\d+\.")
 
 
@@ -33,6 +34,8 @@ class Decoder:
         """
         text = config.get_text_config(decoder=True)
         if not all(hasattr(text, name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")):
+            return None
+        if set(getattr(text, "layer_types", None) or ()) & STATES:
             return None
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads

@@ -1,16 +1,17 @@
-"""When the second way is taken (specpass.interpret), and why: by what a model is, or because its graph cannot be had."""
+"""When the second way is taken (specpass.interpret), and why: by what a model is, or since no graph of it can be had."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
 from specpass.cache.states import RECURRENT, layer_types
-from specpass.errors import NoAttentionSiteError, PartialGraphError, UncompiledCacheError
+from specpass.errors import NoAttentionSiteError, PartialGraphError, SpecpassError, UncompiledCacheError
 from specpass.interpret.draft import Written, write_by_forward, write_by_graphs
 from specpass.interpret.rows import Packing
 from specpass.interpret.run import Call
@@ -65,7 +66,16 @@ class Uncompiled:
         backend.report.saw(cache.config)
         context = None if backend.draft is None else context_length(backend.draft.config)
         call = Call(target, cache, kwargs, Writer(backend, cache), backend.eos_ids(cache), context)
-        out, record = call()
+        started = cache.filled
+        try:
+            out, record = call()
+        except (SpecpassError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if started:
+                raise
+            backend.report.refuse(str(error) if isinstance(error, Refusal) else first_line(error))
+            return call.whole()  # what is the model's own mistake comes again
         if record is not None:
             backend.report.read(record)
         return out

@@ -13,9 +13,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
 from specpass.cache.layer import round_room
 from specpass.cache.protocol import CacheProtocol
-from specpass.cache.states import layer_types, make_layers
+from specpass.cache.states import layer_types, make_layers, why_unheld
 from specpass.dialect.define import SPEC
-from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError
+from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError, UnsupportedCallError
 from specpass.methods.base import Method
 from specpass.methods.speckv import as_id_rows
 
@@ -34,6 +34,7 @@ class BudgetCache(CacheProtocol):
 
     Raises:
         BudgetError: a ratio without prompt_length. LookaheadError: lookahead=None without max_new_tokens.
+        UnsupportedCallError: the model's layers hold no keys, or in another form.
     """
 
     def __init__(
@@ -51,6 +52,9 @@ class BudgetCache(CacheProtocol):
         config = config.get_text_config(decoder=True)
         self.config = config
         self.layer_types: list[str] = layer_types(config)
+        unheld = why_unheld(config)
+        if unheld:
+            raise UnsupportedCallError(f"{unheld}: leave past_key_values out, or pass transformers' own cache.")
         self.method = method.resolve(prompt_length)
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens

@@ -156,7 +156,9 @@ class BudgetLayer(Storage, CacheLayerMixin):
         return self.cache.seen if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.cache.columns is not None:  # uncompiled: masks are in the target's columns, and read where nothing is pruned
+        if (
+            self.cache.columns is not None
+        ):  # uncompiled: masks are in the target's columns, and read where nothing is pruned
             return self.cache.columns + query_length, 0
         if self.cache.exact:
             return self.slots + query_length, 0
@@ -172,7 +174,9 @@ class BudgetLayer(Storage, CacheLayerMixin):
         """Forget the last `tokens` tokens."""
         self.lengths.sub_(tokens)
         if self.exact or self.cache.exact:
-            self.key_buffer, self.value_buffer = (view[:, :, :-tokens].flatten(1, 2) for view in (self.keys, self.values))
+            self.key_buffer, self.value_buffer = (
+                view[:, :, :-tokens].flatten(1, 2) for view in (self.keys, self.values)
+            )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))

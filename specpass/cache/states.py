@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from specpass.cache.budget import BudgetCache
 
 STATES = ("conv", "linear_attention")  # a state and no keys
-BOTH = ("hybrid",)  # a state beside full attention
+BOTH = ("hybrid", "hybrid_sliding")  # a state beside attention
 NEITHER = ("dummy",)  # experts or an MLP alone, or another layer's keys
-RECURRENT = (*STATES, *BOTH, "hybrid_sliding")
+RECURRENT = (*STATES, *BOTH)
+KEYS = ("full_attention", "sliding_attention", "chunked_attention")  # keys and values alone
 
 
 def layer_types(config: Any) -> list[str]:
@@ -30,6 +31,15 @@ def layer_types(config: Any) -> list[str]:
 def recurs(config: Any) -> bool:
     """Whether some layer of the model has a state."""
     return any(kind in RECURRENT for kind in layer_types(config))
+
+
+def why_unheld(config: Any) -> str:
+    """Why a BudgetCache is of no use to a model; "" where it is."""
+    kinds = layer_types(config)
+    for index, kind in enumerate(kinds):
+        if kind not in (*KEYS, *RECURRENT, *NEITHER):
+            return f"layer {index} is configured as {kind}, whose cache is of another form"
+    return "" if set(kinds) & {*KEYS, *BOTH} else "no layer of the model holds keys and values, so nothing grows"
 
 
 class StateLayer(LinearAttentionLayer):
@@ -108,7 +118,9 @@ def make_layers(cache: BudgetCache, config: Any) -> list[CacheLayerMixin]:
     """A cache layer for each layer of the model; the method's budgets go to those that hold keys."""
     kinds, options = get_layer_types_and_kwargs(config)
     budgets = iter(cache.method.layer_budgets(sum(kind not in (*STATES, *NEITHER) for kind in kinds)))
-    return [_layer(cache, index, kind, budgets, own) for index, (kind, own) in enumerate(zip(kinds, options, strict=True))]
+    return [
+        _layer(cache, index, kind, budgets, own) for index, (kind, own) in enumerate(zip(kinds, options, strict=True))
+    ]
 
 
 def _layer(cache: BudgetCache, index: int, kind: str, budgets: Any, options: dict[str, Any]) -> Any:
@@ -117,5 +129,5 @@ def _layer(cache: BudgetCache, index: int, kind: str, budgets: Any, options: dic
     if kind in NEITHER:
         return DummyLayer()
     if kind in BOTH:
-        return StateBudgetLayer(cache, index, next(budgets), **options)
+        return StateBudgetLayer(cache, index, next(budgets), options["number_of_states"])
     return BudgetLayer(cache, index, next(budgets))

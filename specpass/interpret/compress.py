@@ -19,9 +19,9 @@ class Part:
     Args:
         positions: [B, C] of the caller's packed prompt, ascending, -1 unused.
         shift: [B] what generate counts less what the target is told.
-        ids: [B, C], padded in front.
-        mask: [B, C], None where every row has C tokens.
-        told: [B, C] position ids.
+        ids: [B, T], padded in front; T <= C, where rows are shorter.
+        mask: [B, T], None where every row has T tokens.
+        told: [B, T] position ids.
     """
 
     positions: Tensor
@@ -43,8 +43,8 @@ def compressed(how: SpecPC, scores: Tensor, ids: Tensor, lengths: Tensor) -> Par
     original = how.positions == "original"
     numbers = positions if original else SPEC.number_anew(positions)
     shift = torch.zeros_like(lengths) if original else lengths - kept
-    taken = SPEC.take_ids(ids, positions)
-    width = positions.shape[1]
+    width = int(kept.max())  # no column that is padding in every row
+    taken, numbers = SPEC.take_ids(ids, positions)[:, :width], numbers[:, :width]
     column = torch.arange(width, device=ids.device) - (width - kept)[:, None]  # packed -> aligned at the end
     real = column >= 0
     if bool(real.all()):

@@ -41,7 +41,9 @@ class Keeper:
     def compact(self, layer: BudgetLayer, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
         """Store what layer keeps of packed key [B, K, T, D] and value [B, K, T, Dv]; scores [B, K, T]."""
         positions = self.positions(layer, key.shape[1], scores)
-        if self.cache.widest is not None and self.packing.order is not None:  # of a padded batch, rows that fit keep all
+        if (
+            self.cache.widest is not None and self.packing.order is not None
+        ):  # of a padded batch, rows that fit keep all
             positions = SPEC.keep_short_rows(positions, self.packing.lengths, self.cache.whole)
         layer.key_buffer, layer.value_buffer, layer.lengths = SPEC.gather_kv(key, value, positions, self.cache.room)
         layer.positions = positions if self.read is None else SPEC.map_positions(positions, self.read)

@@ -25,6 +25,7 @@ class ReadAhead(Listener):
     """L tokens behind a prompt whose layers wait; they come in one call, or one by one."""
 
     def __init__(self, prompt: ReadPrompt, length: int) -> None:
+        self.prompt = prompt
         self.cache, self.keeper, self.length = prompt.cache, prompt.keeper, length
         self.waiting = prompt.waiting
         self.whole: dict[int, list[tuple[Tensor, Tensor]]] = {}  # of exact layers: what they read, and drop
@@ -58,6 +59,12 @@ class ReadAhead(Listener):
             self._compact(layer, self.waiting.pop(layer))
         self.watch.release(layer)
         return out
+
+    def settle(self) -> None:
+        """After the last token: a layer whose attention did not read the lookahead stays whole."""
+        for layer, waiting in self.waiting.items():
+            self.prompt.keep_whole(layer, *waiting.raw, "its attention did not read the lookahead")
+        self.waiting.clear()
 
     def _compact(self, layer: int, waiting: Waiting) -> None:
         keeper, lengths = self.keeper, self.keeper.packing.lengths

@@ -60,25 +60,28 @@ class ReadPrompt(Listener):
             call = call.unfolded(key.shape[2])
             reason = self.masks.meaning(call) or repeats(call, key)
             if reason:
-                self._whole(layer, key, value, reason)
+                self.keep_whole(layer, key, value, reason)
             else:
                 self._prune(layer, key, value, call)
             self.watch.release(layer)
         return out
 
     def finish(self) -> None:
-        """After the forward."""
         self._close()
 
     def _close(self) -> None:
         """Layers that no attention call claimed before the next one wrote stay whole."""
         for layer, (key, value) in self.open.items():
-            self._whole(layer, key, value, "no scaled_dot_product_attention was seen that reads its keys and values")
+            self.keep_whole(
+                layer, key, value, "no scaled_dot_product_attention was seen that reads its keys and values"
+            )
             self.watch.release(layer)
         self.open.clear()
 
-    def _whole(self, layer: int, key: Tensor, value: Tensor, reason: str) -> None:
+    def keep_whole(self, layer: int, key: Tensor, value: Tensor, reason: str) -> None:
+        """The site is exact, and why."""
         self.exact[layer] = reason
+        self.pruned = [pruned for pruned in self.pruned if pruned != layer]
         keep_whole(self.cache.layers[layer], key, value)
 
     def _prune(self, layer: int, key: Tensor, value: Tensor, call: Attention) -> None:
@@ -93,6 +96,17 @@ class ReadPrompt(Listener):
             self.waiting[layer] = Waiting(*packed, (key, value), window, call.scale)
             return
         keeper.compact(self.cache.layers[layer], *packed, keeper.score(window, *packed, call.scale))
+
+
+class ReadWhole(Listener):
+    """A prompt of which everything is kept: the model runs exactly, and goes on so."""
+
+    def __init__(self, cache: BudgetCache) -> None:
+        self.cache, self.watch = cache, Watch(self)
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        keep_whole(self.cache.layers[layer], key, value)
+        return key, value
 
 
 def repeats(call: Attention, key: Tensor) -> str:

@@ -20,7 +20,7 @@ from specpass.interpret.compress import Part, compressed
 from specpass.interpret.draft import Written
 from specpass.interpret.keep import Keeper
 from specpass.interpret.lookahead import ReadAhead, reads_initial_states
-from specpass.interpret.prompt import ReadPrompt
+from specpass.interpret.prompt import ReadPrompt, ReadWhole
 from specpass.interpret.rows import Packing
 from specpass.interpret.steps import Steps, block_packing
 from specpass.interpret.watch import Listener
@@ -58,6 +58,19 @@ class Call:
             self.cache.reset()  # layers that were filled before the error are of no use
             raise
 
+    def whole(self) -> Any:
+        """A prompt without pruning: the model's output, exact; the cache keeps everything."""
+        cache, kwargs = self.cache, dict(self.kwargs)
+        like = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        mask = kwargs.get("attention_mask")
+        padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
+        cache.columns = 0
+        out = self._forward(ReadWhole(cache), kwargs)
+        cache.columns, cache.read_mask = like.shape[1], mask if padded else None
+        cache.seen = torch.full((), like.shape[1], dtype=torch.int64, device=like.device)
+        cache.padded = padded
+        return out
+
     def _prompt(self) -> tuple[Any, PromptRecord]:
         cache, kwargs, ids = self.cache, dict(self.kwargs), self.kwargs.get("input_ids")
         like = ids if ids is not None else kwargs["inputs_embeds"]
@@ -90,7 +103,7 @@ class Call:
             self._read_ahead(reading, ahead, kwargs.get("position_ids"))
         self._told(size, like.device, packing, written, part)
         if part is not None and not short:
-            out.logits = out.logits[:, -1:]
+            out = last_logits(out)
         return out, self._record(reading, short, ahead)
 
     def _written(self, ids: Tensor | None, mask: Tensor | None, packing: Packing, device: Any) -> Written:
@@ -146,7 +159,9 @@ class Call:
         cache, length = self.cache, ahead.shape[1]
         states = [layer for layer in cache.layers if isinstance(layer, StateLayer)]
         listener, columns, mask = ReadAhead(reading, length), cache.columns, cache.read_mask
-        last = torch.full((1, 1), int(columns or 0) - 1, device=ahead.device) if positions is None else positions[..., -1:]
+        last = (
+            torch.full((1, 1), int(columns or 0) - 1, device=ahead.device) if positions is None else positions[..., -1:]
+        )
         together = reads_initial_states(self.target, cache.layers)
         width = length if together else 1
         back = [layer.borrow_states() for layer in states]
@@ -162,14 +177,13 @@ class Call:
                 self._forward(listener, {**call, "use_cache": True})
                 assert cache.columns is not None
                 cache.columns += width
+            listener.settle()
         finally:
             cache.columns = columns
             for put_back in back:
                 put_back()
 
-    def _told(
-        self, size: int, device: Any, packing: Packing, written: Written | None, part: Part | None
-    ) -> None:
+    def _told(self, size: int, device: Any, packing: Packing, written: Written | None, part: Part | None) -> None:
         """What the cache knows of a prompt of `size` columns, in the caller's count."""
         cache = self.cache
         cache.seen = torch.full((), size, dtype=torch.int64, device=device)
@@ -230,6 +244,14 @@ class Call:
             )
         start = cache.seen if cache.shift is None else SPEC.told_length(cache.seen, cache.shift)
         return (torch.arange(count, device=device) + start)[None]
+
+
+def last_logits(out: Any) -> Any:
+    """A model's output, tuple or not, with the logits of the last row alone."""
+    if isinstance(out, tuple):
+        return (out[0][:, -1:], *out[1:])
+    out.logits = out.logits[:, -1:]
+    return out
 
 
 @contextlib.contextmanager

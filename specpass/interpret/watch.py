@@ -68,6 +68,8 @@ class Attention:
 class Listener:
     """Who is told of a model's keys, values and attention while it runs uncompiled."""
 
+    watch: Watch
+
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's new keys [B, K, q, D] and values; what the model's attention is to read."""
         raise NotImplementedError
@@ -75,6 +77,9 @@ class Listener:
     def attend(self, layer: int, call: Attention) -> Tensor:
         """The attention call that reads a layer's keys and values; its result."""
         raise NotImplementedError
+
+    def finish(self) -> None:
+        """The model's forward is over."""
 
 
 class Watch(TorchFunctionMode):

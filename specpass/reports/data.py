@@ -26,6 +26,16 @@ def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[
             }
             for graph in record.graphs
         ],
+        "interpreted": record.interpreted,
+        "prompts": [
+            {
+                **dataclasses.asdict(prompt),
+                "sites": [{"module": module, "budget": budget} for module, budget in prompt.sites],
+                "exact": [{"module": module, "reason": reason} for module, reason in prompt.exact],
+            }
+            for prompt in record.prompts
+        ],
+        "notes": list(record.notes),
         "refusals": list(record.refusals),
         "foreign": record.foreign,
         "costs": None if costs is None else cost_data(costs, new_tokens, lengths),
