@@ -1,4 +1,4 @@
-"""When the second way is taken (specpass.interpret), and why: by what a model is, or since no graph of it can be had."""
+"""When the second way is taken (specpass.interpret), and why: by what a model is, or for want of a whole graph."""
 
 from __future__ import annotations
 

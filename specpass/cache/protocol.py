@@ -73,7 +73,7 @@ class CacheProtocol(Cache):
         states = [index for index, layer in enumerate(self.layers) if isinstance(layer, Recurrent)]
         if states:
             raise CacheStateError(
-                f"crop({tokens_to_remove}): layer {states[0]} has a state, from which tokens cannot be taken out again; "
+                f"crop({tokens_to_remove}): layer {states[0]} has a state, which no token can be taken out of; "
                 "call reset() and read the prompt anew (assisted decoding needs a target without states)."
             )
         if not 0 < tokens_to_remove <= self.appended:
@@ -156,9 +156,7 @@ class BudgetLayer(Storage, CacheLayerMixin):
         return self.cache.seen if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if (
-            self.cache.columns is not None
-        ):  # uncompiled: masks are in the target's columns, and read where nothing is pruned
+        if self.cache.columns is not None:  # uncompiled: masks count the target's columns
             return self.cache.columns + query_length, 0
         if self.cache.exact:
             return self.slots + query_length, 0
@@ -174,9 +172,8 @@ class BudgetLayer(Storage, CacheLayerMixin):
         """Forget the last `tokens` tokens."""
         self.lengths.sub_(tokens)
         if self.exact or self.cache.exact:
-            self.key_buffer, self.value_buffer = (
-                view[:, :, :-tokens].flatten(1, 2) for view in (self.keys, self.values)
-            )
+            views = [view for view in (self.keys, self.values) if view is not None]
+            self.key_buffer, self.value_buffer = (view[:, :, :-tokens].flatten(1, 2) for view in views)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))

@@ -76,7 +76,7 @@ class StateLayer(LinearAttentionLayer):
 
     def reset(self) -> None:
         """Forget the states; the next prompt may have another batch."""
-        LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
+        StateLayer.__init__(self, number_of_states=self.number_of_states)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.map_states(lambda state: state.repeat_interleave(repeats, 0))

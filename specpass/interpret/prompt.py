@@ -1,7 +1,7 @@
 """A prompt read by the model's own forward: each layer is scored and compacted as soon as attention has used it.
 
-Attention itself is the model's, with its own mask, and so exact. Where lookahead rows are still to come, keys and values
-stay whole, and the window's queries with them, until lookahead.py sends the rows through.
+Attention itself is the model's, with its own mask, and so exact. Where lookahead rows are still to come, keys and
+values stay whole, and the window's queries with them, until lookahead.py sends the rows through.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from specpass.cache.budget import BudgetCache
 from specpass.interpret.keep import Keeper, keep_whole
 from specpass.interpret.masks import Masks
 from specpass.interpret.watch import Attention, Listener, Watch
+
+UNSEEN = "no scaled_dot_product_attention was seen that reads its keys and values"
 
 
 @dataclasses.dataclass
@@ -72,9 +74,7 @@ class ReadPrompt(Listener):
     def _close(self) -> None:
         """Layers that no attention call claimed before the next one wrote stay whole."""
         for layer, (key, value) in self.open.items():
-            self.keep_whole(
-                layer, key, value, "no scaled_dot_product_attention was seen that reads its keys and values"
-            )
+            self.keep_whole(layer, key, value, UNSEEN)
             self.watch.release(layer)
         self.open.clear()
 

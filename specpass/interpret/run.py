@@ -113,8 +113,8 @@ class Call:
             return Written(cache.given_ids.to(device, copy=True))
         if ids is None:
             raise UnsupportedCallError(
-                f"the prompt came as inputs_embeds, which the draft of {cache.method.name} cannot read: pass input_ids, "
-                "lookahead_ids=[B, L] token ids, or use SnapKV."
+                f"the prompt came as inputs_embeds, which the draft of {cache.method.name} cannot read: pass "
+                "input_ids, lookahead_ids=[B, L] token ids, or use SnapKV."
             )
         return self.write(ids, mask, packing, cache.lookahead)
 
@@ -126,7 +126,8 @@ class Call:
         if short:
             positions = SPEC.keep_all(lengths, 1, how.budget)[:, 0]
             return Part(positions, torch.zeros_like(lengths), ids, None, positions)
-        assert written is not None and written.scores is not None, "a draft that scores"
+        assert written is not None
+        assert written.scores is not None, "captured with the method's prompt, the draft scores"
         return compressed(how, written.scores, packing.ids(ids), lengths)
 
     def _of_part(self, part: Part, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -195,15 +196,14 @@ class Call:
     def _record(self, reading: ReadPrompt, short: bool, ahead: Tensor | None) -> PromptRecord:
         cache = self.cache
         paths = attention_paths(self.target)
-        path = lambda index: paths.get(index, f"layer {index}")  # noqa: E731
         states = [layer for layer in cache.layers if isinstance(layer, StateLayer)]
         held = [tensor for layer in states for tensor in layer.state_tensors()]
         return PromptRecord(
             short,
-            [(path(index), cache.whole if short else cache.layers[index].budget) for index in reading.pruned],
-            [(path(index), reason) for index, reason in reading.exact.items()],
+            [(paths[index], cache.whole if short else cache.layers[index].budget) for index in reading.pruned],
+            [(paths[index], reason) for index, reason in reading.exact.items()],
             len(states),
-            sum(tensor.nbytes for tensor in held),
+            sum(tensor[0].nbytes for tensor in held),
             ahead is not None,
         )
 
@@ -265,8 +265,8 @@ def listening(cache: BudgetCache, listener: Listener) -> Iterator[None]:
 
 
 def attention_paths(target: nn.Module) -> dict[int, str]:
-    """Layer -> path of the module that attends, as far as modules know their number."""
-    found: dict[int, str] = {}
+    """Layer -> path of the module that attends, where modules know their number, else the number."""
+    found = {index: f"layer {index}" for index in range(target.config.get_text_config(decoder=True).num_hidden_layers)}
     for name, module in target.named_modules():
         index = getattr(module, "layer_idx", None)
         if isinstance(index, int) and "attention" in type(module).__name__.lower():

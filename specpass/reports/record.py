@@ -46,7 +46,7 @@ class PromptRecord:
         short: it fits the budget and was kept whole.
         sites: (module path, budget) of the layers that are pruned.
         exact: (module path, why) of those that are kept whole.
-        states: layers with a state, which is exact; state_bytes: of all of them.
+        states: layers with a state, which is exact; state_bytes: of all of them, a row.
         two_phases: the lookahead went through the target behind the prompt: until then keys and values were whole.
     """
 

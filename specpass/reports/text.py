@@ -51,7 +51,7 @@ def prompt_lines(prompt: PromptRecord) -> list[str]:
         lines.append(f"  budget per KV head and layer: {', '.join(map(str, budgets))} slots")
     lines += [f"  {module}: exact, because {reason}" for module, reason in prompt.exact]
     if prompt.states:
-        lines.append(f"  {prompt.states} layers with a state, kept exactly: {amount(prompt.state_bytes, 'B')}")
+        lines.append(f"  {prompt.states} layers with a state, kept exactly: {amount(prompt.state_bytes, 'B')} a row")
     if prompt.two_phases:
         lines.append("  the lookahead came behind the prompt: until then these layers' keys and values were whole")
     return lines
