@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
 from specpass.cache.layer import round_room
 from specpass.cache.protocol import CacheProtocol
-from specpass.cache.states import layer_types, make_layers, why_unheld
+from specpass.cache.states import make_layers, why_unheld
 from specpass.dialect.define import SPEC
 from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError, UnsupportedCallError
 from specpass.methods.base import Method
@@ -51,7 +51,6 @@ class BudgetCache(CacheProtocol):
             raise BudgetError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
         config = config.get_text_config(decoder=True)
         self.config = config
-        self.layer_types: list[str] = layer_types(config)
         unheld = why_unheld(config)
         if unheld:
             raise UnsupportedCallError(f"{unheld}: leave past_key_values out, or pass transformers' own cache.")
@@ -68,19 +67,11 @@ class BudgetCache(CacheProtocol):
         self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole
         super().__init__(layers=make_layers(self, config))
         self.ends = self.budgeted[:1] + self.budgeted[-1:]  # first and last of the layers that hold keys
-        self.widest = self._widest()
         self.listener: Any = None  # who answers `update` while the model's own forward runs uncompiled
         # The compiled graph gets tensors only; this one leads the runtime back to its cache.
         self.handle = torch.zeros((), dtype=torch.int64)
         self.handle._specpass_cache = weakref.ref(self)
         self._clear()
-
-    def _widest(self) -> int | None:
-        """Index of the layer with the largest budget; None where budgets are equal."""
-        budgets = [layer.budget for layer in self.budgeted]
-        if len(set(budgets)) <= 1:
-            return None
-        return max(self.budgeted, key=lambda layer: layer.budget).index
 
     def _resolve_lookahead(self) -> int:
         if not self.method.drafts:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DummyLayer, LinearAttentionLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import DummyLayer, LinearAttentionLayer, get_layer_types_and_kwargs
 
 from specpass.cache.protocol import BudgetLayer
+from specpass.sizes import FULL, Span, layer_spans
 
 if TYPE_CHECKING:
     from specpass.cache.budget import BudgetCache
@@ -48,6 +49,9 @@ class StateLayer(LinearAttentionLayer):
     is_compileable = False
     is_croppable = False
 
+    def __init__(self, number_of_states: int = 1) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
     @property
     def has_recurrence(self) -> bool:
         """Whether there is more than a convolution's last columns."""
@@ -76,7 +80,7 @@ class StateLayer(LinearAttentionLayer):
 
     def reset(self) -> None:
         """Forget the states; the next prompt may have another batch."""
-        StateLayer.__init__(self, number_of_states=self.number_of_states)
+        StateLayer.__init__(self, self.number_of_states)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.map_states(lambda state: state.repeat_interleave(repeats, 0))
@@ -88,9 +92,9 @@ class StateLayer(LinearAttentionLayer):
 class StateBudgetLayer(StateLayer, BudgetLayer):
     """Both: a state, and full attention that is pruned (Falcon-H1, Zamba2)."""
 
-    def __init__(self, cache: BudgetCache, index: int, budget: int, number_of_states: int = 1) -> None:
-        StateLayer.__init__(self, number_of_states=number_of_states)
-        BudgetLayer.__init__(self, cache, index, budget)
+    def __init__(self, cache: BudgetCache, index: int, budget: int, span: Span, states: int = 1) -> None:
+        StateLayer.__init__(self, states)
+        BudgetLayer.__init__(self, cache, index, budget, span)
 
     def reset(self) -> None:
         if hasattr(self, "number_of_states"):
@@ -114,20 +118,40 @@ class StateBudgetLayer(StateLayer, BudgetLayer):
         BudgetLayer.batch_select_indices(self, indices)
 
 
-def make_layers(cache: BudgetCache, config: Any) -> list[CacheLayerMixin]:
-    """A cache layer for each layer of the model; the method's budgets go to those that hold keys."""
+def make_layers(cache: BudgetCache, config: Any) -> list[Any]:
+    """A cache layer for each layer of the model.
+
+    The method's budgets go to those that read the whole prompt; a window's slots are what it can read.
+    """
     kinds, options = get_layer_types_and_kwargs(config)
-    budgets = iter(cache.method.layer_budgets(sum(kind not in (*STATES, *NEITHER) for kind in kinds)))
-    return [
-        _layer(cache, index, kind, budgets, own) for index, (kind, own) in enumerate(zip(kinds, options, strict=True))
-    ]
+    grows = [kind in ("full_attention", "hybrid") for kind in kinds]
+    budgets = iter(cache.method.layer_budgets(sum(grows)))
+    layers: list[Any] = []
+    for index, (kind, own, span) in enumerate(zip(kinds, options, layer_spans(config), strict=True)):
+        if kind in STATES:
+            layers.append(StateLayer(**own))
+        elif kind in NEITHER:
+            layers.append(DummyLayer())
+        else:
+            budget = next(budgets) if grows[index] else own["sliding_window"]
+            if kind in BOTH:
+                layers.append(StateBudgetLayer(cache, index, budget, span_beside(own), own["number_of_states"]))
+            else:
+                layers.append(BudgetLayer(cache, index, budget, span))
+    tell_widest([layer for layer in layers if isinstance(layer, BudgetLayer)])
+    return layers
 
 
-def _layer(cache: BudgetCache, index: int, kind: str, budgets: Any, options: dict[str, Any]) -> Any:
-    if kind in STATES:
-        return StateLayer(**options)
-    if kind in NEITHER:
-        return DummyLayer()
-    if kind in BOTH:
-        return StateBudgetLayer(cache, index, next(budgets), options["number_of_states"])
-    return BudgetLayer(cache, index, next(budgets))
+def span_beside(options: dict[str, Any]) -> Span:
+    """What attention reads in a layer that has a state as well."""
+    return Span(sliding=int(options["sliding_window"])) if "sliding_window" in options else FULL
+
+
+def tell_widest(layers: list[BudgetLayer]) -> None:
+    """Full layers and sliding ones each get one mask of the model's, as wide as the widest of them."""
+    for sliding in (False, True):
+        alike = [layer for layer in layers if layer.is_sliding == sliding]
+        if len({layer.budget for layer in alike}) > 1:
+            widest = max(alike, key=lambda layer: layer.budget).index
+            for layer in alike:
+                layer.widest = widest

@@ -41,9 +41,7 @@ class Keeper:
     def compact(self, layer: BudgetLayer, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
         """Store what layer keeps of packed key [B, K, T, D] and value [B, K, T, Dv]; scores [B, K, T]."""
         positions = self.positions(layer, key.shape[1], scores)
-        if (
-            self.cache.widest is not None and self.packing.order is not None
-        ):  # of a padded batch, rows that fit keep all
+        if layer.widest is not None and self.packing.order is not None:  # of a padded batch, rows that fit keep all
             positions = SPEC.keep_short_rows(positions, self.packing.lengths, self.cache.whole)
         layer.key_buffer, layer.value_buffer, layer.lengths = SPEC.gather_kv(key, value, positions, self.cache.room)
         layer.positions = positions if self.read is None else SPEC.map_positions(positions, self.read)
@@ -52,6 +50,10 @@ class Keeper:
     def positions(self, layer: BudgetLayer, kv_heads: int, scores: Tensor | None) -> Tensor:
         """[B, K, C] of the tokens that the target reads, ascending; unused slots -1."""
         method, lengths, budget = self.method, self.packing.lengths, layer.budget
+        if layer.span is not None and layer.span.sliding:
+            return SPEC.select_recent(lengths, kv_heads, budget, 0)
+        if layer.span is not None and layer.span.chunk:
+            return SPEC.select_chunk(lengths, kv_heads, budget)
         if self.short:
             return SPEC.keep_all(lengths, kv_heads, self.cache.whole)
         if self.read is not None and not method.scored:

@@ -68,6 +68,9 @@ class ReadAhead(Listener):
 
     def _compact(self, layer: int, waiting: Waiting) -> None:
         keeper, lengths = self.keeper, self.keeper.packing.lengths
+        if waiting.window is None:
+            keeper.compact(self.cache.layers[layer], waiting.key, waiting.value, None)
+            return
         query, key, value = (torch.cat(parts, 2) for parts in zip(*waiting.ahead, strict=True))
         packed = behind(waiting.key, key, lengths), behind(waiting.value, value, lengths)
         scores = keeper.score(torch.cat([waiting.window, query], 2), *packed, waiting.scale)

@@ -15,18 +15,20 @@ from specpass.cache.budget import BudgetCache
 from specpass.interpret.keep import Keeper, keep_whole
 from specpass.interpret.masks import Masks
 from specpass.interpret.watch import Attention, Listener, Watch
+from specpass.sizes import FULL
 
 UNSEEN = "no scaled_dot_product_attention was seen that reads its keys and values"
 
 
 @dataclasses.dataclass
 class Waiting:
-    """A layer whose lookahead rows are to come: packed key and value, the window's queries [B, H, W, D], the scale."""
+    """A layer whose lookahead rows are to come: packed key and value, the window's queries [B, H, W, D],
+    None where nothing is scored, the scale."""
 
     key: Tensor
     value: Tensor
     raw: tuple[Tensor, Tensor]  # in the model's columns, for its attention
-    window: Tensor
+    window: Tensor | None
     scale: float
     ahead: list[tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=list)  # query, key, value
 
@@ -60,7 +62,7 @@ class ReadPrompt(Listener):
         if layer in self.open:
             key, value = self.open.pop(layer)
             call = call.unfolded(key.shape[2])
-            reason = self.masks.meaning(call) or repeats(call, key)
+            reason = self.masks.meaning(call, self.cache.layers[layer].span or FULL) or repeats(call, key)
             if reason:
                 self.keep_whole(layer, key, value, reason)
             else:
@@ -88,14 +90,18 @@ class ReadPrompt(Listener):
         keeper, packing = self.keeper, self.keeper.packing
         self.pruned.append(layer)
         packed = packing.states(key), packing.states(value)
-        if keeper.rows is None or keeper.short:
-            keeper.compact(self.cache.layers[layer], *packed, None)
+        own = self.cache.layers[layer]
+        if self.ahead and own.is_sliding:  # the lookahead's attention is to read what is in front of the window's end
+            self.waiting[layer] = Waiting(*packed, (key, value), None, call.scale)
+            return
+        if keeper.rows is None or own.is_sliding:
+            keeper.compact(own, *packed, None)
             return
         window = packing.take(call.query, keeper.rows[:, : keeper.method.window])
         if self.ahead:
             self.waiting[layer] = Waiting(*packed, (key, value), window, call.scale)
             return
-        keeper.compact(self.cache.layers[layer], *packed, keeper.score(window, *packed, call.scale))
+        keeper.compact(own, *packed, keeper.score(window, *packed, call.scale))
 
 
 class ReadWhole(Listener):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import check_gradients, check_prompt
+from specpass.cache.protocol import BudgetLayer
 from specpass.cache.states import StateLayer
 from specpass.dialect.define import SPEC
 from specpass.errors import PositionsError, UnsupportedCallError
@@ -24,7 +25,7 @@ from specpass.interpret.prompt import ReadPrompt, ReadWhole
 from specpass.interpret.rows import Packing
 from specpass.interpret.steps import Steps, block_packing
 from specpass.interpret.watch import Listener
-from specpass.reports.record import PromptRecord
+from specpass.reports.record import PromptRecord, SiteRecord
 
 Write = Callable[[Tensor, "Tensor | None", Packing, int], Written]
 KEPT = ("use_cache", "return_dict", "output_hidden_states", "past_key_values")  # of a call whose prompt is compressed
@@ -200,12 +201,17 @@ class Call:
         held = [tensor for layer in states for tensor in layer.state_tensors()]
         return PromptRecord(
             short,
-            [(paths[index], cache.whole if short else cache.layers[index].budget) for index in reading.pruned],
-            [(paths[index], reason) for index, reason in reading.exact.items()],
+            [self._site(paths[index], cache.layers[index], short) for index in reading.pruned]
+            + [SiteRecord(paths[index], 0, reason) for index, reason in reading.exact.items()],
             len(states),
             sum(tensor[0].nbytes for tensor in held),
             ahead is not None,
         )
+
+    def _site(self, path: str, layer: BudgetLayer, short: bool) -> SiteRecord:
+        if layer.is_sliding:
+            return SiteRecord(path, layer.budget, str(layer.span))
+        return SiteRecord(path, self.cache.whole if short else layer.budget)
 
     def _step(self) -> Any:
         """q tokens behind the prompt."""

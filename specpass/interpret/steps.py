@@ -41,7 +41,8 @@ class Steps(Listener):
         if order is not None:
             query = self.packing.states(query)
         keys, values = own.keys, own.values
-        out = SPEC.attend(query.to(keys.dtype), keys, values, own.lengths, call.scale).to(query.dtype)
+        bounds = () if own.span is None or not own.span.positions else (0.0, None, own.span.sliding, own.span.chunk)
+        out = SPEC.attend(query.to(keys.dtype), keys, values, own.lengths, call.scale, *bounds).to(query.dtype)
         if order is not None:
             back = SPEC.unpack_index(order)[:, None, :, None]
             out = out.gather(2, back.expand(-1, out.shape[1], -1, out.shape[3]))

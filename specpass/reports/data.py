@@ -19,22 +19,9 @@ def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[
         "method": record.method,
         "lowering": record.lowering,
         "draft_seconds": record.draft_seconds,
-        "graphs": [
-            {
-                **dataclasses.asdict(graph),
-                "sites": [{"module": module, "budget": budget} for module, budget in graph.sites],
-            }
-            for graph in record.graphs
-        ],
+        "graphs": [dataclasses.asdict(graph) for graph in record.graphs],
         "interpreted": record.interpreted,
-        "prompts": [
-            {
-                **dataclasses.asdict(prompt),
-                "sites": [{"module": module, "budget": budget} for module, budget in prompt.sites],
-                "exact": [{"module": module, "reason": reason} for module, reason in prompt.exact],
-            }
-            for prompt in record.prompts
-        ],
+        "prompts": [dataclasses.asdict(prompt) for prompt in record.prompts],
         "notes": list(record.notes),
         "refusals": list(record.refusals),
         "foreign": record.foreign,

@@ -10,16 +10,36 @@ from specpass.lowering.lower import Lowered
 from specpass.methods.base import Method
 from specpass.reports.cost import Costs, costs_of
 from specpass.rewrite import Kind
+from specpass.rewrite.sites import Site
 from specpass.sizes import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteRecord:
+    """One attention site.
+
+    Attributes:
+        module: its path.
+        budget: slots C of each KV head, 0 where the graph prunes nothing.
+        exact: why it keeps all that it reads; "" where it is pruned.
+    """
+
+    module: str
+    budget: int
+    exact: str = ""
+
+    @classmethod
+    def of(cls, site: Site) -> SiteRecord:
+        return cls(site.module, site.budget, "" if site.is_full else str(site.span))
 
 
 @dataclasses.dataclass
 class GraphRecord:
-    """One compiled graph. Seconds are wall-clock; `sites` are (module path, budget)."""
+    """One compiled graph. Seconds are wall-clock."""
 
     kind: Kind
     exact: bool = False
-    sites: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    sites: list[SiteRecord] = dataclasses.field(default_factory=list)
     trace_seconds: float = 0.0
     pass_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     lower_seconds: float = 0.0
@@ -44,15 +64,13 @@ class PromptRecord:
 
     Args:
         short: it fits the budget and was kept whole.
-        sites: (module path, budget) of the layers that are pruned.
-        exact: (module path, why) of those that are kept whole.
+        sites: its attention, with budget 0 where everything is kept in the model's own columns.
         states: layers with a state, which is exact; state_bytes: of all of them, a row.
         two_phases: the lookahead went through the target behind the prompt: until then keys and values were whole.
     """
 
     short: bool
-    sites: list[tuple[str, int]]
-    exact: list[tuple[str, str]]
+    sites: list[SiteRecord]
     states: int
     state_bytes: int
     two_phases: bool
