@@ -15,11 +15,11 @@ from specpass.backend.calls import Call
 from specpass.backend.facts import Traced, static_outputs
 from specpass.backend.limit import ensure_limit, raised_limit
 from specpass.cache.budget import BudgetCache
-from specpass.cache.states import RECURRENT, layer_types, recurs
+from specpass.cache.states import recurs
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.dialect.cache import ExtendKv, Fill
-from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError, UnsupportedCallError
+from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError, UnsplicedGraphError
 from specpass.graph.edit import copy_module
 from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
@@ -30,7 +30,7 @@ from specpass.passes.pipeline import PASSES, fingerprint
 from specpass.reports.record import GraphRecord, SiteRecord
 from specpass.reports.report import Report
 from specpass.rewrite import Facts, Observer, Pipeline, Refusal, Request
-from specpass.rewrite.base import PROMPTS
+from specpass.rewrite.base import PROMPTS, STEPS, Unspliced
 from specpass.rewrite.pipeline import check_names
 from specpass.rewrite.sites import Sites
 from specpass.sizes import context_length, eos_ids
@@ -84,6 +84,7 @@ class Backend:
         self.stages: dict[str, fx.GraphModule] = {}
         self.report = Report(method, lowering, getattr(draft, "config", None))
         self._graphs: DraftGraphs | None = None
+        self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
         self._uncaptured = ""  # why the draft has no graphs
         self.__name__ = "specpass"
         prepare(lowering)
@@ -128,6 +129,9 @@ class Backend:
         try:
             return self._prune(traced, record)
         except Refusal as refusal:
+            if self.second_way and not self.skip_passes and (isinstance(refusal, Unspliced) or traced.kind in STEPS):
+                self.report.graphs.remove(record)
+                raise UnsplicedGraphError(str(refusal)) from refusal
             self.report.refuse(str(refusal))
             record.exact = True
             exact = trace_aten(gm)
@@ -144,7 +148,12 @@ class Backend:
         request, facts = self._request(traced)
         observers = (self._keep_stage, *self.observers)
         pipeline = Pipeline(PASSES, skip=self.skip_passes, full_verify=self.full_verify, observers=observers)
-        graph = pipeline.run(traced.gm, request, facts)
+        try:
+            graph = pipeline.run(traced.gm, request, facts)
+        except Refusal as refusal:
+            if Sites in facts:
+                raise Unspliced(refusal.reason, refusal.module) from refusal
+            raise
         record.pass_seconds = dict(pipeline.seconds)
         sites, drafted = facts.get(Sites), facts.get(Drafted)
         record.sites = [] if sites is None else [SiteRecord.of(site) for site in sites.sites]
@@ -179,12 +188,6 @@ class Backend:
         Raises: Refusal: what the cache's config or the call says cannot be pruned.
         """
         cache, kind = traced.cache, traced.kind
-        for index, layer in enumerate(layer_types(cache.config)):
-            if layer in RECURRENT:
-                raise UnsupportedCallError(
-                    f"layer {index} is configured as {layer}, whose state has no form in a graph: use "
-                    "specpass.compile(model, ...), which prunes such a model around its own forward."
-                )
         spans = tuple(getattr(layer, "span", None) for layer in cache.layers)
         if None in spans:
             raise Refusal(f"layer {spans.index(None)} is no attention layer")
@@ -215,7 +218,7 @@ class Backend:
         Raises: Refusal: they cannot be had.
         """
         if self._uncaptured:
-            raise Refusal(self._uncaptured)
+            raise Unspliced(self._uncaptured)
         if self._graphs is None:
             checks.check_draft(self.draft, self.method)  # train() may have been called since
             start = time.perf_counter()
@@ -223,7 +226,7 @@ class Backend:
                 self._graphs = capture(self.draft, self.method)
             except Refusal as refusal:
                 self._uncaptured = f"the draft cannot be captured: {refusal}"
-                raise Refusal(self._uncaptured) from refusal
+                raise Unspliced(self._uncaptured) from refusal
             self.report.draft_seconds = time.perf_counter() - start
         how, vocab = cache.method, cache.config.vocab_size
         return dataclasses.replace(self._graphs, temperature=how.temperature, seed=how.seed, target_vocab=vocab)

@@ -18,6 +18,7 @@ from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
 from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncompiled
 from specpass.cache.budget import BudgetCache
+from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
 from specpass.graph.roles import ROLES
 
@@ -63,7 +64,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         kwargs.update(zip(ROLES, args, strict=False))
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, BudgetCache) or len(args) > len(ROLES):
-            if not warned:
+            if not warned and not why_unheld(target.config):  # else the report says why, and no cache helps
                 warnings.warn(
                     f"specpass: past_key_values is {type(cache).__name__}, not a BudgetCache, so the model runs "
                     "exactly, unpruned. Use generate(), or pass specpass.BudgetCache(model.config, method).",

@@ -10,8 +10,14 @@ from torch._dynamo.exc import TorchDynamoException
 
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
-from specpass.cache.states import RECURRENT, layer_types
-from specpass.errors import NoAttentionSiteError, PartialGraphError, SpecpassError, UncompiledCacheError
+from specpass.cache.states import RECURRENT, layer_types, why_unheld
+from specpass.errors import (
+    NoAttentionSiteError,
+    PartialGraphError,
+    SpecpassError,
+    UncompiledCacheError,
+    UnsplicedGraphError,
+)
 from specpass.interpret.draft import Written, write_by_forward, write_by_graphs
 from specpass.interpret.rows import Packing
 from specpass.interpret.run import Call
@@ -19,12 +25,14 @@ from specpass.rewrite import Refusal
 from specpass.sizes import context_length
 
 # What a call may fail of while its graph is made. Mistakes of the user's are other errors, and stay errors.
-FAILURES = (TorchDynamoException, PartialGraphError, UncompiledCacheError, NoAttentionSiteError)
+FAILURES = (TorchDynamoException, PartialGraphError, UncompiledCacheError, NoAttentionSiteError, UnsplicedGraphError)
 
 
 def why_uncompiled(target: nn.Module) -> str:
     """What makes a whole graph impossible, known before the first call; "" where one is tried."""
     kinds = layer_types(target.config)
+    if why_unheld(target.config):
+        return ""
     for index, kind in enumerate(kinds):
         if kind in RECURRENT:
             return f"layer {index} is configured as {kind}: its state has no form in a graph"
@@ -48,6 +56,7 @@ class Uncompiled:
 
     def __init__(self, backend: Backend, reason: str) -> None:
         self.backend = backend
+        backend.second_way = True
         backend.report.interpreted = reason
 
     @property
@@ -56,7 +65,8 @@ class Uncompiled:
 
     def failed(self, error: BaseException, cache: BudgetCache) -> None:
         """A graph could not be made: from now on the second way; a prompt starts anew."""
-        self.backend.report.interpreted = f"no whole graph could be made ({first_line(error)})"
+        whole = isinstance(error, UnsplicedGraphError)
+        self.backend.report.interpreted = str(error) if whole else f"no whole graph could be made ({first_line(error)})"
         if not isinstance(cache.seen, Tensor):  # no prompt was read to its end
             cache.reset()
 
@@ -65,8 +75,12 @@ class Uncompiled:
         backend.check_cache(cache)
         backend.report.saw(cache.config)
         context = None if backend.draft is None else context_length(backend.draft.config)
+        attention = target.config.get_text_config(decoder=True)._attn_implementation or ""
         call = Call(target, cache, kwargs, Writer(backend, cache), backend.eos_ids(cache), context)
         started = cache.filled
+        if not started and attention.startswith("flex"):  # compiled by itself, where a watch would be in its way
+            backend.report.refuse(f"attention is {attention}: load the model with attn_implementation='sdpa'")
+            return call.whole()
         try:
             out, record = call()
         except (SpecpassError, torch.OutOfMemoryError):

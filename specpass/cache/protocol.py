@@ -69,14 +69,18 @@ class CacheProtocol(Cache):
             CacheStateError: more tokens than were appended; dropped prompt positions cannot come back.
         """
         tokens_to_remove = abs(tokens_to_remove)  # transformers' own layers take it negative
+        states = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, Recurrent)}
+        stuck = next((index for index, layer in states.items() if not (layer.is_croppable and layer.record_past)), None)
+        if tokens_to_remove and stuck is not None:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): layer {stuck} has a state, which no token can be taken out of; call "
+                "reset() and read the prompt anew (assisted decoding needs a target without such states)."
+            )
+        if stuck is None:
+            for layer in states.values():  # convolutions that were told to record what they read
+                layer.drop_recorded(tokens_to_remove)
         if tokens_to_remove == 0 or not self.filled:
             return
-        states = [index for index, layer in enumerate(self.layers) if isinstance(layer, Recurrent)]
-        if states:
-            raise CacheStateError(
-                f"crop({tokens_to_remove}): layer {states[0]} has a state, which no token can be taken out of; "
-                "call reset() and read the prompt anew (assisted decoding needs a target without states)."
-            )
         if not 0 < tokens_to_remove <= self.appended:
             raise CacheStateError(
                 f"crop({tokens_to_remove}): only the {self.appended} tokens behind the pruned prompt can be removed; "

@@ -47,7 +47,6 @@ class StateLayer(LinearAttentionLayer):
     """A convolution's or a recurrence's states: after the prompt and each token, never after a lookahead."""
 
     is_compileable = False
-    is_croppable = False
 
     def __init__(self, number_of_states: int = 1) -> None:
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
@@ -77,6 +76,10 @@ class StateLayer(LinearAttentionLayer):
             copies = {key: item.clone() if isinstance(item, Tensor) else item for key, item in held.items()}
             setattr(self, name, copies)
         return lambda: self.__dict__.update(before)
+
+    def drop_recorded(self, tokens: int) -> None:
+        """Take the last `tokens` tokens out of recorded convolution states, and what is no longer needed."""
+        LinearAttentionLayer.crop(self, -tokens)
 
     def reset(self) -> None:
         """Forget the states; the next prompt may have another batch."""

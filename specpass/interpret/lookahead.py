@@ -24,6 +24,8 @@ INITIAL = ("initial_state", "initial_states")
 class ReadAhead(Listener):
     """L tokens behind a prompt whose layers wait; they come in one call, or one by one."""
 
+    watch: Watch
+
     def __init__(self, prompt: ReadPrompt, length: int) -> None:
         self.prompt = prompt
         self.cache, self.keeper, self.length = prompt.cache, prompt.keeper, length

@@ -14,9 +14,7 @@ class Masks:
 
     def __init__(self, real: Tensor | None) -> None:
         self.real = real
-        self.known: dict[
-            tuple[int, Span], tuple[Tensor, str]
-        ] = {}  # by identity; held, so that no other mask takes the id
+        self.known: dict[tuple[int, Span], tuple[Tensor, str]] = {}
 
     def meaning(self, call: Attention, span: Span) -> str:
         """ "" where the attention of a prompt is causal, reads `span` and hides padding, else what it is."""

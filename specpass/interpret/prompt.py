@@ -42,6 +42,8 @@ class ReadPrompt(Listener):
         pruned: layers that are compacted, or will be.
     """
 
+    watch: Watch
+
     def __init__(self, cache: BudgetCache, keeper: Keeper, ahead: bool) -> None:
         self.cache, self.keeper, self.ahead = cache, keeper, ahead
         self.watch = Watch(self)
@@ -108,7 +110,7 @@ class ReadWhole(Listener):
     """A prompt of which everything is kept: the model runs exactly, and goes on so."""
 
     def __init__(self, cache: BudgetCache) -> None:
-        self.cache, self.watch = cache, Watch(self)
+        self.cache, self.watch = cache, None
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         keep_whole(self.cache.layers[layer], key, value)

@@ -19,7 +19,8 @@ class Steps(Listener):
 
     def __init__(self, cache: BudgetCache, packing: Packing) -> None:
         self.cache, self.packing = cache, packing
-        self.watch = Watch(self)
+        pruned = any(not layer.exact for layer in cache.budgeted) and not cache.exact
+        self.watch = Watch(self) if pruned else None
         self.open: dict[int, int] = {}  # layer -> q
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -31,6 +32,7 @@ class Steps(Listener):
         packed = (self.packing.states(states) for states in (key, value))
         SPEC.append_kv(own.key_buffer, own.value_buffer, own.lengths, *packed, None)
         self.open[layer] = key.shape[2]
+        assert self.watch is not None, "this layer is pruned"
         self.watch.follow(layer, key, value)
         return key, value
 
@@ -47,6 +49,7 @@ class Steps(Listener):
             back = SPEC.unpack_index(order)[:, None, :, None]
             out = out.gather(2, back.expand(-1, out.shape[1], -1, out.shape[3]))
             own.lengths.sub_((count - self.packing.lengths)[:, None])  # the next token overwrites padding
+        assert self.watch is not None
         self.watch.release(layer)
         return out.reshape(*call.query.shape[:3], out.shape[3])
 

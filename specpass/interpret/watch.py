@@ -68,7 +68,7 @@ class Attention:
 class Listener:
     """Who is told of a model's keys, values and attention while it runs uncompiled."""
 
-    watch: Watch
+    watch: Watch | None  # None where no attention is of interest
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's new keys [B, K, q, D] and values; what the model's attention is to read."""
