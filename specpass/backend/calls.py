@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
-from specpass.errors import (
-    CacheStateError,
-    DraftContextError,
-    GradientsError,
-    LookaheadError,
-    MaskError,
-    PositionsError,
-)
+from specpass.cache.prompt import check_gradients, check_prompt
+from specpass.errors import CacheStateError, PositionsError
 from specpass.sizes import Span
 
 
@@ -65,11 +59,7 @@ class Call:
         return 1 if place is None else args[place].shape[1]
 
     def check(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            raise GradientsError(
-                "gradients are wanted (autograd is on and the weights require them), and pruning has no backward: call "
-                "the model under torch.no_grad() or torch.inference_mode()."
-            )
+        check_gradients(args)
         if self.kind in ("prefill", "short"):
             if not self.refusal:
                 self._check_prompt(cache, args)
@@ -93,24 +83,7 @@ class Call:
     def _check_prompt(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
         batch, size = args[self.places["input_ids"]].shape
         mask = args[self.places["attention_mask"]] if "attention_mask" in self.places else None
-        if mask is not None and mask.shape != (batch, size):
-            raise MaskError(f"attention_mask is {tuple(mask.shape)} and input_ids ({batch}, {size}): they must agree.")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise MaskError(
-                "attention_mask ends with 0 in some row, so that row has no last token: pad on the left "
-                "(tokenizer.padding_side = 'left')."
-            )
-        if self.kind == "short" or self.lookahead == 0:
-            return
-        if cache.given_ids is not None and cache.given_ids.shape[0] != batch:
-            raise LookaheadError(
-                f"lookahead_ids has {cache.given_ids.shape[0]} rows and the batch has {batch}; give one row a prompt."
-            )
-        if self.context is not None and size + self.lookahead > self.context:
-            raise DraftContextError(
-                f"the prompt has {size} tokens and the draft writes {self.lookahead} more, but the draft reads at most "
-                f"{self.context}: shorten the prompt, lower lookahead, or use a draft with a longer context."
-            )
+        check_prompt(cache, (batch, size), mask, 0 if self.kind == "short" else self.lookahead, self.context)
 
 
 def owner_of(handle: Tensor) -> BudgetCache:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from specpass.errors import (
     BudgetError,
     DeviceMismatchError,
-    DtypeMismatchError,
     EncoderDecoderError,
     FirstLayerError,
     GradientsError,
@@ -88,7 +87,10 @@ def check_decoder(model: Any, name: str) -> None:
 
 
 def check_pair(config: Any, weight: Tensor, draft: nn.Module | None) -> None:
-    """A draft and a target, known by its config and one of its weights, agree on device, dtype and tokenizer."""
+    """A draft and a target, known by its config and one of its weights, agree on device and tokenizer.
+
+    Their dtypes need not agree: the draft hands over token ids, and scores in float32.
+    """
     if draft is None:
         return
     theirs = next(draft.parameters())
@@ -96,10 +98,6 @@ def check_pair(config: Any, weight: Tensor, draft: nn.Module | None) -> None:
         raise DeviceMismatchError(
             f"the target is on {weight.device} and the draft on {theirs.device}: move the draft with "
             f"draft.to('{weight.device}')."
-        )
-    if weight.dtype != theirs.dtype:
-        raise DtypeMismatchError(
-            f"the target computes in {weight.dtype} and the draft in {theirs.dtype}: load both with the same dtype=."
         )
     check_tokenizers(config, draft.config)
 

@@ -16,7 +16,10 @@ from torch import fx, nn
 from specpass.backend import checks
 from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
+from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncompiled
 from specpass.cache.budget import BudgetCache
+from specpass.cache.states import why_unheld
+from specpass.capture.dynamo import holds_cache_ops
 from specpass.graph.roles import ROLES
 
 
@@ -34,6 +37,8 @@ class LooseBackend:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
         backend = self.backend()
         assert backend is not None, "called by a model that holds its backend"
+        if not holds_cache_ops(gm):  # a piece of a broken graph: calls without a BudgetCache do not come here
+            return gm.forward
         return backend(gm, example_inputs)
 
 
@@ -49,6 +54,7 @@ def fresh_forward(target: nn.Module) -> types.FunctionType:
 
 def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
+    uncompiled = Uncompiled(backend, why_uncompiled(target))
     warned = False
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +64,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         kwargs.update(zip(ROLES, args, strict=False))
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, BudgetCache) or len(args) > len(ROLES):
-            if not warned:
+            if not warned and not why_unheld(target.config):  # else the report says why, and no cache helps
                 warnings.warn(
                     f"specpass: past_key_values is {type(cache).__name__}, not a BudgetCache, so the model runs "
                     "exactly, unpruned. Use generate(), or pass specpass.BudgetCache(model.config, method).",
@@ -66,9 +72,15 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
                 )
                 warned = True
             return target._call_impl(*args[len(ROLES) :], **kwargs)
-        prepare(cache, kwargs)
-        with raised_limit(specialize_float=True), collector_rests_while_compiling():
-            return compiled(**kwargs)
+        if not uncompiled.reason:
+            prepared = dict(kwargs)
+            prepare(cache, prepared)
+            try:
+                with raised_limit(specialize_float=True), collector_rests_while_compiling():
+                    return compiled(**prepared)
+            except FAILURES as error:
+                uncompiled.failed(error, cache)
+        return uncompiled(target, cache, kwargs)
 
     return call
 
@@ -96,7 +108,7 @@ def collector_rests_while_compiling() -> Iterator[None]:
 def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
     """Bring a call into the form with the fewest graphs: no mask where none is needed, room for the new tokens."""
     mask = kwargs.get("attention_mask")
-    if not cache.layers[0].is_initialized:
+    if not cache.filled:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             if bool(mask.all()):  # reads the mask once, before anything is queued
                 del kwargs["attention_mask"]

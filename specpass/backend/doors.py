@@ -56,7 +56,7 @@ def compile(
 
     Args:
         target: a Hugging Face decoder in eval mode.
-        draft: a smaller decoder with the same tokenizer, on the same device, in the same dtype.
+        draft: a smaller decoder with the same tokenizer, on the same device.
         method: e.g. specpass.SpecKV(budget=1024, window=32, lookahead=32).
         lowering: "inductor", or "eager" for the same passes without Inductor.
         lookahead_ids: [B, L] token ids in place of the draft's.
@@ -66,7 +66,7 @@ def compile(
 
     Raises:
         SpecpassError: before anything is changed, with a message that names the fix: BudgetError, MissingDraftError,
-            TokenizerMismatchError, DeviceMismatchError, DtypeMismatchError, GradientsError, EncoderDecoderError.
+            TokenizerMismatchError, DeviceMismatchError, GradientsError, EncoderDecoderError.
     """
     checks.check_method(method)
     checks.check_decoder(target, "target")

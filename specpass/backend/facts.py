@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from specpass.backend.calls import owner_of
 from specpass.cache import BudgetCache
+from specpass.cache.states import RECURRENT, layer_types
 from specpass.dialect.cache import AppendKv, Fill, GatherKv
 from specpass.errors import GradientsError, PartialGraphError, UnsupportedCallError
 from specpass.graph.aten import Dropout, Embedding, Sdpa
@@ -50,7 +51,8 @@ class Traced:
         places = {"handle": placeholders.index(handle)} | {r: placeholders.index(node) for r, node in named.items()}
         cache = owner_of(example_inputs[places["handle"]])
         inputs = Inputs.of(named)
-        check_whole(gm, len(writes), len(cache.layers), inputs)
+        check_kinds(cache)
+        check_whole(gm, len(writes), len(cache.budgeted), inputs)
         check_inference(gm)
         weights = {
             node: example
@@ -75,6 +77,16 @@ def kind_of(write: Fill | AppendKv) -> Kind:
         return "short" if write.short else "prefill"
     size = value(write.key).shape[2]
     return "decode" if isinstance(size, int) and size == 1 else "append"
+
+
+def check_kinds(cache: BudgetCache) -> None:
+    """Raises: UnsupportedCallError: some layer recurs."""
+    for index, kind in enumerate(layer_types(cache.config)):
+        if kind in RECURRENT:
+            raise UnsupportedCallError(
+                f"layer {index} is configured as {kind}, whose state has no form in a graph: use "
+                "specpass.compile(model, ...), which prunes such a model around its own forward."
+            )
 
 
 def check_whole(gm: fx.GraphModule, writes: int, layers: int, inputs: Inputs) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
+from specpass.cache.states import why_unheld
 
 
 def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
@@ -17,7 +18,10 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
     ) -> Any:
         """Stands in for the method of the same name, and asks it wherever the user chose a cache."""
         chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
-        if chosen or generation_config.use_cache is False:
+        unheld = why_unheld(target.config)
+        if unheld:
+            backend.report.refuse(unheld)
+        if chosen or unheld or generation_config.use_cache is False:
             return type(target)._prepare_cache_for_generation(
                 target, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )

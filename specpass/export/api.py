@@ -83,7 +83,9 @@ def export_onnx(
     else:
         checks.check_draft(draft, method)
         checks.check_pair(target.config, next(target.parameters()), draft)
-    check_dtype(target)
+    check_dtype(target, "target")
+    if draft is not None:
+        check_dtype(draft, "draft")
     if weights not in WEIGHTS:
         raise ExportError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}.")
     out = Path(out)
@@ -125,11 +127,11 @@ def check_method(method: Method | None) -> None:
         )
 
 
-def check_dtype(target: nn.Module) -> None:
-    dtype = next(target.parameters()).dtype
+def check_dtype(model: nn.Module, name: str) -> None:
+    dtype = next(model.parameters()).dtype
     if dtype not in (torch.float32, torch.float16):
         raise DtypeMismatchError(
-            f"the target is in {dtype}, and exports are in float32 or float16: load target and "
+            f"the {name} is in {dtype}, and exports are in float32 or float16: load target and "
             "draft with dtype='float32'."
         )
 

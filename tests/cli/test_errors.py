@@ -235,11 +235,6 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
         ("different tokenizers", "same family"),
     ),
     (
-        errors.DtypeMismatchError,
-        lambda f: generate(f.good, "-d", f.bfloat16(), *SMALL),
-        ("float32", "bfloat16", "dtype"),
-    ),
-    (
         errors.BenchmarkError,
         lambda f: ["bench", "quality", "-t", f.good, "-d", f.good, "--tasks", "riddles"],
         ("'riddles'", "niah_single_1"),
