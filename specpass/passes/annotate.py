@@ -17,7 +17,7 @@ from specpass.dialect.cache import AppendKv, Fill, KeepKv, Widen
 from specpass.errors import NoAttentionSiteError
 from specpass.graph.aten import Sdpa, Softmax, View
 from specpass.graph.walk import module_path, skip_full_slices, value
-from specpass.passes.facts import Inputs
+from specpass.passes.facts import Inputs, Weights
 from specpass.passes.read.logits import changed_logits
 from specpass.passes.read.masks import mask_class
 from specpass.rewrite import Facts, Pass, Refusal, Request
@@ -38,7 +38,7 @@ class Annotate(Pass):
 
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
         writes: list[Write] = [*Fill.find(gm.graph), *AppendKv.find(gm.graph), *KeepKv.find(gm.graph)]
-        reader = Reader({key_of(write): write for write in writes}, facts.get(Inputs))
+        reader = Reader({key_of(write): write for write in writes}, facts.get(Inputs), facts.get(Weights))
         attentions = [view for node in gm.graph.nodes if (view := Sdpa.match(node) or ModifiedAttention.match(node))]
         sites: list[Site] = []
         for attention in attentions:
@@ -76,8 +76,8 @@ def value_of(write: Write) -> fx.Node:
 class Reader:
     """Reads attention sites of one graph. `owners`: what attention reads -> the cache write that it belongs to."""
 
-    def __init__(self, owners: dict[fx.Node, Write], inputs: Inputs | None) -> None:
-        self.owners, self.inputs = owners, inputs
+    def __init__(self, owners: dict[fx.Node, Write], inputs: Inputs | None, weights: Weights | None) -> None:
+        self.owners, self.inputs, self.weights = owners, inputs, weights
         self.masks: dict[fx.Node, str] = {}  # classes: a model has one mask for many layers
 
     def read(self, attention: Sdpa | ModifiedAttention, index: int) -> Site | None:
@@ -131,11 +131,13 @@ class Reader:
     def _mask(self, attention: Sdpa | ModifiedAttention, write: Write) -> str:
         if isinstance(write, AppendKv):
             return "lengths"  # whatever mask the model built in slot coordinates, lengths say it exactly
+        if value(attention.query).shape[2] == 1:  # a prompt of one token reads itself, whatever is added to its logit
+            return "causal"
         mask = attention.attn_mask if isinstance(attention, Sdpa) else attention.mask
         if mask is None:
             return "causal" if isinstance(attention, Sdpa) and attention.is_causal else "none"
         if mask not in self.masks:
-            self.masks[mask] = mask_class(mask, self.inputs)
+            self.masks[mask] = mask_class(mask, self.inputs, self.weights)
         return self.masks[mask]
 
 

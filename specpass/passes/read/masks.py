@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, fx
 
 from specpass.graph.walk import ancestors, value
-from specpass.passes.facts import Inputs
+from specpass.passes.facts import Inputs, Weights
 
 TRIALS = ((6, (0, 0)), (7, (0, 3)), (5, (2, 1)))  # prompt length, left padding of each row
 
 
-def mask_class(mask: fx.Node, inputs: Inputs | None) -> str:
-    """ "causal" (padding included), "sliding window W", or "unknown: reason"."""
+def mask_class(mask: fx.Node, inputs: Inputs | None, weights: Weights | None = None) -> str:
+    """ "causal" (padding included), "sliding window W", or "unknown: reason".
+
+    Args: weights: the model's tensors, among which are the masks that it keeps as buffers (GPT-Neo).
+    """
     if inputs is None or inputs.ids is None:
         return "unknown: it is made of no token ids"
-    subgraph = _Subgraph(mask, inputs)
+    subgraph = _Subgraph(mask, inputs, weights)
     stranger = subgraph.stranger()
     if stranger is not None:
         return f"unknown: the mask depends on the input {stranger.name}"
@@ -45,10 +48,13 @@ def mask_class(mask: fx.Node, inputs: Inputs | None) -> str:
 class _Subgraph:
     """What a mask is computed from, and its value for given tokens."""
 
-    def __init__(self, mask: fx.Node, inputs: Inputs) -> None:
+    def __init__(self, mask: fx.Node, inputs: Inputs, weights: Weights | None) -> None:
         self.mask, self.inputs, self.needed = mask, inputs, ancestors(mask)
-        named = (inputs.ids, inputs.mask, inputs.positions, inputs.embeds)
-        self.free = [node for node in self.needed if node.op == "placeholder" and node not in named]
+        named = {inputs.ids, inputs.mask, inputs.positions, inputs.embeds}
+        tensors = {} if weights is None else weights.tensors
+        own = [node for node in self.needed if node in tensors and node not in named]
+        self.known = {node: tensors[node] for node in own if tensors[node].dtype == torch.bool}
+        self.free = [n for n in self.needed if n.op == "placeholder" and n not in named and n not in self.known]
         self.shape = value(inputs.tokens).shape
         self.sizes = {str(size): axis for axis, size in enumerate(self.shape) if isinstance(size, torch.SymInt)}
 
@@ -73,7 +79,7 @@ class _Subgraph:
 
     def run(self, real: Tensor) -> Tensor:
         """The mask for these tokens."""
-        env: dict[fx.Node, Any] = {}
+        env: dict[fx.Node, Any] = dict(self.known)
         for node in self.free:
             size = str(value(node))
             env[node] = real.shape[self.sizes[size]] if size in self.sizes else int(value(node))
@@ -87,7 +93,9 @@ class _Subgraph:
         if self.inputs.mask is not None:
             env[self.inputs.mask] = real.to(value(self.inputs.mask).dtype)
         for node in self.needed:
-            if node not in env:
+            if node.op == "get_attr":
+                env[node] = getattr(node.graph.owning_module, str(node.target))
+            elif node not in env:
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
                 env[node] = node.target(*args, **kwargs)
         return env[self.mask]
@@ -96,7 +104,8 @@ class _Subgraph:
 def _difference(mask: Tensor, real: Tensor) -> int | None:
     """None where a mask [B, 1, S, S] is causal for tokens [B, S], else its window; 0: no window explains it."""
     batch, length = real.shape
-    allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    lowest = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 64  # a mask that is scaled is one, too
+    allowed = mask if mask.dtype == torch.bool else mask > lowest
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     expected = causal & (real != 0)[:, None, None, :]
     rows = (real != 0)[:, None, :, None].expand_as(expected)  # what padding rows see does not matter
