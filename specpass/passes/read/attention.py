@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from specpass.dialect.cache import Fill, KeepKv
 from specpass.dialect.define import SPEC
 from specpass.graph.aten import (
     Add,
@@ -108,8 +109,12 @@ def one_mask(editor: Editor, logits: Logits, place: dict[str, Any]) -> fx.Node |
 
 
 def without_cast(node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """x of dtype `dtype` of `x.to(wider)`, or the node."""
-    plain = skip(node)
+    """x of dtype `dtype` of `x.to(wider)`, or the node; not further back than what the cache was given."""
+    plain = node
+    while (passive := Passive.match(plain)) is not None and not any(
+        Fill.is_call(u) or KeepKv.is_call(u) for u in plain.users
+    ):
+        plain = passive.input
     return plain if value(plain).dtype == dtype else node
 
 
