@@ -16,6 +16,7 @@ from torch import fx
 from specpass.dialect.cache import Size
 from specpass.dialect.define import SPEC
 from specpass.dialect.rows import PackOrder
+from specpass.graph.aten import Passive
 from specpass.graph.edit import Editor
 from specpass.graph.walk import first_call
 from specpass.passes.facts import Inputs, Rows
@@ -40,6 +41,7 @@ class PackRows(Pass):
         if mask is None:
             facts.add(Rows(editor.call(SPEC.full_lengths, ids, before=first), full=True))
             return
+        drop_unread_casts(gm.graph, mask)
         if mask.users:
             raise Refusal(f"attention_mask is read outside attention (by {next(iter(mask.users)).target})")
         packed = editor.call(SPEC.pack_order, mask, ids, before=first)
@@ -50,6 +52,15 @@ class PackRows(Pass):
             positions = pack(editor, positions, wide, order, first)
         facts.add(Inputs(ids, mask, positions, inputs.embeds))
         facts.add(Rows(lengths, order))
+
+
+def drop_unread_casts(graph: fx.Graph, mask: fx.Node) -> None:
+    """Casts of the mask that nobody reads are no use of it."""
+    for user in list(mask.users):
+        if Passive.is_call(user):
+            drop_unread_casts(graph, user)
+            if not user.users:
+                graph.erase_node(user)
 
 
 def pack(editor: Editor, source: fx.Node, rows: fx.Node, order: fx.Node, first: fx.Node) -> fx.Node:
