@@ -87,10 +87,11 @@ class Call:
             )
 
     def _check_prompt(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
-        batch, size = args[self.places["input_ids"]].shape
+        prompt = "input_ids" if "input_ids" in self.places else "inputs_embeds"
+        batch, size = args[self.places[prompt]].shape[:2]
         mask = args[self.places["attention_mask"]] if "attention_mask" in self.places else None
         if mask is not None and mask.shape != (batch, size):
-            raise MaskError(f"attention_mask is {tuple(mask.shape)} and input_ids ({batch}, {size}): they must agree.")
+            raise MaskError(f"attention_mask is {tuple(mask.shape)} and the prompt ({batch}, {size}): they must agree.")
         if mask is not None and not bool(mask[:, -1].all()):
             raise MaskError(
                 "attention_mask ends with 0 in some row, so that row has no last token: pad on the left "

@@ -179,8 +179,6 @@ class Backend:
         for index, layer in enumerate(cache.layer_types):
             if layer != "full_attention":
                 raise Refusal(f"layer {index} is configured as {layer}; only full attention is pruned")
-        if traced.inputs.embeds is not None and kind in PROMPTS:
-            raise Refusal("the prompt came as inputs_embeds, so there are no token ids for the draft to read")
         facts = Facts(traced.inputs, traced.weights)
         if kind != "prefill":
             return Request(kind, cache.method), facts

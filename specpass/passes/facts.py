@@ -10,7 +10,10 @@ from torch import Tensor, fx
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The prompt's inputs [B, S] by role; packed ones once the rows are packed. `embeds`: given in the ids' place."""
+    """The prompt's inputs [B, S] by role; packed ones once the rows are packed.
+
+    `embeds` [B, S, E]: given in the ids' place.
+    """
 
     ids: fx.Node | None
     mask: fx.Node | None = None
@@ -25,9 +28,10 @@ class Inputs:
 
     @property
     def tokens(self) -> fx.Node:
-        """The ids, which a prompt that is rewritten has."""
-        assert self.ids is not None
-        return self.ids
+        """The ids [B, S], or the embeddings [B, S, E] in their place."""
+        tokens = self.embeds if self.ids is None else self.ids
+        assert tokens is not None
+        return tokens
 
 
 @dataclasses.dataclass(frozen=True)

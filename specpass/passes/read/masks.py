@@ -22,7 +22,7 @@ def mask_class(mask: fx.Node, inputs: Inputs | None, weights: Weights | None = N
 
     Args: weights: the model's tensors, among which are the masks that it keeps as buffers (GPT-Neo).
     """
-    if inputs is None or inputs.ids is None:
+    if inputs is None or (inputs.ids is None and inputs.embeds is None):
         return "unknown: it is made of no token ids"
     subgraph = _Subgraph(mask, inputs, weights)
     stranger = subgraph.stranger()
@@ -55,7 +55,8 @@ class _Subgraph:
         own = [node for node in self.needed if node in tensors and node not in named]
         self.known = {node: tensors[node] for node in own if tensors[node].dtype == torch.bool}
         self.free = [n for n in self.needed if n.op == "placeholder" and n not in named and n not in self.known]
-        self.shape = value(inputs.tokens).shape
+        self.shape = value(inputs.tokens).shape[:2]
+        self.width = 1 if inputs.embeds is None else value(inputs.embeds).shape[2]
         self.sizes = {str(size): axis for axis, size in enumerate(self.shape) if isinstance(size, torch.SymInt)}
 
     def stranger(self) -> fx.Node | None:
@@ -85,7 +86,7 @@ class _Subgraph:
             env[node] = real.shape[self.sizes[size]] if size in self.sizes else int(value(node))
         for node, feed in (
             (self.inputs.ids, torch.zeros_like(real)),
-            (self.inputs.embeds, torch.zeros_like(real)),
+            (self.inputs.embeds, real[..., None].expand(-1, -1, self.width).float()),
             (self.inputs.positions, (real.cumsum(1) - 1).clamp(min=0)),
         ):
             if node is not None:
