@@ -27,13 +27,14 @@ class BudgetCache(CacheProtocol):
         config: the target's config (its text config is used).
         method: the same method as the backend's.
         max_new_tokens: tokens to be generated; sets the room N (rounded up to a multiple of 64) and, for methods with
-            `lookahead=None`, the lookahead L. Generation beyond N grows the cache.
+            `lookahead=None`, the lookahead L = min(32, max_new_tokens), 32 if left out. Generation beyond N grows the
+            cache.
         prompt_length: S in tokens, needed when the method's budget is a ratio.
         lookahead_ids: [B, L] token ids in place of the draft's.
         early_exit: False sends prompts that fit the budget through selection and gather too (they keep everything).
 
     Raises:
-        BudgetError: a ratio without prompt_length. LookaheadError: lookahead=None without max_new_tokens.
+        BudgetError: a ratio without prompt_length. LookaheadError: lookahead_ids with a method that cannot use them.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class BudgetCache(CacheProtocol):
         if lookahead_ids is not None and method.prompt is not None:
             raise LookaheadError(f"{method.name} needs the draft's attention, so lookahead_ids cannot take its place.")
         self.given_ids = None if rows is None or not method.drafts else torch.tensor(as_id_rows(rows))
-        self.lookahead = self._resolve_lookahead()
+        self.lookahead = method.look_ahead(max_new_tokens) if self.given_ids is None else self.given_ids.shape[1]
         self.compresses = method.prompt is not None
         budgets = self.method.layer_budgets(config.num_hidden_layers)
         self.widest = None if len(set(budgets)) == 1 else budgets.index(max(budgets))
@@ -69,21 +70,6 @@ class BudgetCache(CacheProtocol):
         self.handle = torch.zeros((), dtype=torch.int64)
         self.handle._specpass_cache = weakref.ref(self)
         self._clear()
-
-    def _resolve_lookahead(self) -> int:
-        if not self.method.drafts:
-            return 0
-        if self.given_ids is not None:
-            return self.given_ids.shape[1]
-        length = self.method.lookahead
-        if length is None:
-            length = self.max_new_tokens
-        if length is None:
-            raise LookaheadError(
-                f"{self.method.name}(lookahead=None) drafts max_new_tokens tokens, and this cache was not told how "
-                "many: pass max_new_tokens= to BudgetCache or lookahead= to the method."
-            )
-        return length
 
     def _clear(self) -> None:
         self.seen: Any = 0  # a 0-d tensor after the prefill; logical length: tokens that generate counts

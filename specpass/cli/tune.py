@@ -120,8 +120,7 @@ def plan(
     drafts = Layer.of(AutoConfig.from_pretrained(model_path(draft)), batch, dtype) if draft else None
     jobs = []
     for method in methods:
-        # None stands for the generation's length, as in generate.
-        lookahead = max_new_tokens if method.lookahead is None else method.lookahead
+        lookahead = method.look_ahead(max_new_tokens)
         jobs += target_jobs(own, config.num_hidden_layers, method, name, prompt, lookahead, round_room(max_new_tokens))
         if drafts is not None:
             jobs += draft_jobs(drafts, method, name, prompt, lookahead)

@@ -161,7 +161,7 @@ class Costs:
     def _values(self, prompt: int, new_tokens: int, batch: int) -> dict[Symbol, Any]:
         budgets = self.method.resolve(prompt).layer_budgets(self.layers)
         mean = sympy.Rational(sum(budgets), len(budgets))
-        ahead = {} if L in self.values else {L: new_tokens}  # lookahead=None drafts the whole answer
+        ahead = {} if L in self.values else {L: self.method.look_ahead(new_tokens)}
         return {**self.values, **ahead, B: batch, S: prompt, C: mean, N: round_room(new_tokens), M: new_tokens}
 
     def break_even(self, what: str, new_tokens: int, batch: int = 1) -> int | None:
