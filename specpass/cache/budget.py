@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
-from specpass.cache.layer import round_room
+from specpass.cache.layer import first_room, grown_room
 from specpass.cache.protocol import BudgetLayer, CacheProtocol
 from specpass.dialect.define import SPEC
 from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError
 from specpass.methods.base import Method
 from specpass.methods.speckv import as_id_rows
+from specpass.sizes import Span, layer_spans
 
 
 class BudgetCache(CacheProtocol):
@@ -26,9 +26,9 @@ class BudgetCache(CacheProtocol):
     Args:
         config: the target's config (its text config is used).
         method: the same method as the backend's.
-        max_new_tokens: tokens to be generated; sets the room N (rounded up to a multiple of 64) and, for methods with
-            `lookahead=None`, the lookahead L = min(32, max_new_tokens), 32 if left out. Generation beyond N grows the
-            cache.
+        max_new_tokens: tokens to be generated; sets the room N (rounded up to a multiple of 64, at first 512 at most:
+            then it grows with what is generated, by half of itself) and, for methods with `lookahead=None`, the
+            lookahead L = min(32, max_new_tokens), 32 if left out. Generation beyond max_new_tokens grows the cache too.
         prompt_length: S in tokens, needed when the method's budget is a ratio.
         lookahead_ids: [B, L] token ids in place of the draft's.
         early_exit: False sends prompts that fit the budget through selection and gather too (they keep everything).
@@ -51,25 +51,37 @@ class BudgetCache(CacheProtocol):
             raise BudgetError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
         config = config.get_text_config(decoder=True)
         self.config = config
-        self.layer_types: list[str] = get_layer_types_and_kwargs(config)[0]
         self.method = method.resolve(prompt_length)
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
-        self.room = round_room(max_new_tokens or 1)
+        self.room = first_room(max_new_tokens or 1)
         rows = lookahead_ids if lookahead_ids is not None else method.lookahead_ids
         if lookahead_ids is not None and method.prompt is not None:
             raise LookaheadError(f"{method.name} needs the draft's attention, so lookahead_ids cannot take its place.")
         self.given_ids = None if rows is None or not method.drafts else torch.tensor(as_id_rows(rows))
         self.lookahead = method.look_ahead(max_new_tokens) if self.given_ids is None else self.given_ids.shape[1]
         self.compresses = method.prompt is not None
-        budgets = self.method.layer_budgets(config.num_hidden_layers)
-        self.widest = None if len(set(budgets)) == 1 else budgets.index(max(budgets))
         self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole
-        super().__init__(layers=[BudgetLayer(self, index, budget) for index, budget in enumerate(budgets)])
+        super().__init__(layers=self._make_layers(layer_spans(config)))
         # The compiled graph gets tensors only; this one leads the runtime back to its cache.
         self.handle = torch.zeros((), dtype=torch.int64)
         self.handle._specpass_cache = weakref.ref(self)
         self._clear()
+
+    def _make_layers(self, spans: tuple[Span | None, ...]) -> list[BudgetLayer]:
+        """The method's budgets go to the layers that read the whole prompt; a window's slots are what it can read."""
+        budgets = iter(self.method.layer_budgets(sum(1 for span in spans if span is None or not span.positions)))
+        layers = [
+            BudgetLayer(self, index, span.positions if span is not None and span.positions else next(budgets), span)
+            for index, span in enumerate(spans)
+        ]
+        for sliding in (False, True):
+            alike = [layer for layer in layers if layer.is_sliding == sliding]
+            if len({layer.budget for layer in alike}) > 1:
+                widest = max(alike, key=lambda layer: layer.budget).index
+                for layer in alike:
+                    layer.widest = widest
+        return layers
 
     def _clear(self) -> None:
         self.seen: Any = 0  # a 0-d tensor after the prefill; logical length: tokens that generate counts
@@ -118,14 +130,15 @@ class BudgetCache(CacheProtocol):
         self._clear()
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more tokens, in blocks of 64 slots; nothing happens if there is room."""
+        """Make room for `tokens` more tokens (see layer.grown_room); nothing happens if there is room."""
         if not self.layers[0].is_initialized or self.exact:
             return
-        missing = self.appended + tokens - self.free_at_prefill
-        if missing > 0:
+        needed = self.appended + tokens
+        if needed > self.free_at_prefill:
+            room = grown_room(self.free_at_prefill, needed)
             for layer in self.layers:
-                layer.grow(missing)
-            self.free_at_prefill += round_room(missing)
+                layer.grow(room - self.free_at_prefill)
+            self.free_at_prefill = room
 
     def __deepcopy__(self, memo: dict) -> BudgetCache:
         twin = object.__new__(type(self))

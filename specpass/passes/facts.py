@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx
 
+from specpass.sizes import Span
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -28,6 +30,13 @@ class Inputs:
         """The ids, which a prompt that is rewritten has."""
         assert self.ids is not None
         return self.ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """What each of the cache's layers is taken to read: by the config (a prompt), or as its prefill found (later)."""
+
+    layers: tuple[Span | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +87,6 @@ class ReadPositions:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """[B, K, T] float32 of each attention site, in their order."""
+    """[B, K, T] float32 of each attention site, in their order; None where a site keeps what it reads."""
 
-    nodes: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node | None, ...]
