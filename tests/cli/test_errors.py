@@ -184,11 +184,6 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
         ("0.5", "budget=256"),
     ),
     (
-        errors.LookaheadError,
-        lambda f: ["export", "-t", f.good, "-d", f.good, "-b", "64", "--out", "out"],
-        ("lookahead=None", "lookahead=16"),
-    ),
-    (
         errors.OutputFileError,
         lambda f: ["export", "-t", f.good, "-m", "streamingllm", "-b", "64", "--out", f.good],
         ("no earlier export", "new folder"),

@@ -289,8 +289,6 @@ def test_arguments_are_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
     out = tmp_path / "out"
     with pytest.raises(errors.BudgetError, match="ratio"):
         specpass.export_onnx(target, method=specpass.SnapKV(budget=0.5), out=out)
-    with pytest.raises(errors.LookaheadError, match="lookahead=None"):
-        specpass.export_onnx(target, draft, specpass.SpecKV(budget=64), out)
     with pytest.raises(errors.LookaheadError, match="one prompt"):
         specpass.export_onnx(target, draft, specpass.SpecKV(budget=64, lookahead_ids=[[1, 2]]), out)
     with pytest.raises(errors.MissingDraftError):
