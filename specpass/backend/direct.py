@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import types
 import warnings
 import weakref
@@ -16,11 +17,11 @@ from torch import fx, nn
 from specpass.backend import checks
 from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
+from specpass.backend.pieces import piece_of_prompt
 from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncompiled
 from specpass.cache.budget import BudgetCache
 from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
-from specpass.graph.roles import ROLES
 
 
 class LooseBackend:
@@ -55,15 +56,16 @@ def fresh_forward(target: nn.Module) -> types.FunctionType:
 def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
     uncompiled = Uncompiled(backend, why_uncompiled(target))
+    names = tuple(inspect.signature(target.forward).parameters)
     warned = False
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned
         checks.check_decoder(target, "target")  # train() may have been called since compile
         checks.check_draft(backend.draft, backend.method)
-        kwargs.update(zip(ROLES, args, strict=False))
+        kwargs.update(zip(names, args, strict=False))
         cache = kwargs.get("past_key_values")
-        if not isinstance(cache, BudgetCache) or len(args) > len(ROLES):
+        if not isinstance(cache, BudgetCache):
             if not warned and not why_unheld(target.config):  # else the report says why, and no cache helps
                 warnings.warn(
                     f"specpass: past_key_values is {type(cache).__name__}, not a BudgetCache, so the model runs "
@@ -71,7 +73,10 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
                     stacklevel=3,
                 )
                 warned = True
-            return target._call_impl(*args[len(ROLES) :], **kwargs)
+            return target._call_impl(**kwargs)
+        piece = piece_of_prompt(cache, kwargs, call)
+        if piece is not None:
+            return piece
         if not uncompiled.reason:
             prepared = dict(kwargs)
             prepare(cache, prepared)
