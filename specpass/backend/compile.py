@@ -83,6 +83,7 @@ class Backend:
         self.stages: dict[str, fx.GraphModule] = {}
         self.report = Report(method, lowering, getattr(draft, "config", None))
         self._graphs: DraftGraphs | None = None
+        self._sizes: set[int] = set()  # of storage, that are constants of decode graphs
         self.__name__ = "specpass"
         prepare(lowering)
 
@@ -165,6 +166,7 @@ class Backend:
             traced.places,
             () if drafted is None else tuple(drafted.lifted.values()),
             static,
+            self._sizes,
             context_length(self.draft.config) if self.draft is not None and DraftGraphs in facts else None,
             request.lookahead,
             packed="attention_mask" in traced.places and request.kind in PROMPTS,

@@ -7,16 +7,19 @@ import gc
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from specpass.backend import checks
+from specpass.backend.cold import form_of, one_at_a_time
 from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
 from specpass.cache.budget import BudgetCache
+from specpass.errors import GraphLimitError, MaskError, PositionsError
 from specpass.graph.roles import ROLES
 
 
@@ -50,6 +53,7 @@ def fresh_forward(target: nn.Module) -> types.FunctionType:
 def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
     warned = False
+    known: set[Hashable] = set()  # forms of calls that were compiled
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned
@@ -67,8 +71,19 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
                 warned = True
             return target._call_impl(*args[len(ROLES) :], **kwargs)
         prepare(cache, kwargs)
-        with raised_limit(specialize_float=True), collector_rests_while_compiling():
-            return compiled(**kwargs)
+        with (
+            raised_limit(specialize_float=True),
+            one_at_a_time(known, form_of(cache, kwargs)),
+            collector_rests_while_compiling(),
+        ):
+            try:
+                return compiled(**kwargs)
+            except FailOnRecompileLimitHit as error:
+                raise GraphLimitError(
+                    f"this call would be one graph more than the {torch._dynamo.config.recompile_limit} that Dynamo "
+                    "keeps of a model (torch._dynamo.config.recompile_limit): specpass.restore(model) drops them all, "
+                    "and compiling anew begins with none."
+                ) from error
 
     return call
 
@@ -103,7 +118,29 @@ def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
             elif kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
         return
-    ids = kwargs.get("input_ids")
-    cache.reserve(ids.shape[1] if ids is not None else 1)
-    if not cache.exact:
-        kwargs.pop("attention_mask", None)  # lengths say which slots are in use
+    tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+    count = tokens.shape[1] if isinstance(tokens, torch.Tensor) else 1
+    cache.reserve(count)
+    if not cache.exact and isinstance(kwargs.pop("attention_mask", None), torch.Tensor):
+        prepare_mask(mask, count, kwargs)
+
+
+def prepare_mask(mask: torch.Tensor, count: int, kwargs: dict[str, Any]) -> None:
+    """Of a pruned cache's mask [B, M] the appended tokens' columns stay, where one is masked: lengths say the rest.
+
+    Raises: MaskError: not such a mask. PositionsError: tokens are masked and no positions say where the others stand.
+    """
+    if mask.dim() != 2 or mask.shape[1] < count:
+        raise MaskError(
+            f"attention_mask is {tuple(mask.shape)} and {count} tokens are appended to a pruned cache: pass a mask "
+            "[B, M] of all tokens so far, these included, or none."
+        )
+    own = mask[:, mask.shape[1] - count :]
+    if bool(own.all()):
+        return
+    if kwargs.get("position_ids") is None:
+        raise PositionsError(
+            "attention_mask hides some of the appended tokens, so each row's positions are unknown: pass position_ids "
+            "[B, q] (generate() does)."
+        )
+    kwargs["attention_mask"] = own.contiguous()
