@@ -87,6 +87,7 @@ class BudgetCache(CacheProtocol):
         self.held: list[Tensor] = []  # those of its tokens that have come so far, where they come in chunks
         self.free_at_prefill = self.room
         self.appended = 0  # upper bound of tokens written behind the prompt, kept on the host
+        self.uneven = 0  # so many of these were written when some of them were last masked
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
