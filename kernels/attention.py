@@ -25,6 +25,13 @@ def softmax_with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.softmax(torch.cat([logits, column], -1), dim=-1, dtype=torch.float32)[..., :-1]
 
 
+def first_read(last: Tensor, sliding: int, chunk: int) -> Tensor:
+    """First position that a query reads whose own, or last, is `last`; any shape. sliding, chunk: as in the dialect."""
+    if sliding:
+        return (last - sliding + 1).clamp(min=0)
+    return last // chunk * chunk if chunk else torch.zeros_like(last)
+
+
 def modified_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
 ) -> Tensor:

@@ -82,6 +82,8 @@ def _refuse_device(index: int) -> str | None:
 def _aten_reason(operator: str, operands: Operands) -> str:
     if operator == "prefill_attention" and operands["softcap"]:
         return "flash attention knows no soft cap: products of 256 query rows at a time"
+    if operator == "prefill_attention" and (operands["sliding"] or operands["chunk"]):
+        return "flash attention of 256 query rows at a time, over what they read"
     return ATEN_OPERATORS.get(operator, "no kernel serves it")
 
 

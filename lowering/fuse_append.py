@@ -42,6 +42,8 @@ class FuseAppend(Pass):
                 "scale": attend.scale,
                 "softcap": attend.softcap,
                 "sinks": attend.sinks,
+                "sliding": attend.sliding,
+                "chunk": attend.chunk,
             }
             fakes = {name: value(operand) for name, operand in operands.items()}
             if choose("append_attend", fakes).kernel is None:

@@ -57,7 +57,7 @@ def shared_attention(importance: Importance) -> PrefillAttention | None:
         attention = PrefillAttention.match(user)
         if attention is None or attention.key is not importance.key or attention.scale != importance.scale:
             continue
-        changed = attention.softcap or attention.sinks is not None
+        changed = attention.softcap or attention.sinks is not None or attention.sliding or attention.chunk
         if not changed and importance.rows < user < importance.node:
             return attention
     return None

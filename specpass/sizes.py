@@ -59,6 +59,45 @@ class Decoder:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """What a query of a layer reads of what is in front of it: everything, unless one of these is not 0.
+
+    Args:
+        sliding: the last so many positions, its own included.
+        chunk: those of its own chunk of so many positions.
+    """
+
+    sliding: int = 0
+    chunk: int = 0
+
+    @property
+    def positions(self) -> int:
+        """The most that a query reads; 0 where nothing bounds it."""
+        return self.sliding or self.chunk
+
+    def __str__(self) -> str:
+        if self.chunk:
+            return f"attention in chunks of {self.chunk}"
+        return f"sliding window {self.sliding}" if self.sliding else "full attention"
+
+
+FULL = Span()
+
+
+def layer_spans(config: Any) -> tuple[Span | None, ...]:
+    """What the config says of each decoder layer's attention; None for a layer of another kind (it recurs, say)."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    kinds, bounds = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    fields = {"full_attention": "", "sliding_attention": "sliding", "chunked_attention": "chunk"}
+    spans: list[Span | None] = []
+    for kind, bound in zip(kinds, bounds, strict=True):
+        field = fields.get(kind)
+        spans.append(None if field is None else FULL if not field else Span(**{field: int(bound["sliding_window"])}))
+    return tuple(spans)
+
+
 def eos_ids(config: Any) -> tuple[int, ...]:
     """Ids that end a sequence, by a model's config or generation config: it names none, one or several."""
     ids = config.eos_token_id

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specpass.kernels.attention import modified_attention
+from specpass.kernels.attention import first_read, modified_attention
 
 
 def append_kv(keys: Tensor, values: Tensor, lengths: Tensor, key: Tensor, value: Tensor) -> None:
@@ -38,16 +38,19 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    sliding: int = 0,
+    chunk: int = 0,
 ) -> Tensor:
     """Budgeted attention of q new queries; the GQA group is folded into the query length.
 
     Args: query [B, H, q, D]; keys [B, K, P, D], values [B, K, P, Dv]; lengths [B, K] with the q new slots counted;
-    softcap, sinks: as `modified_attention`.
+    softcap, sinks: as `modified_attention`; sliding, chunk: as `first_read`, in slots, which then hold neighbouring
+    positions, from the beginning of a chunk on.
     Returns: [B, H, q, Dv]; query i reads the slots below lengths - (q - 1 - i).
     """
     batch, heads, count, dim = query.shape
     group = heads // keys.shape[1]
-    mask = slots_read(lengths, count, keys.shape[2], group)
+    mask = slots_read(lengths, count, keys.shape[2], group, sliding, chunk)
     if softcap or sinks is not None:
         return modified_attention(query, keys, values, mask.unflatten(2, (-1, count)), scale, softcap, sinks)
     folded = query.reshape(batch, keys.shape[1], group * count, dim)
@@ -55,10 +58,13 @@ def attend(
     return out.reshape(batch, heads, count, values.shape[3])
 
 
-def slots_read(lengths: Tensor, count: int, slots: int, group: int) -> Tensor:
+def slots_read(lengths: Tensor, count: int, slots: int, group: int, sliding: int = 0, chunk: int = 0) -> Tensor:
     """Mask [B, K, 1 or G * q, P] of `attend`: which of P slots each of q queries reads."""
     limit = lengths[:, :, None] - torch.arange(count - 1, -1, -1, device=lengths.device)  # [B, K, q]
-    mask = torch.arange(slots, device=lengths.device) < limit[..., None]  # [B, K, q, P]
+    slot = torch.arange(slots, device=lengths.device)
+    mask = slot < limit[..., None]  # [B, K, q, P]
+    if sliding or chunk:
+        mask &= slot >= first_read(limit - 1, sliding, chunk)[..., None]
     if count > 1:
         mask = mask[:, :, None].expand(-1, -1, group, -1, -1).reshape(*lengths.shape, group * count, slots)
     return mask
@@ -74,6 +80,8 @@ def append_attend(
     scale: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    sliding: int = 0,
+    chunk: int = 0,
 ) -> Tensor:
     """`append_kv` of one token, then `attend`: [B, H, 1, Dv].
 
@@ -82,4 +90,4 @@ def append_attend(
     """
     append_kv(keys, values, lengths, key, value)
     keys, values = (states.unflatten(1, (key.shape[1], -1)) for states in (keys, values))
-    return attend(query, keys, values, lengths, scale, softcap, sinks)
+    return attend(query, keys, values, lengths, scale, softcap, sinks, sliding, chunk)

@@ -34,6 +34,8 @@ class Decode(Kernel):
     def refuse_layout(self, operands: Operands) -> str | None:
         if operands["query"].shape[2] != 1:
             return "several new queries at once"
+        if operands.get("sliding") or operands.get("chunk"):
+            return "a layer that reads a part of its slots"
         if not all(_dense(operands[name]) for name in ("keys", "values")):
             return "the cache's storage is not dense"
         return None

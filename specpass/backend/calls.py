@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from specpass.errors import (
     MaskError,
     PositionsError,
 )
+from specpass.sizes import Span
 
 
 @dataclasses.dataclass
@@ -40,6 +41,7 @@ class Call:
     context: int | None = None
     lookahead: int = 0
     packed: bool = False
+    spans: Mapping[int, Span] = dataclasses.field(default_factory=dict)  # of a prompt's graph, by the cache's layer
     refusal: str = ""  # why this graph runs exactly; "" where it was rewritten
 
     def __call__(self, *args: Any) -> Any:
@@ -51,6 +53,8 @@ class Call:
                 torch._dynamo.mark_static(out[index], axis)
         if self.kind in ("prefill", "short"):
             cache.padded, cache.exact = self.packed, bool(self.refusal)
+            for index, span in self.spans.items():
+                cache.layers[index].found = span
         else:
             cache.appended += self._query_length(args)
             cache.reserve(1)  # so that the next token finds its slot; a full cache grows by a block

@@ -24,9 +24,9 @@ from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import Method
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.facts import Drafted
+from specpass.passes.facts import Drafted, Spans
 from specpass.passes.pipeline import PASSES, fingerprint
-from specpass.reports.record import GraphRecord
+from specpass.reports.record import GraphRecord, SiteRecord
 from specpass.reports.report import Report
 from specpass.rewrite import Facts, Observer, Pipeline, Refusal, Request
 from specpass.rewrite.base import PROMPTS
@@ -145,9 +145,9 @@ class Backend:
         graph = pipeline.run(traced.gm, request, facts)
         record.pass_seconds = dict(pipeline.seconds)
         sites, drafted = facts.get(Sites), facts.get(Drafted)
-        record.sites = [] if sites is None else [(site.module, site.budget) for site in sites.sites]
+        record.sites = [] if sites is None else [SiteRecord.of(site) for site in sites.sites]
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
-        alike = len({budget for _, budget in record.sites}) == 1
+        alike = len({site.budget for site in record.sites if not site.exact}) <= 1
         static = static_outputs(graph) if alike else {}
         lowered = lower(
             graph,
@@ -168,6 +168,7 @@ class Backend:
             context_length(self.draft.config) if self.draft is not None and DraftGraphs in facts else None,
             request.lookahead,
             packed="attention_mask" in traced.places and request.kind in PROMPTS,
+            spans={} if sites is None else {site.layer: site.span for site in sites.sites},
         )
 
     def _request(self, traced: Traced) -> tuple[Request, Facts]:
@@ -176,10 +177,11 @@ class Backend:
         Raises: Refusal: what the cache's config or the call says cannot be pruned.
         """
         cache, kind = traced.cache, traced.kind
-        for index, layer in enumerate(cache.layer_types):
-            if layer != "full_attention":
-                raise Refusal(f"layer {index} is configured as {layer}; only full attention is pruned")
-        facts = Facts(traced.inputs, traced.weights)
+        spans = tuple(layer.span for layer in cache.layers)
+        if None in spans:
+            raise Refusal(f"layer {spans.index(None)} is no attention layer")
+        found = tuple(layer.found or layer.span for layer in cache.layers)
+        facts = Facts(traced.inputs, traced.weights, Spans(spans if kind in PROMPTS else found))
         if kind != "prefill":
             return Request(kind, cache.method), facts
         if cache.lookahead and cache.given_ids is None:

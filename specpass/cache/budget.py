@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
 from specpass.cache.layer import round_room
@@ -18,6 +17,7 @@ from specpass.dialect.define import SPEC
 from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError
 from specpass.methods.base import Method
 from specpass.methods.speckv import as_id_rows
+from specpass.sizes import Span, layer_spans
 
 
 class BudgetCache(CacheProtocol):
@@ -50,7 +50,6 @@ class BudgetCache(CacheProtocol):
             raise BudgetError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
         config = config.get_text_config(decoder=True)
         self.config = config
-        self.layer_types: list[str] = get_layer_types_and_kwargs(config)[0]
         self.method = method.resolve(prompt_length)
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
@@ -61,14 +60,27 @@ class BudgetCache(CacheProtocol):
         self.given_ids = None if rows is None or not method.drafts else torch.tensor(as_id_rows(rows))
         self.lookahead = self._resolve_lookahead()
         self.compresses = method.prompt is not None
-        budgets = self.method.layer_budgets(config.num_hidden_layers)
-        self.widest = None if len(set(budgets)) == 1 else budgets.index(max(budgets))
         self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole
-        super().__init__(layers=[BudgetLayer(self, index, budget) for index, budget in enumerate(budgets)])
+        super().__init__(layers=self._make_layers(layer_spans(config)))
         # The compiled graph gets tensors only; this one leads the runtime back to its cache.
         self.handle = torch.zeros((), dtype=torch.int64)
         self.handle._specpass_cache = weakref.ref(self)
         self._clear()
+
+    def _make_layers(self, spans: tuple[Span | None, ...]) -> list[BudgetLayer]:
+        """The method's budgets go to the layers that read the whole prompt; a window's slots are what it can read."""
+        budgets = iter(self.method.layer_budgets(sum(1 for span in spans if span is None or not span.positions)))
+        layers = [
+            BudgetLayer(self, index, span.positions if span is not None and span.positions else next(budgets), span)
+            for index, span in enumerate(spans)
+        ]
+        for sliding in (False, True):
+            alike = [layer for layer in layers if layer.is_sliding == sliding]
+            if len({layer.budget for layer in alike}) > 1:
+                widest = max(alike, key=lambda layer: layer.budget).index
+                for layer in alike:
+                    layer.widest = widest
+        return layers
 
     def _resolve_lookahead(self) -> int:
         if not self.method.drafts:

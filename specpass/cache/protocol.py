@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 from specpass.cache.layer import Storage
 from specpass.dialect.define import SPEC
 from specpass.errors import CacheStateError
+from specpass.sizes import Span
 
 if TYPE_CHECKING:
     from specpass.cache.budget import BudgetCache
@@ -82,15 +83,23 @@ class CacheProtocol(Cache):
 class BudgetLayer(Storage, CacheLayerMixin):
     """One layer of a BudgetCache, as transformers knows it."""
 
-    is_sliding = False
     is_croppable = False  # a crop into the pruned prompt cannot put dropped positions back
     supports_early_init = False
 
-    def __init__(self, cache: BudgetCache, index: int, budget: int) -> None:
+    def __init__(self, cache: BudgetCache, index: int, budget: int, span: Span | None) -> None:
+        """Args: budget: slots C for the prompt. span: what the config says of the layer's attention."""
         self.cache = cache
         self.index = index
         self.budget = budget
+        self.span = span
+        self.found: Span | None = None  # what the prefill's graph says of it
+        self.widest: int | None = None  # of its kind, where they are unlike: the model makes one mask for all of them
         self.reset()
+
+    @property
+    def is_sliding(self) -> bool:
+        """transformers makes one mask for layers that say so, and one for those that do not."""
+        return self.span is not None and self.span.positions > 0
 
     @property
     def is_compileable(self) -> bool:
@@ -105,7 +114,7 @@ class BudgetLayer(Storage, CacheLayerMixin):
         cache = self.cache
         if not self.is_initialized:
             short = cache.fits(key_states)
-            budget = cache.whole if short else self.budget
+            budget = cache.whole if short and not self.is_sliding else self.budget
             self.key_buffer, self.value_buffer, self.lengths, self.positions = SPEC.fill(
                 key_states, value_states, cache.handle, budget, cache.room, self.index, short
             )
@@ -116,9 +125,9 @@ class BudgetLayer(Storage, CacheLayerMixin):
             self.lengths.add_(key_states.shape[2])
             return self.keys, self.values
         SPEC.append_kv(self.key_buffer, self.value_buffer, self.lengths, key_states, value_states, cache.handle)
-        if cache.widest is None:
+        if self.widest is None:
             return self.keys, self.values
-        slots = cache.layers[cache.widest].slots  # the model makes one mask for all layers
+        slots = cache.layers[self.widest].slots
         return tuple(SPEC.widen(buffer, self.kv_heads, slots) for buffer in (self.key_buffer, self.value_buffer))
 
     def get_seq_length(self) -> int | Tensor:
@@ -129,7 +138,7 @@ class BudgetLayer(Storage, CacheLayerMixin):
             return self.slots + query_length, 0
         if not torch.compiler.is_compiling():
             self.cache.reserve(query_length)  # generate asks before each step: the time to make room
-        widest = self if self.cache.widest is None else self.cache.layers[self.cache.widest]
+        widest = self if self.widest is None else self.cache.layers[self.widest]
         return (widest.slots, 0) if self.is_initialized else (query_length, 0)
 
     def get_max_length(self) -> int:

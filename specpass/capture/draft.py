@@ -19,12 +19,12 @@ from specpass.graph.operands import results_of
 from specpass.graph.walk import value
 from specpass.methods.specpc import SpecPC
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.facts import Inputs, Rows, Weights
+from specpass.passes.facts import Inputs, Rows, Spans, Weights
 from specpass.passes.pipeline import draft_prefill_passes, draft_step_passes
 from specpass.passes.score_draft import StepRows
-from specpass.rewrite import Facts, Kind, Pass, Pipeline, Request
+from specpass.rewrite import Facts, Kind, Pass, Pipeline, Refusal, Request
 from specpass.rewrite.sites import Sites
-from specpass.sizes import eos_ids
+from specpass.sizes import eos_ids, layer_spans
 
 
 class _DraftLayer(CacheLayerMixin):
@@ -66,11 +66,13 @@ def capture_draft(draft: nn.Module, prompt: SpecPC | None = None) -> DraftGraphs
 
     Raises: Refusal when an attention site of the draft is not understood.
     """
-    layers = draft.config.get_text_config(decoder=True).num_hidden_layers
+    spans = layer_spans(draft.config)
     config = draft.generation_config
     ends = eos_ids(config)
     pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
-    capture = _Capture(ModelTrace(draft), layers, prompt)
+    if None in spans:
+        raise Refusal(f"its layer {spans.index(None)} is no attention layer")
+    capture, layers = _Capture(ModelTrace(draft), Spans(spans), prompt), len(spans)
     prefill, step = capture.prefill(), capture.step()
     vocab = int(value(results_of(step.graph)[0]).shape[-1])
     return DraftGraphs(prefill, step, capture.model.params, layers, vocab, ends, int(pad), prompt=prompt)
@@ -79,8 +81,8 @@ def capture_draft(draft: nn.Module, prompt: SpecPC | None = None) -> DraftGraphs
 class _Capture:
     """Traces and rewrites the draft's graphs; `shapes` (K, D, Dv) of each layer are known once the prefill is."""
 
-    def __init__(self, model: ModelTrace, layers: int, prompt: SpecPC | None) -> None:
-        self.model, self.layers, self.prompt = model, layers, prompt
+    def __init__(self, model: ModelTrace, spans: Spans, prompt: SpecPC | None) -> None:
+        self.model, self.spans, self.layers, self.prompt = model, spans, len(spans.layers), prompt
         self.shapes: list[tuple[int, int, int]] = []
 
     def prefill(self) -> fx.GraphModule:
@@ -95,9 +97,11 @@ class _Capture:
         gm = self.model.trace(run, self.model.ids, self.model.lengths, self.model.room)
         ids, lengths, _room, *params = gm.graph.find_nodes(op="placeholder")
         weights = Weights(dict(zip(params, self.model.params.values(), strict=True)))
-        facts = Facts(Inputs(ids), Rows(lengths), weights)
+        facts = Facts(Inputs(ids), Rows(lengths), weights, self.spans)
         self._rewrite(gm, draft_prefill_passes(self.layers, self.prompt), "prefill", facts)
-        self.shapes.extend(site.kv_shape for site in facts[Sites].sites)
+        sites = facts[Sites].sites
+        self.shapes.extend(site.kv_shape for site in sites)
+        self.spans = Spans(tuple(site.span for site in sites))
         return gm
 
     def step(self) -> fx.GraphModule:
@@ -120,7 +124,7 @@ class _Capture:
                 caches.append(self.model.dynamic((BATCH, heads * SLOTS, width), self.model.dtype, (0, 1)))
             caches.append(self.model.dynamic((BATCH, heads), torch.int64, (0,)))
         gm = self.model.trace(run, ids, position, *caches)
-        facts = Facts()
+        facts = Facts(self.spans)
         if self.prompt is not None:
             _ids, _position, rows, lengths, storage = gm.graph.find_nodes(op="placeholder")[:5]
             facts.add(StepRows(rows, lengths, storage))

@@ -1,4 +1,8 @@
-"""Attention as rewritten graphs say it."""
+"""Attention as rewritten graphs say it.
+
+Where a layer reads a part of what is in front of a query: `sliding` V is the last V positions, itself included, and
+`chunk` V those of its own chunk of V positions. 0 is no such bound.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ class ModifiedAttention(
 class PrefillAttention(
     Operator,
     schema="prefill_attention(Tensor query, Tensor key, Tensor value, float scale, float softcap=0.0, "
-    "Tensor? sinks=None) -> Tensor",
+    "Tensor? sinks=None, int sliding=0, int chunk=0) -> Tensor",
 ):
     """Causal attention of packed rows, without a mask: [B, H, T, Dv], lying in memory as [B, T, H, Dv]."""
 
@@ -42,6 +46,8 @@ class PrefillAttention(
     scale: float
     softcap: float
     sinks: fx.Node | None  # [H]
+    sliding: int
+    chunk: int
 
     @staticmethod
     def fake(query, key, value, *rest):
@@ -71,7 +77,7 @@ class PrefillAttentionLse(
 class Attend(
     Operator,
     schema="attend(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale, float softcap=0.0, "
-    "Tensor? sinks=None) -> Tensor",
+    "Tensor? sinks=None, int sliding=0, int chunk=0) -> Tensor",
     since="PRUNED",
 ):
     """q new queries over the slots in use, whose number `lengths` says: [B, H, q, Dv]."""
@@ -83,6 +89,8 @@ class Attend(
     scale: float
     softcap: float
     sinks: fx.Node | None
+    sliding: int
+    chunk: int
 
     @staticmethod
     def fake(query, keys, values, *rest):
@@ -92,7 +100,7 @@ class Attend(
 class AppendAttend(
     Operator,
     schema="append_attend(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor query, Tensor key, "
-    "Tensor value, float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    "Tensor value, float scale, float softcap=0.0, Tensor? sinks=None, int sliding=0, int chunk=0) -> Tensor",
     since="LOWERED",
 ):
     """append_kv of one token, then attend: [B, H, 1, Dv]."""
@@ -106,6 +114,8 @@ class AppendAttend(
     scale: float
     softcap: float
     sinks: fx.Node | None
+    sliding: int
+    chunk: int
 
     @staticmethod
     def fake(keys, values, lengths, query, key, value, *rest):

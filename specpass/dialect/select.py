@@ -67,6 +67,18 @@ class SelectRecent(
         return lengths.new_empty(lengths.shape[0], kv_heads, budget)
 
 
+class SelectChunk(Operator, schema="select_chunk(Tensor lengths, int kv_heads, int chunk) -> Tensor", since="PRUNED"):
+    """The positions of the chunk that the next token belongs to: [B, K, chunk], from a multiple of `chunk` on."""
+
+    lengths: fx.Node
+    kv_heads: int
+    chunk: int
+
+    @staticmethod
+    def fake(lengths, kv_heads, chunk):
+        return lengths.new_empty(lengths.shape[0], kv_heads, chunk)
+
+
 class KeepAll(Operator, schema="keep_all(Tensor lengths, int kv_heads, int budget) -> Tensor", since="DRAFTED"):
     """0 .. lengths[b] - 1 of rows that fit the budget."""
 

@@ -25,11 +25,11 @@ from specpass.export.program import Capture, Program, names
 from specpass.graph.walk import value
 from specpass.methods.base import Method
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.facts import Inputs, Weights
+from specpass.passes.facts import Inputs, Spans, Weights
 from specpass.passes.pipeline import PASSES
 from specpass.rewrite import Facts, Pipeline, Refusal, Request
 from specpass.rewrite.sites import Sites
-from specpass.sizes import eos_ids
+from specpass.sizes import eos_ids, layer_spans
 
 
 def capture_target(
@@ -49,7 +49,8 @@ class Pruned:
     def __init__(self, target: nn.Module, method: Method, draft: nn.Module | None, unrolled: bool) -> None:
         self.model, self.method, self.draft, self.unrolled = ModelTrace(target), method, draft, unrolled
         self.config = target.config.get_text_config(decoder=True)
-        self.layers = self.config.num_hidden_layers
+        self.spans = layer_spans(self.config)
+        self.layers = len(self.spans)
         self.kv: list[tuple[int, int, int]] = []  # K, D, Dv of each layer, known once the prefill is captured
         self.weights = {f"target.{name}": tensor for name, tensor in self.model.params.items()}
 
@@ -61,9 +62,8 @@ class Pruned:
         # A prompt that fits the budget goes through selection too: one graph serves every length.
         cache = BudgetCache(self.config, self.method, early_exit=False)
         cache.room = 0
-        for index, kind in enumerate(cache.layer_types):
-            if kind != "full_attention":
-                raise Refusal(f"layer {index} is configured as {kind}; only full attention is pruned")
+        if None in self.spans:
+            raise Refusal(f"layer {self.spans.index(None)} is no attention layer")
         return cache
 
     def _prefill(self) -> Program:
@@ -91,7 +91,7 @@ class Pruned:
         gm = model.trace(run, model.ids, mask)
         ids, mask_node, *params = gm.graph.find_nodes(op="placeholder")
         weights = Weights(dict(zip(params, self.model.params.values(), strict=True)))
-        facts = Facts(Inputs(ids, mask_node), weights)
+        facts = Facts(Inputs(ids, mask_node), weights, Spans(self.spans))
         if self.draft is not None and self.method.drafts:
             facts.add(self._draft(self.draft))
         source = self.draft.generation_config if self.draft is not None else self.config
@@ -99,6 +99,7 @@ class Pruned:
         Pipeline(PASSES).run(gm, request, facts)
         pruned = named_submodules(named(gm, "prefill"))
         self.kv.extend(site.kv_shape for site in facts[Sites].sites)
+        self.spans = tuple(site.span for site in facts[Sites].sites)
         draft = facts.get(DraftGraphs)
         drafted = {} if draft is None else {f"draft.{name}": tensor for name, tensor in draft.params.items()}
 
@@ -128,7 +129,7 @@ class Pruned:
 
     def _decode(self) -> Program:
         model, layers = self.model, self.layers
-        budgets = self.method.layer_budgets(layers)
+        budgets = [layer.budget for layer in self._cache().layers]
 
         def run(ids: Tensor, position: Tensor, *rest: Tensor) -> Tensor:
             cache, params = self._cache(), rest[3 * layers :]
@@ -146,7 +147,7 @@ class Pruned:
             caches += [model.dynamic((BATCH, heads * slots, width), model.dtype, (0, 1)) for width in (dim, value_dim)]
             caches.append(model.dynamic((BATCH, heads), torch.int64, (0,)))
         gm = model.trace(run, ids, position, *caches)
-        Pipeline(PASSES).run(gm, Request("decode", self.method), Facts())
+        Pipeline(PASSES).run(gm, Request("decode", self.method), Facts(Spans(self.spans)))
         return decode_program(gm, self.kv, self.weights)
 
 

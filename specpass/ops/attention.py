@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.dialect import attention as dialect
-from specpass.kernels.attention import modified_attention
+from specpass.kernels.attention import first_read, modified_attention
 from specpass.kernels.decode import reference
 from specpass.kernels.dispatch import returns_lse
 from specpass.ops.bind import bind
@@ -21,13 +21,21 @@ ROWS = 256  # query rows whose logits are held at once where no flash attention 
 
 
 def prefill_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    sliding: int = 0,
+    chunk: int = 0,
 ) -> Tensor:
     """Causal attention of packed rows: [B, H, T, D] x [B, K, T, D] -> [B, H, T, Dv]; needs no mask."""
-    if sinks is not None and not softcap and returns_lse(query, key, value):
+    local = sliding or chunk
+    if sinks is not None and not softcap and not local and returns_lse(query, key, value):
         return rows_in_place(prefill_with_sinks(query, key, value, scale, sinks))
-    if softcap or sinks is not None:  # flash attention knows no cap
-        return rows_in_place(prefill_modified(query, key, value, scale, softcap, sinks))
+    if softcap or sinks is not None or local:  # flash attention knows no cap and no window
+        return rows_in_place(prefill_in_blocks(query, key, value, scale, softcap, sinks, sliding, chunk))
     return rows_in_place(prefill_flash(query, key, value, scale))
 
 
@@ -53,21 +61,40 @@ def prefill_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     return out
 
 
-def prefill_modified(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, sinks: Tensor | None
+def prefill_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    sliding: int,
+    chunk: int,
 ) -> Tensor:
-    """`prefill_attention` with a soft cap or sinks, for ROWS queries at a time: never [T, T] logits."""
-    columns = torch.arange(key.shape[2], device=key.device)
-    parts = []
-    for start in range(0, query.shape[2], ROWS):
-        seen = min(start + ROWS, query.shape[2])
-        mask = (columns[:seen] <= columns[start:seen, None])[None, None]
-        parts.append(
-            modified_attention(
-                query[:, :, start:seen], key[:, :, :seen], value[:, :, :seen], mask, scale, softcap, sinks
-            )
+    """`prefill_attention` for ROWS queries at a time over the columns that some of them reads: never [T, T] logits."""
+    batch, heads, columns = query.shape[:3]
+    out = query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
+    column = torch.arange(columns, device=key.device)
+    first = first_read(column, sliding, chunk)
+    for start in range(0, columns, ROWS):
+        rows = slice(start, min(start + ROWS, columns))
+        seen = slice(max(start - sliding + 1, 0) if sliding else start // chunk * chunk if chunk else 0, rows.stop)
+        mask = (column[seen] <= column[rows, None]) & (column[seen] >= first[rows, None])
+        block = query[:, :, rows], key[:, :, seen], value[:, :, seen], mask[None, None], scale
+        if softcap or sinks is not None:
+            out[:, :, rows] = modified_attention(*block, softcap, sinks)
+        else:
+            attention_of_groups(*block, out[:, :, rows])
+    return out
+
+
+def attention_of_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, out: Tensor) -> None:
+    """Masked attention into `out` [B, H, q, Dv]: one call for each member of the GQA group, K and V never repeated."""
+    group = query.shape[1] // key.shape[1]
+    for member in range(group):
+        out[:, member::group] = F.scaled_dot_product_attention(
+            query[:, member::group], key, value, attn_mask=mask, scale=scale
         )
-    return torch.cat(parts, 2)
 
 
 def prefill_with_sinks(query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor) -> Tensor:
@@ -108,15 +135,25 @@ def prefill_attention_lse(
 
 
 def prefill_attention_onnx(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float = 0.0, sinks: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    sliding: int = 0,
+    chunk: int = 0,
 ) -> Tensor:
     """As the reference: one product per member of the GQA group, so that one member's [B, K, T, T] is held."""
     members = query.unflatten(1, (key.shape[1], -1)).unbind(2)
     column = torch.arange(key.shape[2], device=key.device)
-    later = (column > column[:, None])[None, None]
+    hidden = column > column[:, None]
+    if sliding or chunk:
+        hidden |= column < first_read(column, sliding, chunk)[:, None]
+    hidden = hidden[None, None]
     if softcap or sinks is not None:
-        return modified_attention(query, key, value, ~later, scale, softcap, sinks)
-    outs = [attention_onnx(member, key, value, later, scale) for member in members]
+        return modified_attention(query, key, value, ~hidden, scale, softcap, sinks)
+    outs = [attention_onnx(member, key, value, hidden, scale) for member in members]
     return outs[0] if len(outs) == 1 else torch.stack(outs, 2).flatten(1, 2)
 
 
@@ -128,13 +165,15 @@ def attend_onnx(
     scale: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    sliding: int = 0,
+    chunk: int = 0,
 ) -> Tensor:
     """As the reference."""
     if softcap or sinks is not None:
-        return reference.attend(query, keys, values, lengths, scale, softcap, sinks)
+        return reference.attend(query, keys, values, lengths, scale, softcap, sinks, sliding, chunk)
     batch, heads, count, dim = query.shape
     group = heads // keys.shape[1]
-    unread = ~reference.slots_read(lengths, count, keys.shape[2], group)
+    unread = ~reference.slots_read(lengths, count, keys.shape[2], group, sliding, chunk)
     folded = query.reshape(batch, keys.shape[1], group * count, dim)
     return attention_onnx(folded, keys, values, unread, scale).reshape(batch, heads, count, values.shape[3])
 

@@ -47,6 +47,14 @@ def select_recent(lengths: Tensor, kv_heads: int, budget: int, sinks: int) -> Te
     return positions[:, None].expand(-1, kv_heads, -1).contiguous()
 
 
+def select_chunk(lengths: Tensor, kv_heads: int, chunk: int) -> Tensor:
+    """Positions [B, K, chunk] of the chunk that a row's next token belongs to, ascending; unused slots -1."""
+    slot = torch.arange(chunk, device=lengths.device)
+    used = (lengths % chunk)[:, None]
+    positions = torch.where(slot < used, slot + lengths[:, None] - used, -1)
+    return positions[:, None].expand(-1, kv_heads, -1).contiguous()
+
+
 def keep_all(lengths: Tensor, kv_heads: int, budget: int) -> Tensor:
     """Positions [B, K, C] of rows that fit the budget: 0 .. lengths[b] - 1, then -1."""
     slot = torch.arange(budget, device=lengths.device)
@@ -82,6 +90,7 @@ def importance_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> 
 bind(dialect.Importance, importance, flops=importance_flops)
 bind(dialect.Select, select)
 bind(dialect.SelectRecent, select_recent)
+bind(dialect.SelectChunk, select_chunk)
 bind(dialect.KeepAll, keep_all)
 bind(dialect.KeepShortRows, keep_short_rows)
 bind(dialect.MapPositions, map_positions)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from specpass.dialect.attention import ModifiedAttention
@@ -17,11 +18,12 @@ from specpass.dialect.cache import AppendKv, Fill, KeepKv, Widen
 from specpass.errors import NoAttentionSiteError
 from specpass.graph.aten import Sdpa, Softmax, View
 from specpass.graph.walk import module_path, skip_full_slices, value
-from specpass.passes.facts import Inputs, Weights
+from specpass.passes.facts import Inputs, Spans, Weights
 from specpass.passes.read.logits import changed_logits
-from specpass.passes.read.masks import mask_class
+from specpass.passes.read.masks import mask_span
 from specpass.rewrite import Facts, Pass, Refusal, Request
 from specpass.rewrite.sites import Site, Sites
+from specpass.sizes import Span
 
 Write = Fill | AppendKv | KeepKv
 
@@ -38,7 +40,7 @@ class Annotate(Pass):
 
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
         writes: list[Write] = [*Fill.find(gm.graph), *AppendKv.find(gm.graph), *KeepKv.find(gm.graph)]
-        reader = Reader({key_of(write): write for write in writes}, facts.get(Inputs), facts.get(Weights))
+        reader = Reader({key_of(write): write for write in writes}, facts)
         attentions = [view for node in gm.graph.nodes if (view := Sdpa.match(node) or ModifiedAttention.match(node))]
         sites: list[Site] = []
         for attention in attentions:
@@ -76,9 +78,9 @@ def value_of(write: Write) -> fx.Node:
 class Reader:
     """Reads attention sites of one graph. `owners`: what attention reads -> the cache write that it belongs to."""
 
-    def __init__(self, owners: dict[fx.Node, Write], inputs: Inputs | None, weights: Weights | None) -> None:
-        self.owners, self.inputs, self.weights = owners, inputs, weights
-        self.masks: dict[fx.Node, str] = {}  # classes: a model has one mask for many layers
+    def __init__(self, owners: dict[fx.Node, Write], facts: Facts) -> None:
+        self.owners, self.inputs, self.spans, self.weights = owners, *map(facts.get, (Inputs, Spans, Weights))
+        self.masks: dict[fx.Node, Span | str] = {}  # a model has one mask for many layers
 
     def read(self, attention: Sdpa | ModifiedAttention, index: int) -> Site | None:
         """The site, or None for attention over something that is not cached.
@@ -96,9 +98,8 @@ class Reader:
             raise Refusal("values change between the cache and attention", module)
         if isinstance(attention, Sdpa) and attention.dropout_p:
             raise Refusal(f"attention dropout {attention.dropout_p} is on", module)
-        label = self._mask(attention, write)
-        if label not in ("causal", "lengths"):
-            raise Refusal(f"attention mask: {label}", module)
+        layer, budget = (write.layer, write.budget) if isinstance(write, Fill) else (index, 0)
+        span = self._span(attention, write, layer, module)
         heads, kv_heads = value(attention.query).shape[1], value(write.key).shape[1]
         if heads % kv_heads:
             raise Refusal(f"{heads} query heads are no multiple of {kv_heads} KV heads", module)
@@ -107,7 +108,6 @@ class Reader:
             softcap, sinks = attention.softcap, attention.sinks
         if scale is None:
             scale = 1.0 / math.sqrt(value(attention.query).shape[-1])
-        layer, budget = (write.layer, write.budget) if isinstance(write, Fill) else (index, 0)
         return Site(
             layer,
             module,
@@ -117,10 +117,10 @@ class Reader:
             cache=write.node,
             attention=attention.node,
             scale=float(scale),
-            mask=label,
             softcap=softcap,
             sinks=sinks,
-            budget=budget,
+            budget=span.positions or budget,
+            span=span,
         )
 
     def _stored(self, node: fx.Node) -> fx.Node:
@@ -128,17 +128,39 @@ class Reader:
         plain = skip_full_slices(node)
         return plain if plain in self.owners else storage_of(plain)
 
-    def _mask(self, attention: Sdpa | ModifiedAttention, write: Write) -> str:
+    def _span(self, attention: Sdpa | ModifiedAttention, write: Write, layer: int, module: str) -> Span:
+        """What the site's queries read: by its mask, and where that cannot tell, by the config.
+
+        Raises: Refusal: the mask is not understood, or is not what the config says.
+        """
+        said = None if self.spans is None else self.spans.layers[layer]
         if isinstance(write, AppendKv):
-            return "lengths"  # whatever mask the model built in slot coordinates, lengths say it exactly
+            return said or Span()  # a mask in slot coordinates tells nothing; lengths and the prefill's span tell all
         if value(attention.query).shape[2] == 1:  # a prompt of one token reads itself, whatever is added to its logit
-            return "causal"
+            return said or Span()
+        found = self._by_mask(attention)
+        if isinstance(found, str):
+            raise Refusal(f"attention mask: {found}", module)
+        if said is None or found.positions or not said.positions:
+            return found
+        if at_most(value(attention.query).shape[2], said.positions):  # a prompt that fits a window needs no mask of it
+            return said
+        raise Refusal(f"configured as {said}, and its mask is that of {found}", module)
+
+    def _by_mask(self, attention: Sdpa | ModifiedAttention) -> Span | str:
         mask = attention.attn_mask if isinstance(attention, Sdpa) else attention.mask
         if mask is None:
-            return "causal" if isinstance(attention, Sdpa) and attention.is_causal else "none"
+            return Span() if isinstance(attention, Sdpa) and attention.is_causal else "none"
         if mask not in self.masks:
-            self.masks[mask] = mask_class(mask, self.inputs, self.weights)
+            self.masks[mask] = mask_span(mask, self.inputs, self.weights)
         return self.masks[mask]
+
+
+def at_most(size: int | torch.SymInt, bound: int) -> bool:
+    """Whether a size is known to be no more than `bound`, by the guards of its graph."""
+    if not isinstance(size, torch.SymInt):
+        return size <= bound
+    return bool(size.node.shape_env.bound_sympy(size.node.expr).upper <= bound)
 
 
 def storage_of(node: fx.Node) -> fx.Node:

@@ -31,7 +31,7 @@ class AttendPacked(Pass):
         for site in facts[Sites].sites:
             place = {"before": site.attention, "like": site.attention}
             tensors = (site.query, site.key, site.value, site.scale)
-            new = editor.call(SPEC.prefill_attention, *tensors, *site.changes, **place)
+            new = editor.call(SPEC.prefill_attention, *tensors, *site.options, **place)
             editor.replace(site.attention, new)
             rewritten.append(dataclasses.replace(site, attention=new))
         facts.add(Sites(tuple(rewritten)))

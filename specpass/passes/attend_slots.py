@@ -32,7 +32,7 @@ class AttendSlots(Pass):
         rewritten = []
         for site in facts[Sites].sites:
             keys, values = (own_slots(editor, node, site) for node in (site.key, site.value))
-            operands = (site.query, keys, values, AppendKv.of(site.cache).lengths, site.scale, *site.changes)
+            operands = (site.query, keys, values, AppendKv.of(site.cache).lengths, site.scale, *site.options)
             new = editor.call(SPEC.attend, *operands, before=site.attention, like=site.attention)
             editor.replace(site.attention, new)
             rewritten.append(dataclasses.replace(site, key=keys, value=values, attention=new))

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, fx
 
+from specpass.sizes import Span
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
@@ -32,6 +34,13 @@ class Inputs:
         tokens = self.embeds if self.ids is None else self.ids
         assert tokens is not None
         return tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """What each of the cache's layers is taken to read: by the config (a prompt), or as its prefill found (later)."""
+
+    layers: tuple[Span | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +91,6 @@ class ReadPositions:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """[B, K, T] float32 of each attention site, in their order."""
+    """[B, K, T] float32 of each attention site, in their order; None where a site keeps what it reads."""
 
-    nodes: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node | None, ...]

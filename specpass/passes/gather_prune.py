@@ -3,6 +3,8 @@
 before: keys, values, lengths, positions = fill(k, v, ...)                      all S
 after:  positions = select(scores, lengths, C, W, kernel, pool)                 [B, K, C], ascending, -1 unused
         keys, values, lengths = gather_kv(k, v, positions, N)                   [B, K * (C + N), D]
+
+A site with a sliding window or chunks keeps what it can still read, of the prompt and never of the lookahead.
 """
 
 from __future__ import annotations
@@ -36,15 +38,16 @@ class GatherPrune(Pass):
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
         editor, sites, scores = Editor(gm), facts[Sites].sites, facts.get(Scores)
         read = facts.get(ReadPositions)
-        alike = len({site.budget for site in sites}) == 1
+        alike = len({site.budget for site in sites if site.is_full}) <= 1
         rewritten = []
         for index, site in enumerate(sites):
             own = None if scores is None else scores.nodes[index]
             before = (site.attention if own is None else own).next
             # A layer's own budget would make its region unlike the others': these nodes then stand outside of it.
-            like = site.attention if alike else None
+            like = site.attention if alike or not site.is_full else None
             positions = self._positions(editor, request, facts, site, own, before, like)
-            if not alike and facts[Rows].order is not None:  # of a padded batch, rows that fit C keep everything
+            # Of a padded batch, rows that fit C keep everything.
+            if not alike and site.is_full and facts[Rows].order is not None:
                 whole = request.pruning.budget
                 positions = editor.call(SPEC.keep_short_rows, positions, facts[Rows].lengths, whole, before=before)
             fill = Fill.of(site.cache)
@@ -78,6 +81,10 @@ class GatherPrune(Pass):
         """[B, K, C] positions that a site keeps, of the tokens that the target reads."""
         method, lengths = request.pruning, facts[Rows].lengths
         call = functools.partial(editor.call, before=before, like=like)
+        if site.span.sliding:
+            return call(SPEC.select_recent, lengths, site.kv_heads, site.budget, 0)
+        if site.span.chunk:
+            return call(SPEC.select_chunk, lengths, site.kv_heads, site.budget)
         if request.kind == "short" or (ReadPositions in facts and not method.scored):
             return call(SPEC.keep_all, lengths, site.kv_heads, site.budget)
         if scores is None:

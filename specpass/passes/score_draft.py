@@ -20,7 +20,7 @@ from specpass.graph.operands import add_result
 from specpass.graph.walk import first_call
 from specpass.methods.specpc import SpecPC
 from specpass.passes.facts import Inputs, Rows
-from specpass.rewrite import Facts, Kind, Pass, Request
+from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 from specpass.rewrite.sites import Site, Sites
 
 
@@ -88,13 +88,17 @@ def reduce_layers(
     lengths: fx.Node,
     queries: Callable[[Site, fx.Node], tuple[fx.Node, fx.Node | None]],
 ) -> None:
-    """Score each layer, reduce over heads and rows, then over layers; the result is the graph's last output.
+    """Score each layer that reads the whole prompt, reduce over heads and rows, then over layers.
+
+    The result is the graph's last output.
 
     Args: queries: (site, place) -> the query rows that score there, and their weights.
     """
     reduce, sites = "max" if how.reduce == "max" else "sum", facts[Sites].sites
-    for index in how.scoring_layers(len(sites)):
-        site = sites[index]
+    scoring = [sites[index] for index in how.scoring_layers(len(sites)) if sites[index].is_full]
+    if not scoring:
+        raise Refusal("no layer that scores reads the whole prompt: all of them have windows")
+    for site in scoring:
         before, like = site.attention.next, site.attention
         query, weights = queries(site, before)
         operands = (query, site.key, rows, lengths, 0, site.scale, reduce, weights, None, *site.changes)

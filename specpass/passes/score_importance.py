@@ -42,8 +42,11 @@ class ScoreImportance(Pass):
         anchor = (lengths if ahead is None else max(ahead, lengths)).next  # behind both
         rows = editor.call(SPEC.score_rows, lengths, ahead, method.window, list(request.eos_ids), before=anchor)
         own = OwnScores(editor, request, rows, lengths)
-        scores = []
+        scores: list[fx.Node | None] = []
         for site in facts[Sites].sites:
+            if not site.is_full:
+                scores.append(None)
+                continue
             before, like = site.attention.next, site.attention
             taken = editor.call(SPEC.take_rows, site.query, rows, before=before, like=like)
             if method.score is not None:

@@ -19,13 +19,7 @@ def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[
         "method": record.method,
         "lowering": record.lowering,
         "draft_seconds": record.draft_seconds,
-        "graphs": [
-            {
-                **dataclasses.asdict(graph),
-                "sites": [{"module": module, "budget": budget} for module, budget in graph.sites],
-            }
-            for graph in record.graphs
-        ],
+        "graphs": [dataclasses.asdict(graph) for graph in record.graphs],
         "refusals": list(record.refusals),
         "foreign": record.foreign,
         "costs": None if costs is None else cost_data(costs, new_tokens, lengths),

@@ -10,16 +10,36 @@ from specpass.lowering.lower import Lowered
 from specpass.methods.base import Method
 from specpass.reports.cost import Costs, costs_of
 from specpass.rewrite import Kind
+from specpass.rewrite.sites import Site
 from specpass.sizes import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteRecord:
+    """One attention site.
+
+    Attributes:
+        module: its path.
+        budget: slots C of each KV head, 0 where the graph prunes nothing.
+        exact: why it keeps all that it reads; "" where it is pruned.
+    """
+
+    module: str
+    budget: int
+    exact: str = ""
+
+    @classmethod
+    def of(cls, site: Site) -> SiteRecord:
+        return cls(site.module, site.budget, "" if site.is_full else str(site.span))
 
 
 @dataclasses.dataclass
 class GraphRecord:
-    """One compiled graph. Seconds are wall-clock; `sites` are (module path, budget)."""
+    """One compiled graph. Seconds are wall-clock."""
 
     kind: Kind
     exact: bool = False
-    sites: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    sites: list[SiteRecord] = dataclasses.field(default_factory=list)
     trace_seconds: float = 0.0
     pass_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     lower_seconds: float = 0.0

@@ -38,9 +38,11 @@ def graph_lines(graph: GraphRecord) -> list[str]:
         f"{graph.kind} graph: {what}, {graph.distinct_regions} distinct of {graph.regions} regions compiled; "
         f"trace {graph.trace_seconds:.1f} s, passes {passes:.2f} s, lowering {graph.lower_seconds:.1f} s"
     ]
-    budgets = sorted({budget for _, budget in graph.sites if budget})
+    budgets = sorted({site.budget for site in graph.sites if site.budget and not site.exact})
     if budgets:
         lines.append(f"  budget per KV head and layer: {', '.join(map(str, budgets))} slots")
+    kept = collections.Counter(site.exact for site in graph.sites if site.exact)
+    lines += [f"  {count} sites exact: {reason}" for reason, count in kept.items()]
     counts = collections.Counter(str(choice) for _, choice in graph.choices)
     lines += [f"  {count} x {choice}" for choice, count in counts.items()]
     return lines + [f"  note: {note}" for note in graph.notes]
@@ -79,11 +81,8 @@ def budget_lines(record: BackendRecord) -> list[str]:
     """Runs of sites with one budget: `model.layers.0.self_attn .. model.layers.27.self_attn: 1,024 slots`."""
     sites = next((graph.sites for graph in record.graphs if graph.sites and not graph.exact), [])
     lines = []
-    for budget, run in itertools.groupby(sites, key=lambda site: site[1]):
-        paths = [module for module, _ in run]
-        lines.append(
-            f"{paths[0]} .. {paths[-1]}: {budget:,} slots per KV head"
-            if len(paths) > 1
-            else f"{paths[0]}: {budget:,} slots per KV head"
-        )
+    for (budget, exact), run in itertools.groupby(sites, key=lambda site: (site.budget, site.exact)):
+        paths = [site.module for site in run]
+        where = f"{paths[0]} .. {paths[-1]}" if len(paths) > 1 else paths[0]
+        lines.append(f"{where}: {budget:,} slots per KV head" + (f", exact ({exact})" if exact else ""))
     return lines

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from specpass.graph.walk import value
+from specpass.sizes import FULL, Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +24,10 @@ class Site:
         cache: the node that writes the layer's cache.
         attention: the attention node.
         scale: of the softmax.
-        mask: its class, "causal" or "lengths".
         softcap: of the logits, 0.0 for none.
         sinks: [H] logits that belong to no key, or None.
         budget: slots C of each KV head, 0 where nothing is pruned.
+        span: what its queries read of what is in front of them.
     """
 
     layer: int
@@ -37,15 +38,27 @@ class Site:
     cache: fx.Node
     attention: fx.Node
     scale: float
-    mask: str
     softcap: float = 0.0
     sinks: fx.Node | None = None
     budget: int = 0
+    span: Span = FULL
 
     @property
     def changes(self) -> tuple[Any, ...]:
-        """Last arguments of an attention operator; none where nothing is done to the logits."""
+        """What is done to the logits, as operators take it; empty where nothing is."""
         return (self.softcap, self.sinks) if self.softcap or self.sinks is not None else ()
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """Last arguments of an attention operator: what is done to the logits, and what its queries read."""
+        if not self.span.positions:
+            return self.changes
+        return self.softcap, self.sinks, self.span.sliding, self.span.chunk
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its K/V grow with the prompt: such a site is scored and pruned, the others keep what they read."""
+        return not self.span.positions
 
     @property
     def kv_heads(self) -> int:

@@ -1,24 +1,31 @@
 """What an attention mask means, found by evaluating its subgraph at a few small sizes.
 
 A mask's shape tells nothing, so its part of the graph is run on real tensors for small (B, S, padding) and compared
-with the masks that specpass understands. Anything else is refused.
+with the masks that specpass understands: causal, and within it a sliding window or chunks. Anything else is refused.
+
+A window of 4,096 would show at prompts beyond it only. So numbers that positions are compared with or divided by are
+made small while the subgraph runs (4,096 becomes 3, say), and what is found is named by the number that stood there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from specpass.graph.walk import ancestors, value
+from specpass.graph.walk import ATEN, ancestors, is_op, value
 from specpass.passes.facts import Inputs, Weights
+from specpass.sizes import Span
 
 TRIALS = ((6, (0, 0)), (7, (0, 3)), (5, (2, 1)))  # prompt length, left padding of each row
+LEAST = 8  # a number from here on shows in no trial
+COMPARED = (ATEN.sub, ATEN.add, ATEN.gt, ATEN.ge, ATEN.lt, ATEN.le, ATEN.floor_divide, ATEN.div)
 
 
-def mask_class(mask: fx.Node, inputs: Inputs | None, weights: Weights | None = None) -> str:
-    """ "causal" (padding included), "sliding window W", or "unknown: reason".
+def mask_span(mask: fx.Node, inputs: Inputs | None, weights: Weights | None = None) -> Span | str:
+    """What a query reads by this mask (causal, padding included), or why the mask is not understood.
 
     Args: weights: the model's tensors, among which are the masks that it keeps as buffers (GPT-Neo).
     """
@@ -28,21 +35,31 @@ def mask_class(mask: fx.Node, inputs: Inputs | None, weights: Weights | None = N
     stranger = subgraph.stranger()
     if stranger is not None:
         return f"unknown: the mask depends on the input {stranger.name}"
-    windows: set[int] = set()
+    numbers = subgraph.numbers()
+    if len(numbers) > len(SMALL):
+        return f"unknown: positions are compared with {numbers}"
+    small = dict(zip(numbers, SMALL, strict=False))
+    possible: set[Span] | None = None
     for length, pads in TRIALS:
         real = subgraph.tokens(length, pads)
         try:
-            got = subgraph.run(real)
+            got = subgraph.run(real, small)
         except Exception as error:  # the subgraph holds an operator that real tensors of this size cannot run
             return f"unknown: its subgraph does not evaluate ({type(error).__name__})"
         if got.dim() != 4:
             return f"unknown: shape {tuple(got.shape)}"
-        window = _difference(got, real)
-        if window is not None:
-            windows.add(window)
-    if not windows:
-        return "causal"
-    return "unknown: neither causal nor a sliding window" if 0 in windows else f"sliding window {min(windows)}"
+        spans = _spans(got, real)
+        possible = spans if possible is None else possible & spans
+    if not possible:
+        return "unknown: neither causal nor a sliding window nor chunks"
+    if Span() in possible:
+        return Span()
+    found = min(possible, key=lambda span: span.positions)
+    named = {number: name for name, number in small.items()}.get(found.positions, found.positions)
+    return Span(sliding=named) if found.sliding else Span(chunk=named)
+
+
+SMALL = (3, 2, 4)  # what numbers become; unlike numbers become unlike ones
 
 
 class _Subgraph:
@@ -68,6 +85,14 @@ class _Subgraph:
                 return node
         return None
 
+    def numbers(self) -> list[int]:
+        """Numbers that positions are compared with or divided by, and that no trial would reach."""
+        found = set()
+        for node in self.needed:
+            if is_op(node, *COMPARED):
+                found |= {abs(arg) for arg in node.args if type(arg) is int and abs(arg) >= LEAST}
+        return sorted(found)
+
     def tokens(self, length: int, pads: tuple[int, ...]) -> Tensor:
         """[B, length] int64: 1 where a token is real."""
         batch = len(pads) if isinstance(self.shape[0], torch.SymInt) else int(self.shape[0])
@@ -78,8 +103,8 @@ class _Subgraph:
                 real[row, :pad] = 0
         return real
 
-    def run(self, real: Tensor) -> Tensor:
-        """The mask for these tokens."""
+    def run(self, real: Tensor, small: Mapping[int, int]) -> Tensor:
+        """The mask for these tokens, with each number of `small` in its small form."""
         env: dict[fx.Node, Any] = dict(self.known)
         for node in self.free:
             size = str(value(node))
@@ -98,29 +123,33 @@ class _Subgraph:
                 env[node] = getattr(node.graph.owning_module, str(node.target))
             elif node not in env:
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
+                if is_op(node, *COMPARED):
+                    args = tuple(made_small(arg, small) for arg in args)
                 env[node] = node.target(*args, **kwargs)
         return env[self.mask]
 
 
-def _difference(mask: Tensor, real: Tensor) -> int | None:
-    """None where a mask [B, 1, S, S] is causal for tokens [B, S], else its window; 0: no window explains it."""
+def made_small(arg: Any, small: Mapping[int, int]) -> Any:
+    """A number's small form, with its sign."""
+    if type(arg) is not int or abs(arg) not in small:
+        return arg
+    return small[abs(arg)] if arg > 0 else -small[abs(arg)]
+
+
+def _spans(mask: Tensor, real: Tensor) -> set[Span]:
+    """All spans by which a mask [B, 1, S, S] is right for tokens [B, S]."""
     batch, length = real.shape
     lowest = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 64  # a mask that is scaled is one, too
     allowed = mask if mask.dtype == torch.bool else mask > lowest
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    expected = causal & (real != 0)[:, None, None, :]
-    rows = (real != 0)[:, None, :, None].expand_as(expected)  # what padding rows see does not matter
-    allowed = allowed.expand(batch, 1, length, length) if allowed.shape[1] == 1 else allowed
-    if allowed.shape[1] == 1 and torch.equal(allowed & rows, expected & rows):
-        return None
-    return _window_of(allowed, expected, rows)
-
-
-def _window_of(allowed: Tensor, expected: Tensor, rows: Tensor) -> int:
-    """Smallest window whose mask equals `allowed`, or 0."""
-    length = allowed.shape[-1]
-    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-    for window in range(1, length):
-        if torch.equal(allowed & rows, expected & (distance < window) & rows):
-            return window
-    return 0
+    if allowed.shape[1] != 1:
+        return set()
+    allowed = allowed.expand(batch, 1, length, length)
+    rows = (real != 0)[:, None, :, None].expand_as(allowed)  # what padding rows see does not matter
+    position = (real.cumsum(1) - 1)[:, None]  # [B, 1, S]
+    row, column = position[..., :, None], position[..., None, :]
+    causal = torch.ones(length, length, dtype=torch.bool).tril() & (real != 0)[:, None, None, :]
+    kept = {Span(): causal}
+    for bound in range(1, length + 1):
+        kept[Span(sliding=bound)] = causal & (row - column < bound)
+        kept[Span(chunk=bound)] = causal & (row // bound == column // bound)
+    return {span for span, expected in kept.items() if torch.equal(allowed & rows, expected & rows)}
