@@ -28,7 +28,10 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
             )
         prompt = prompt_length(generation_config, model_kwargs)
         model_kwargs["past_key_values"] = BudgetCache(
-            target.config, backend.method, max_new_tokens=generation_config.max_length - prompt, prompt_length=prompt
+            target.config,
+            backend.method,
+            max_new_tokens=generation_config.max_new_tokens or generation_config.max_length - prompt,
+            prompt_length=prompt,
         )
         announce(model_kwargs["past_key_values"], prompt)
         generation_config.disable_compile = True  # generate would compile the call a second time on a GPU
