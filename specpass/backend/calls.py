@@ -81,7 +81,8 @@ class Call:
             )
 
     def _check_prompt(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
-        batch, size = args[self.places["input_ids"]].shape
+        prompt = "input_ids" if "input_ids" in self.places else "inputs_embeds"
+        batch, size = args[self.places[prompt]].shape[:2]
         mask = args[self.places["attention_mask"]] if "attention_mask" in self.places else None
         check_prompt(cache, (batch, size), mask, 0 if self.kind == "short" else self.lookahead, self.context)
 

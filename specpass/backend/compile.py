@@ -192,8 +192,6 @@ class Backend:
         spans = tuple(getattr(layer, "span", None) for layer in cache.layers)
         if None in spans:
             raise Refusal(f"layer {spans.index(None)} is no attention layer")
-        if traced.inputs.embeds is not None and kind in PROMPTS:
-            raise Refusal("the prompt came as inputs_embeds, so there are no token ids for the draft to read")
         found = tuple(layer.found or layer.span for layer in cache.layers)
         facts = Facts(traced.inputs, traced.weights, Spans(spans if kind in PROMPTS else found))
         if kind != "prefill":

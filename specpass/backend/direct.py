@@ -116,6 +116,7 @@ def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
                 kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
         return
     ids = kwargs.get("input_ids")
-    cache.reserve(ids.shape[1] if ids is not None else 1)
+    tokens = kwargs.get("inputs_embeds") if ids is None else ids
+    cache.reserve(tokens.shape[1] if tokens is not None else 1)
     if not cache.exact:
         kwargs.pop("attention_mask", None)  # lengths say which slots are in use

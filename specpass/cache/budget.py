@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
-from specpass.cache.layer import round_room
+from specpass.cache.layer import first_room, grown_room
 from specpass.cache.protocol import CacheProtocol
 from specpass.cache.states import make_layers, why_unheld
 from specpass.dialect.define import SPEC
@@ -26,14 +26,15 @@ class BudgetCache(CacheProtocol):
     Args:
         config: the target's config (its text config is used).
         method: the same method as the backend's.
-        max_new_tokens: tokens to be generated; sets the room N (rounded up to a multiple of 64) and, for methods with
-            `lookahead=None`, the lookahead L. Generation beyond N grows the cache.
+        max_new_tokens: tokens to be generated; sets the room N (rounded up to a multiple of 64, at first 512 at most:
+            then it grows with what is generated, by half of itself) and, for methods with `lookahead=None`, the
+            lookahead L = min(32, max_new_tokens), 32 if left out. Generation beyond max_new_tokens grows the cache too.
         prompt_length: S in tokens, needed when the method's budget is a ratio.
         lookahead_ids: [B, L] token ids in place of the draft's.
         early_exit: False sends prompts that fit the budget through selection and gather too (they keep everything).
 
     Raises:
-        BudgetError: a ratio without prompt_length. LookaheadError: lookahead=None without max_new_tokens.
+        BudgetError: a ratio without prompt_length. LookaheadError: lookahead_ids with a method that cannot use them.
         UnsupportedCallError: the model's layers hold no keys, or in another form.
     """
 
@@ -57,12 +58,12 @@ class BudgetCache(CacheProtocol):
         self.method = method.resolve(prompt_length)
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
-        self.room = round_room(max_new_tokens or 1)
+        self.room = first_room(max_new_tokens or 1)
         rows = lookahead_ids if lookahead_ids is not None else method.lookahead_ids
         if lookahead_ids is not None and method.prompt is not None:
             raise LookaheadError(f"{method.name} needs the draft's attention, so lookahead_ids cannot take its place.")
         self.given_ids = None if rows is None or not method.drafts else torch.tensor(as_id_rows(rows))
-        self.lookahead = self._resolve_lookahead()
+        self.lookahead = method.look_ahead(max_new_tokens) if self.given_ids is None else self.given_ids.shape[1]
         self.compresses = method.prompt is not None
         self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole
         super().__init__(layers=make_layers(self, config))
@@ -72,21 +73,6 @@ class BudgetCache(CacheProtocol):
         self.handle = torch.zeros((), dtype=torch.int64)
         self.handle._specpass_cache = weakref.ref(self)
         self._clear()
-
-    def _resolve_lookahead(self) -> int:
-        if not self.method.drafts:
-            return 0
-        if self.given_ids is not None:
-            return self.given_ids.shape[1]
-        length = self.method.lookahead
-        if length is None:
-            length = self.max_new_tokens
-        if length is None:
-            raise LookaheadError(
-                f"{self.method.name}(lookahead=None) drafts max_new_tokens tokens, and this cache was not told how "
-                "many: pass max_new_tokens= to BudgetCache or lookahead= to the method."
-            )
-        return length
 
     def _clear(self) -> None:
         self.seen: Any = 0  # a 0-d tensor after the prefill; logical length: tokens that generate counts
@@ -139,15 +125,16 @@ class BudgetCache(CacheProtocol):
         self._clear()
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more tokens, in blocks of 64 slots; nothing happens if there is room."""
+        """Make room for `tokens` more tokens (see layer.grown_room); nothing happens if there is room."""
         if not self.filled or self.exact:
             return
-        missing = self.appended + tokens - self.free_at_prefill
-        if missing > 0:
+        needed = self.appended + tokens
+        if needed > self.free_at_prefill:
+            room = grown_room(self.free_at_prefill, needed)
             for layer in self.budgeted:
                 if not layer.exact:
-                    layer.grow(missing)
-            self.free_at_prefill += round_room(missing)
+                    layer.grow(room - self.free_at_prefill)
+            self.free_at_prefill = room
 
     def __deepcopy__(self, memo: dict) -> BudgetCache:
         twin = object.__new__(type(self))

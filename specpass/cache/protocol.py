@@ -125,14 +125,12 @@ class BudgetLayer(Storage, CacheLayerMixin):
         self.index = index
         self.budget = budget
         self.span = span
+        # transformers makes one mask for layers that say so, and one for the rest. Decided here: computed while Dynamo
+        # traces, it is a symbol that equals nothing.
+        self.is_sliding = span is not None and span.positions > 0
         self.found: Span | None = None  # what the prefill's graph says of it
         self.widest: int | None = None  # of its kind, where they are unlike: the model makes one mask for all of them
         self.reset()
-
-    @property
-    def is_sliding(self) -> bool:
-        """transformers makes one mask for layers that say so, and one for those that do not."""
-        return self.span is not None and self.span.positions > 0
 
     @property
     def is_compileable(self) -> bool:

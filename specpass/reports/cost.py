@@ -2,7 +2,9 @@
 
 Counting rules. FLOPs: two per multiply-add of the matrix products, the causal half of attention in full (as torch's
 counter does). Bytes moved: each weight once a pass, keys and values written once and read once; activations are left
-out. Everything holds for prompts longer than the budget; a shorter one is kept whole and costs what full KV costs.
+out. N is M rounded up to a multiple of 64; beyond 512 room grows by half whenever it is full (cache/layer.py), and N is
+what the cache ends with. Everything holds for prompts longer than the budget; a shorter one is kept whole and costs
+what full KV costs.
 
 Symbols: B batch, S prompt, L lookahead, W window rows that score, C budget, N free slots, M new tokens; n layers,
 E hidden, H heads, K key/value heads, D head size, I intermediate, m matrices of the MLP, V vocabulary, b bytes of a
@@ -20,7 +22,7 @@ from typing import Any, TypeAlias
 import sympy
 from sympy import Expr, Symbol
 
-from specpass.cache.layer import round_room
+from specpass.cache.layer import room_of
 from specpass.methods.base import BUDGET_STEP, Method, is_builtin
 from specpass.sizes import Decoder
 
@@ -161,8 +163,8 @@ class Costs:
     def _values(self, prompt: int, new_tokens: int, batch: int) -> dict[Symbol, Any]:
         budgets = self.method.resolve(prompt).layer_budgets(self.layers)
         mean = sympy.Rational(sum(budgets), len(budgets))
-        ahead = {} if L in self.values else {L: new_tokens}  # lookahead=None drafts the whole answer
-        return {**self.values, **ahead, B: batch, S: prompt, C: mean, N: round_room(new_tokens), M: new_tokens}
+        ahead = {} if L in self.values else {L: self.method.look_ahead(new_tokens)}
+        return {**self.values, **ahead, B: batch, S: prompt, C: mean, N: room_of(new_tokens), M: new_tokens}
 
     def break_even(self, what: str, new_tokens: int, batch: int = 1) -> int | None:
         """The shortest prompt from which a generation of `new_tokens` costs no more than with full KV; None: never.

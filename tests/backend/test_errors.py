@@ -266,8 +266,6 @@ def test_a_padded_batch_goes_on_without_position_ids(model: Any) -> None:
 
 
 def test_lookahead_ids(model: Any) -> None:
-    with refused(model, errors.LookaheadError, "max_new_tokens="):
-        specpass.BudgetCache(model.config, specpass.SpecKV(budget=C, window=W))
     cache = new_cache(model, lookahead_ids=prompt(L, batch=3))
     with refused(model, errors.LookaheadError, "3 rows", "batch has 2"):
         call(model, prompt(40, batch=2), cache)

@@ -168,7 +168,7 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
         lambda f: [
             "export",
             "-t",
-            f.make("sliding", family="mistral-sliding"),
+            f.make("recurrent", family="lfm2"),
             "-m",
             "snapkv",
             "-b",
@@ -176,17 +176,12 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
             "--out",
             str(f.root / "out"),
         ],
-        ("layer 0", "sliding_attention"),
+        ("layer 0", "no attention layer"),
     ),
     (
         errors.BudgetError,
         lambda f: ["export", "-t", f.good, "-m", "snapkv", "-b", "0.5", "--out", "out"],
         ("0.5", "budget=256"),
-    ),
-    (
-        errors.LookaheadError,
-        lambda f: ["export", "-t", f.good, "-d", f.good, "-b", "64", "--out", "out"],
-        ("lookahead=None", "lookahead=16"),
     ),
     (
         errors.OutputFileError,
@@ -322,7 +317,7 @@ def test_what_nobody_expected_is_70_and_says_how_to_see_more(folders: Folders, m
 
 
 def test_a_refusal_is_a_note_and_the_answer_comes(folders: Folders) -> None:
-    folder = folders.make("sliding", family="mistral-sliding")
+    folder = folders.make("recurrent", family="lfm2")
     result = runner.invoke(cli.app, generate(folder, "-m", "snapkv", "-b", "40"))
     assert result.exit_code == 0
     assert "note: nothing was pruned: layer 0" in result.stderr
