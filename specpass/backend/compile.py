@@ -18,6 +18,7 @@ from specpass.cache.budget import BudgetCache
 from specpass.cache.states import recurs
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
+from specpass.capture.model import untraceable
 from specpass.dialect.cache import ExtendKv, Fill
 from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError, UnsplicedGraphError
 from specpass.graph.edit import copy_module
@@ -124,7 +125,7 @@ class Backend:
         self.report.saw(traced.cache.config)
         self.check_cache(traced.cache)
         if traced.embedding is not None and self.method.drafts and self._graphs is None:
-            checks.check_pair(traced.cache.config, traced.embedding, self.draft)
+            checks.check_pair(traced.cache.config, traced.embedding.device, self.draft)
         record = GraphRecord(traced.kind, trace_seconds=trace_seconds)
         self.report.graphs.append(record)
         try:
@@ -253,6 +254,8 @@ def capture(draft: Any, method: Method) -> DraftGraphs:
     """
     if recurs(draft.config):
         raise Refusal("it has layers with a state")
+    if untraceable(draft):
+        raise Refusal(untraceable(draft))
     try:
         return capture_draft(draft, method.prompt)
     except (Refusal, SpecpassError):

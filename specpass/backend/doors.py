@@ -71,7 +71,7 @@ def compile(
     checks.check_method(method)
     checks.check_decoder(target, "target")
     backend = Backend(draft, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
-    checks.check_pair(target.config, next(target.parameters()), draft)
+    checks.check_pair(target.config, checks.device_of(target), draft)
     restore(target)
     before = {name: target.__dict__.get(name, _ABSENT) for name in ATTRIBUTES}
     forward = fresh_forward(target)

@@ -11,6 +11,7 @@ from torch._dynamo.exc import TorchDynamoException
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
 from specpass.cache.states import RECURRENT, layer_types, why_unheld
+from specpass.capture.model import untraceable
 from specpass.errors import (
     NoAttentionSiteError,
     PartialGraphError,
@@ -36,12 +37,7 @@ def why_uncompiled(target: nn.Module) -> str:
     for index, kind in enumerate(kinds):
         if kind in RECURRENT:
             return f"layer {index} is configured as {kind}: its state has no form in a graph"
-    for name, weight in target.named_parameters():
-        if type(weight) not in (nn.Parameter, Tensor):
-            return f"{name} is a {type(weight).__name__}, which cannot be traced"
-        if type(weight.data) is not Tensor:
-            return f"{name} holds a {type(weight.data).__name__}, which cannot be traced"
-    return ""
+    return untraceable(target)
 
 
 def first_line(error: BaseException) -> str:

@@ -83,7 +83,7 @@ def export_onnx(
         draft = None
     else:
         checks.check_draft(draft, method)
-        checks.check_pair(target.config, next(target.parameters()), draft)
+        checks.check_pair(target.config, checks.device_of(target), draft)
     check_dtype(target, "target")
     if draft is not None:
         check_dtype(draft, "draft")
