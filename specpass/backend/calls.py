@@ -17,6 +17,7 @@ from specpass.errors import (
     LookaheadError,
     MaskError,
     PositionsError,
+    TokenizerMismatchError,
 )
 from specpass.sizes import Span
 
@@ -34,6 +35,7 @@ class Call:
         static: output index -> axes whose sizes are constants of the decode graph, while few sizes are.
         sizes: those sizes, of all graphs of a backend.
         context: positions that the draft can read, or None.
+        vocab: tokens that the draft knows where the target knows more, or None.
     """
 
     run: Callable[..., Any]
@@ -43,6 +45,7 @@ class Call:
     static: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     sizes: set[int] = dataclasses.field(default_factory=set)
     context: int | None = None
+    vocab: int | None = None
     lookahead: int = 0
     packed: bool = False
     spans: Mapping[int, Span] = dataclasses.field(default_factory=dict)  # of a prompt's graph, by the cache's layer
@@ -51,7 +54,11 @@ class Call:
     def __call__(self, *args: Any) -> Any:
         cache = owner_of(args[self.places["handle"]])
         self.check(cache, args)
-        out = self.run(*args, *self.lifted)
+        cache.pruned_by = self
+        try:
+            out = self.run(*args, *self.lifted)
+        finally:
+            cache.pruned_by = None
         self._mark_sizes(out)
         if self.kind in ("prefill", "short"):
             cache.padded, cache.exact = self.packed, bool(self.refusal)
@@ -120,6 +127,11 @@ class Call:
         if cache.given_ids is not None and cache.given_ids.shape[0] != batch:
             raise LookaheadError(
                 f"lookahead_ids has {cache.given_ids.shape[0]} rows and the batch has {batch}; give one row a prompt."
+            )
+        if self.vocab is not None and int(args[self.places["input_ids"]].max()) >= self.vocab:
+            raise TokenizerMismatchError(
+                f"the prompt holds token id {int(args[self.places['input_ids']].max())}, and the draft knows "
+                f"{self.vocab} tokens, fewer than the target: use a draft of the same family and tokenizer."
             )
         if self.context is not None and size + self.lookahead > self.context:
             raise DraftContextError(

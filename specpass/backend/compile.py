@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from specpass.backend import checks
@@ -82,7 +83,7 @@ class Backend:
         self.keep_stages = tuple(keep_stages)
         self.stages: dict[str, fx.GraphModule] = {}
         self.report = Report(method, lowering, getattr(draft, "config", None))
-        self._graphs: DraftGraphs | None = None
+        self._graphs: dict[Hashable, DraftGraphs] = {}  # by autocast's dtype
         self._sizes: set[int] = set()  # of storage, that are constants of decode graphs
         self.__name__ = "specpass"
         prepare(lowering)
@@ -120,7 +121,7 @@ class Backend:
         traced = Traced.read(graph, example_inputs)
         self.report.saw(traced.cache.config)
         self._check_cache(traced.cache)
-        if traced.embedding is not None and self.method.drafts and self._graphs is None:
+        if traced.embedding is not None and self.method.drafts and not self._graphs:
             checks.check_pair(traced.cache.config, traced.embedding, self.draft)
         record = GraphRecord(traced.kind, trace_seconds=trace_seconds)
         self.report.graphs.append(record)
@@ -168,6 +169,7 @@ class Backend:
             static,
             self._sizes,
             context_length(self.draft.config) if self.draft is not None and DraftGraphs in facts else None,
+            self._smaller_vocabulary(traced.cache) if DraftGraphs in facts else None,
             request.lookahead,
             packed="attention_mask" in traced.places and request.kind in PROMPTS,
             spans={} if sites is None else {site.layer: site.span for site in sites.sites},
@@ -198,22 +200,33 @@ class Backend:
         if request.kind == "prefill" and stage in self.keep_stages:
             self.stages[stage] = copy_module(gm)
 
+    def _smaller_vocabulary(self, cache: BudgetCache) -> int | None:
+        """Tokens that the draft knows, where the target knows more."""
+        assert self.draft is not None
+        known = self.draft.get_input_embeddings().num_embeddings
+        return known if known < cache.config.vocab_size else None
+
     def _eos_ids(self, cache: BudgetCache) -> tuple[int, ...]:
         source = self.draft.generation_config if self.draft is not None else cache.config
         return eos_ids(source)
 
     def draft_graphs(self, cache: BudgetCache) -> DraftGraphs:
-        """The draft's two graphs, captured once."""
-        if self._graphs is None:
+        """The draft's two graphs, captured once; once more where autocast changes what they compute."""
+        assert self.draft is not None
+        device = next(self.draft.parameters()).device.type
+        how = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if how not in self._graphs:
             checks.check_draft(self.draft, self.method)  # train() may have been called since
             start = time.perf_counter()
             try:
-                self._graphs = capture_draft(self.draft, self.method.prompt)
+                self._graphs[how] = capture_draft(self.draft, self.method.prompt)
             except Refusal as refusal:
                 raise Refusal(f"the draft cannot be captured: {refusal}") from refusal
             self.report.draft_seconds = time.perf_counter() - start
-        how, vocab = cache.method, cache.config.vocab_size
-        return dataclasses.replace(self._graphs, temperature=how.temperature, seed=how.seed, target_vocab=vocab)
+        method, vocab = cache.method, cache.config.vocab_size
+        return dataclasses.replace(
+            self._graphs[how], temperature=method.temperature, seed=method.seed, target_vocab=vocab
+        )
 
     def _check_cache(self, cache: BudgetCache) -> None:
         mine = dataclasses.replace(self.method, budget=cache.method.budget)

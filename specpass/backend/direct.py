@@ -19,7 +19,7 @@ from specpass.backend.cold import form_of, one_at_a_time
 from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
 from specpass.cache.budget import BudgetCache
-from specpass.errors import GraphLimitError, MaskError, PositionsError
+from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
 from specpass.graph.roles import ROLES
 
 
@@ -70,6 +70,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
                 )
                 warned = True
             return target._call_impl(*args[len(ROLES) :], **kwargs)
+        check_outputs(target, kwargs)
         prepare(cache, kwargs)
         with (
             raised_limit(specialize_float=True),
@@ -86,6 +87,16 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
                 ) from error
 
     return call
+
+
+def check_outputs(target: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises: UnsupportedCallError: attention probabilities are asked for."""
+    asked = kwargs.get("output_attentions")
+    if asked or (asked is None and getattr(target.config, "output_attentions", False)):
+        raise UnsupportedCallError(
+            "output_attentions=True: pruned attention computes no [S, S] probabilities. Leave it out, or call "
+            "specpass.restore(model) first."
+        )
 
 
 @contextlib.contextmanager
