@@ -43,7 +43,7 @@ class DeviceMismatchError(SpecpassError, ValueError):
 
 
 class DtypeMismatchError(SpecpassError, ValueError):
-    """Draft and target compute in clashing dtypes."""
+    """A model in a dtype that an export cannot be made in."""
 
 
 class GradientsError(SpecpassError, RuntimeError):
@@ -60,6 +60,10 @@ class NoAttentionSiteError(SpecpassError, RuntimeError):
 
 class PartialGraphError(SpecpassError, RuntimeError):
     """A graph break left the backend with a part of the model."""
+
+
+class UnsplicedGraphError(SpecpassError, RuntimeError):
+    """A traced graph that cannot be pruned, of a model whose own forward can be pruned around (specpass.interpret)."""
 
 
 class UncompiledCacheError(SpecpassError, RuntimeError):

@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
-from specpass.errors import (
-    CacheStateError,
-    DraftContextError,
-    GradientsError,
-    LookaheadError,
-    MaskError,
-    PositionsError,
-    TokenizerMismatchError,
-)
+from specpass.cache.prompt import check_gradients, check_ids, check_prompt
+from specpass.errors import CacheStateError, PositionsError
 from specpass.sizes import Span
 
 STATIC_SIZES = 8
@@ -87,11 +80,7 @@ class Call:
         return 1 if place is None else args[place].shape[1]
 
     def check(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            raise GradientsError(
-                "gradients are wanted (autograd is on and the weights require them), and pruning has no backward: call "
-                "the model under torch.no_grad() or torch.inference_mode()."
-            )
+        check_gradients(args)
         if self.kind in ("prefill", "short"):
             if not self.refusal:
                 self._check_prompt(cache, args)
@@ -113,31 +102,13 @@ class Call:
             )
 
     def _check_prompt(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
-        batch, size = args[self.places["input_ids"]].shape
+        prompt = "input_ids" if "input_ids" in self.places else "inputs_embeds"
+        batch, size = args[self.places[prompt]].shape[:2]
         mask = args[self.places["attention_mask"]] if "attention_mask" in self.places else None
-        if mask is not None and mask.shape != (batch, size):
-            raise MaskError(f"attention_mask is {tuple(mask.shape)} and input_ids ({batch}, {size}): they must agree.")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise MaskError(
-                "attention_mask ends with 0 in some row, so that row has no last token: pad on the left "
-                "(tokenizer.padding_side = 'left')."
-            )
-        if self.kind == "short" or self.lookahead == 0:
-            return
-        if cache.given_ids is not None and cache.given_ids.shape[0] != batch:
-            raise LookaheadError(
-                f"lookahead_ids has {cache.given_ids.shape[0]} rows and the batch has {batch}; give one row a prompt."
-            )
-        if self.vocab is not None and int(args[self.places["input_ids"]].max()) >= self.vocab:
-            raise TokenizerMismatchError(
-                f"the prompt holds token id {int(args[self.places['input_ids']].max())}, and the draft knows "
-                f"{self.vocab} tokens, fewer than the target: use a draft of the same family and tokenizer."
-            )
-        if self.context is not None and size + self.lookahead > self.context:
-            raise DraftContextError(
-                f"the prompt has {size} tokens and the draft writes {self.lookahead} more, but the draft reads at most "
-                f"{self.context}: shorten the prompt, lower lookahead, or use a draft with a longer context."
-            )
+        lookahead = 0 if self.kind == "short" else self.lookahead
+        check_prompt(cache, (batch, size), mask, lookahead, self.context)
+        if lookahead and prompt == "input_ids":
+            check_ids(args[self.places[prompt]], self.vocab)
 
 
 def owner_of(handle: Tensor) -> BudgetCache:

@@ -31,7 +31,7 @@ def one_at_a_time(known: set[Hashable], form: Hashable) -> Iterator[None]:
 
 def form_of(cache: BudgetCache, kwargs: Mapping[str, Any]) -> Hashable:
     """What decides by which graph a call is served; two graphs of one form are compiled at the same time, no worse."""
-    layer = cache.layers[0]
+    layer = cache.budgeted[0]
     ids = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     size = ids.shape[1] if isinstance(ids, torch.Tensor) else 0
     state = (layer.slots, min(size, 2)) if layer.is_initialized else (min(size, 2), size <= cache.whole, cache.room)

@@ -58,7 +58,7 @@ def compile(
     Args:
         target: a Hugging Face decoder in eval mode. Of a PEFT model the decoder inside is compiled: its generate()
             prunes, and adapters may be switched, switched off or merged later.
-        draft: a smaller decoder with the same tokenizer, on the same device, in the same dtype.
+        draft: a smaller decoder with the same tokenizer, on the same device.
         method: e.g. specpass.SpecKV(budget=1024, window=32, lookahead=32).
         lowering: "inductor", or "eager" for the same passes without Inductor.
         lookahead_ids: [B, L] token ids in place of the draft's.
@@ -68,12 +68,12 @@ def compile(
 
     Raises:
         SpecpassError: before anything is changed, with a message that names the fix: BudgetError, MissingDraftError,
-            TokenizerMismatchError, DeviceMismatchError, DtypeMismatchError, GradientsError, EncoderDecoderError.
+            TokenizerMismatchError, DeviceMismatchError, GradientsError, EncoderDecoderError.
     """
     checks.check_method(method)
     checks.check_decoder(target, "target")
     backend = Backend(draft, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
-    checks.check_pair(target.config, next(target.parameters()), draft)
+    checks.check_pair(target.config, checks.device_of(target), draft)
     _install(base_of(target), backend)
     return target
 

@@ -48,6 +48,7 @@ class Storage:
 
     def reset(self) -> None:
         self.is_initialized = False
+        self.exact = False  # whether everything is kept, in the caller's columns and without free slots
         self.key_buffer: Tensor | None = None
         self.value_buffer: Tensor | None = None
         self.lengths: Any = None  # a tensor after the prefill

@@ -40,7 +40,8 @@ def restart_if_specialised(gm: fx.GraphModule, example_inputs: list[Any]) -> Non
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     if find(gm.graph, SPEC.fill):
         for node, example in zip(inputs, example_inputs, strict=True):
-            prompt = role_of(source_name(node)) in ROLES and isinstance(example, torch.Tensor) and example.dim() == 2
+            role, dims = role_of(source_name(node)), example.dim() if isinstance(example, torch.Tensor) else 0
+            prompt = (role in ROLES and dims == 2) or (role == "inputs_embeds" and dims == 3)
             constant = prompt and isinstance(_value(node).shape[1], int) and example.shape[1] > 1
             if constant and not getattr(example, "_specpass_marked", False):
                 torch._dynamo.maybe_mark_dynamic(example, 1)

@@ -12,11 +12,11 @@ class PackOrder(Operator, schema="pack_order(Tensor attention_mask, Tensor ids) 
     """order [B, S]: packed column -> the caller's column, real tokens first; lengths [B]."""
 
     attention_mask: fx.Node  # [B, S]
-    ids: fx.Node  # [B, S], of which the shape is read
+    ids: fx.Node  # [B, S] or [B, S, E], of which the shape is read
 
     @staticmethod
     def fake(attention_mask, ids):
-        return ids.new_empty(ids.shape, dtype=torch.int64), ids.new_empty(ids.shape[0], dtype=torch.int64)
+        return ids.new_empty(ids.shape[:2], dtype=torch.int64), ids.new_empty(ids.shape[0], dtype=torch.int64)
 
 
 class PackAppended(
@@ -98,7 +98,7 @@ class RowIndex(Operator, schema="row_index(Tensor ids) -> Tensor", since="DRAFTE
 
     @staticmethod
     def fake(ids):
-        return ids.new_empty(ids.shape)
+        return ids.new_empty(ids.shape[:2], dtype=torch.int64)
 
 
 class UnpackIndex(Operator, schema="unpack_index(Tensor order) -> Tensor", since="DRAFTED"):
@@ -111,7 +111,7 @@ class UnpackIndex(Operator, schema="unpack_index(Tensor order) -> Tensor", since
         return order.new_empty(order.shape)
 
 
-class TakePositions(Operator, schema="take_positions(Tensor hidden, Tensor index) -> Tensor", since="DRAFTED"):
+class TakePositions(Operator, schema="take_positions(Tensor hidden, Tensor index) -> Tensor"):
     """[B, T, E] at index [B, M] -> [B, M, E]."""
 
     hidden: fx.Node

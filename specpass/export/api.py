@@ -83,8 +83,10 @@ def export_onnx(
         draft = None
     else:
         checks.check_draft(draft, method)
-        checks.check_pair(target.config, next(target.parameters()), draft)
-    check_dtype(target)
+        checks.check_pair(target.config, checks.device_of(target), draft)
+    check_dtype(target, "target")
+    if draft is not None:
+        check_dtype(draft, "draft")
     if weights not in WEIGHTS:
         raise ExportError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}.")
     out = Path(out)
@@ -122,11 +124,11 @@ def check_method(method: Method | None) -> None:
         raise LookaheadError("lookahead_ids are those of one prompt, and an export serves all: export with a draft.")
 
 
-def check_dtype(target: nn.Module) -> None:
-    dtype = next(target.parameters()).dtype
+def check_dtype(model: nn.Module, name: str) -> None:
+    dtype = next(model.parameters()).dtype
     if dtype not in (torch.float32, torch.float16):
         raise DtypeMismatchError(
-            f"the target is in {dtype}, and exports are in float32 or float16: load target and "
+            f"the {name} is in {dtype}, and exports are in float32 or float16: load target and "
             "draft with dtype='float32'."
         )
 

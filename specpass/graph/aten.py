@@ -59,6 +59,12 @@ class Cat(Operands, packets=[ATEN.cat]):
     dim: int
 
 
+class Where(Operands, packets=[ATEN.where]):
+    condition: fx.Node
+    input: Any
+    other: Any
+
+
 class Largest(Operands, packets=[ATEN.max, ATEN.amax]):
     input: fx.Node
     dim: Any  # a number (max) or a list of them (amax); None over all axes
@@ -67,6 +73,11 @@ class Largest(Operands, packets=[ATEN.max, ATEN.amax]):
 class Reduction(Operands, packets=[ATEN.mean, ATEN.sum, ATEN.var, ATEN.softmax, ATEN.amax]):
     input: fx.Node
     dim: Any
+
+
+class Chunks(Operands, packets=[ATEN.chunk, ATEN.split, ATEN.split_with_sizes, ATEN.unbind]):
+    input: fx.Node
+    dim: int
 
 
 class Transpose(Operands, packets=[ATEN.transpose]):

@@ -13,7 +13,7 @@ from specpass.ops.bind import bind
 def pack_order(attention_mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Columns of each row with the real tokens first.
 
-    Args: attention_mask [B, S], nonzero where a token is real; ids [B, S], of which nothing is read.
+    Args: attention_mask [B, S], nonzero where a token is real; ids [B, S] (or embeddings), of which nothing is read.
     Returns: order [B, S] int64 (packed column -> original column), lengths [B] int64.
     """
     real = attention_mask != 0
@@ -65,7 +65,7 @@ def append_positions(positions: Tensor, lengths: Tensor, length: int) -> Tensor:
 
 def row_index(ids: Tensor) -> Tensor:
     """[B, S]: 0 .. S - 1 for every row."""
-    return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).contiguous()
+    return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape[:2]).contiguous()
 
 
 def unpack_index(order: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from specpass.dialect.cache import AppendKv, Fill, KeepKv, Widen
 from specpass.errors import NoAttentionSiteError
 from specpass.graph.aten import Sdpa, Softmax, View
 from specpass.graph.walk import module_path, skip_full_slices, value
-from specpass.passes.facts import Inputs, Spans
+from specpass.passes.facts import Inputs, Spans, Weights
 from specpass.passes.read.logits import changed_logits
 from specpass.passes.read.masks import mask_span
 from specpass.rewrite import Facts, Pass, Refusal, Request
 from specpass.rewrite.sites import Site, Sites
-from specpass.sizes import Span
+from specpass.sizes import FULL, Span
 
 Write = Fill | AppendKv | KeepKv
 
@@ -40,7 +40,7 @@ class Annotate(Pass):
 
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
         writes: list[Write] = [*Fill.find(gm.graph), *AppendKv.find(gm.graph), *KeepKv.find(gm.graph)]
-        reader = Reader({key_of(write): write for write in writes}, facts.get(Inputs), facts.get(Spans))
+        reader = Reader({key_of(write): write for write in writes}, facts)
         attentions = [view for node in gm.graph.nodes if (view := Sdpa.match(node) or ModifiedAttention.match(node))]
         sites: list[Site] = []
         for attention in attentions:
@@ -78,8 +78,8 @@ def value_of(write: Write) -> fx.Node:
 class Reader:
     """Reads attention sites of one graph. `owners`: what attention reads -> the cache write that it belongs to."""
 
-    def __init__(self, owners: dict[fx.Node, Write], inputs: Inputs | None, spans: Spans | None) -> None:
-        self.owners, self.inputs, self.spans = owners, inputs, spans
+    def __init__(self, owners: dict[fx.Node, Write], facts: Facts) -> None:
+        self.owners, self.facts = owners, facts
         self.masks: dict[fx.Node, Span | str] = {}  # a model has one mask for many layers
 
     def read(self, attention: Sdpa | ModifiedAttention, index: int) -> Site | None:
@@ -133,9 +133,12 @@ class Reader:
 
         Raises: Refusal: the mask is not understood, or is not what the config says.
         """
-        said = None if self.spans is None else self.spans.layers[layer]
+        spans = self.facts.get(Spans)
+        said = None if spans is None else spans.layers[layer]
         if isinstance(write, AppendKv):
-            return said or Span()  # a mask in slot coordinates tells nothing; lengths and the prefill's span tell all
+            return said or FULL  # a mask in slot coordinates tells nothing; lengths and the prefill's span tell all
+        if value(attention.query).shape[2] == 1:  # a prompt of one token reads itself, whatever is added to its logit
+            return said or FULL
         found = self._by_mask(attention)
         if isinstance(found, str):
             raise Refusal(f"attention mask: {found}", module)
@@ -148,9 +151,9 @@ class Reader:
     def _by_mask(self, attention: Sdpa | ModifiedAttention) -> Span | str:
         mask = attention.attn_mask if isinstance(attention, Sdpa) else attention.mask
         if mask is None:
-            return Span() if isinstance(attention, Sdpa) and attention.is_causal else "none"
+            return FULL if isinstance(attention, Sdpa) and attention.is_causal else "none"
         if mask not in self.masks:
-            self.masks[mask] = mask_span(mask, self.inputs)
+            self.masks[mask] = mask_span(mask, self.facts.get(Inputs), self.facts.get(Weights))
         return self.masks[mask]
 
 

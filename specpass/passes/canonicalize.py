@@ -63,15 +63,19 @@ def cast(editor: Editor, node: fx.Node, like: fx.Node) -> None:
 
 
 def unify_sizes(graph: fx.Graph) -> None:
-    """One node for each symbolic size: `sym_size(linear, 1)` deep in a layer is the known prompt length."""
+    """One node for each symbolic size: `sym_size(linear, 1)` deep in a layer is the known prompt length.
+
+    Dynamo may hand over one size as several inputs; only the first is read.
+    """
     first: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         val = node.meta.get("val")
         if isinstance(val, torch.SymInt) and val.node.expr.free_symbols:
             known = first.setdefault(val.node.expr, node)
-            if known is not node and node.op != "placeholder":
+            if known is not node:
                 node.replace_all_uses_with(known)
-                graph.erase_node(node)
+                if node.op != "placeholder":
+                    graph.erase_node(node)
 
 
 def unrepeat(attention: Sdpa | ModifiedAttention) -> None:

@@ -12,7 +12,10 @@ from specpass.sizes import Span
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The prompt's inputs [B, S] by role; packed ones once the rows are packed. `embeds`: given in the ids' place."""
+    """The prompt's inputs [B, S] by role; packed ones once the rows are packed.
+
+    `embeds` [B, S, E]: given in the ids' place.
+    """
 
     ids: fx.Node | None
     mask: fx.Node | None = None
@@ -27,9 +30,10 @@ class Inputs:
 
     @property
     def tokens(self) -> fx.Node:
-        """The ids, which a prompt that is rewritten has."""
-        assert self.ids is not None
-        return self.ids
+        """The ids [B, S], or the embeddings [B, S, E] in their place."""
+        tokens = self.embeds if self.ids is None else self.ids
+        assert tokens is not None
+        return tokens
 
 
 @dataclasses.dataclass(frozen=True)

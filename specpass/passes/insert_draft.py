@@ -43,7 +43,12 @@ class InsertDraft(Pass):
         return request.lookahead > 0
 
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
-        editor, ids, rows = Editor(gm), facts[Inputs].tokens, facts[Rows]
+        editor, ids, rows = Editor(gm), facts[Inputs].ids, facts[Rows]
+        if ids is None:
+            raise Refusal(
+                f"the prompt came as inputs_embeds, and {request.pruning.name} looks ahead of token ids: pass "
+                "input_ids, or use a method without a lookahead (SnapKV, StreamingLLM)"
+            )
         size = value(ids).shape[1]
         if not isinstance(size, torch.SymInt):
             raise Refusal("the prompt length is a constant of the graph; compile with dynamic=True")

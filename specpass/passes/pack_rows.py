@@ -1,6 +1,6 @@
 """pack_rows: turn padding into one length per row, early.
 
-before: ids [B, S], position_ids [B, S], a 2-D mask that nothing but attention read
+before: ids [B, S] (or embeddings), position_ids [B, S], a 2-D mask that nothing but attention read
 after:  order, lengths = pack_order(mask); ids and position_ids packed: row b's tokens stand at 0 .. lengths[b] - 1
 
 With packed rows one rotary phase per column serves the whole batch, so a row computes what it computes alone.
@@ -16,8 +16,9 @@ from torch import fx
 from specpass.dialect.cache import Size
 from specpass.dialect.define import SPEC
 from specpass.dialect.rows import PackOrder
+from specpass.graph.aten import Passive
 from specpass.graph.edit import Editor
-from specpass.graph.walk import first_call
+from specpass.graph.walk import first_call, value
 from specpass.passes.facts import Inputs, Rows
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 from specpass.rewrite.base import PROMPTS
@@ -40,6 +41,7 @@ class PackRows(Pass):
         if mask is None:
             facts.add(Rows(editor.call(SPEC.full_lengths, ids, before=first), full=True))
             return
+        drop_unread_casts(gm.graph, mask)
         if mask.users:
             raise Refusal(f"attention_mask is read outside attention (by {next(iter(mask.users)).target})")
         packed = editor.call(SPEC.pack_order, mask, ids, before=first)
@@ -48,14 +50,25 @@ class PackRows(Pass):
         if positions is not None:
             wide = editor.call(SPEC.expand_rows, positions, order, before=first)
             positions = pack(editor, positions, wide, order, first)
-        facts.add(Inputs(ids, mask, positions, inputs.embeds))
+        packed_inputs = {"ids": ids} if inputs.embeds is None else {"ids": None, "embeds": ids}
+        facts.add(Inputs(mask=mask, positions=positions, **packed_inputs))
         facts.add(Rows(lengths, order))
+
+
+def drop_unread_casts(graph: fx.Graph, mask: fx.Node) -> None:
+    """Casts of the mask that nobody reads are no use of it."""
+    for user in list(mask.users):
+        if Passive.is_call(user):
+            drop_unread_casts(graph, user)
+            if not user.users:
+                graph.erase_node(user)
 
 
 def pack(editor: Editor, source: fx.Node, rows: fx.Node, order: fx.Node, first: fx.Node) -> fx.Node:
     """Let the model read `rows` packed by `order` where it read `source`."""
     users = [user for user in source.users if user is not rows and not PackOrder.is_call(user)]
-    new = editor.call(SPEC.pack_ids, rows, order, before=first)
+    operator = SPEC.pack_ids if value(rows).dim() == 2 else SPEC.take_positions
+    new = editor.call(operator, rows, order, before=first)
     for user in users:
         user.replace_input_with(source, new)
     return new

@@ -22,7 +22,7 @@ from specpass.graph.edit import Editor
 from specpass.graph.walk import behind, output_of, value
 from specpass.passes.facts import Drafted, Inputs, Rows, Weights
 from specpass.passes.rows.experts import take_in_front_of_blocks
-from specpass.passes.rows.rows import RowIndices, has_rows, keeps_rows, last_only
+from specpass.passes.rows.rows import RowIndices, has_rows, is_rows, keeps_rows, last_only
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 from specpass.rewrite.base import PROMPTS
 from specpass.rewrite.sites import Sites
@@ -56,7 +56,7 @@ class TakeLast(Pass):
             index = indices.every(output)
             new = editor.call(SPEC.take_positions, source, index, before=output, like=source)
             output.replace_input_with(source, new)
-        refuse_mixed_rows(gm, columns)
+        take_beside(editor, hidden, columns)
 
 
 def take(editor: Editor, indices: RowIndices, node: fx.Node, source: fx.Node, columns: object) -> fx.Node:
@@ -71,11 +71,24 @@ def take(editor: Editor, indices: RowIndices, node: fx.Node, source: fx.Node, co
     return new
 
 
-def refuse_mixed_rows(gm: fx.GraphModule, columns: object) -> None:
-    """Behind a take, rows are in the caller's layout: nothing there may also read packed rows from in front of it."""
-    takes = {view.node for view in TakePositions.find(gm.graph)}
-    after = set().union(*(behind(take) for take in takes)) if takes else set()
-    for node in after - takes - {output_of(gm.graph)}:
+def take_beside(editor: Editor, hidden: fx.Node, columns: object) -> None:
+    """Behind a take, rows are in the caller's layout: what is read there from in front of it is taken too.
+
+    Raises: Refusal: no one take says which rows.
+    """
+    tail = behind(hidden)
+    takes = {view.node: view.index for view in TakePositions.find(editor.graph) if view.node in tail}
+    after = {take: behind(take) for take in takes}
+    behind_any = set().union(*after.values()) if after else set()
+    taken: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+    for node in [n for n in editor.graph.nodes if n in behind_any and n not in takes and n.op != "output"]:
+        indices = {index for take, index in takes.items() if node in after[take]}
         for source in node.all_input_nodes:
-            if source not in after and source not in takes and has_rows(source, columns):
+            if source in behind_any or source in takes or not has_rows(source, columns):
+                continue
+            if len(indices) != 1 or not is_rows(source, columns):
                 raise Refusal(f"{node.target} reads rows from in front of the last attention site")
+            key = (source, *indices)
+            if key not in taken:
+                taken[key] = editor.call(SPEC.take_positions, *key, before=node, like=node)
+            node.replace_input_with(source, taken[key])

@@ -118,7 +118,6 @@ def enter(door: str, target: Any, draft: Any) -> Any:
     [
         ("vocabulary", "compile"),
         ("tokenizer", "compile"),
-        ("dtype", "compile"),
         ("device", "compile"),
         ("tokenizer", "plain"),
         ("device", "plain"),
@@ -133,9 +132,6 @@ def test_pairs_that_cannot_work(what: str, door: str, tmp_path: Path) -> None:
         target.config._name_or_path = save_tokenizer(tmp_path / "target", "abcdef")
         draft.config._name_or_path = save_tokenizer(tmp_path / "draft", "abcfed")
         error, texts = errors.TokenizerMismatchError, ["2 of the draft's 6 tokens"]
-    elif what == "dtype":
-        draft = draft.bfloat16()
-        error, texts = errors.DtypeMismatchError, ["float32", "bfloat16"]
     else:
         draft = draft.to("meta")
         error, texts = errors.DeviceMismatchError, ["cpu", "meta"]

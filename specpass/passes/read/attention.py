@@ -1,6 +1,8 @@
 """Attention that a model spells out (attn_implementation="eager") becomes one operator.
 
 before: `matmul(softmax(matmul(q, transpose(k)) * s + mask), v)`                      -> sdpa(q, k, v, mask, scale=s)
+        the same with the mask in front of the scale (CodeGen), with `where(allowed, logits, lowest)` under the mask
+        (GPT-Neo), with q and k cast to float32 (GPT-J), which products of 16-bit numbers are summed in anyway
         the same with `c * tanh(logits / c)` under the mask (Gemma 2), or with one more column of logits that is cut off
         behind the softmax (sinks, gpt-oss)                   -> modified_attention(q, k, v, mask, s, c, sinks [H])
 """
@@ -10,8 +12,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import fx
 
+from specpass.dialect.cache import Fill, KeepKv
 from specpass.dialect.define import SPEC
 from specpass.graph.aten import (
     Add,
@@ -27,6 +31,7 @@ from specpass.graph.aten import (
     Tanh,
     Transpose,
     View,
+    Where,
 )
 from specpass.graph.edit import Editor
 from specpass.graph.operands import GetItem
@@ -37,11 +42,16 @@ LAST = (-1, 3)  # the last of four axes
 
 @dataclasses.dataclass
 class Logits:
-    """What a softmax is taken of: query [B, H, q, D] and key [B, H, T, D] nodes and what happens to their product."""
+    """What a softmax is taken of: query [B, H, q, D] and key [B, H, T, D] nodes and what happens to their product.
+
+    `mask` is added, times `mask_scale`; where not `allowed` (True or False), logits are replaced by `lowest`.
+    """
 
     query: fx.Node
     key: fx.Node
     mask: fx.Node | None
+    mask_scale: float
+    allowed: Where | None
     scale: float
     softcap: float
     sinks: fx.Node | None
@@ -77,7 +87,8 @@ def drops_last(cut: Slice | None) -> bool:
 def one_operator(editor: Editor, logits: Logits, product: Matmul) -> fx.Node:
     """The operator in front of a product of weights with values."""
     place: dict[str, Any] = {"before": product.node, "like": product.node}
-    tensors = (logits.query, logits.key, product.other, logits.mask)
+    query, key = (without_cast(node, value(product.other).dtype) for node in (logits.query, logits.key))
+    tensors = (query, key, product.other, one_mask(editor, logits, place))
     if logits.softcap or logits.sinks is not None:
         return editor.call(SPEC.modified_attention, *tensors, logits.scale, logits.softcap, logits.sinks, **place)
     sdpa = editor.call(ATEN.scaled_dot_product_attention, *tensors, **place)
@@ -85,19 +96,50 @@ def one_operator(editor: Editor, logits: Logits, product: Matmul) -> fx.Node:
     return sdpa
 
 
+def one_mask(editor: Editor, logits: Logits, place: dict[str, Any]) -> fx.Node | None:
+    """All that is done to the logits' columns, as one mask that is added."""
+    mask, allowed = logits.mask, logits.allowed
+    if mask is not None and logits.mask_scale != 1.0:
+        mask = editor.call(ATEN.mul.Tensor, mask, logits.mask_scale, **place)
+    if allowed is None:
+        return mask
+    if mask is None:
+        mask = editor.call(ATEN.zeros_like, allowed.other, **place)
+    return editor.call(ATEN.where.self, allowed.condition, mask, allowed.other, **place)
+
+
+def without_cast(node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """x of dtype `dtype` of `x.to(wider)`, or the node; not further back than what the cache was given."""
+    plain = node
+    while (passive := Passive.match(plain)) is not None and not any(
+        Fill.is_call(u) or KeepKv.is_call(u) for u in plain.users
+    ):
+        plain = passive.input
+    return plain if value(plain).dtype == dtype else node
+
+
 def read_logits(node: fx.Node) -> Logits | None:
     """Parse from the softmax back to the product; None where a step is unknown."""
     node, sinks = without_sinks(skip(node))
-    node, mask = without_mask(skip(node))
-    node, softcap = without_cap(node)
-    node, scale = without_factor(node)
-    product = Matmul.match(node)
+    node = skip(node)
+    bare, late = without_factor(node)
+    inner, mask = without_mask(bare)
+    if mask is None:  # the factor is the product's own, or the cap's
+        inner, late = node, 1.0
+    allowed = Where.match(inner)
+    if allowed is not None:
+        inner = skip(allowed.input)
+    inner, softcap = without_cap(inner)
+    inner, scale = without_factor(inner)
+    product = Matmul.match(inner)
     turned = None if product is None else Transpose.match(product.other)
     if product is None or turned is None or {turned.dim0, turned.dim1} not in ({2, 3}, {-1, -2}):
         return None
     if value(product.input).dim() != 4 or (mask is not None and value(mask).dim() != 4):
         return None
-    return Logits(product.input, turned.input, mask, scale, softcap, sinks)
+    if late != 1.0 and softcap:
+        return None
+    return Logits(product.input, turned.input, mask, late, allowed, scale * late, softcap, sinks)
 
 
 def skip(node: fx.Node) -> fx.Node:

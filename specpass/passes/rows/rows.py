@@ -7,8 +7,9 @@ from torch import Tensor, fx
 
 from specpass.dialect.define import SPEC
 from specpass.errors import UnsupportedCallError
-from specpass.graph.aten import Reduction, Select, Slice
+from specpass.graph.aten import Chunks, Reduction, Select, Slice
 from specpass.graph.edit import Editor
+from specpass.graph.operands import GetItem
 from specpass.graph.walk import ATEN, FULL, is_op, is_size, value
 from specpass.passes.facts import Inputs, ReadPositions, Rows
 from specpass.rewrite import Facts, Request
@@ -34,6 +35,7 @@ SHAPE_OPS = (
     ATEN.reshape,
     ATEN.view,
     ATEN.transpose,
+    ATEN.permute,
     ATEN.unsqueeze,
     ATEN.squeeze,
     ATEN.expand,
@@ -45,9 +47,10 @@ SHAPE_OPS = (
 
 
 def has_rows(node: fx.Node, columns: object) -> bool:
-    """Whether the value has the sequence axis, alone or flattened with the batch (B * T)."""
+    """Whether the value, or an item of it, has the sequence axis, alone or flattened with the batch (B * T)."""
     val = node.meta.get("val")
-    return isinstance(val, torch.Tensor) and any(_holds(dim, columns) for dim in val.shape)
+    parts = val if isinstance(val, (list, tuple)) else [val]
+    return any(isinstance(part, Tensor) and any(_holds(dim, columns) for dim in part.shape) for part in parts)
 
 
 def _holds(dim: object, columns: object) -> bool:
@@ -67,9 +70,13 @@ def keeps_rows(node: fx.Node, columns: object) -> bool:
         return False
     if POINTWISE_TAGS in getattr(node.target, "tags", ()) or is_op(node, *ROW_OPS):
         return True
-    reduction, cut = Reduction.match(node), Slice.match(node)
+    reduction, cut, chunks = Reduction.match(node), Slice.match(node), Chunks.match(node)
     if reduction is not None:
-        return reduction.dim in (-1, [-1], (-1,))
+        return reduction.dim in (-1, [-1], (-1,)) and not _holds(value(reduction.input).shape[-1], columns)
+    if chunks is not None:
+        return not _holds(value(chunks.input).shape[chunks.dim], columns)
+    if GetItem.match(node) is not None:  # of what keeps rows: a node that does not is stopped at
+        return True
     if cut is not None:  # over another axis, or over all of this one
         whole = (cut.start, cut.end, cut.step) == (0, FULL, 1)
         return whole or not is_size(value(cut.input).shape[cut.dim], columns)
