@@ -43,7 +43,8 @@ class Made:
             if len(nodes) == MOST or not (node.op in ("call_function", "get_attr") or is_weight(node)):
                 return None
             nodes.add(node)
-            work += node.all_input_nodes
+            if not isinstance(node.meta.get("val"), (int, torch.SymInt)):  # a size may be read off the ids
+                work += node.all_input_nodes
         return cls(result, tuple(sorted(sources)), tuple(sorted(nodes))) if sources else None
 
     def keeps_apart(self, axis: int) -> bool:
