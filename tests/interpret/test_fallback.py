@@ -100,8 +100,8 @@ def test_specpc_needs_a_captured_draft() -> None:
 )
 def test_attention_that_cannot_be_seen(make: Callable[[], Any], reason: str) -> None:
     model = compile_eager(make(), SNAP)
-    found = run(model, prompt(40), new=3)
-    assert found.tokens == run(make(), prompt(40), new=3).tokens
+    found = run(model, prompt(40), new=1)  # flex attention compiles anew for each length
+    assert found.tokens == run(make(), prompt(40), new=1).tokens
     assert all(layer.exact for layer in found.cache.budgeted)
     assert reason in text_of(model)
 

@@ -12,6 +12,8 @@ from specpass.interpret.masks import difference
 from specpass.interpret.rows import Packing, behind
 from specpass.sizes import FULL, Span
 
+PADS = st.lists(st.integers(0, 4), min_size=1, max_size=3)
+
 
 def mask_of(real: Tensor, span: Span) -> Tensor:
     size = real.shape[1]
