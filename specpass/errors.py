@@ -70,6 +70,10 @@ class UncompiledCacheError(SpecpassError, RuntimeError):
     """A BudgetCache was used by a model that is not compiled with specpass."""
 
 
+class GraphLimitError(SpecpassError, RuntimeError):
+    """A model has as many compiled graphs as Dynamo keeps."""
+
+
 class MethodMismatchError(SpecpassError, ValueError):
     """The cache was made for another method or budget than the backend."""
 

@@ -14,6 +14,8 @@ from specpass.cache.prompt import check_gradients, check_prompt
 from specpass.errors import CacheStateError, PositionsError
 from specpass.sizes import Span
 
+STATIC_SIZES = 8
+
 
 @dataclasses.dataclass
 class Call:
@@ -23,7 +25,8 @@ class Call:
         run: takes Dynamo's inputs and the lifted draft tensors.
         kind: prefill, short, decode or append; exact graphs (refused ones) are named the same.
         places: index of the inputs handle, input_ids, attention_mask, position_ids among Dynamo's inputs.
-        static: output index -> axes whose sizes are constants of the decode graph.
+        static: output index -> axes whose sizes are constants of the decode graph, while few sizes are.
+        sizes: those sizes, of all graphs of a backend.
         context: positions that the draft can read, or None.
     """
 
@@ -32,6 +35,7 @@ class Call:
     places: dict[str, int]
     lifted: tuple[Tensor, ...] = ()
     static: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    sizes: set[int] = dataclasses.field(default_factory=set)
     context: int | None = None
     lookahead: int = 0
     packed: bool = False
@@ -42,17 +46,28 @@ class Call:
         cache = owner_of(args[self.places["handle"]])
         self.check(cache, args)
         out = self.run(*args, *self.lifted)
-        for index, axes in self.static.items():
-            for axis in axes:
-                torch._dynamo.mark_static(out[index], axis)
+        self._mark_sizes(out)
         if self.kind in ("prefill", "short"):
             cache.padded, cache.exact = self.packed, bool(self.refusal)
             for index, span in self.spans.items():
                 cache.layers[index].found = span
         else:
             cache.appended += self._query_length(args)
+            if "attention_mask" in self.places and not cache.exact:
+                cache.padded, cache.uneven = True, cache.appended
             cache.reserve(1)  # so that the next token finds its slot; a full cache grows by a block
         return out
+
+    def _mark_sizes(self, out: Any) -> None:
+        """Constants make a better decode graph, and a graph each: from the ninth size on one graph serves the rest."""
+        if not self.static:
+            return
+        slots = out[next(iter(self.static))].shape[1]
+        if slots in self.sizes or len(self.sizes) < STATIC_SIZES:
+            self.sizes.add(slots)
+            for index, axes in self.static.items():
+                for axis in axes:
+                    torch._dynamo.mark_static(out[index], axis)
 
     def _query_length(self, args: tuple[Any, ...]) -> int:
         place = self.places.get("input_ids", self.places.get("inputs_embeds"))

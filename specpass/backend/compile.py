@@ -87,6 +87,7 @@ class Backend:
         self._graphs: DraftGraphs | None = None
         self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
         self._uncaptured = ""  # why the draft has no graphs
+        self._sizes: set[int] = set()  # of storage, that are constants of decode graphs
         self.__name__ = "specpass"
         prepare(lowering)
 
@@ -177,6 +178,7 @@ class Backend:
             traced.places,
             () if drafted is None else tuple(drafted.lifted.values()),
             static,
+            self._sizes,
             context_length(self.draft.config) if self.draft is not None and DraftGraphs in facts else None,
             request.lookahead,
             packed="attention_mask" in traced.places and request.kind in PROMPTS,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 from torch import Tensor, fx
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from specpass.backend.calls import owner_of
 from specpass.cache import BudgetCache
@@ -14,7 +16,7 @@ from specpass.dialect.cache import AppendKv, Fill, GatherKv
 from specpass.errors import GradientsError, PartialGraphError, UnsupportedCallError
 from specpass.graph.aten import Dropout, Embedding, Sdpa
 from specpass.graph.operands import GetItem, results_of
-from specpass.graph.roles import named_inputs
+from specpass.graph.roles import ROLES, named_inputs
 from specpass.graph.walk import ATEN, find, value
 from specpass.passes.facts import Inputs, Weights
 from specpass.rewrite import Kind
@@ -47,9 +49,9 @@ class Traced:
         placeholders = gm.graph.find_nodes(op="placeholder")
         handle = writes[0].handle
         assert handle is not None
-        named = named_inputs(gm)
+        cache = owner_of(example_inputs[placeholders.index(handle)])
+        named = named_inputs(gm, argument_names(cache.config))
         places = {"handle": placeholders.index(handle)} | {r: placeholders.index(node) for r, node in named.items()}
-        cache = owner_of(example_inputs[places["handle"]])
         inputs = Inputs.of(named)
         check_kinds(cache)
         check_whole(gm, len(writes), len(cache.budgeted), inputs)
@@ -69,6 +71,12 @@ class Traced:
             Weights(weights),
             None if embedding is None else value(embedding.weight),
         )
+
+
+def argument_names(config: Any) -> tuple[str, ...]:
+    """Names of a decoder's arguments in their order, which is not the same for all (GPT-2 takes its cache second)."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return ROLES if model is None else tuple(inspect.signature(model.forward).parameters)[1:]
 
 
 def kind_of(write: Fill | AppendKv) -> Kind:

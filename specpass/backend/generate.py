@@ -22,17 +22,28 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
         if unheld:
             backend.report.refuse(unheld)
         if chosen or unheld or generation_config.use_cache is False:
+            announce(model_kwargs.get("past_key_values"), prompt_length(generation_config, model_kwargs))
             return type(target)._prepare_cache_for_generation(
                 target, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         prompt = prompt_length(generation_config, model_kwargs)
         model_kwargs["past_key_values"] = BudgetCache(
-            target.config, backend.method, max_new_tokens=generation_config.max_length - prompt, prompt_length=prompt
+            target.config,
+            backend.method,
+            max_new_tokens=generation_config.max_new_tokens or generation_config.max_length - prompt,
+            prompt_length=prompt,
         )
+        announce(model_kwargs["past_key_values"], prompt)
         generation_config.disable_compile = True  # generate would compile the call a second time on a GPU
         return None
 
     return prepare_cache
+
+
+def announce(cache: Any, columns: int) -> None:
+    """Tell an empty cache of ours how many columns its prompt has: calls may bring less, or more (see pieces.py)."""
+    if isinstance(cache, BudgetCache) and not cache.filled:
+        cache.awaited = columns
 
 
 def prompt_length(generation_config: Any, model_kwargs: dict) -> int:

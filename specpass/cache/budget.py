@@ -83,8 +83,11 @@ class BudgetCache(CacheProtocol):
         self.exact = False  # whether the prefill was refused and kept everything
         self.columns: int | None = None  # read by a target that runs uncompiled, padding included; None: by graphs
         self.read_mask: Tensor | None = None  # [B, S] of a padded prompt that was read uncompiled
+        self.awaited: int | None = None  # columns of the prompt that generate is about to hand over
+        self.held: list[Tensor] = []  # those of its tokens that have come so far, where they come in chunks
         self.free_at_prefill = self.room
         self.appended = 0  # upper bound of tokens written behind the prompt, kept on the host
+        self.uneven = 0  # so many of these were written when some of them were last masked
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

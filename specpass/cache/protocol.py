@@ -32,6 +32,7 @@ class CacheProtocol(Cache):
     read_mask: Tensor | None
     seen: Any  # tokens that generate counts: 0, or a 0-d tensor after the prefill
     appended: int
+    uneven: int
     lookahead_ids: Tensor | None
     prompt_positions: Tensor | None
     shift: Tensor | None
@@ -85,6 +86,11 @@ class CacheProtocol(Cache):
             raise CacheStateError(
                 f"crop({tokens_to_remove}): only the {self.appended} tokens behind the pruned prompt can be removed; "
                 "call reset() to prune a prompt anew."
+            )
+        if self.appended - tokens_to_remove < self.uneven:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): some of these tokens were masked and stand in no slot, in some rows: "
+                f"remove at most {self.appended - self.uneven}, or call reset() to prune a prompt anew."
             )
         for layer in self.budgeted:
             layer.crop(tokens_to_remove)

@@ -64,6 +64,17 @@ class AppendKv(
         return None
 
 
+class TakeBack(Operator, schema="take_back(Tensor(a!) lengths, Tensor padding) -> ()", since="PRUNED"):
+    """Of the slots in use, the last `padding` [B] of each row are free again, in place."""
+
+    lengths: fx.Node  # [B, K]
+    padding: fx.Node  # [B]
+
+    @staticmethod
+    def fake(lengths, padding):
+        return None
+
+
 class KeepKv(
     Operator, schema="keep_kv(Tensor key, Tensor value, Tensor lengths, SymInt room) -> (Tensor, Tensor, Tensor)"
 ):

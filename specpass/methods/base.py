@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from specpass.methods.specpc import SpecPC
 
 LOOKAHEAD = 32  # tokens that a draft writes where nobody said how many
-BUDGET_STEP = 64  # ratios are resolved to multiples of this, so that near prompt lengths share one decode graph
+BUDGET_STEP = 64  # ratios are resolved to multiples of this at least
 
 
 def check_count(name: str, value: Any, low: int) -> None:
@@ -100,7 +100,8 @@ class Method(Traits):
     def resolve(self, prompt_length: int | None) -> Method:
         """This method with its budget as a count for a prompt of `prompt_length` tokens.
 
-        A ratio is rounded up to a multiple of 64 slots, and never below window + 1.
+        A ratio is rounded up to a multiple of 64 slots, or of an eighth of its power of two, so that prompts of all
+        lengths share few graphs (eight for each doubling); it is never below window + 1.
         """
         if isinstance(self.budget, int):
             return self
@@ -109,7 +110,9 @@ class Method(Traits):
                 f"budget={self.budget} is a ratio and the prompt length is not known here: pass prompt_length= to "
                 "BudgetCache, call generate() on a model from specpass.compile, or give the budget as a count."
             )
-        slots = -(-int(self.budget * prompt_length) // BUDGET_STEP) * BUDGET_STEP
+        slots = int(self.budget * prompt_length)
+        step = max(BUDGET_STEP, (1 << slots.bit_length()) // 16)
+        slots = -(-slots // step) * step
         return dataclasses.replace(self, budget=max(slots, max(self.window, self.sinks) + 1))
 
     def look_ahead(self, max_new_tokens: int | None = None) -> int:

@@ -47,6 +47,11 @@ def append_kv(keys: Tensor, values: Tensor, lengths: Tensor, key: Tensor, value:
     reference.append_kv(keys, values, lengths, key, value)
 
 
+def take_back(lengths: Tensor, padding: Tensor) -> None:
+    """Lengths [B, K] less padding [B], in place."""
+    lengths.sub_(padding[:, None])
+
+
 def lookahead(key: Tensor, given: Tensor | None, length: int) -> Tensor:
     """[B, L]: the caller's ids, or -1 where nobody wrote any."""
     if given is not None:
@@ -93,6 +98,7 @@ def gather_functional(key: Tensor, value: Tensor, positions: Tensor, room: int) 
 
 bind(dialect.Fill, fill)
 bind(dialect.AppendKv, append_kv)
+bind(dialect.TakeBack, take_back)
 bind(dialect.KeepKv, keep_kv)
 bind(dialect.ExtendKv, extend_kv)
 bind(dialect.Lookahead, lookahead)

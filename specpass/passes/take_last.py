@@ -56,7 +56,7 @@ class TakeLast(Pass):
             index = indices.every(output)
             new = editor.call(SPEC.take_positions, source, index, before=output, like=source)
             output.replace_input_with(source, new)
-        take_beside(editor, columns)
+        take_beside(editor, hidden, columns)
 
 
 def take(editor: Editor, indices: RowIndices, node: fx.Node, source: fx.Node, columns: object) -> fx.Node:
@@ -71,12 +71,13 @@ def take(editor: Editor, indices: RowIndices, node: fx.Node, source: fx.Node, co
     return new
 
 
-def take_beside(editor: Editor, columns: object) -> None:
+def take_beside(editor: Editor, hidden: fx.Node, columns: object) -> None:
     """Behind a take, rows are in the caller's layout: what is read there from in front of it is taken too.
 
     Raises: Refusal: no one take says which rows.
     """
-    takes = {view.node: view.index for view in TakePositions.find(editor.graph)}
+    tail = behind(hidden)
+    takes = {view.node: view.index for view in TakePositions.find(editor.graph) if view.node in tail}
     after = {take: behind(take) for take in takes}
     behind_any = set().union(*after.values()) if after else set()
     taken: dict[tuple[fx.Node, fx.Node], fx.Node] = {}

@@ -27,6 +27,7 @@ NOT_HERE = {
     errors.NoAttentionSiteError: "needs an attention function of one's own; SDPA and eager attention are recognised",
     errors.PartialGraphError: "needs hooks or a model's own graph break",
     errors.UncompiledCacheError: "models are compiled first",
+    errors.GraphLimitError: "a process that makes more than a thousand graphs of one model",
     errors.MethodMismatchError: "cache and backend get one method",
     errors.MaskError: "one prompt, no padding",
     errors.PositionsError: "one prompt, no padding",

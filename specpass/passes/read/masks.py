@@ -77,7 +77,6 @@ class _Subgraph:
         self.known = {node: tensors[node] for node in own if tensors[node].dtype == torch.bool}
         self.free = [n for n in self.needed if n.op == "placeholder" and n not in named and n not in self.known]
         self.shape = value(inputs.tokens).shape[:2]
-        self.width = 1 if inputs.embeds is None else value(inputs.embeds).shape[2]
         self.sizes = {str(size): axis for axis, size in enumerate(self.shape) if isinstance(size, torch.SymInt)}
 
     def stranger(self) -> fx.Node | None:
@@ -119,7 +118,7 @@ class _Subgraph:
             env[node] = real.shape[self.sizes[size]] if size in self.sizes else int(value(node))
         for node, feed in (
             (self.inputs.ids, torch.zeros_like(real)),
-            (self.inputs.embeds, real[..., None].expand(-1, -1, self.width).float()),
+            (self.inputs.embeds, real[..., None].float()),
             (self.inputs.positions, (real.cumsum(1) - 1).clamp(min=0)),
         ):
             if node is not None:
