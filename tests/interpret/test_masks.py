@@ -28,12 +28,7 @@ def mask_of(real: Tensor, span: Span) -> Tensor:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.integers(2, 9),
-    st.lists(st.integers(0, 4), min_size=1, max_size=3),
-    st.sampled_from([0, 2, 3, 20]),
-    st.booleans(),
-)
+@given(st.integers(2, 9), PADS, st.sampled_from([0, 2, 3, 20]), st.booleans())
 def test_meaning(size: int, pads: list[int], bound: int, added: bool) -> None:
     real = torch.ones(len(pads), size, dtype=torch.int64)
     for row, pad in enumerate(pads):
