@@ -38,7 +38,15 @@ def why_uncompiled(target: nn.Module) -> str:
     for index, kind in enumerate(kinds):
         if kind in RECURRENT:
             return f"layer {index} is configured as {kind}: its state has no form in a graph"
+    attention = attention_of(target)
+    if attention.startswith("flex"):
+        return f"attention is {attention}, which no pass recognises"
     return untraceable(target)
+
+
+def attention_of(target: nn.Module) -> str:
+    """The model's attention function, by name."""
+    return target.config.get_text_config(decoder=True)._attn_implementation or ""
 
 
 def first_line(error: BaseException) -> str:
@@ -72,7 +80,7 @@ class Uncompiled:
         backend.check_cache(cache)
         backend.report.saw(cache.config)
         context = None if backend.draft is None else context_length(backend.draft.config)
-        attention = target.config.get_text_config(decoder=True)._attn_implementation or ""
+        attention = attention_of(target)
         call = Call(target, cache, kwargs, Writer(backend, cache), backend.eos_ids(cache), context)
         started = cache.filled
         if not started and attention.startswith("flex"):  # compiled by itself, where a watch would be in its way

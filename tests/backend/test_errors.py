@@ -101,12 +101,17 @@ def save_tokenizer(folder: Path, words: str) -> str:
     return str(folder)
 
 
+def plain_door(target: Any, draft: Any = None) -> None:
+    torch._dynamo.reset()
+    backend = specpass.Backend(draft=draft or tiny(seed=1), method=METHOD, lowering="eager")
+    target.compile(backend=backend, dynamic=True)
+
+
 def enter(door: str, target: Any, draft: Any) -> Any:
     """Compile, and call once: the plain door meets the target only there."""
     if door == "compile":
         return compile_eager(target, METHOD, draft)
-    torch._dynamo.reset()
-    target.compile(backend=specpass.Backend(draft=draft, method=METHOD, lowering="eager"), dynamic=True)
+    plain_door(target, draft)
     try:
         return call(target, prompt(40), new_cache(target))
     finally:
@@ -210,7 +215,7 @@ def test_no_attention_site(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "linear", linear)
     target = tiny()
     target.config._attn_implementation = "linear"
-    compile_eager(target, METHOD, tiny(seed=1))
+    plain_door(target)
     cache = new_cache(target)
     with refused(target, errors.NoAttentionSiteError, "attn_implementation='sdpa'"):
         call(target, prompt(40), cache)
@@ -218,8 +223,9 @@ def test_no_attention_site(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_partial_graph() -> None:
-    target = compile_eager(tiny(), METHOD, tiny(seed=1))
+    target = tiny()
     target.model.layers[1].register_forward_pre_hook(lambda module, args: torch._dynamo.graph_break())
+    plain_door(target)
     cache = new_cache(target)
     with refused(target, errors.PartialGraphError, "1 of 2 layers", "graph_breaks"):
         call(target, prompt(40), cache)
