@@ -65,7 +65,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned
-        if torch.compiler.is_compiling():  # somebody compiles a caller of the model
+        if torch.compiler.is_dynamo_compiling():  # a caller of the model is compiled (not: some other thread compiles)
             return inside_another_graph(target, args, kwargs)
         checks.check_decoder(target, "target")  # train() may have been called since compile
         checks.check_draft(backend.draft, backend.method)

@@ -98,7 +98,7 @@ class BudgetCache(CacheProtocol):
         Raises:
             UncompiledCacheError: called uncompiled, where nothing would prune.
         """
-        if not torch.compiler.is_compiling() and not _is_traced():
+        if not torch.compiler.is_dynamo_compiling() and not _is_traced():
             if self.listener is not None:
                 return self.listener.update(key_states, value_states, layer_idx)
             raise UncompiledCacheError(

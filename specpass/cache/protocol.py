@@ -177,7 +177,7 @@ class BudgetLayer(Storage, CacheLayerMixin):
             return self.cache.columns + query_length, 0
         if self.cache.exact:
             return self.slots + query_length, 0
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             self.cache.reserve(query_length)  # generate asks before each step: the time to make room
         widest = self if self.widest is None else self.cache.layers[self.widest]
         return (widest.slots, 0) if self.is_initialized else (query_length, 0)
