@@ -43,7 +43,7 @@ class DeviceMismatchError(SpecpassError, ValueError):
 
 
 class DtypeMismatchError(SpecpassError, ValueError):
-    """Draft and target compute in clashing dtypes."""
+    """A model in a dtype that an export cannot be made in."""
 
 
 class GradientsError(SpecpassError, RuntimeError):
@@ -62,8 +62,16 @@ class PartialGraphError(SpecpassError, RuntimeError):
     """A graph break left the backend with a part of the model."""
 
 
+class UnsplicedGraphError(SpecpassError, RuntimeError):
+    """A traced graph that cannot be pruned, of a model whose own forward can be pruned around (specpass.interpret)."""
+
+
 class UncompiledCacheError(SpecpassError, RuntimeError):
     """A BudgetCache was used by a model that is not compiled with specpass."""
+
+
+class GraphLimitError(SpecpassError, RuntimeError):
+    """A model has as many compiled graphs as Dynamo keeps."""
 
 
 class MethodMismatchError(SpecpassError, ValueError):

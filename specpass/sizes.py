@@ -8,6 +8,7 @@ import json
 import re
 from typing import Any
 
+STATES = frozenset({"conv", "linear_attention", "mamba", "hybrid", "hybrid_sliding"})  # kinds of layers that recur
 _LAYER = re.compile(r"\.\d+\.")
 
 
@@ -33,6 +34,8 @@ class Decoder:
         """
         text = config.get_text_config(decoder=True)
         if not all(hasattr(text, name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")):
+            return None
+        if set(getattr(text, "layer_types", None) or ()) & STATES:
             return None
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -104,6 +107,12 @@ def eos_ids(config: Any) -> tuple[int, ...]:
     if ids is None:
         return ()
     return tuple(map(int, ids)) if isinstance(ids, (list, tuple)) else (int(ids),)
+
+
+def pad_id(config: Any) -> int:
+    """The id that stands behind a sequence's end: the padding's, else the first that ends one, else 0."""
+    ends = eos_ids(config)
+    return int(config.pad_token_id) if config.pad_token_id is not None else (ends[0] if ends else 0)
 
 
 def context_length(config: Any) -> int | None:

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
-from specpass.errors import (
-    CacheStateError,
-    DraftContextError,
-    GradientsError,
-    LookaheadError,
-    MaskError,
-    PositionsError,
-)
+from specpass.cache.prompt import check_gradients, check_ids, check_prompt
+from specpass.errors import CacheStateError, PositionsError
 from specpass.sizes import Span
+
+STATIC_SIZES = 8
 
 
 @dataclasses.dataclass
@@ -29,8 +25,10 @@ class Call:
         run: takes Dynamo's inputs and the lifted draft tensors.
         kind: prefill, short, decode or append; exact graphs (refused ones) are named the same.
         places: index of the inputs handle, input_ids, attention_mask, position_ids among Dynamo's inputs.
-        static: output index -> axes whose sizes are constants of the decode graph.
+        static: output index -> axes whose sizes are constants of the decode graph, while few sizes are.
+        sizes: those sizes, of all graphs of a backend.
         context: positions that the draft can read, or None.
+        vocab: tokens that the draft knows where the target knows more, or None.
     """
 
     run: Callable[..., Any]
@@ -38,7 +36,9 @@ class Call:
     places: dict[str, int]
     lifted: tuple[Tensor, ...] = ()
     static: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    sizes: set[int] = dataclasses.field(default_factory=set)
     context: int | None = None
+    vocab: int | None = None
     lookahead: int = 0
     packed: bool = False
     spans: Mapping[int, Span] = dataclasses.field(default_factory=dict)  # of a prompt's graph, by the cache's layer
@@ -47,29 +47,40 @@ class Call:
     def __call__(self, *args: Any) -> Any:
         cache = owner_of(args[self.places["handle"]])
         self.check(cache, args)
-        out = self.run(*args, *self.lifted)
-        for index, axes in self.static.items():
-            for axis in axes:
-                torch._dynamo.mark_static(out[index], axis)
+        cache.pruned_by = self
+        try:
+            out = self.run(*args, *self.lifted)
+        finally:
+            cache.pruned_by = None
+        self._mark_sizes(out)
         if self.kind in ("prefill", "short"):
             cache.padded, cache.exact = self.packed, bool(self.refusal)
             for index, span in self.spans.items():
                 cache.layers[index].found = span
         else:
             cache.appended += self._query_length(args)
+            if "attention_mask" in self.places and not cache.exact:
+                cache.padded, cache.uneven = True, cache.appended
             cache.reserve(1)  # so that the next token finds its slot; a full cache grows by a block
         return out
+
+    def _mark_sizes(self, out: Any) -> None:
+        """Constants make a better decode graph, and a graph each: from the ninth size on one graph serves the rest."""
+        if not self.static:
+            return
+        slots = out[next(iter(self.static))].shape[1]
+        if slots in self.sizes or len(self.sizes) < STATIC_SIZES:
+            self.sizes.add(slots)
+            for index, axes in self.static.items():
+                for axis in axes:
+                    torch._dynamo.mark_static(out[index], axis)
 
     def _query_length(self, args: tuple[Any, ...]) -> int:
         place = self.places.get("input_ids", self.places.get("inputs_embeds"))
         return 1 if place is None else args[place].shape[1]
 
     def check(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            raise GradientsError(
-                "gradients are wanted (autograd is on and the weights require them), and pruning has no backward: call "
-                "the model under torch.no_grad() or torch.inference_mode()."
-            )
+        check_gradients(args)
         if self.kind in ("prefill", "short"):
             if not self.refusal:
                 self._check_prompt(cache, args)
@@ -94,24 +105,10 @@ class Call:
         prompt = "input_ids" if "input_ids" in self.places else "inputs_embeds"
         batch, size = args[self.places[prompt]].shape[:2]
         mask = args[self.places["attention_mask"]] if "attention_mask" in self.places else None
-        if mask is not None and mask.shape != (batch, size):
-            raise MaskError(f"attention_mask is {tuple(mask.shape)} and the prompt ({batch}, {size}): they must agree.")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise MaskError(
-                "attention_mask ends with 0 in some row, so that row has no last token: pad on the left "
-                "(tokenizer.padding_side = 'left')."
-            )
-        if self.kind == "short" or self.lookahead == 0:
-            return
-        if cache.given_ids is not None and cache.given_ids.shape[0] != batch:
-            raise LookaheadError(
-                f"lookahead_ids has {cache.given_ids.shape[0]} rows and the batch has {batch}; give one row a prompt."
-            )
-        if self.context is not None and size + self.lookahead > self.context:
-            raise DraftContextError(
-                f"the prompt has {size} tokens and the draft writes {self.lookahead} more, but the draft reads at most "
-                f"{self.context}: shorten the prompt, lower lookahead, or use a draft with a longer context."
-            )
+        lookahead = 0 if self.kind == "short" else self.lookahead
+        check_prompt(cache, (batch, size), mask, lookahead, self.context)
+        if lookahead and prompt == "input_ids":
+            check_ids(args[self.places[prompt]], self.vocab)
 
 
 def owner_of(handle: Tensor) -> BudgetCache:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from specpass.errors import (
     BudgetError,
     DeviceMismatchError,
-    DtypeMismatchError,
     EncoderDecoderError,
     FirstLayerError,
     GradientsError,
@@ -87,21 +86,28 @@ def check_decoder(model: Any, name: str) -> None:
         raise GradientsError(f"the {name} is in training mode, and pruning has no backward: call {name}.eval() first.")
 
 
-def check_pair(config: Any, weight: Tensor, draft: nn.Module | None) -> None:
-    """A draft and a target, known by its config and one of its weights, agree on device, dtype and tokenizer."""
+def check_pair(config: Any, device: torch.device, draft: nn.Module | None) -> None:
+    """A draft and a target, known by its config and its device, agree on device and tokenizer.
+
+    Their dtypes need not agree: the draft hands over token ids, and scores in float32.
+    """
     if draft is None:
         return
-    theirs = next(draft.parameters())
-    if weight.device != theirs.device:
+    theirs = device_of(draft)
+    if device != theirs:
         raise DeviceMismatchError(
-            f"the target is on {weight.device} and the draft on {theirs.device}: move the draft with "
-            f"draft.to('{weight.device}')."
-        )
-    if weight.dtype != theirs.dtype:
-        raise DtypeMismatchError(
-            f"the target computes in {weight.dtype} and the draft in {theirs.dtype}: load both with the same dtype=."
+            f"the target is on {device} and the draft on {theirs}: move the draft with draft.to('{device}')."
         )
     check_tokenizers(config, draft.config)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes; accelerate says it of one whose weights are offloaded."""
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(model.parameters()).device
 
 
 def check_tokenizers(target: Any, draft: Any) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from specpass.backend import checks
@@ -15,10 +16,12 @@ from specpass.backend.calls import Call
 from specpass.backend.facts import Traced, static_outputs
 from specpass.backend.limit import ensure_limit, raised_limit
 from specpass.cache.budget import BudgetCache
+from specpass.cache.states import recurs
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
+from specpass.capture.model import untraceable
 from specpass.dialect.cache import ExtendKv, Fill
-from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError
+from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError, UnsplicedGraphError
 from specpass.graph.edit import copy_module
 from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
@@ -29,7 +32,7 @@ from specpass.passes.pipeline import PASSES, fingerprint
 from specpass.reports.record import GraphRecord, SiteRecord
 from specpass.reports.report import Report
 from specpass.rewrite import Facts, Observer, Pipeline, Refusal, Request
-from specpass.rewrite.base import PROMPTS
+from specpass.rewrite.base import PROMPTS, STEPS, Unspliced
 from specpass.rewrite.pipeline import check_names
 from specpass.rewrite.sites import Sites
 from specpass.sizes import context_length, eos_ids
@@ -82,7 +85,10 @@ class Backend:
         self.keep_stages = tuple(keep_stages)
         self.stages: dict[str, fx.GraphModule] = {}
         self.report = Report(method, lowering, getattr(draft, "config", None))
-        self._graphs: DraftGraphs | None = None
+        self._graphs: dict[Hashable, DraftGraphs] = {}  # by autocast's dtype
+        self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
+        self._uncaptured = ""  # why the draft has no graphs
+        self._sizes: set[int] = set()  # of storage, that are constants of decode graphs
         self.__name__ = "specpass"
         prepare(lowering)
 
@@ -118,14 +124,17 @@ class Backend:
         trace_seconds = time.perf_counter() - start
         traced = Traced.read(graph, example_inputs)
         self.report.saw(traced.cache.config)
-        self._check_cache(traced.cache)
-        if traced.embedding is not None and self.method.drafts and self._graphs is None:
-            checks.check_pair(traced.cache.config, traced.embedding, self.draft)
+        self.check_cache(traced.cache)
+        if traced.embedding is not None and self.method.drafts and not self._graphs:
+            checks.check_pair(traced.cache.config, traced.embedding.device, self.draft)
         record = GraphRecord(traced.kind, trace_seconds=trace_seconds)
         self.report.graphs.append(record)
         try:
             return self._prune(traced, record)
         except Refusal as refusal:
+            if self.second_way and not self.skip_passes and (isinstance(refusal, Unspliced) or traced.kind in STEPS):
+                self.report.graphs.remove(record)
+                raise UnsplicedGraphError(str(refusal)) from refusal
             self.report.refuse(str(refusal))
             record.exact = True
             exact = trace_aten(gm)
@@ -142,7 +151,12 @@ class Backend:
         request, facts = self._request(traced)
         observers = (self._keep_stage, *self.observers)
         pipeline = Pipeline(PASSES, skip=self.skip_passes, full_verify=self.full_verify, observers=observers)
-        graph = pipeline.run(traced.gm, request, facts)
+        try:
+            graph = pipeline.run(traced.gm, request, facts)
+        except Refusal as refusal:
+            if Sites in facts:
+                raise Unspliced(refusal.reason, refusal.module) from refusal
+            raise
         record.pass_seconds = dict(pipeline.seconds)
         sites, drafted = facts.get(Sites), facts.get(Drafted)
         record.sites = [] if sites is None else [SiteRecord.of(site) for site in sites.sites]
@@ -165,7 +179,9 @@ class Backend:
             traced.places,
             () if drafted is None else tuple(drafted.lifted.values()),
             static,
+            self._sizes,
             context_length(self.draft.config) if self.draft is not None and DraftGraphs in facts else None,
+            self.smaller_vocabulary(traced.cache) if DraftGraphs in facts else None,
             request.lookahead,
             packed="attention_mask" in traced.places and request.kind in PROMPTS,
             spans={} if sites is None else {site.layer: site.span for site in sites.sites},
@@ -177,7 +193,7 @@ class Backend:
         Raises: Refusal: what the cache's config or the call says cannot be pruned.
         """
         cache, kind = traced.cache, traced.kind
-        spans = tuple(layer.span for layer in cache.layers)
+        spans = tuple(getattr(layer, "span", None) for layer in cache.layers)
         if None in spans:
             raise Refusal(f"layer {spans.index(None)} is no attention layer")
         found = tuple(layer.found or layer.span for layer in cache.layers)
@@ -186,7 +202,7 @@ class Backend:
             return Request(kind, cache.method), facts
         if cache.lookahead and cache.given_ids is None:
             facts.add(self.draft_graphs(cache))
-        return Request(kind, cache.method, cache.lookahead, self._eos_ids(cache)), facts
+        return Request(kind, cache.method, cache.lookahead, self.eos_ids(cache)), facts
 
     def _keep_stage(self, request: Request, name: str, gm: fx.GraphModule) -> None:
         """An observer: the prefill's graph as the last pass of each wanted stage leaves it."""
@@ -194,24 +210,43 @@ class Backend:
         if request.kind == "prefill" and stage in self.keep_stages:
             self.stages[stage] = copy_module(gm)
 
-    def _eos_ids(self, cache: BudgetCache) -> tuple[int, ...]:
+    def smaller_vocabulary(self, cache: BudgetCache) -> int | None:
+        """Tokens that the draft knows, where the target knows more."""
+        assert self.draft is not None
+        known = self.draft.get_input_embeddings().num_embeddings
+        return known if known < cache.config.vocab_size else None
+
+    def eos_ids(self, cache: BudgetCache) -> tuple[int, ...]:
+        """Ids that end what the draft writes."""
         source = self.draft.generation_config if self.draft is not None else cache.config
         return eos_ids(source)
 
     def draft_graphs(self, cache: BudgetCache) -> DraftGraphs:
-        """The draft's two graphs, captured once."""
-        if self._graphs is None:
+        """The draft's two graphs, captured once; once more where autocast changes what they compute.
+
+        Raises: Refusal: they cannot be had.
+        """
+        if self._uncaptured:
+            raise Unspliced(self._uncaptured)
+        assert self.draft is not None
+        device = checks.device_of(self.draft).type
+        how = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if how not in self._graphs:
             checks.check_draft(self.draft, self.method)  # train() may have been called since
             start = time.perf_counter()
             try:
-                self._graphs = capture_draft(self.draft, self.method.prompt)
+                self._graphs[how] = capture(self.draft, self.method)
             except Refusal as refusal:
-                raise Refusal(f"the draft cannot be captured: {refusal}") from refusal
+                self._uncaptured = f"the draft cannot be captured: {refusal}"
+                raise Unspliced(self._uncaptured) from refusal
             self.report.draft_seconds = time.perf_counter() - start
-        how, vocab = cache.method, cache.config.vocab_size
-        return dataclasses.replace(self._graphs, temperature=how.temperature, seed=how.seed, target_vocab=vocab)
+        method, vocab = cache.method, cache.config.vocab_size
+        return dataclasses.replace(
+            self._graphs[how], temperature=method.temperature, seed=method.seed, target_vocab=vocab
+        )
 
-    def _check_cache(self, cache: BudgetCache) -> None:
+    def check_cache(self, cache: BudgetCache) -> None:
+        """Raises: MethodMismatchError: the cache was made for another method."""
         mine = dataclasses.replace(self.method, budget=cache.method.budget)
         same_budget = isinstance(self.method.budget, float) or self.method.budget == cache.method.budget
         ours, theirs = (
@@ -223,6 +258,23 @@ class Backend:
                 f"the cache was made for {cache.method.key} and the backend for {self.method.key}: pass the same "
                 "method to both."
             )
+
+
+def capture(draft: Any, method: Method) -> DraftGraphs:
+    """The draft's graphs.
+
+    Raises: Refusal: also where tracing itself fails, whatever it raises (foreign tensors, loops over values).
+    """
+    if recurs(draft.config):
+        raise Refusal("it has layers with a state")
+    if untraceable(draft):
+        raise Refusal(untraceable(draft))
+    try:
+        return capture_draft(draft, method.prompt)
+    except (Refusal, SpecpassError):
+        raise
+    except Exception as error:
+        raise Refusal(f"tracing failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from error
 
 
 def with_lookahead_ids(method: Method, lookahead_ids: Any) -> Method:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from specpass.backend import checks
+from specpass.backend.cold import form_of, one_at_a_time
 from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
+from specpass.backend.pieces import piece_of_prompt
+from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncompiled
 from specpass.cache.budget import BudgetCache
-from specpass.graph.roles import ROLES
+from specpass.cache.states import why_unheld
+from specpass.capture.dynamo import holds_cache_ops
+from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
 
 
 class LooseBackend:
@@ -34,6 +41,8 @@ class LooseBackend:
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any], **_: Any) -> Callable[..., Any]:
         backend = self.backend()
         assert backend is not None, "called by a model that holds its backend"
+        if not holds_cache_ops(gm):  # a piece of a broken graph: calls without a BudgetCache do not come here
+            return gm.forward
         return backend(gm, example_inputs)
 
 
@@ -49,28 +58,63 @@ def fresh_forward(target: nn.Module) -> types.FunctionType:
 
 def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
+    uncompiled = Uncompiled(backend, why_uncompiled(target))
+    names = tuple(inspect.signature(target.forward).parameters)
     warned = False
+    known: set[Hashable] = set()  # forms of calls that were compiled
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned
+        if torch.compiler.is_compiling():  # somebody compiles a caller of the model
+            return inside_another_graph(target, args, kwargs)
         checks.check_decoder(target, "target")  # train() may have been called since compile
         checks.check_draft(backend.draft, backend.method)
-        kwargs.update(zip(ROLES, args, strict=False))
+        kwargs.update(zip(names, args, strict=False))
         cache = kwargs.get("past_key_values")
-        if not isinstance(cache, BudgetCache) or len(args) > len(ROLES):
-            if not warned:
+        if not isinstance(cache, BudgetCache):
+            if not warned and not why_unheld(target.config):  # else the report says why, and no cache helps
                 warnings.warn(
                     f"specpass: past_key_values is {type(cache).__name__}, not a BudgetCache, so the model runs "
                     "exactly, unpruned. Use generate(), or pass specpass.BudgetCache(model.config, method).",
                     stacklevel=3,
                 )
                 warned = True
-            return target._call_impl(*args[len(ROLES) :], **kwargs)
-        prepare(cache, kwargs)
-        with raised_limit(specialize_float=True), collector_rests_while_compiling():
-            return compiled(**kwargs)
+            return target._call_impl(**kwargs)
+        check_outputs(target, kwargs)
+        piece = piece_of_prompt(cache, kwargs, call)
+        if piece is not None:
+            return piece
+        if not uncompiled.reason:
+            prepared = dict(kwargs)
+            prepare(cache, prepared)
+            try:
+                with (
+                    raised_limit(specialize_float=True),
+                    one_at_a_time(known, form_of(cache, prepared)),
+                    collector_rests_while_compiling(),
+                ):
+                    return compiled(**prepared)
+            except FailOnRecompileLimitHit as error:
+                raise GraphLimitError(
+                    f"this call would be one graph more than the {torch._dynamo.config.recompile_limit} that Dynamo "
+                    "keeps of a model (torch._dynamo.config.recompile_limit): specpass.restore(model) drops them all, "
+                    "and compiling anew begins with none."
+                ) from error
+            except FAILURES as error:
+                uncompiled.failed(error, cache)
+        return uncompiled(target, cache, kwargs)
 
     return call
+
+
+def check_outputs(target: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises: UnsupportedCallError: attention probabilities are asked for."""
+    asked = kwargs.get("output_attentions")
+    if asked or (asked is None and getattr(target.config, "output_attentions", False)):
+        raise UnsupportedCallError(
+            "output_attentions=True: pruned attention computes no [S, S] probabilities. Leave it out, or call "
+            "specpass.restore(model) first."
+        )
 
 
 @contextlib.contextmanager
@@ -96,7 +140,7 @@ def collector_rests_while_compiling() -> Iterator[None]:
 def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
     """Bring a call into the form with the fewest graphs: no mask where none is needed, room for the new tokens."""
     mask = kwargs.get("attention_mask")
-    if not cache.layers[0].is_initialized:
+    if not cache.filled:
         if isinstance(mask, torch.Tensor) and mask.dim() == 2:
             if bool(mask.all()):  # reads the mask once, before anything is queued
                 del kwargs["attention_mask"]
@@ -105,6 +149,43 @@ def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
         return
     ids = kwargs.get("input_ids")
     tokens = kwargs.get("inputs_embeds") if ids is None else ids
-    cache.reserve(tokens.shape[1] if tokens is not None else 1)
-    if not cache.exact:
-        kwargs.pop("attention_mask", None)  # lengths say which slots are in use
+    count = tokens.shape[1] if isinstance(tokens, torch.Tensor) else 1
+    cache.reserve(count)
+    if not cache.exact and isinstance(kwargs.pop("attention_mask", None), torch.Tensor):
+        prepare_mask(mask, count, kwargs)
+
+
+def inside_another_graph(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The model as it is, as a part of a graph of the caller's.
+
+    Raises: UnsupportedCallError: with a BudgetCache, which only a graph of ours prunes.
+    """
+    if isinstance(kwargs.get("past_key_values"), BudgetCache):
+        raise UnsupportedCallError(
+            "a model from specpass.compile is called with a BudgetCache inside another torch.compile: compile one of "
+            "them, or call it without that cache."
+        )
+    return target._call_impl(*args, **kwargs)
+
+
+def prepare_mask(mask: torch.Tensor, count: int, kwargs: dict[str, Any]) -> None:
+    """Of a pruned cache's mask [B, M] the appended tokens' columns stay, where one is masked: lengths say the rest.
+
+    Raises: MaskError: not such a mask. PositionsError: tokens are masked and no positions say where the others stand.
+    """
+    if mask.dim() != 2 or mask.shape[1] < count:
+        raise MaskError(
+            f"attention_mask is {tuple(mask.shape)} and {count} tokens are appended to a pruned cache: pass a mask "
+            "[B, M] of all tokens so far, these included, or none."
+        )
+    own = mask[:, mask.shape[1] - count :]
+    if count == 1 and mask.is_cuda:  # to look would stop the device at every token, and generate() masks none
+        return
+    if bool(own.all()):
+        return
+    if kwargs.get("position_ids") is None:
+        raise PositionsError(
+            "attention_mask hides some of the appended tokens, so each row's positions are unknown: pass position_ids "
+            "[B, q] (generate() does)."
+        )
+    kwargs["attention_mask"] = own.contiguous()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 from torch import Tensor, fx
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from specpass.backend.calls import owner_of
 from specpass.cache import BudgetCache
+from specpass.cache.states import RECURRENT, layer_types
 from specpass.dialect.cache import AppendKv, Fill, GatherKv
 from specpass.errors import GradientsError, PartialGraphError, UnsupportedCallError
 from specpass.graph.aten import Dropout, Embedding, Sdpa
 from specpass.graph.operands import GetItem, results_of
-from specpass.graph.roles import named_inputs
+from specpass.graph.roles import ROLES, named_inputs
 from specpass.graph.walk import ATEN, find, value
 from specpass.passes.facts import Inputs, Weights
 from specpass.rewrite import Kind
@@ -46,11 +49,12 @@ class Traced:
         placeholders = gm.graph.find_nodes(op="placeholder")
         handle = writes[0].handle
         assert handle is not None
-        named = named_inputs(gm)
+        cache = owner_of(example_inputs[placeholders.index(handle)])
+        named = named_inputs(gm, argument_names(cache.config))
         places = {"handle": placeholders.index(handle)} | {r: placeholders.index(node) for r, node in named.items()}
-        cache = owner_of(example_inputs[places["handle"]])
         inputs = Inputs.of(named)
-        check_whole(gm, len(writes), len(cache.layers), inputs)
+        check_kinds(cache)
+        check_whole(gm, len(writes), len(cache.budgeted), inputs)
         check_inference(gm)
         weights = {
             node: example
@@ -69,6 +73,12 @@ class Traced:
         )
 
 
+def argument_names(config: Any) -> tuple[str, ...]:
+    """Names of a decoder's arguments in their order, which is not the same for all (GPT-2 takes its cache second)."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return ROLES if model is None else tuple(inspect.signature(model.forward).parameters)[1:]
+
+
 def kind_of(write: Fill | AppendKv) -> Kind:
     """prefill, short, decode or append."""
     if isinstance(write, Fill):
@@ -77,9 +87,20 @@ def kind_of(write: Fill | AppendKv) -> Kind:
     return "decode" if isinstance(size, int) and size == 1 else "append"
 
 
+def check_kinds(cache: BudgetCache) -> None:
+    """Raises: UnsupportedCallError: some layer recurs."""
+    for index, kind in enumerate(layer_types(cache.config)):
+        if kind in RECURRENT:
+            raise UnsupportedCallError(
+                f"layer {index} is configured as {kind}, whose state has no form in a graph: use "
+                "specpass.compile(model, ...), which prunes such a model around its own forward."
+            )
+
+
 def check_whole(gm: fx.GraphModule, writes: int, layers: int, inputs: Inputs) -> None:
     """Raises: PartialGraphError: the graph is not the whole forward. UnsupportedCallError: it ends in a loss."""
-    logits = [node for node in results_of(gm.graph) if value(node).dim() == 3 and not is_written(node)]
+    results = [node for node in results_of(gm.graph) if isinstance(value(node), Tensor)]
+    logits = [node for node in results if value(node).dim() == 3 and not is_written(node)]
     if writes != layers or (inputs.ids is None and inputs.embeds is None) or not logits:
         raise PartialGraphError(
             f"a graph break left specpass with {writes} of {layers} layers in this graph: pruning needs the "

@@ -9,6 +9,7 @@ import torch
 
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
+from specpass.cache.states import why_unheld
 
 
 def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
@@ -17,7 +18,11 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
     ) -> Any:
         """Stands in for the method of the same name, and asks it wherever the user chose a cache."""
         chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
-        if chosen or generation_config.use_cache is False:
+        unheld = why_unheld(target.config)
+        if unheld:
+            backend.report.refuse(unheld)
+        if chosen or unheld or generation_config.use_cache is False:
+            announce(model_kwargs.get("past_key_values"), prompt_length(generation_config, model_kwargs))
             return type(target)._prepare_cache_for_generation(
                 target, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -28,10 +33,17 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
             max_new_tokens=generation_config.max_new_tokens or generation_config.max_length - prompt,
             prompt_length=prompt,
         )
+        announce(model_kwargs["past_key_values"], prompt)
         generation_config.disable_compile = True  # generate would compile the call a second time on a GPU
         return None
 
     return prepare_cache
+
+
+def announce(cache: Any, columns: int) -> None:
+    """Tell an empty cache of ours how many columns its prompt has: calls may bring less, or more (see pieces.py)."""
+    if isinstance(cache, BudgetCache) and not cache.filled:
+        cache.awaited = columns
 
 
 def prompt_length(generation_config: Any, model_kwargs: dict) -> int:

@@ -13,13 +13,20 @@ from typing import Any
 import torch
 from torch._dynamo.repro import after_dynamo
 
-RECOMPILE_LIMIT = 64
+RECOMPILE_LIMIT = 1024
 
 
 def raised_limit(**settings: Any) -> AbstractContextManager[None]:
-    """Inside, and in this thread alone, a code object may have 64 graphs; `settings` of Dynamo hold there too."""
+    """Inside, and in this thread alone, a code object may have 1,024 graphs; `settings` of Dynamo hold there too.
+
+    A call that would be one more is an error, and does not run uncompiled. Each thread has settings of its own, which
+    start as Dynamo's defaults: that is why this is entered around each call.
+    """
     config = torch._dynamo.config
-    return config.patch(recompile_limit=max(config.recompile_limit, RECOMPILE_LIMIT), **settings)
+    limits = {
+        name: max(getattr(config, name), RECOMPILE_LIMIT) for name in ("recompile_limit", "accumulated_recompile_limit")
+    }
+    return config.patch(fail_on_recompile_limit_hit=True, **limits, **settings)
 
 
 def ensure_limit() -> None:

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
-from specpass.cache.layer import round_room
-from specpass.cache.protocol import BudgetLayer, CacheProtocol
+from specpass.cache.layer import first_room, grown_room
+from specpass.cache.protocol import CacheProtocol
+from specpass.cache.states import make_layers, why_unheld
 from specpass.dialect.define import SPEC
-from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError
+from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError, UnsupportedCallError
 from specpass.methods.base import Method
 from specpass.methods.speckv import as_id_rows
-from specpass.sizes import Span, layer_spans
 
 
 class BudgetCache(CacheProtocol):
@@ -26,14 +26,16 @@ class BudgetCache(CacheProtocol):
     Args:
         config: the target's config (its text config is used).
         method: the same method as the backend's.
-        max_new_tokens: tokens to be generated; sets the room N (rounded up to a multiple of 64) and, for methods with
-            `lookahead=None`, the lookahead L. Generation beyond N grows the cache.
+        max_new_tokens: tokens to be generated; sets the room N (rounded up to a multiple of 64, at first 512 at most:
+            then it grows with what is generated, by half of itself) and, for methods with `lookahead=None`, the
+            lookahead L = min(32, max_new_tokens), 32 if left out. Generation beyond max_new_tokens grows the cache too.
         prompt_length: S in tokens, needed when the method's budget is a ratio.
         lookahead_ids: [B, L] token ids in place of the draft's.
         early_exit: False sends prompts that fit the budget through selection and gather too (they keep everything).
 
     Raises:
-        BudgetError: a ratio without prompt_length. LookaheadError: lookahead=None without max_new_tokens.
+        BudgetError: a ratio without prompt_length. LookaheadError: lookahead_ids with a method that cannot use them.
+        UnsupportedCallError: the model's layers hold no keys, or in another form.
     """
 
     def __init__(
@@ -50,52 +52,28 @@ class BudgetCache(CacheProtocol):
             raise BudgetError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
         config = config.get_text_config(decoder=True)
         self.config = config
+        unheld = why_unheld(config)
+        if unheld:
+            raise UnsupportedCallError(f"{unheld}: leave past_key_values out, or pass transformers' own cache.")
         self.method = method.resolve(prompt_length)
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
-        self.room = round_room(max_new_tokens or 1)
+        self.room = first_room(max_new_tokens or 1)
         rows = lookahead_ids if lookahead_ids is not None else method.lookahead_ids
         if lookahead_ids is not None and method.prompt is not None:
             raise LookaheadError(f"{method.name} needs the draft's attention, so lookahead_ids cannot take its place.")
         self.given_ids = None if rows is None or not method.drafts else torch.tensor(as_id_rows(rows))
-        self.lookahead = self._resolve_lookahead()
+        self.lookahead = method.look_ahead(max_new_tokens) if self.given_ids is None else self.given_ids.shape[1]
         self.compresses = method.prompt is not None
         self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole
-        super().__init__(layers=self._make_layers(layer_spans(config)))
+        super().__init__(layers=make_layers(self, config))
+        self.ends = self.budgeted[:1] + self.budgeted[-1:]  # first and last of the layers that hold keys
+        self.listener: Any = None  # who answers `update` while the model's own forward runs uncompiled
         # The compiled graph gets tensors only; this one leads the runtime back to its cache.
         self.handle = torch.zeros((), dtype=torch.int64)
         self.handle._specpass_cache = weakref.ref(self)
+        self.pruned_by: Any = None  # the compiled graph that is running
         self._clear()
-
-    def _make_layers(self, spans: tuple[Span | None, ...]) -> list[BudgetLayer]:
-        """The method's budgets go to the layers that read the whole prompt; a window's slots are what it can read."""
-        budgets = iter(self.method.layer_budgets(sum(1 for span in spans if span is None or not span.positions)))
-        layers = [
-            BudgetLayer(self, index, span.positions if span is not None and span.positions else next(budgets), span)
-            for index, span in enumerate(spans)
-        ]
-        for sliding in (False, True):
-            alike = [layer for layer in layers if layer.is_sliding == sliding]
-            if len({layer.budget for layer in alike}) > 1:
-                widest = max(alike, key=lambda layer: layer.budget).index
-                for layer in alike:
-                    layer.widest = widest
-        return layers
-
-    def _resolve_lookahead(self) -> int:
-        if not self.method.drafts:
-            return 0
-        if self.given_ids is not None:
-            return self.given_ids.shape[1]
-        length = self.method.lookahead
-        if length is None:
-            length = self.max_new_tokens
-        if length is None:
-            raise LookaheadError(
-                f"{self.method.name}(lookahead=None) drafts max_new_tokens tokens, and this cache was not told how "
-                "many: pass max_new_tokens= to BudgetCache or lookahead= to the method."
-            )
-        return length
 
     def _clear(self) -> None:
         self.seen: Any = 0  # a 0-d tensor after the prefill; logical length: tokens that generate counts
@@ -104,8 +82,13 @@ class BudgetCache(CacheProtocol):
         self.shift: Tensor | None = None  # [B] what generate counts less what the target was told (SpecPC)
         self.padded = False
         self.exact = False  # whether the prefill was refused and kept everything
+        self.columns: int | None = None  # read by a target that runs uncompiled, padding included; None: by graphs
+        self.read_mask: Tensor | None = None  # [B, S] of a padded prompt that was read uncompiled
+        self.awaited: int | None = None  # columns of the prompt that generate is about to hand over
+        self.held: list[Tensor] = []  # those of its tokens that have come so far, where they come in chunks
         self.free_at_prefill = self.room
         self.appended = 0  # upper bound of tokens written behind the prompt, kept on the host
+        self.uneven = 0  # so many of these were written when some of them were last masked
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -116,18 +99,20 @@ class BudgetCache(CacheProtocol):
             UncompiledCacheError: called uncompiled, where nothing would prune.
         """
         if not torch.compiler.is_compiling() and not _is_traced():
+            if self.listener is not None:
+                return self.listener.update(key_states, value_states, layer_idx)
             raise UncompiledCacheError(
                 "BudgetCache.update was called uncompiled. Compile the model first: specpass.compile(model, draft=..., "
                 "method=...) or model.compile(backend=specpass.Backend(...), dynamic=True)."
             )
         first = not self.layers[layer_idx].is_initialized
-        if layer_idx == 0 and first:
+        if first and self.layers[layer_idx] is self.ends[0]:
             if self.lookahead > 0 and not self.fits(key_states):
                 self.lookahead_ids = SPEC.lookahead(key_states, self.given_ids, self.lookahead)
             if self.compresses:
                 self.prompt_positions, self.shift = SPEC.read_prompt(key_states)
         keys, values = self.layers[layer_idx].update(key_states, value_states)
-        if layer_idx == len(self.layers) - 1:
+        if self.layers[layer_idx] is self.ends[1]:
             if first:
                 self.seen = SPEC.size(key_states, 2)
             else:
@@ -144,21 +129,24 @@ class BudgetCache(CacheProtocol):
         self._clear()
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more tokens, in blocks of 64 slots; nothing happens if there is room."""
-        if not self.layers[0].is_initialized or self.exact:
+        """Make room for `tokens` more tokens (see layer.grown_room); nothing happens if there is room."""
+        if not self.filled or self.exact:
             return
-        missing = self.appended + tokens - self.free_at_prefill
-        if missing > 0:
-            for layer in self.layers:
-                layer.grow(missing)
-            self.free_at_prefill += round_room(missing)
+        needed = self.appended + tokens
+        if needed > self.free_at_prefill:
+            room = grown_room(self.free_at_prefill, needed)
+            for layer in self.budgeted:
+                if not layer.exact:
+                    layer.grow(room - self.free_at_prefill)
+            self.free_at_prefill = room
 
     def __deepcopy__(self, memo: dict) -> BudgetCache:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         for name, value in self.__dict__.items():
-            if name != "handle":
+            if name not in ("handle", "listener"):
                 setattr(twin, name, copy.deepcopy(value, memo))
+        twin.listener = None
         twin.handle = torch.zeros((), dtype=torch.int64)
         twin.handle._specpass_cache = weakref.ref(twin)
         return twin

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 ROOM_STEP = 64  # slots for generated tokens come in blocks of this many
+FIRST_ROOM = 512  # and are at most so many before anything is generated: a limit of 131,072 tokens is seldom reached
 
 
 def round_room(tokens: int) -> int:
@@ -21,11 +22,33 @@ def round_room(tokens: int) -> int:
     return max(1, -(-tokens // ROOM_STEP)) * ROOM_STEP
 
 
+def first_room(tokens: int) -> int:
+    """Slots N that a prefill makes for an answer of up to `tokens` tokens."""
+    return round_room(min(tokens, FIRST_ROOM))
+
+
+def grown_room(room: int, needed: int) -> int:
+    """Slots N once `needed` tokens do not fit in `room`: half as many more, or what is needed.
+
+    So at most a third of N is unused, a generation moves its storage a few times, and decode has few sizes.
+    """
+    return max(room + round_room(room // 2), round_room(needed))
+
+
+def room_of(tokens: int) -> int:
+    """Slots N of a cache that `tokens` tokens were generated into, one by one."""
+    room = first_room(tokens)
+    while room < tokens:
+        room = grown_room(room, room + 1)
+    return room
+
+
 class Storage:
     """One layer's pruned K/V. `lengths` [B, K] counts the slots in use, `positions` [B, K, C] the prompt's part."""
 
     def reset(self) -> None:
         self.is_initialized = False
+        self.exact = False  # whether everything is kept, in the caller's columns and without free slots
         self.key_buffer: Tensor | None = None
         self.value_buffer: Tensor | None = None
         self.lengths: Any = None  # a tensor after the prefill
@@ -80,10 +103,9 @@ class Storage:
             setattr(self, name, new)
 
     def grow(self, slots: int) -> None:
-        """Reallocate to at least `slots` more slots a KV head, keeping what is stored."""
-        extra = round_room(slots)
+        """Reallocate to `slots` more slots a KV head, keeping what is stored."""
 
         def widen(view: Tensor) -> Tensor:
-            return torch.nn.functional.pad(view, (0, 0, 0, extra)).flatten(1, 2)
+            return torch.nn.functional.pad(view, (0, 0, 0, slots)).flatten(1, 2)
 
         self.key_buffer, self.value_buffer = widen(self.keys), widen(self.values)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import LinearAttentionCacheLayerMixin as Recurrent
 
 from specpass.cache.layer import Storage
 from specpass.dialect.define import SPEC
@@ -26,15 +27,35 @@ if TYPE_CHECKING:
 class CacheProtocol(Cache):
     """transformers' side of a BudgetCache."""
 
-    layers: list[BudgetLayer]
+    layers: list[Any]  # a BudgetLayer wherever attention is pruned; states and nothing at all elsewhere
+    columns: int | None
+    read_mask: Tensor | None
     seen: Any  # tokens that generate counts: 0, or a 0-d tensor after the prefill
     appended: int
+    uneven: int
     lookahead_ids: Tensor | None
     prompt_positions: Tensor | None
     shift: Tensor | None
 
+    @property
+    def budgeted(self) -> list[BudgetLayer]:
+        """The layers that hold keys and values."""
+        return [layer for layer in self.layers if isinstance(layer, BudgetLayer)]
+
+    @property
+    def filled(self) -> bool:
+        """Whether a prompt was read."""
+        return any(layer.is_initialized for layer in self.budgeted)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Layers with a state and no attention."""
+        return [isinstance(layer, Recurrent) and not isinstance(layer, BudgetLayer) for layer in self.layers]
+
     def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
         """Physical length: slots in use, as a 0-d tensor after the prefill (masks are in slot coordinates)."""
+        if self.columns is not None:
+            return self.columns
         layer = self.layers[layer_idx]
         return layer.lengths.max() if layer.is_initialized else 0
 
@@ -49,15 +70,33 @@ class CacheProtocol(Cache):
             CacheStateError: more tokens than were appended; dropped prompt positions cannot come back.
         """
         tokens_to_remove = abs(tokens_to_remove)  # transformers' own layers take it negative
-        if tokens_to_remove == 0 or not self.layers[0].is_initialized:
+        states = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, Recurrent)}
+        stuck = next((index for index, layer in states.items() if not (layer.is_croppable and layer.record_past)), None)
+        if tokens_to_remove and stuck is not None:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): layer {stuck} has a state, which no token can be taken out of; call "
+                "reset() and read the prompt anew (assisted decoding needs a target without such states)."
+            )
+        if stuck is None:
+            for layer in states.values():  # convolutions that were told to record what they read
+                layer.drop_recorded(tokens_to_remove)
+        if tokens_to_remove == 0 or not self.filled:
             return
         if not 0 < tokens_to_remove <= self.appended:
             raise CacheStateError(
                 f"crop({tokens_to_remove}): only the {self.appended} tokens behind the pruned prompt can be removed; "
                 "call reset() to prune a prompt anew."
             )
-        for layer in self.layers:
-            layer.lengths.sub_(tokens_to_remove)
+        if self.appended - tokens_to_remove < self.uneven:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): some of these tokens were masked and stand in no slot, in some rows: "
+                f"remove at most {self.appended - self.uneven}, or call reset() to prune a prompt anew."
+            )
+        for layer in self.budgeted:
+            layer.crop(tokens_to_remove)
+        if self.columns is not None:
+            self.columns -= tokens_to_remove
+            self.read_mask = None if self.read_mask is None else self.read_mask[:, :-tokens_to_remove]
         self.seen.sub_(tokens_to_remove)
         self.appended -= tokens_to_remove
 
@@ -75,7 +114,7 @@ class CacheProtocol(Cache):
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch to what the cache itself holds of each row."""
-        for name in ("lookahead_ids", "prompt_positions", "shift"):
+        for name in ("lookahead_ids", "prompt_positions", "shift", "read_mask"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
 
@@ -92,19 +131,17 @@ class BudgetLayer(Storage, CacheLayerMixin):
         self.index = index
         self.budget = budget
         self.span = span
+        # transformers makes one mask for layers that say so, and one for the rest. Decided here: computed while Dynamo
+        # traces, it is a symbol that equals nothing.
+        self.is_sliding = span is not None and span.positions > 0
         self.found: Span | None = None  # what the prefill's graph says of it
         self.widest: int | None = None  # of its kind, where they are unlike: the model makes one mask for all of them
         self.reset()
 
     @property
-    def is_sliding(self) -> bool:
-        """transformers makes one mask for layers that say so, and one for those that do not."""
-        return self.span is not None and self.span.positions > 0
-
-    @property
     def is_compileable(self) -> bool:
         # True once the prefill is over: generate then makes a mask of fixed shape for each decode step.
-        return self.is_initialized and not self.cache.exact
+        return self.is_initialized and not self.cache.exact and self.cache.columns is None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The prefill graph makes the storage; there is nothing to prepare."""
@@ -131,9 +168,13 @@ class BudgetLayer(Storage, CacheLayerMixin):
         return tuple(SPEC.widen(buffer, self.kv_heads, slots) for buffer in (self.key_buffer, self.value_buffer))
 
     def get_seq_length(self) -> int | Tensor:
+        if self.cache.listener is not None:  # the target asks, and counts what it was told
+            return self.cache.columns or 0
         return self.cache.seen if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.cache.columns is not None:  # uncompiled: masks count the target's columns
+            return self.cache.columns + query_length, 0
         if self.cache.exact:
             return self.slots + query_length, 0
         if not torch.compiler.is_compiling():
@@ -143,6 +184,13 @@ class BudgetLayer(Storage, CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens."""
+        self.lengths.sub_(tokens)
+        if self.exact or self.cache.exact:
+            views = [view for view in (self.keys, self.values) if view is not None]
+            self.key_buffer, self.value_buffer = (view[:, :, :-tokens].flatten(1, 2) for view in views)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))

@@ -24,7 +24,7 @@ from specpass.passes.pipeline import draft_prefill_passes, draft_step_passes
 from specpass.passes.score_draft import StepRows
 from specpass.rewrite import Facts, Kind, Pass, Pipeline, Refusal, Request
 from specpass.rewrite.sites import Sites
-from specpass.sizes import eos_ids, layer_spans
+from specpass.sizes import eos_ids, layer_spans, pad_id
 
 
 class _DraftLayer(CacheLayerMixin):
@@ -69,13 +69,12 @@ def capture_draft(draft: nn.Module, prompt: SpecPC | None = None) -> DraftGraphs
     spans = layer_spans(draft.config)
     config = draft.generation_config
     ends = eos_ids(config)
-    pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
     if None in spans:
         raise Refusal(f"its layer {spans.index(None)} is no attention layer")
     capture, layers = _Capture(ModelTrace(draft), Spans(spans), prompt), len(spans)
     prefill, step = capture.prefill(), capture.step()
     vocab = int(value(results_of(step.graph)[0]).shape[-1])
-    return DraftGraphs(prefill, step, capture.model.params, layers, vocab, ends, int(pad), prompt=prompt)
+    return DraftGraphs(prefill, step, capture.model.params, layers, vocab, ends, pad_id(config), prompt=prompt)
 
 
 class _Capture:

@@ -25,6 +25,21 @@ from specpass.graph.edit import quiet
 BATCH, PROMPT, ROOM, SLOTS = 3, 1021, 31, 1087
 
 
+def untraceable(model: nn.Module) -> str:
+    """Why a model's weights cannot become inputs of a graph; "" where they can.
+
+    Quantised tensors of a class of their own would be traced through to what no input stands for, and offloaded ones
+    are not there.
+    """
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        for tensor in (weight, weight.data):
+            if type(tensor) not in (nn.Parameter, nn.Buffer, Tensor):
+                return f"{name} is a {type(tensor).__name__}, which cannot be traced"
+        if weight.device.type == "meta":
+            return f"{name} is offloaded"
+    return ""
+
+
 class ModelTrace:
     """`model` (a Hugging Face decoder in eval mode) with fake parameters, and prompt inputs of symbolic size.
 

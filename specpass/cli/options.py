@@ -20,7 +20,9 @@ Draft = Annotated[str | None, typer.Option("--draft", "-d", help=f"The small mod
 MethodName = Annotated[str, typer.Option("--method", "-m", help=f"{', '.join(names())}, or {FULL}: no pruning.")]
 Budget = Annotated[str, typer.Option("--budget", "-b", help="KV slots per KV head and layer, or a ratio such as 0.25.")]
 Window = Annotated[int | None, typer.Option(help="The last WINDOW prompt tokens are always kept.")]
-Lookahead = Annotated[int | None, typer.Option(help="Tokens that the draft writes ahead.")]
+Lookahead = Annotated[
+    int | None, typer.Option(help="Tokens that the draft writes ahead; min(32, max-new-tokens) if left out.")
+]
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Another field of the method, NAME=VALUE; repeatable.")
 ]

@@ -101,7 +101,7 @@ def plan(
     """What to tune, and entries for what stays with torch's operators."""
     from transformers import AutoConfig
 
-    from specpass.cache.layer import round_room
+    from specpass.cache.layer import room_of
     from specpass.hub import model_path
     from specpass.kernels.archs import ARCHS, device_arch
     from specpass.kernels.dispatch import ATEN_OPERATORS, triton_installed
@@ -120,9 +120,8 @@ def plan(
     drafts = Layer.of(AutoConfig.from_pretrained(model_path(draft)), batch, dtype) if draft else None
     jobs = []
     for method in methods:
-        # None stands for the generation's length, as in generate.
-        lookahead = max_new_tokens if method.lookahead is None else method.lookahead
-        jobs += target_jobs(own, config.num_hidden_layers, method, name, prompt, lookahead, round_room(max_new_tokens))
+        lookahead = method.look_ahead(max_new_tokens)
+        jobs += target_jobs(own, config.num_hidden_layers, method, name, prompt, lookahead, room_of(max_new_tokens))
         if drafts is not None:
             jobs += draft_jobs(drafts, method, name, prompt, lookahead)
     aten = [

@@ -15,7 +15,7 @@ from specpass.dialect.define import Operator
 
 class Fill(
     Operator,
-    schema="fill(Tensor key, Tensor value, Tensor handle, int budget, int room, int layer, bool short) "
+    schema="fill(Tensor key, Tensor value, Tensor handle, int budget, SymInt room, int layer, bool short) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     until="DRAFTED",
 ):
@@ -29,7 +29,7 @@ class Fill(
     value: fx.Node  # [B, K, S, Dv]
     handle: fx.Node
     budget: int
-    room: int
+    room: Any  # a symbol: answers of any length go on from one graph
     layer: int
     short: bool
 
@@ -61,6 +61,17 @@ class AppendKv(
 
     @staticmethod
     def fake(keys, values, lengths, key, value, handle):
+        return None
+
+
+class TakeBack(Operator, schema="take_back(Tensor(a!) lengths, Tensor padding) -> ()", since="PRUNED"):
+    """Of the slots in use, the last `padding` [B] of each row are free again, in place."""
+
+    lengths: fx.Node  # [B, K]
+    padding: fx.Node  # [B]
+
+    @staticmethod
+    def fake(lengths, padding):
         return None
 
 
@@ -158,7 +169,7 @@ class Widen(Operator, schema="widen(Tensor storage, int kv_heads, SymInt slots) 
 
 class GatherKv(
     Operator,
-    schema="gather_kv(Tensor key, Tensor value, Tensor positions, int room) -> (Tensor, Tensor, Tensor)",
+    schema="gather_kv(Tensor key, Tensor value, Tensor positions, SymInt room) -> (Tensor, Tensor, Tensor)",
     since="PRUNED",
 ):
     """The kept K and V as the cache's storage: keys [B, K * (C + N), D], values, lengths [B, K]."""
@@ -166,7 +177,7 @@ class GatherKv(
     key: fx.Node  # [B, K, T, D]
     value: fx.Node
     positions: fx.Node  # [B, K, C], unused slots -1
-    room: int
+    room: Any
 
     @staticmethod
     def fake(key, value, positions, room):

@@ -19,6 +19,20 @@ class PackOrder(Operator, schema="pack_order(Tensor attention_mask, Tensor ids) 
         return ids.new_empty(ids.shape[:2], dtype=torch.int64), ids.new_empty(ids.shape[0], dtype=torch.int64)
 
 
+class PackAppended(
+    Operator, schema="pack_appended(Tensor attention_mask, Tensor tokens) -> (Tensor, Tensor, Tensor)", since="PRUNED"
+):
+    """Of q appended tokens: order [B, q] packed -> the caller's, place [B, q] its inverse, masked tokens [B]."""
+
+    attention_mask: fx.Node  # [B, M], whose last q columns are those of the tokens
+    tokens: fx.Node  # [B, q] ids or [B, q, E] embeddings, of which the shape is read
+
+    @staticmethod
+    def fake(attention_mask, tokens):
+        order = tokens.new_empty(tokens.shape[:2], dtype=torch.int64)
+        return order, torch.empty_like(order), order.new_empty(order.shape[0])
+
+
 class FullLengths(Operator, schema="full_lengths(Tensor ids) -> Tensor"):
     """[B]: S for every row."""
 

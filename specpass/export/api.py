@@ -61,7 +61,8 @@ def export_onnx(
     Args:
         target: a Hugging Face decoder in eval mode, in float32 or float16; it is left as it is.
         draft: a smaller one with the same tokenizer, likewise.
-        method: e.g. specpass.SpecKV(budget=256, window=32, lookahead=16); None exports the exact model.
+        method: e.g. specpass.SpecKV(budget=256, window=32, lookahead=16); None exports the exact model. Where it names
+            no lookahead, L is 32: a constant of the export.
         out: a new folder, or an earlier export, which is replaced once the new one is complete.
         weights: "float" as the models have them, or "int8" through ONNX Runtime's dynamic quantizer.
         tokenizer: a Hugging Face tokenizer, or the folder of one, whose files are put beside.
@@ -82,8 +83,10 @@ def export_onnx(
         draft = None
     else:
         checks.check_draft(draft, method)
-        checks.check_pair(target.config, next(target.parameters()), draft)
-    check_dtype(target)
+        checks.check_pair(target.config, checks.device_of(target), draft)
+    check_dtype(target, "target")
+    if draft is not None:
+        check_dtype(draft, "draft")
     if weights not in WEIGHTS:
         raise ExportError(f"weights={weights!r}: expected one of {', '.join(WEIGHTS)}.")
     out = Path(out)
@@ -119,17 +122,13 @@ def check_method(method: Method | None) -> None:
         )
     if method.lookahead_ids is not None:
         raise LookaheadError("lookahead_ids are those of one prompt, and an export serves all: export with a draft.")
-    if method.drafts and method.lookahead is None:
-        raise LookaheadError(
-            "lookahead=None means max_new_tokens, which an export does not know: give a count, e.g. lookahead=16."
-        )
 
 
-def check_dtype(target: nn.Module) -> None:
-    dtype = next(target.parameters()).dtype
+def check_dtype(model: nn.Module, name: str) -> None:
+    dtype = next(model.parameters()).dtype
     if dtype not in (torch.float32, torch.float16):
         raise DtypeMismatchError(
-            f"the target is in {dtype}, and exports are in float32 or float16: load target and "
+            f"the {name} is in {dtype}, and exports are in float32 or float16: load target and "
             "draft with dtype='float32'."
         )
 
@@ -219,7 +218,7 @@ def describe(folder: Path, target: nn.Module, draft: nn.Module | None, method: M
         dtype=str(key.dtype.numpy()),
         weights=weights,
         compressed=method is not None and method.prompt is not None,
-        lookahead=0 if method is None or draft is None else method.lookahead or 0,
+        lookahead=0 if method is None or draft is None else method.look_ahead(),
         context=None if draft is None else context_length(draft.config),
         eos_ids=eos,
         pad_id=int(pad),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import fx
 
-# The order in which Hugging Face decoders take them, for callers that pass them by position.
+# The order in which most Hugging Face decoders take them, for callers that pass them by position.
 ROLES = ("input_ids", "attention_mask", "position_ids")
 _BY_NAME = re.compile(r"\['(input_ids|attention_mask|position_ids|inputs_embeds)'\]$")
 _BY_ORDER = re.compile(r"\['args'\]\[(\d)\]$")
@@ -23,20 +24,24 @@ def source_name(node: fx.Node) -> str:
     return name() if callable(name) else name
 
 
-def role_of(name: str) -> str | None:
-    """input_ids, attention_mask, position_ids or inputs_embeds; None for weights, sizes and the cache."""
+def role_of(name: str, order: Sequence[str] = ROLES) -> str | None:
+    """input_ids, attention_mask, position_ids or inputs_embeds; None for weights, sizes and the cache.
+
+    Args: order: names of the model's arguments, in their order.
+    """
     if found := _BY_NAME.search(name):
         return found.group(1)
-    if (found := _BY_ORDER.search(name)) and int(found.group(1)) < len(ROLES):
-        return ROLES[int(found.group(1))]
+    if (found := _BY_ORDER.search(name)) and int(found.group(1)) < len(order):
+        role = order[int(found.group(1))]
+        return role if role in (*ROLES, "inputs_embeds") else None
     return None
 
 
-def named_inputs(gm: fx.GraphModule) -> dict[str, fx.Node]:
-    """Prompt inputs [B, S] by role; a mask that is not 2-D has no role."""
+def named_inputs(gm: fx.GraphModule, order: Sequence[str] = ROLES) -> dict[str, fx.Node]:
+    """Prompt inputs [B, S] by role; a mask that is not 2-D has no role. Args: order: as for `role_of`."""
     found: dict[str, fx.Node] = {}
     for node in gm.graph.find_nodes(op="placeholder"):
-        role = role_of(node.meta.get("specpass_source", ""))
+        role = role_of(node.meta.get("specpass_source", ""), order)
         val = node.meta.get("val")
         if role == "inputs_embeds" or (role and isinstance(val, torch.Tensor) and val.dim() == 2):
             found[role] = node

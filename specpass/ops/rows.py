@@ -21,6 +21,16 @@ def pack_order(attention_mask: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return order, real.sum(1)
 
 
+def pack_appended(attention_mask: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the q tokens [B, q, ...] that the last q columns of attention_mask [B, M] speak of: real ones first.
+
+    Returns: order [B, q] int64 (packed column -> the caller's), its inverse, the number of masked tokens [B] int64.
+    """
+    count = tokens.shape[1]
+    order, real = pack_order(attention_mask[:, attention_mask.shape[1] - count :], tokens)
+    return order, torch.argsort(order, dim=1), count - real
+
+
 def full_lengths(ids: Tensor) -> Tensor:
     """[B] int64: S for every row of ids [B, S]."""
     return torch.full((ids.shape[0],), ids.shape[1], dtype=torch.int64, device=ids.device)
@@ -94,6 +104,7 @@ def take_rows(query: Tensor, rows: Tensor) -> Tensor:
 
 
 bind(dialect.PackOrder, pack_order)
+bind(dialect.PackAppended, pack_appended)
 bind(dialect.FullLengths, full_lengths)
 bind(dialect.PackIds, pack_ids)
 bind(dialect.ExpandRows, expand_rows)

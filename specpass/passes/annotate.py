@@ -24,7 +24,7 @@ from specpass.passes.read.logits import changed_logits
 from specpass.passes.read.masks import mask_span
 from specpass.rewrite import Facts, Pass, Refusal, Request
 from specpass.rewrite.sites import Site, Sites
-from specpass.sizes import Span
+from specpass.sizes import FULL, Span
 
 Write = Fill | AppendKv | KeepKv
 
@@ -168,9 +168,9 @@ class Reader:
         """
         said = None if self.spans is None else self.spans.layers[layer]
         if isinstance(write, AppendKv):
-            return said or Span()  # a mask in slot coordinates tells nothing; lengths and the prefill's span tell all
+            return said or FULL  # a mask in slot coordinates tells nothing; lengths and the prefill's span tell all
         if value(attention.query).shape[2] == 1:  # a prompt of one token reads itself, whatever is added to its logit
-            return said or Span()
+            return said or FULL
         found = self._by_mask(attention)
         if isinstance(found, str):
             raise Refusal(f"attention mask: {found}", module)
@@ -183,7 +183,7 @@ class Reader:
     def _by_mask(self, attention: Sdpa | ModifiedAttention) -> Span | str:
         mask = attention.attn_mask if isinstance(attention, Sdpa) else attention.mask
         if mask is None:
-            return Span() if isinstance(attention, Sdpa) and attention.is_causal else "none"
+            return FULL if isinstance(attention, Sdpa) and attention.is_causal else "none"
         if mask not in self.masks:
             self.masks[mask] = mask_span(mask, self.inputs, self.weights)
         return self.masks[mask]

@@ -4,6 +4,7 @@ before: `sdpa(q, reshape(expand(unsqueeze(k))), reshape(expand(unsqueeze(v))), m
     or  `matmul(softmax(matmul(q, transpose(k)) * s + mask), v)` (attn_implementation="eager", see read/attention.py)
 after:  `sdpa(q, k, v, mask, 0.0, causal, scale=s, enable_gqa=True)` with k, v [B, K, T, D] as the cache op saw them.
     or  `modified_attention(q, k, v, mask, s, softcap, sinks)` where the logits are capped or the softmax has sinks
+    Under autocast q and k come in float32, and are cast to v's dtype in front of the cache, not inside of attention.
 
 Matches by structure and fake shapes; what does not match is left alone, and annotate says so.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import fx
 
 from specpass.dialect.attention import ModifiedAttention
+from specpass.dialect.cache import AppendKv, Fill, KeepKv
 from specpass.graph.aten import Copy, Expand, Sdpa, Slice, Softmax, Unsqueeze, View
 from specpass.graph.edit import Editor, quiet
 from specpass.graph.walk import ATEN, find, is_op, skip_full_slices, value
@@ -45,6 +47,10 @@ class Canonicalize(Pass):
         join_values(editor, Sdpa.find(gm.graph))
         for attention in Sdpa.find(gm.graph):
             unfold_query(editor, attention)
+        for write in (*Fill.find(gm.graph), *AppendKv.find(gm.graph), *KeepKv.find(gm.graph)):
+            cast(editor, write.key, write.value)
+        for site in (*Sdpa.find(gm.graph), *ModifiedAttention.find(gm.graph)):
+            cast(editor, site.query, site.value)
         gm.graph.eliminate_dead_code()
 
 
@@ -52,6 +58,13 @@ def drop_grad_modes(graph: fx.Graph) -> None:
     """A graph is for inference; run by itself, its last switch would leave the caller's autograd off."""
     for node in find(graph, torch._C._set_grad_enabled):
         graph.erase_node(node)
+
+
+def cast(editor: Editor, node: fx.Node, like: fx.Node) -> None:
+    """Let everybody read `node` in the dtype of `like`; autocast would make them one inside of attention."""
+    if value(node).dtype != value(like).dtype:
+        new = editor.call(ATEN.to.dtype, node, value(like).dtype, before=node.next, like=node)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
 def unify_sizes(graph: fx.Graph) -> None:

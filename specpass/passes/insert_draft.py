@@ -5,8 +5,8 @@ after:  caches, logits = draft_prefill(ids, lengths, L); token = next_token(logi
         token, caches = draft_step(token, lengths + i, caches)      L - 1 times, one subgraph
         logits = target(append_ids(ids, lookahead, lengths) [B, S + L])[last prompt position]
 
-The target's own nodes are not touched: the symbol that meant S in them now means S + L, so only the inputs' shapes
-are restated as (symbol - L). Where the prompt is compressed (SpecPC), the draft also yields scores [B, S] of the
+The target's own nodes do what they did; in their fake values s + L stands where s, the symbol of the inputs' length,
+stood. Where the prompt is compressed (SpecPC), the draft also yields scores [B, S] of the
 prompt's tokens, and what the target reads is left to gather_prompt and resize_prompt.
 """
 
@@ -16,16 +16,16 @@ import dataclasses
 import operator
 from typing import Any, ClassVar
 
-import sympy
 import torch
 from torch import fx
 
 from specpass.dialect.cache import Lookahead, Size
 from specpass.dialect.define import SPEC
 from specpass.dialect.rows import ExpandRows, FullLengths, PackIds, PackOrder
-from specpass.graph.edit import Editor, quiet
+from specpass.graph.edit import Editor
 from specpass.graph.operands import GetItem
-from specpass.graph.walk import is_size, value
+from specpass.graph.sizes import Substitution
+from specpass.graph.walk import depends, is_size, value
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Drafted, Inputs, Rows
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
@@ -52,9 +52,9 @@ class InsertDraft(Pass):
         size = value(ids).shape[1]
         if not isinstance(size, torch.SymInt):
             raise Refusal("the prompt length is a constant of the graph; compile with dynamic=True")
-        if not request.compresses:
-            restate_prompt_length(gm, editor, size, request.lookahead)
         anchor = first_target_use(gm)
+        if not request.compresses:
+            lengthen(gm, anchor, size, request.lookahead)
         placeholder = Lookahead.find(gm.graph)[0]
         draft = facts.get(DraftGraphs)
         if draft is None:  # the caller's ids
@@ -68,27 +68,19 @@ class InsertDraft(Pass):
             extend_prompt(editor, facts, drafted, size, request.lookahead)
 
 
-def restate_prompt_length(gm: fx.GraphModule, editor: Editor, size: torch.SymInt, length: int) -> None:
-    """Inputs of prompt length [.., s] get fake values of length s - L: s now stands for S + L."""
-    expr = size.node.expr
-    if not expr.is_symbol:
-        raise Refusal(f"the prompt length is the expression {expr}, not a symbol")
-    with quiet(editor.mode):
-        for node in gm.graph.nodes:
-            if "val" in node.meta and (node.op == "placeholder" or is_pack(node)):
-                node.meta["val"] = shortened(node.meta["val"], expr, length)
+def lengthen(gm: fx.GraphModule, anchor: fx.Node, size: torch.SymInt, length: int) -> None:
+    """The target's own nodes, from `anchor` on, get the fake values of a prompt of S + L tokens: s + L stands for s.
 
-
-def shortened(val: Any, expr: sympy.Expr, length: int) -> Any:
-    """A fake value with `length` less in the place of each size `expr`."""
-    if is_size(val, expr):
-        return val - length
-    if isinstance(val, torch.Tensor) and any(is_size(dim, expr) for dim in val.shape):
-        shape = [dim - length if is_size(dim, expr) else dim for dim in val.shape]
-        return torch.empty(shape, dtype=val.dtype, device=val.device)
-    if isinstance(val, (tuple, list)):
-        return tuple(shortened(item, expr, length) for item in val)
-    return val
+    The inputs keep theirs, so that any L stands beside any S.
+    """
+    if not size.node.expr.is_symbol:
+        raise Refusal(f"the prompt length is the expression {size.node.expr}, not a symbol")
+    longer = Substitution(gm, size.node.expr, size.node.expr + length)
+    node = anchor
+    while node.op != "output":
+        if depends(node.meta.get("val"), size):
+            node.meta["val"] = longer.of(node.meta["val"])
+        node = node.next
 
 
 def is_pack(node: fx.Node) -> bool:
@@ -107,7 +99,7 @@ def first_target_use(gm: fx.GraphModule) -> fx.Node:
 def extend_prompt(editor: Editor, facts: Facts, drafted: Drafted, size: torch.SymInt, length: int) -> None:
     """Let the target's nodes read S + L tokens."""
     anchor, inputs, lengths = drafted.anchor, facts[Inputs], facts[Rows].lengths
-    columns = columns_of(editor.graph, size, length)
+    columns = columns_of(editor.graph, size)
     longer: list[tuple[fx.Node | None, Any, tuple[Any, ...]]] = [
         (inputs.tokens, SPEC.append_ids, (drafted.ids, lengths)),
         (columns, operator.add, (length,)),
@@ -121,9 +113,9 @@ def extend_prompt(editor: Editor, facts: Facts, drafted: Drafted, size: torch.Sy
                 reader.replace_input_with(node, new)
 
 
-def columns_of(graph: fx.Graph, size: torch.SymInt, length: int) -> fx.Node | None:
+def columns_of(graph: fx.Graph, size: torch.SymInt) -> fx.Node | None:
     """The input that holds the prompt's length, where there is one."""
     for node in graph.nodes:
-        if node.op == "placeholder" and isinstance(value(node), torch.SymInt) and is_size(value(node) + length, size):
+        if node.op == "placeholder" and is_size(value(node), size):
             return node
     return None

@@ -19,6 +19,7 @@ from specpass.passes.resize_prompt import ResizePrompt
 from specpass.passes.score_draft import ScoreDraftPrefill, ScoreDraftStep
 from specpass.passes.score_importance import ScoreImportance
 from specpass.passes.shift_positions import ShiftPositions
+from specpass.passes.skip_padding import SkipPadding
 from specpass.passes.specialize import Specialize
 from specpass.passes.take_last import TakeLast
 from specpass.rewrite import Pass
@@ -37,6 +38,7 @@ PASSES: tuple[Pass, ...] = (
     GatherPrune(),  # needs the scores
     ShiftPositions(),  # decode: what generate counts becomes what the target was told
     AttendSlots(),  # decode: the masks die
+    SkipPadding(),  # decode: what nobody else reads of a mask
     Specialize(),  # last: what nobody reads goes
 )
 

@@ -2,7 +2,9 @@
 
 Counting rules. FLOPs: two per multiply-add of the matrix products, the causal half of attention in full (as torch's
 counter does). Bytes moved: each weight once a pass, keys and values written once and read once; activations are left
-out. Everything holds for prompts longer than the budget; a shorter one is kept whole and costs what full KV costs.
+out. N is M rounded up to a multiple of 64; beyond 512 it grows by half whenever it is full (cache/layer.py), to what
+the cache ends with. Everything holds for prompts longer than the budget; a shorter one is kept whole and costs what
+full KV costs.
 
 Symbols: B batch, S prompt, L lookahead, W window rows that score, C budget, N free slots, M new tokens; n layers,
 E hidden, H heads, K key/value heads, D head size, I intermediate, m matrices of the MLP, V vocabulary, b bytes of a
@@ -20,7 +22,7 @@ from typing import Any, TypeAlias
 import sympy
 from sympy import Expr, Symbol
 
-from specpass.cache.layer import round_room
+from specpass.cache.layer import room_of
 from specpass.methods.base import BUDGET_STEP, Method, is_builtin
 from specpass.sizes import Decoder
 
@@ -161,21 +163,21 @@ class Costs:
     def _values(self, prompt: int, new_tokens: int, batch: int) -> dict[Symbol, Any]:
         budgets = self.method.resolve(prompt).layer_budgets(self.layers)
         mean = sympy.Rational(sum(budgets), len(budgets))
-        ahead = {} if L in self.values else {L: new_tokens}  # lookahead=None drafts the whole answer
-        return {**self.values, **ahead, B: batch, S: prompt, C: mean, N: round_room(new_tokens), M: new_tokens}
+        ahead = {} if L in self.values else {L: self.method.look_ahead(new_tokens)}
+        return {**self.values, **ahead, B: batch, S: prompt, C: mean, N: room_of(new_tokens), M: new_tokens}
 
     def break_even(self, what: str, new_tokens: int, batch: int = 1) -> int | None:
         """The shortest prompt from which a generation of `new_tokens` costs no more than with full KV; None: never.
 
         Args: what: "kv_bytes" (the cache at the end), "bytes" or "flops" (prefill, draft and all decode steps).
-        A budget that is a ratio is taken as large as rounding to a multiple of 64 can make it.
+        A budget that is a ratio is taken as large as rounding (see Method.resolve) can make it.
         """
         values = self._values(1 << 20, new_tokens, batch)
         for name in (S, C):
             values.pop(name)
         budget = self.method.budget
         ratio = isinstance(budget, float)
-        slots = budget * S + BUDGET_STEP - 1 if ratio else self._values(1 << 20, 1, 1)[C]
+        slots = budget * S * sympy.Rational(9, 8) + BUDGET_STEP - 1 if ratio else self._values(1 << 20, 1, 1)[C]
         gain = sympy.Poly((_total(self.full, what) - _total(self.pruned, what)).subs(values).subs(C, slots), S)
         least = 1 + (int(self.method.resolve(1).budget) if ratio else int(slots))  # what fits is kept whole
         starts = [least, *(int(sympy.floor(root)) + 1 for root in gain.real_roots() if root > least)]

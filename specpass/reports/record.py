@@ -58,6 +58,24 @@ class GraphRecord:
         self.lower_seconds = lowered.seconds
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptRecord:
+    """What became of a prompt that was read uncompiled.
+
+    Args:
+        short: it fits the budget and was kept whole.
+        sites: its attention, with budget 0 where everything is kept in the model's own columns.
+        states: layers with a state, which is exact; state_bytes: of all of them, a row.
+        two_phases: the lookahead went through the target behind the prompt: until then keys and values were whole.
+    """
+
+    short: bool
+    sites: list[SiteRecord]
+    states: int
+    state_bytes: int
+    two_phases: bool
+
+
 @dataclasses.dataclass(eq=False)
 class BackendRecord:
     """Everything that one backend has compiled.
@@ -68,6 +86,9 @@ class BackendRecord:
         target_configs: of the targets seen, each once.
         decoders: sizes of target and draft, where they are not to be read from the configs.
         foreign: graphs without a BudgetCache.
+        interpreted: why the model's own forward runs uncompiled and is pruned around it; "" where graphs serve.
+        prompts: what became of prompts then, each outcome once.
+        notes: what else there is to say of calls.
     """
 
     pruned_by: Method
@@ -76,6 +97,9 @@ class BackendRecord:
     graphs: list[GraphRecord] = dataclasses.field(default_factory=list)
     refusals: list[str] = dataclasses.field(default_factory=list)
     foreign: int = 0
+    interpreted: str = ""
+    prompts: list[PromptRecord] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     draft_seconds: float = 0.0
     target_configs: list[Any] = dataclasses.field(default_factory=list, repr=False)
     decoders: tuple[Decoder | None, Decoder | None] | None = dataclasses.field(default=None, repr=False)
@@ -96,6 +120,15 @@ class BackendRecord:
     def refuse(self, reason: str) -> None:
         if reason not in self.refusals:
             self.refusals.append(reason)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def read(self, prompt: PromptRecord) -> None:
+        """Remember what became of a prompt, if it is new."""
+        if prompt not in self.prompts:
+            self.prompts.append(prompt)
 
     def costs(self) -> Costs | None:
         """Closed forms of what the method costs; None before the first call, or where none is known."""

@@ -6,7 +6,7 @@ import collections
 import itertools
 
 from specpass.reports.cost import BREAK_EVENS, Costs
-from specpass.reports.record import BackendRecord, GraphRecord
+from specpass.reports.record import BackendRecord, GraphRecord, PromptRecord
 
 LENGTHS = (4096, 32768, 131072)
 NEW_TOKENS = 256
@@ -20,15 +20,42 @@ def text(record: BackendRecord) -> str:
         lines.append(f"draft captured in {record.draft_seconds:.1f} s")
     for graph in record.graphs:
         lines += graph_lines(graph)
+    lines += interpreted_lines(record)
     lines += [f"refused: {reason} (the model runs exactly)" for reason in record.refusals]
     if record.foreign:
         lines.append(f"{record.foreign} graph(s) without a BudgetCache run exactly")
-    if not record.graphs and not record.foreign:
+    if not record.graphs and not record.foreign and not record.prompts:
         lines.append("nothing compiled yet: call the model once")
     costs = record.costs()
     if costs is not None and not record.refusals:
         lines += cost_lines(costs)
     return "\n".join(lines)
+
+
+def interpreted_lines(record: BackendRecord) -> list[str]:
+    """What became of prompts that the model's own forward read, and why it did."""
+    if not record.interpreted:
+        return []
+    lines = [f"interpreted: {record.interpreted}; the model's own forward runs, and its layers are pruned around it"]
+    for prompt in record.prompts:
+        lines += prompt_lines(prompt)
+    return lines + [f"note: {note}" for note in record.notes]
+
+
+def prompt_lines(prompt: PromptRecord) -> list[str]:
+    pruned = [site for site in prompt.sites if not site.exact]
+    what = "kept whole, which fits the budget" if prompt.short else "pruned"
+    lines = [f"prompt: {len(pruned)} of {len(prompt.sites)} attention layers {what}"]
+    budgets = sorted({site.budget for site in pruned})
+    if budgets:
+        lines.append(f"  budget per KV head and layer: {', '.join(map(str, budgets))} slots")
+    kept = collections.Counter(site.exact for site in prompt.sites if site.exact)
+    lines += [f"  {count} exact: {reason}" for reason, count in kept.items()]
+    if prompt.states:
+        lines.append(f"  {prompt.states} layers with a state, kept exactly: {amount(prompt.state_bytes, 'B')} a row")
+    if prompt.two_phases:
+        lines.append("  the lookahead came behind the prompt: until then these layers' keys and values were whole")
+    return lines
 
 
 def graph_lines(graph: GraphRecord) -> list[str]:

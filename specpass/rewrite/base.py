@@ -27,6 +27,10 @@ class Refusal(Exception):
         self.reason, self.module = reason, module
 
 
+class Unspliced(Refusal):
+    """A refusal of a graph whose attention is understood: what cannot be done is to put something in front of it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What is asked of a graph; the same for all passes.

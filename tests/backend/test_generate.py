@@ -124,12 +124,25 @@ def test_a_ratio_is_a_share_of_the_prompt(twin: Any) -> None:
     check_answer(ours, twin, ids, kept(ours.cache))
 
 
-def test_a_lookahead_of_none_is_max_new_tokens_as_given(twin: Any) -> None:
+def test_a_lookahead_of_none_is_32_tokens_or_the_answers_length(twin: Any) -> None:
+    """One prefill graph for all answers of 32 tokens or more; room is no constant of it."""
     model = compile_eager(tiny(), specpass.SpecKV(budget=C, window=W), tiny(seed=1, layers=1))
+    assert specpass.BudgetCache(model.config, specpass.SpecKV(budget=C, window=W)).lookahead == 32
     for new in (3, 7):
         ours = run(model, prompt(70, seed=8), new)
         assert ours.cache.lookahead_ids.shape == (1, new)
         check_answer(ours, twin, prompt(70, seed=8), kept(ours.cache))
+    graphs = len(prefills(model))
+    for number in range(20):
+        new = 32 + 97 * number
+        ours = run(model, prompt(70 + number, seed=8), new, eos_token_id=list(range(128)))  # stops after one token
+        assert ours.cache.lookahead_ids.shape == (1, 32)
+        assert ours.tokens[0][0] == int(call(twin, prompt(70 + number, seed=8), None)[0, -1].argmax())
+    assert len(prefills(model)) == graphs + 1
+
+
+def prefills(model: Any) -> list[Any]:
+    return [record for record in specpass.report(model).graphs if record.kind == "prefill"]
 
 
 def test_a_sampled_draft_is_seeded_and_independent_of_its_batch() -> None:

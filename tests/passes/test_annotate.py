@@ -25,7 +25,7 @@ from specpass.rewrite.sites import Site, Sites
 
 def described(site: Site) -> str:
     nodes = (site.cache, site.attention, site.query, site.key, site.value)
-    numbers = (site.mask, site.scale, site.softcap, site.budget)
+    numbers = (site.span, site.scale, site.softcap, site.budget)
     return f"{site.layer} {site.module}: {', '.join([*map(short, nodes), *map(str, numbers)])}"
 
 
@@ -42,12 +42,12 @@ def test_text_of_the_sites() -> None:
     assert_expected_inline(
         "\n\n".join(map(described_sites, found)),
         """\
-0 model.layers.0.self_attn: fill, scaled_dot_product_attention, add, add, transpose, causal, 0.25, 0.0, 24
-1 model.layers.1.self_attn: fill, scaled_dot_product_attention, add, add, transpose, causal, 0.25, 0.0, 24
+0 model.layers.0.self_attn: fill, scaled_dot_product_attention, add, add, transpose, full attention, 0.25, 0.0, 24
+1 model.layers.1.self_attn: fill, scaled_dot_product_attention, add, add, transpose, full attention, 0.25, 0.0, 24
 
-0 model.layers.0.self_attn: fill, modified_attention, add, add, transpose, causal, 0.25, 50.0, 24
+0 model.layers.0.self_attn: fill, modified_attention, add, add, transpose, sliding window 512, 0.25, 50.0, 512
 
-0 model.layers.0.self_attn: append_kv, scaled_dot_product_attention, add, view, view, lengths, 0.25, 0.0, 0""",
+0 model.layers.0.self_attn: append_kv, scaled_dot_product_attention, add, view, view, full attention, 0.25, 0.0, 0""",
     )
 
 
@@ -68,7 +68,7 @@ def test_numbers_of_a_site_are_its_attention() -> None:
     operands = (found["query"], found["key"], found["value"])
     expected = F.scaled_dot_product_attention(*operands, is_causal=True, scale=site.scale, enable_gqa=True)
     torch.testing.assert_close(found["attention"], expected)
-    assert site.mask == "causal"
+    assert site.is_full
 
 
 def attention_of(state: State) -> fx.Node:
@@ -101,8 +101,6 @@ def test_leaves_a_model_whose_keys_or_values_change_behind_the_cache() -> None:
 
 
 def test_leaves_a_model_whose_mask_or_dropout_is_not_understood() -> None:
-    state = prompt_graph(SNAPKV, family="mistral-sliding", sliding_window=3).before("annotate")
-    assert refusal(state) == "model.layers.0.self_attn: attention mask: sliding window 3"
     state = prompt_graph(SNAPKV, mask=True).before("annotate")
     state.facts.add(Inputs(None))
     assert refusal(state) == "model.layers.0.self_attn: attention mask: unknown: it is made of no token ids"

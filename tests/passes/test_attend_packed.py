@@ -29,7 +29,7 @@ def test_text() -> None:
 
 
 def test_text_of_capped_logits() -> None:
-    state = prompt_graph(SNAPKV, family="gemma2", sliding_window=512).after("attend_packed")
+    state = prompt_graph(SNAPKV, family="gemma2", layer_types=("full_attention",)).after("attend_packed")
     assert_expected_inline(
         text(state.gm, "prefill_attention", "modified_attention"),
         """prefill_attention(add, add, transpose, 0.25, 50.0, None)""",
@@ -45,7 +45,7 @@ def test_count() -> None:
 
 
 def test_numbers_stay() -> None:
-    for config in ({}, {"family": "gemma2", "sliding_window": 512}):
+    for config in ({}, {"family": "gemma2", "layer_types": ("full_attention",)}):
         state = prompt_graph(SNAPKV, **config).before("attend_packed")
         before = state.run(IDS, HANDLE)
         assert_same(state.apply(AttendPacked()).run(IDS, HANDLE), before)

@@ -53,7 +53,7 @@ def test_text() -> None:
 
 def test_text_of_capped_logits() -> None:
     assert_expected_inline(
-        difference(SNAPKV, family="gemma2", sliding_window=512),
+        difference(SNAPKV, family="gemma2", layer_types=("full_attention",)),
         """\
 +score_rows(full_lengths, None, 8, [])
 +take_rows(add, score_rows)
@@ -122,7 +122,7 @@ def test_leaves_methods_that_do_not_score_and_prompts_that_fit() -> None:
 
 def test_leaves_capped_logits_to_methods_that_know_of_them() -> None:
     """A method's own score is told of no soft cap, and would score something else than attention."""
-    state = prompt_graph(OWN, family="gemma2", sliding_window=512).before("score_importance")
+    state = prompt_graph(OWN, family="gemma2", layer_types=("full_attention",)).before("score_importance")
     with pytest.raises(Refusal, match=r"model.layers.0.self_attn: LastRow.score is not told of this layer's soft cap"):
         state.apply(ScoreImportance())
 

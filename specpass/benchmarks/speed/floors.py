@@ -41,7 +41,7 @@ def prefill_flops(pair: Pair, method: str, budget: int | None, length: int, batc
         return _pass(target, length, length, batch)
     made = methods.make(method, budget)
     read = length if made.prompt is None else min(length, int(made.prompt.budget))
-    drafted = made.lookahead or 0 if made.drafts else 0
+    drafted = made.look_ahead()
     total = _pass(target, read + (drafted if made.appends else 0), read, batch)
     if drafted:
         total += _pass(draft, length, length, batch) + (drafted - 1) * _pass(draft, 1, 2 * length, batch)

@@ -4,12 +4,12 @@ A mask's shape tells nothing, so its part of the graph is run on real tensors fo
 with the masks that specpass understands: causal, and within it a sliding window or chunks. Anything else is refused.
 
 A window of 4,096 would show at prompts beyond it only. So numbers that positions are compared with or divided by are
-made small while the subgraph runs (4,096 becomes 3, say), and what is found is named by the number that stood there.
+made small while the subgraph runs (4,096 becomes 2, say), and what is found is named by the number that stood there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor, fx
 
 from specpass.graph.walk import ATEN, ancestors, is_op, value
 from specpass.passes.facts import Inputs, Weights
-from specpass.sizes import Span
+from specpass.sizes import FULL, Span
 
-TRIALS = ((6, (0, 0)), (7, (0, 3)), (5, (2, 1)))  # prompt length, left padding of each row
-LEAST = 8  # a number from here on shows in no trial
+Trial = tuple[int, tuple[int, ...]]
+TRIALS: tuple[Trial, ...] = ((6, (0, 0)), (7, (0, 3)), (5, (2, 1)))  # prompt length, left padding of each row
+LEAST = 7  # a window from here on shows in no trial
+SMALL = (2, 3, 4)  # what numbers from LEAST on become, in their order
 COMPARED = (ATEN.sub, ATEN.add, ATEN.gt, ATEN.ge, ATEN.lt, ATEN.le, ATEN.floor_divide, ATEN.div)
 
 
@@ -39,8 +41,13 @@ def mask_span(mask: fx.Node, inputs: Inputs | None, weights: Weights | None = No
     if len(numbers) > len(SMALL):
         return f"unknown: positions are compared with {numbers}"
     small = dict(zip(numbers, SMALL, strict=False))
+    trials: tuple[Trial, ...] = TRIALS
+    bounds = tuple(range(1, LEAST))
+    if subgraph.known:  # a window in a buffer shows at the buffer's own size
+        length = min(known.shape[-1] for known in subgraph.known.values())
+        trials, bounds = ((length, (0, 0)), *TRIALS), (*bounds, *subgraph.widths(length))
     possible: set[Span] | None = None
-    for length, pads in TRIALS:
+    for length, pads in trials:
         real = subgraph.tokens(length, pads)
         try:
             got = subgraph.run(real, small)
@@ -48,18 +55,15 @@ def mask_span(mask: fx.Node, inputs: Inputs | None, weights: Weights | None = No
             return f"unknown: its subgraph does not evaluate ({type(error).__name__})"
         if got.dim() != 4:
             return f"unknown: shape {tuple(got.shape)}"
-        spans = _spans(got, real)
+        spans = _spans(got, real, bounds)
         possible = spans if possible is None else possible & spans
     if not possible:
         return "unknown: neither causal nor a sliding window nor chunks"
-    if Span() in possible:
-        return Span()
+    if FULL in possible:
+        return FULL
     found = min(possible, key=lambda span: span.positions)
     named = {number: name for name, number in small.items()}.get(found.positions, found.positions)
     return Span(sliding=named) if found.sliding else Span(chunk=named)
-
-
-SMALL = (3, 2, 4)  # what numbers become; unlike numbers become unlike ones
 
 
 class _Subgraph:
@@ -91,6 +95,10 @@ class _Subgraph:
             if is_op(node, *COMPARED):
                 found |= {abs(arg) for arg in node.args if type(arg) is int and abs(arg) >= LEAST}
         return sorted(found)
+
+    def widths(self, length: int) -> set[int]:
+        """How many columns a buffer lets its last row of `length` see: the window that it may hold."""
+        return {int(known[..., length - 1, :length].sum(-1).max()) for known in self.known.values()} - {length}
 
     def tokens(self, length: int, pads: tuple[int, ...]) -> Tensor:
         """[B, length] int64: 1 where a token is real."""
@@ -135,8 +143,8 @@ def made_small(arg: Any, small: Mapping[int, int]) -> Any:
     return small[abs(arg)] if arg > 0 else -small[abs(arg)]
 
 
-def _spans(mask: Tensor, real: Tensor) -> set[Span]:
-    """All spans by which a mask [B, 1, S, S] is right for tokens [B, S]."""
+def _spans(mask: Tensor, real: Tensor, bounds: Iterable[int]) -> set[Span]:
+    """All spans by which a mask [B, 1, S, S] is right for tokens [B, S], among those of these bounds."""
     batch, length = real.shape
     lowest = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 64  # a mask that is scaled is one, too
     allowed = mask if mask.dtype == torch.bool else mask > lowest
@@ -147,8 +155,8 @@ def _spans(mask: Tensor, real: Tensor) -> set[Span]:
     position = (real.cumsum(1) - 1)[:, None]  # [B, 1, S]
     row, column = position[..., :, None], position[..., None, :]
     causal = torch.ones(length, length, dtype=torch.bool).tril() & (real != 0)[:, None, None, :]
-    kept = {Span(): causal}
-    for bound in range(1, length + 1):
+    kept = {FULL: causal}
+    for bound in bounds:
         kept[Span(sliding=bound)] = causal & (row - column < bound)
         kept[Span(chunk=bound)] = causal & (row // bound == column // bound)
     return {span for span, expected in kept.items() if torch.equal(allowed & rows, expected & rows)}

@@ -1,0 +1,33 @@
+"""`python -m bench.fuzz --cases 5000 --seed 0`: ends with 1 where a case is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from bench.common import RESULTS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__)
+    parser.add_argument("--cases", type=int, default=5000, help="cases 0 .. N - 1 of the seed (default 5000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, default=RESULTS / "fuzz.json", help="file to write, and to go on from")
+    parser.add_argument("--restart", action="store_true", help="forget what the file holds")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no group of cases after so many")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from bench.fuzz.run import run
+
+    store = run(arguments.resume, arguments.seed, arguments.cases, arguments.minutes, arguments.restart)
+    store.save()
+    print(f"wrote {arguments.resume}: {store.parts['summary']}")
+    return int(store.parts["summary"]["wrong"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

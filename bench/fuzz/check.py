@@ -1,0 +1,262 @@
+"""One case: what the compiled model answers, whether what it kept may be kept, and what the oracle answers then."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.fuzz import formulas, oracle
+from bench.fuzz.cases import Case
+from bench.fuzz.subject import Subject, tokenizer
+from specpass.benchmarks.coverage.tiny import VOCAB
+
+CLOSE = 1e-3  # of the logits' size
+SCORE_CLOSE = 1e-4  # of a beam's
+
+
+class WrongError(Exception):
+    """The compiled model's answer, or what it kept, is not what it should be."""
+
+
+@dataclasses.dataclass
+class Prompts:
+    """Prompts [B, S] padded on the left, and what the target read of them."""
+
+    ids: Tensor
+    mask: Tensor
+    read: list[Tensor]  # of each row: prompt positions, ascending
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.mask.sum(1).tolist()
+
+    def row(self, index: int) -> Tensor:
+        """One prompt alone [1, S_i]."""
+        return self.ids[[index], self.ids.shape[1] - self.lengths[index] :]
+
+    def as_read(self) -> Prompts:
+        """The prompts that the target saw, as ones that were read whole."""
+        rows = [self.row(index)[0, read] for index, read in enumerate(self.read)]
+        return padded(rows)
+
+
+def padded(rows: list[Tensor]) -> Prompts:
+    """Prompts [S_i]; the padding is an ordinary token."""
+    size = max(map(len, rows))
+    ids, mask = torch.full((len(rows), size), 9), torch.zeros(len(rows), size, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        ids[index, size - len(row) :], mask[index, size - len(row) :] = row, 1
+    return Prompts(ids, mask, [torch.arange(len(row)) for row in rows])
+
+
+def check(case: Case, subject: Subject) -> str:
+    """ "" where all is well, "tie" where an answer goes another way behind equal logits.
+
+    Raises: WrongError, and whatever the compiled model raises.
+    """
+    dice = torch.Generator().manual_seed(case.index)
+    found = Play(case, subject, dice).run()
+    if case.reset:
+        found = found or Play(case, subject, dice, found_cache(subject, case)).run()
+    return found
+
+
+def found_cache(subject: Subject, case: Case) -> Any:
+    """A cache that has read another prompt and was reset."""
+    cache = subject.cache(case)
+    ids = torch.randint(1, VOCAB, (len(case.lengths), 33), generator=torch.Generator().manual_seed(1))
+    subject.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=2)
+    cache.reset()
+    return cache
+
+
+class Play:
+    """A case's calls, in turn, of the compiled model and of the oracle."""
+
+    def __init__(self, case: Case, subject: Subject, dice: torch.Generator, cache: Any = None) -> None:
+        self.case, self.subject, self.dice = case, subject, dice
+        self.prompts = padded([self._draw(length) for length in case.lengths])
+        own = bool(case.turns) or not case.early_exit
+        self.cache = cache if cache is not None else subject.cache(case) if own else None
+
+    def _draw(self, length: int) -> Tensor:
+        return torch.randint(1, VOCAB, (length,), generator=self.dice)
+
+    def run(self) -> str:
+        ids, mask = self.prompts.ids, self.prompts.mask
+        view: oracle.View | None = None
+        for crop, fresh in ((0, 0), *self.case.turns):
+            if view is not None:
+                if crop:
+                    self.cache.crop(crop)
+                    ids = ids[:, : -1 - crop]
+                more = torch.stack([self._draw(fresh) for _ in ids])
+                ids = torch.cat([ids, more], 1)
+                mask = torch.cat(
+                    [self.prompts.mask, ids.new_ones(len(ids), ids.shape[1] - self.prompts.ids.shape[1])], 1
+                )
+            ours = self._generate(self.subject.model, ids, mask)
+            if view is None:
+                view = self._view(ours.past_key_values)
+            seen = self.prompts.as_read()
+            behind = ids[:, self.prompts.ids.shape[1] :]
+            theirs = self._oracle(
+                torch.cat([seen.ids, behind], 1), torch.cat([seen.mask, behind.new_ones(behind.shape)], 1), view
+            )
+            starts = ids.shape[1], seen.ids.shape[1] + behind.shape[1]
+            if found := self._compare(ours, theirs, *starts):
+                return found
+            ids = ours.sequences
+        return ""
+
+    # -- the two sides
+
+    def _generate(self, model: Any, ids: Tensor, mask: Tensor) -> Any:
+        torch.manual_seed(self.case.index)
+        options = self._options()
+        if self.cache is not None:
+            options["past_key_values"] = self.cache
+        if self.case.stream:
+            options["streamer"] = streamer = Streamer()
+        out = model.generate(input_ids=ids, attention_mask=mask, **options)
+        if self.case.stream and streamer.tokens != out.sequences[0].tolist():
+            raise WrongError(f"the streamer got {streamer.tokens}, the answer is {out.sequences[0].tolist()}")
+        return out
+
+    def _oracle(self, ids: Tensor, mask: Tensor, view: oracle.View) -> Any:
+        torch.manual_seed(self.case.index)
+        return oracle.generate(self.subject.twin, ids, mask, view, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        case = self.case
+        options: dict[str, Any] = {
+            "max_new_tokens": case.new,
+            "do_sample": "sample" in case.mode,
+            "num_beams": case.beams,
+            "num_return_sequences": case.returned,
+            "return_dict_in_generate": True,
+            "output_logits": True,
+            "output_scores": True,
+        }
+        if "sample" in case.mode:
+            options |= {"temperature": 4.0, "top_k": 20}
+        if case.eos:
+            options["eos_token_id"] = list(range(case.index % 7, VOCAB, 7))
+        if case.stop:
+            options |= {"stop_strings": list("AFKPUZejoty"), "tokenizer": tokenizer()}
+        return options
+
+    # -- what was kept
+
+    def _view(self, cache: Any) -> oracle.View:
+        """What rows behind the prompt see of it; the cache's rows of one prompt are neighbours, and alike."""
+        subject, count = self.subject, len(self.prompts.ids)
+        repeats = cache.layers[subject.full[0]].positions.shape[0] // count
+        ahead = None if cache.lookahead_ids is None else cache.lookahead_ids[::repeats]
+        if cache.prompt_positions is not None:
+            rows = cache.prompt_positions[::repeats]
+            self.prompts.read = [row[row >= 0] for row in rows]
+            self._check_read(ahead)
+        seen = self.prompts.as_read()
+        kept = {layer: cache.layers[layer].positions[::repeats] for layer in subject.full}
+        if cache.prompt_positions is not None:  # numbered by the prompt, and wanted by what was read
+            for layer, positions in kept.items():
+                kept[layer] = torch.stack(
+                    [
+                        torch.where(own < 0, -1, torch.searchsorted(read, own.clamp(min=0).contiguous()))
+                        for read, own in zip(self.prompts.read, positions, strict=True)
+                    ]
+                )
+        for row in range(count):
+            self._check_kept(seen, row, kept, ahead)
+        return oracle.View(seen.ids.shape[1] - seen.mask.sum(1), seen.ids.shape[1], kept)
+
+    def _check_ahead(self, row: int, ahead: Tensor) -> None:
+        """The lookahead [L] is what the draft writes."""
+        ids = torch.cat([self.prompts.row(row), ahead[None]], 1)
+        view = oracle.View(torch.zeros(1, dtype=torch.int64), ids.shape[1])
+        with oracle.seen_by(view), torch.no_grad():
+            logits = self.subject.draft(input_ids=ids, use_cache=False).logits[0, -len(ahead) - 1 : -1]
+        behind = logits.amax(-1) - logits.gather(1, ahead[:, None])[:, 0]
+        if float(behind.max()) > CLOSE * float(logits.abs().max()):
+            raise WrongError(f"row {row}: the draft does not write {ahead.tolist()}")
+
+    def _check_read(self, ahead: Tensor | None) -> None:
+        """SpecPC: the tokens read are those that the draft's attention chooses."""
+        how, subject = self.subject.method.prompt, self.subject
+        for row, read in enumerate(self.prompts.read):
+            ids = self.prompts.row(row)
+            if how.budget >= ids.shape[1] or subject.refusals:
+                if len(read) != ids.shape[1]:
+                    raise WrongError(f"row {row}: {len(read)} of {ids.shape[1]} tokens read")
+                continue
+            written = ids[:, :0] if ahead is None else ahead[[row], : how.lookahead - 1]
+            tokens = torch.cat([ids, written], 1)
+            weights = oracle.probabilities(subject.draft, tokens, how.window + written.shape[1])
+            fields = {name: getattr(how, name) for name in ("window", "kernel", "neighbours", "first_layer")}
+            scores = formulas.token_scores(weights, ids.shape[1], fields)
+            wanted = formulas.read_tokens(scores, how.budget, fields)
+            if read.tolist() != wanted:
+                raise WrongError(f"row {row}: reads {read.tolist()}, due are {wanted}")
+
+    def _check_kept(self, seen: Prompts, row: int, kept: dict[int, Tensor], ahead: Tensor | None) -> None:
+        """Every layer keeps a top choice of the scores that the formulas give."""
+        method, length = self.subject.method, seen.lengths[row]
+        ids, budget = seen.row(row), method.budget if not self.subject.refusals else length
+        if budget < length and ahead is not None and method.appends:
+            self._check_ahead(row, ahead[row])
+            ids = torch.cat([ids, ahead[[row]]], 1)
+        weights: list[Tensor] = []
+        if method.scored and budget < length:
+            weights = oracle.probabilities(self.subject.twin, ids, method.window + ids.shape[1] - length)
+        how = {name: getattr(method, name) for name in ("window", "reduce", "pool", "kernel")}
+        for layer, positions in kept.items():
+            own = positions[row]
+            if method.scored:
+                scores = formulas.head_scores(weights[layer], len(own), length, how) if weights else own
+                found = formulas.why_not_top(own, scores, length, budget, method.window)
+            else:
+                wanted = formulas.streamed(length, budget if method.prompt is None else length)
+                found = "" if all(torch.equal(head[head >= 0], wanted) for head in own) else f"keeps {own.tolist()}"
+            if found:
+                raise WrongError(f"row {row}, layer {layer}: {found}")
+
+    # -- the two answers
+
+    def _compare(self, ours: Any, theirs: Any, our_start: int, their_start: int) -> str:
+        a, b = ours.sequences[:, our_start:], theirs.sequences[:, their_start:]
+        if self.case.beams > 1:
+            if a.shape == b.shape and torch.equal(a, b):
+                return ""
+            apart = (ours.sequences_scores - theirs.sequences_scores).abs().max()
+            if apart <= SCORE_CLOSE:
+                return "tie"
+            raise WrongError(
+                f"beams score {ours.sequences_scores.tolist()}, due are {theirs.sequences_scores.tolist()}"
+            )
+        for row in range(len(b)):
+            for step, (mine, due) in enumerate(zip(ours.logits, theirs.logits, strict=False)):
+                apart, scale = float((mine[row] - due[row]).abs().max()), max(1.0, float(due[row].abs().max()))
+                if not apart <= CLOSE * scale:
+                    raise WrongError(f"row {row}, token {step}: logits differ by {apart:.2g} of {scale:.2g}")
+                if a[row, step] != b[row, step]:
+                    return "tie"
+        if a.shape != b.shape:
+            raise WrongError(f"{a.shape[1]} tokens, due are {b.shape[1]}")
+        return ""
+
+
+class Streamer:
+    """Notes the tokens that a streamer gets."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        """Nothing is held back."""

@@ -1,0 +1,115 @@
+"""The oracle: transformers' own generate without any cache, over an attention that is spelled out here.
+
+It imports nothing of specpass. Every step reads the whole sequence anew; a row behind the prompt sees of the prompt
+only the positions that it is told were kept, and everything behind the prompt. Prompt rows see what the model lets
+them see.
+
+Symbols: B rows (beams and returned sequences included), T columns, S prompt columns (padding included), H query heads,
+K KV heads, D head size, W + L rows that score.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "plain_oracle"
+
+
+@dataclasses.dataclass
+class View:
+    """What rows behind the prompt see of it.
+
+    Args:
+        starts: [prompts] columns of padding in front of each prompt; rows of one prompt are neighbours.
+        prompt: S. kept: layer -> positions [prompts, K, C], -1 where unused; layers that are missing see everything.
+        rows: probabilities of the last so many rows are noted in `found`, layer -> [B, H, rows, T].
+    """
+
+    starts: Tensor
+    prompt: int
+    kept: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    rows: int = 0
+    found: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+
+    def allowed(self, batch: int, heads: int, tokens: int, layer: int, window: int | None) -> Tensor:
+        """[B, H, T, T]: whether row i reads column j."""
+        row, column = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
+        starts = self.starts.repeat_interleave(batch // len(self.starts))[:, None, None, None]
+        seen = ((column <= row) & (column >= starts)).expand(batch, heads, -1, -1)
+        if window is not None:
+            return seen & (row - column < window) | (row == column)
+        if layer in self.kept:
+            kept = self.kept[layer]
+            held = torch.zeros(*kept.shape[:2], self.prompt + 1, dtype=torch.bool)
+            place = torch.where(kept < 0, self.prompt, kept + self.starts[:, None, None])  # the last column: unused
+            held.scatter_(2, place, True)
+            held = torch.nn.functional.pad(held[:, :, :-1], (0, tokens - self.prompt), value=True)
+            held = held.repeat_interleave(batch // len(kept), 0).repeat_interleave(heads // kept.shape[1], 1)
+            seen = seen & (held[:, :, None] | (row < self.prompt))
+        return seen | (row == column)  # rows of padding read themselves, which nobody reads
+
+
+_views: list[View] = []
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of query [B, H, T, D] over key and value [B, K, T, D], all in float32."""
+    view = _views[-1]
+    batch, heads, tokens, size = query.shape
+    key, value = (states.repeat_interleave(heads // states.shape[1], 1) for states in (key, value))
+    scores = query.float() @ key.float().transpose(-1, -2) * (size**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~view.allowed(batch, heads, tokens, module.layer_idx, sliding_window), float("-inf"))
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.float().view(1, heads, 1, 1).expand(batch, -1, tokens, 1)], -1)
+    weights = scores.softmax(-1)[..., :tokens]
+    if view.rows:
+        view.found[module.layer_idx] = weights[:, :, -view.rows :]
+    return (weights @ value.float()).transpose(1, 2).to(query.dtype), weights
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+
+
+@contextlib.contextmanager
+def seen_by(view: View) -> Iterator[View]:
+    """Models with the oracle's attention read through `view`."""
+    _views.append(view)
+    try:
+        yield view
+    finally:
+        _views.pop()
+
+
+def generate(model: Any, ids: Tensor, mask: Tensor, view: View, **options: Any) -> Any:
+    """transformers' generate of `ids` [B, S'] without a cache; the result with what `options` ask for."""
+    with seen_by(view):
+        return model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+
+
+@torch.no_grad()
+def probabilities(model: Any, ids: Tensor, rows: int) -> list[Tensor]:
+    """Attention [H, rows, T] of the last `rows` tokens of `ids` [1, T], layer by layer."""
+    view = View(torch.zeros(1, dtype=torch.int64), ids.shape[1], rows=rows)
+    with seen_by(view):
+        model(input_ids=ids, use_cache=False)
+    return [view.found[layer][0] for layer in sorted(view.found)]

@@ -1,0 +1,94 @@
+"""A run: cases in groups of one compiled model, failures shrunk, a file after each group from which a rerun goes on."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import gc
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bench.fuzz.cases import Case, grouped, shrunk
+from bench.fuzz.check import check
+from bench.fuzz.subject import Subject
+from specpass.benchmarks import results
+
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What cases of one subject came to: `counts` of "right", "tie" and "wrong", and what was wrong."""
+
+    subject: tuple[str, str, int]
+    refusals: list[str]
+    counts: dict[str, int]
+    failures: list[dict[str, str]]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"subject": "/".join(map(str, self.subject)), **dataclasses.asdict(self)}
+
+
+def verdict(case: Case, subject: Subject) -> tuple[str, str]:
+    """("right" | "tie" | "wrong", what is wrong)."""
+    try:
+        return check(case, subject) or "right", ""
+    except Exception as error:
+        return "wrong", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def try_cases(key: tuple[str, str, int], cases: list[Case], progress: Progress | None = None) -> Outcome:
+    """All cases of one subject, which is compiled once; the first failure of each kind is shrunk."""
+    torch._dynamo.reset()
+    gc.collect()  # the subject before this one
+    subject, counts = Subject(*key), collections.Counter[str]()
+    failures: dict[str, dict[str, str]] = {}
+    for case in cases:
+        found, why = verdict(case, subject)
+        counts[found] += 1
+        kind = why.split(":")[0] + why.partition(":")[2][:24]
+        if why and kind not in failures:
+            small = shrunk(case, lambda smaller: verdict(smaller, subject)[0] == "wrong")
+            failures[kind] = {"case": small.text, "what": verdict(small, subject)[1] or why, "found as": case.text}
+        if progress is not None:
+            progress.advance(progress.task_ids[0])
+    return Outcome(key, subject.refusals, dict(sorted(counts.items())), list(failures.values()))
+
+
+def run(path: Path, seed: int, count: int, minutes: float, restart: bool = False) -> results.Store:
+    """Try cases 0 .. count - 1 of a seed until `minutes` are over; what the file holds is not tried again."""
+    store = results.Store(path, {"seed": seed, "cases": count}, ("subject",), restart, summary)
+    end = time.perf_counter() + 60 * minutes
+    groups = [(key, list(cases)) for key, cases in itertools.groupby(grouped(seed, count), lambda case: case.subject)]
+    with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
+        progress.add_task("cases", total=count)
+        for key, cases in groups:
+            if ("/".join(map(str, key)),) in store:
+                progress.advance(progress.task_ids[0], len(cases))
+            elif time.perf_counter() < end:
+                outcome = try_cases(key, cases, progress)
+                store.add(outcome.record)
+                for failure in outcome.failures:
+                    progress.console.print(f"{failure['case']}\n  {failure['what']}", markup=False)
+    return store
+
+
+def summary(records: Any) -> dict[str, int]:
+    """Cases tried, and how many were right, ties and wrong."""
+    total = collections.Counter[str]()
+    for record in records:
+        total.update(record["counts"])
+    return {"cases": sum(total.values()), **{name: total[name] for name in ("right", "tie", "wrong")}}

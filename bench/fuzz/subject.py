@@ -1,0 +1,53 @@
+"""A compiled model, its uncompiled twin with the oracle's attention, and their draft."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import specpass
+from bench.fuzz import oracle
+from bench.fuzz.cases import METHODS, Case
+from specpass.benchmarks.coverage.tiny import VOCAB, tiny_model
+
+
+class Subject:
+    """What cases of one family, method and budget call."""
+
+    def __init__(self, family: str, method: str, budget: int) -> None:
+        name, fields = METHODS[method]
+        fields = {**fields, "prompt_budget": max(fields["prompt_budget"], budget)} if method == "speckv-pc" else fields
+        self.method: Any = getattr(specpass, name)(budget=budget, **fields)
+        self.model, self.twin = tiny_model(family), plain(family)
+        self.draft = plain("llama", 1) if self.method.drafts else None
+        draft = tiny_model("llama", 1) if self.method.drafts else None
+        specpass.compile(self.model, draft=draft, method=self.method, lowering="eager")
+        kinds = getattr(self.twin.config, "layer_types", None)
+        layers = range(self.twin.config.num_hidden_layers)
+        self.full = [index for index in layers if not kinds or kinds[index] == "full_attention"]
+
+    def cache(self, case: Case) -> Any:
+        return specpass.BudgetCache(self.model.config, self.method, max_new_tokens=case.new, early_exit=case.early_exit)
+
+    @property
+    def refusals(self) -> list[str]:
+        return specpass.report(self.model).refusals
+
+
+def plain(family: str, seed: int = 0) -> Any:
+    """A model whose attention is the oracle's."""
+    model = tiny_model(family, seed)
+    model.config._attn_implementation = oracle.NAME
+    return model
+
+
+@functools.cache
+def tokenizer() -> Any:
+    """One character a token: for stop strings."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({chr(token): token for token in range(VOCAB)}, unk_token=chr(0)))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    words.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token=chr(0), pad_token=chr(0))

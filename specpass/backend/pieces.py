@@ -1,0 +1,71 @@
+"""Prompts that generate() hands over in pieces, or with more behind them, are read as the prompts that they are.
+
+prefill_chunk_size: what a chunk keeps cannot be chosen before the prompt's end, so chunks wait for the last of them.
+Assisted decoding: the first call brings candidates behind the prompt. They are appended to the pruned prompt, so that
+those which are not accepted can be taken out again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from specpass.cache.budget import BudgetCache
+
+TOKENS = ("input_ids", "inputs_embeds")  # of which a call has one
+# What a call with candidates alone takes of the call's arguments; images, say, belong to the prompt.
+STEP = ("past_key_values", "use_cache", "return_dict", "output_hidden_states", "output_attentions")
+
+
+def piece_of_prompt(cache: BudgetCache, kwargs: dict[str, Any], call: Callable[..., Any]) -> Any | None:
+    """What the model returns where `kwargs` are not just a prompt's; None where they are, or nobody announced one.
+
+    Args: call: the compiled model.
+    """
+    name = next((name for name in TOKENS if kwargs.get(name) is not None), None)
+    columns = cache.awaited
+    if name is None or columns is None or cache.filled:
+        return None
+    tokens = torch.cat([*cache.held, kwargs[name]], 1)
+    if tokens.shape[1] < columns:
+        cache.held = [tokens]
+        return CausalLMOutputWithPast(past_key_values=cache)
+    if cache.held:
+        warnings.warn(
+            "specpass: prefill_chunk_size bounds nothing here: what a prompt's tokens are worth is known at its end, "
+            "so the prompt is read whole. Leave it out, or lower the batch if memory is short.",
+            stacklevel=3,
+        )
+    whole = {**kwargs, name: tokens}
+    if cache.held:
+        whole.pop("position_ids", None)  # the last chunk's; by the mask they are the prompt's
+    cache.held, cache.awaited = [], None
+    return call(**whole) if tokens.shape[1] == columns else with_candidates(whole, name, columns, call)
+
+
+def with_candidates(kwargs: dict[str, Any], name: str, columns: int, call: Callable[..., Any]) -> Any:
+    """The prompt's call, then the candidates' behind it, as one result."""
+    tokens, keep = kwargs[name], kwargs.get("logits_to_keep", 0)
+    count = tokens.shape[1] - columns
+    prompt = {**kwargs, name: tokens[:, :columns]}
+    step = {key: kwargs[key] for key in STEP if key in kwargs} | {name: tokens[:, columns:]}
+    if keep:
+        prompt["logits_to_keep"], step["logits_to_keep"] = max(1, keep - count), min(keep, count)
+    if kwargs.get("attention_mask") is not None:
+        prompt["attention_mask"], step["attention_mask"] = (
+            kwargs["attention_mask"][:, :columns],
+            kwargs["attention_mask"],
+        )
+    if kwargs.get("position_ids") is not None:
+        positions = kwargs["position_ids"]
+        prompt["position_ids"], step["position_ids"] = positions[..., :columns], positions[..., columns:]
+    first, second = call(**prompt), call(**step)
+    second.logits = torch.cat([first.logits, second.logits], 1)[:, -keep:]
+    if second.get("hidden_states") is not None:
+        pairs = zip(first.hidden_states, second.hidden_states, strict=True)
+        second.hidden_states = tuple(torch.cat(pair, 1) for pair in pairs)
+    return second

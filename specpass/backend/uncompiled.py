@@ -1,0 +1,122 @@
+"""When the second way is taken (specpass.interpret), and why: by what a model is, or for want of a whole graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+
+from specpass.backend.compile import Backend
+from specpass.cache.budget import BudgetCache
+from specpass.cache.prompt import check_ids
+from specpass.cache.states import RECURRENT, layer_types, why_unheld
+from specpass.capture.model import untraceable
+from specpass.errors import (
+    NoAttentionSiteError,
+    PartialGraphError,
+    SpecpassError,
+    UncompiledCacheError,
+    UnsplicedGraphError,
+)
+from specpass.interpret.draft import Written, write_by_forward, write_by_graphs
+from specpass.interpret.rows import Packing
+from specpass.interpret.run import Call
+from specpass.rewrite import Refusal
+from specpass.sizes import context_length
+
+# What a call may fail of while its graph is made. Mistakes of the user's are other errors, and stay errors.
+FAILURES = (TorchDynamoException, PartialGraphError, UncompiledCacheError, NoAttentionSiteError, UnsplicedGraphError)
+
+
+def why_uncompiled(target: nn.Module) -> str:
+    """What makes a whole graph impossible, known before the first call; "" where one is tried."""
+    kinds = layer_types(target.config)
+    if why_unheld(target.config):
+        return ""
+    for index, kind in enumerate(kinds):
+        if kind in RECURRENT:
+            return f"layer {index} is configured as {kind}: its state has no form in a graph"
+    attention = attention_of(target)
+    if attention.startswith("flex"):
+        return f"attention is {attention}, which no pass recognises"
+    return untraceable(target)
+
+
+def attention_of(target: nn.Module) -> str:
+    """The model's attention function, by name."""
+    return target.config.get_text_config(decoder=True)._attn_implementation or ""
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    cause = getattr(error, "inner_exception", None) or error
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[0][:200]}" if lines else type(cause).__name__
+
+
+class Uncompiled:
+    """Calls of one target the second way. `reason` is "" while graphs serve."""
+
+    def __init__(self, backend: Backend, reason: str) -> None:
+        self.backend = backend
+        backend.second_way = True
+        backend.report.interpreted = reason
+
+    @property
+    def reason(self) -> str:
+        return self.backend.report.interpreted
+
+    def failed(self, error: BaseException, cache: BudgetCache) -> None:
+        """A graph could not be made: from now on the second way; a prompt starts anew."""
+        whole = isinstance(error, UnsplicedGraphError)
+        self.backend.report.interpreted = str(error) if whole else f"no whole graph could be made ({first_line(error)})"
+        if not isinstance(cache.seen, Tensor):  # no prompt was read to its end
+            cache.reset()
+
+    def __call__(self, target: nn.Module, cache: BudgetCache, kwargs: dict[str, Any]) -> Any:
+        backend = self.backend
+        backend.check_cache(cache)
+        backend.report.saw(cache.config)
+        context = None if backend.draft is None else context_length(backend.draft.config)
+        attention = attention_of(target)
+        call = Call(target, cache, kwargs, Writer(backend, cache), backend.eos_ids(cache), context)
+        started = cache.filled
+        if not started and attention.startswith("flex"):  # compiled by itself, where a watch would be in its way
+            backend.report.refuse(f"attention is {attention}: load the model with attn_implementation='sdpa'")
+            return call.whole()
+        try:
+            out, record = call()
+        except (SpecpassError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if started:
+                raise
+            backend.report.refuse(str(error) if isinstance(error, Refusal) else first_line(error))
+            return call.whole()  # what is the model's own mistake comes again
+        if record is not None:
+            backend.report.read(record)
+        return out
+
+
+class Writer:
+    """The draft's tokens: by its captured graphs, by its own forward where there are none."""
+
+    def __init__(self, backend: Backend, cache: BudgetCache) -> None:
+        self.backend, self.cache = backend, cache
+
+    def __call__(self, ids: Tensor, mask: Tensor | None, packing: Packing, lookahead: int) -> Written:
+        """Raises: Refusal: the draft's attention is needed, and it cannot be captured."""
+        backend, cache = self.backend, self.cache
+        check_ids(ids, backend.smaller_vocabulary(cache))
+        try:
+            graphs = backend.draft_graphs(cache)
+        except Refusal as refusal:
+            if cache.compresses:
+                raise
+            backend.report.note(f"the draft's own forward writes, token by token: {refusal}")
+            how, vocab = cache.method, cache.config.vocab_size
+            assert backend.draft is not None
+            return write_by_forward(backend.draft, ids, mask, lookahead, vocab, how.temperature, how.seed)
+        return write_by_graphs(graphs, packing.ids(ids), packing.lengths, lookahead)

@@ -1,0 +1,93 @@
+"""Compact one layer: scores by the operators that graphs hold, positions, storage. What graphs do in gather_prune."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specpass.cache.budget import BudgetCache
+from specpass.cache.protocol import BudgetLayer
+from specpass.dialect.define import SPEC
+from specpass.errors import MethodHookError
+from specpass.interpret.rows import Packing
+from specpass.methods.base import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Keeper:
+    """How the layers of one prompt are compacted.
+
+    Args:
+        cache: whose layers.
+        packing: the rows that the target reads.
+        short: the prompt fits the budget and is kept whole.
+        rows: [B, W + L] packed positions of the query rows, None where nothing is scored.
+        read: [B, C1] prompt tokens that the target reads, None: all.
+    """
+
+    cache: BudgetCache
+    packing: Packing
+    short: bool
+    rows: Tensor | None = None
+    read: Tensor | None = None
+
+    @property
+    def method(self) -> Method:
+        return self.cache.method
+
+    def compact(self, layer: BudgetLayer, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
+        """Store what layer keeps of packed key [B, K, T, D] and value [B, K, T, Dv]; scores [B, K, T]."""
+        positions = self.positions(layer, key.shape[1], scores)
+        if layer.widest is not None and self.packing.order is not None:  # of a padded batch, rows that fit keep all
+            positions = SPEC.keep_short_rows(positions, self.packing.lengths, self.cache.whole)
+        layer.key_buffer, layer.value_buffer, layer.lengths = SPEC.gather_kv(key, value, positions, self.cache.room)
+        layer.positions = positions if self.read is None else SPEC.map_positions(positions, self.read)
+        layer.is_initialized = True
+
+    def positions(self, layer: BudgetLayer, kv_heads: int, scores: Tensor | None) -> Tensor:
+        """[B, K, C] of the tokens that the target reads, ascending; unused slots -1."""
+        method, lengths, budget = self.method, self.packing.lengths, layer.budget
+        if layer.span is not None and layer.span.sliding:
+            return SPEC.select_recent(lengths, kv_heads, budget, 0)
+        if layer.span is not None and layer.span.chunk:
+            return SPEC.select_chunk(lengths, kv_heads, budget)
+        if self.short:
+            return SPEC.keep_all(lengths, kv_heads, self.cache.whole)
+        if self.read is not None and not method.scored:
+            return SPEC.keep_all(lengths, kv_heads, budget)
+        if scores is None:
+            return SPEC.select_recent(lengths, kv_heads, budget, method.sinks)
+        if method.select is None:
+            return SPEC.select(scores, lengths, budget, method.window, method.kernel, method.pool)
+        positions = method.select(scores, lengths, budget=budget)
+        shape = (*scores.shape[:2], budget)
+        return check_result(positions, shape, torch.int64, f"{method.name}.select", "positions [B, K, C]")
+
+    def score(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """[B, K, T] float32 of query rows [B, H, R, D], which stand at `rows`."""
+        method, lengths = self.method, self.packing.lengths
+        if method.score is None:
+            return SPEC.importance(query, key, self.rows, lengths, method.window, scale, method.reduce)
+        scores = method.score(query, key, value, self.rows, lengths, scale=scale)
+        return check_result(scores, tuple(key.shape[:3]), torch.float32, f"{method.name}.score", "scores [B, K, T]")
+
+
+def keep_whole(layer: BudgetLayer, key: Tensor, value: Tensor) -> None:
+    """Store everything, in the model's own columns: the site is exact."""
+    batch, kv_heads, size = key.shape[:3]
+    layer.exact = True
+    layer.key_buffer, layer.value_buffer = key.flatten(1, 2), value.flatten(1, 2)
+    layer.lengths = torch.full((batch, kv_heads), size, dtype=torch.int64, device=key.device)
+    layer.positions = torch.arange(size, device=key.device).expand(batch, kv_heads, -1).contiguous()
+    layer.is_initialized = True
+
+
+def check_result(found: Any, shape: tuple[int, ...], dtype: torch.dtype, name: str, meaning: str) -> Tensor:
+    """Raises: MethodHookError: a user's own hook returned something else."""
+    if not isinstance(found, Tensor) or found.dtype != dtype or tuple(found.shape) != shape:
+        got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        raise MethodHookError(f"{name} returned {got}, expected {meaning}: {dtype} {shape}.")
+    return found

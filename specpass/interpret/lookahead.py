@@ -1,0 +1,92 @@
+"""The second phase: the lookahead goes through the target as an append of which nothing stays.
+
+Recurrent layers go on from copies of their states, keys and values of the lookahead are held until their queries have
+scored, and then each layer is compacted. The logits are those of the first phase: the target has not seen a lookahead.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specpass.cache.states import StateLayer
+from specpass.interpret.prompt import ReadPrompt, Waiting
+from specpass.interpret.rows import behind
+from specpass.interpret.watch import Attention, Listener, Watch
+
+INITIAL = ("initial_state", "initial_states")
+
+
+class ReadAhead(Listener):
+    """L tokens behind a prompt whose layers wait; they come in one call, or one by one."""
+
+    watch: Watch
+
+    def __init__(self, prompt: ReadPrompt, length: int) -> None:
+        self.prompt = prompt
+        self.cache, self.keeper, self.length = prompt.cache, prompt.keeper, length
+        self.waiting = prompt.waiting
+        self.whole: dict[int, list[tuple[Tensor, Tensor]]] = {}  # of exact layers: what they read, and drop
+        self.watch = Watch(self)
+        self.new: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        waiting = self.waiting.get(layer)
+        if waiting is None:
+            own = self.cache.layers[layer]
+            parts = self.whole.setdefault(layer, [(own.keys, own.values)])
+            parts.append((key, value))
+            return self._joined(parts)
+        self.new[layer] = (key, value)
+        held = [(keys, values) for _, keys, values in waiting.ahead]
+        keys, values = self._joined([waiting.raw, *held, (key, value)])
+        self.watch.follow(layer, keys, values)
+        return keys, values
+
+    @staticmethod
+    def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        keys, values = zip(*parts, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+    def attend(self, layer: int, call: Attention) -> Tensor:
+        out = call.run()
+        key, value = self.new.pop(layer)
+        waiting = self.waiting[layer]
+        waiting.ahead.append((call.unfolded(key.shape[2]).query, key, value))
+        if sum(query.shape[2] for query, _, _ in waiting.ahead) == self.length:
+            self._compact(layer, self.waiting.pop(layer))
+        self.watch.release(layer)
+        return out
+
+    def settle(self) -> None:
+        """After the last token: a layer whose attention did not read the lookahead stays whole."""
+        for layer, waiting in self.waiting.items():
+            self.prompt.keep_whole(layer, *waiting.raw, "its attention did not read the lookahead")
+        self.waiting.clear()
+
+    def _compact(self, layer: int, waiting: Waiting) -> None:
+        keeper, lengths = self.keeper, self.keeper.packing.lengths
+        if waiting.window is None:
+            keeper.compact(self.cache.layers[layer], waiting.key, waiting.value, None)
+            return
+        query, key, value = (torch.cat(parts, 2) for parts in zip(*waiting.ahead, strict=True))
+        packed = behind(waiting.key, key, lengths), behind(waiting.value, value, lengths)
+        scores = keeper.score(torch.cat([waiting.window, query], 2), *packed, waiting.scale)
+        keeper.compact(self.cache.layers[layer], *packed, scores)
+
+
+def reads_initial_states(model: nn.Module, layers: list[Any]) -> bool:
+    """Whether several tokens behind a state may come in one call.
+
+    Convolutions go on from their state in any case. A recurrence does where the model's code has a scan that takes
+    initial states (gated delta rule, Mamba 2); Mamba 1's has none and starts from zero, so its tokens come one by one.
+    """
+    if not any(isinstance(layer, StateLayer) and layer.has_recurrence for layer in layers):
+        return True
+    homes = {type(module).__module__ for module in model.modules()}
+    functions = [found for home in homes for found in vars(sys.modules[home]).values() if inspect.isfunction(found)]
+    return any(name in INITIAL for function in functions for name in inspect.signature(function).parameters)

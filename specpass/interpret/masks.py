@@ -1,0 +1,60 @@
+"""What a site's mask means, from its values: causal with the prompt's padding, or a reason why the site stays exact."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specpass.interpret.watch import Attention
+from specpass.sizes import Span
+
+
+class Masks:
+    """Reads each mask of a prompt once; `real` [B, S] bool says which tokens are no padding, None: all."""
+
+    def __init__(self, real: Tensor | None) -> None:
+        self.real = real
+        self.known: dict[tuple[int, Span], tuple[Tensor, str]] = {}
+
+    def meaning(self, call: Attention, span: Span) -> str:
+        """ "" where the attention of a prompt is causal, reads `span` and hides padding, else what it is."""
+        mask, count = call.mask, call.key.shape[2]
+        if count == 1:  # one token sees itself
+            return ""
+        if mask is None:
+            if self.real is not None:
+                return "its attention reads padding"
+            if span.positions and span.positions < count:
+                return f"configured as {span}, and its attention has no mask"
+            return "" if call.is_causal else "attention mask: none"
+        if call.is_causal:
+            return "a mask beside is_causal"
+        key = (id(mask), span)
+        if key not in self.known:
+            self.known[key] = (mask, difference(mask, self.real, count, span))
+        return self.known[key][1]
+
+
+def difference(mask: Tensor, real: Tensor | None, count: int, span: Span) -> str:
+    """ "" where a mask [B or 1, 1, S, S] (bool, or added to the logits) is causal for these tokens; else why not."""
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != (count, count):
+        return f"attention mask of shape {tuple(mask.shape)}, which is not [B, 1, {count}, {count}]"
+    allowed = mask
+    if mask.dtype != torch.bool:
+        allowed = mask > torch.finfo(mask.dtype).min / 2
+        if bool((mask.masked_fill(~allowed, 0) != 0).any()):
+            return "its mask adds a bias to the logits"
+    expected = torch.ones(count, count, dtype=torch.bool, device=mask.device).tril()[None, None]
+    seen = torch.ones(1, count, dtype=torch.bool, device=mask.device) if real is None else real.to(mask.device)
+    if span.positions:
+        position = (seen.long().cumsum(1) - 1)[:, None]
+        row, column = position[..., :, None], position[..., None, :]
+        near = row - column < span.sliding if span.sliding else row // span.chunk == column // span.chunk
+        expected = expected & near
+    if real is not None:
+        expected = expected & seen[:, None, None, :]
+        rows = seen[:, None, :, None]  # what padding rows see does not matter
+        allowed, expected = allowed & rows, expected & rows
+    if bool((allowed == expected).all()):
+        return ""
+    return f"its mask is not that of {span}, as configured"

@@ -1,0 +1,132 @@
+"""A prompt read by the model's own forward: each layer is scored and compacted as soon as attention has used it.
+
+Attention itself is the model's, with its own mask, and so exact. Where lookahead rows are still to come, keys and
+values stay whole, and the window's queries with them, until lookahead.py sends the rows through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from specpass.cache.budget import BudgetCache
+from specpass.interpret.keep import Keeper, keep_whole
+from specpass.interpret.masks import Masks
+from specpass.interpret.watch import Attention, Listener, Watch
+from specpass.sizes import FULL
+
+UNSEEN = "no scaled_dot_product_attention was seen that reads its keys and values"
+
+
+@dataclasses.dataclass
+class Waiting:
+    """A layer whose lookahead rows are to come: packed key and value, the window's queries [B, H, W, D],
+    None where nothing is scored, the scale."""
+
+    key: Tensor
+    value: Tensor
+    raw: tuple[Tensor, Tensor]  # in the model's columns, for its attention
+    window: Tensor | None
+    scale: float
+    ahead: list[tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=list)  # query, key, value
+
+
+class ReadPrompt(Listener):
+    """The first phase: the target reads the prompt.
+
+    Attributes:
+        waiting: layers that are not compacted yet, where `ahead` says that lookahead rows follow.
+        exact: layer -> why it is kept whole.
+        pruned: layers that are compacted, or will be.
+    """
+
+    watch: Watch
+
+    def __init__(self, cache: BudgetCache, keeper: Keeper, ahead: bool) -> None:
+        self.cache, self.keeper, self.ahead = cache, keeper, ahead
+        self.watch = Watch(self)
+        self.masks = Masks(keeper.packing.real)
+        self.open: dict[int, tuple[Tensor, Tensor]] = {}
+        self.waiting: dict[int, Waiting] = {}
+        self.exact: dict[int, str] = {}
+        self.pruned: list[int] = []
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        self._close()
+        self.open[layer] = (key, value)
+        self.watch.follow(layer, key, value)
+        return key, value
+
+    def attend(self, layer: int, call: Attention) -> Tensor:
+        out = call.run()
+        if layer in self.open:
+            key, value = self.open.pop(layer)
+            call = call.unfolded(key.shape[2])
+            reason = self.masks.meaning(call, self.cache.layers[layer].span or FULL) or repeats(call, key)
+            if reason:
+                self.keep_whole(layer, key, value, reason)
+            else:
+                self._prune(layer, key, value, call)
+            self.watch.release(layer)
+        return out
+
+    def finish(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """Layers that no attention call claimed before the next one wrote stay whole."""
+        for layer, (key, value) in self.open.items():
+            self.keep_whole(layer, key, value, UNSEEN)
+            self.watch.release(layer)
+        self.open.clear()
+
+    def keep_whole(self, layer: int, key: Tensor, value: Tensor, reason: str) -> None:
+        """The site is exact, and why."""
+        self.exact[layer] = reason
+        self.pruned = [pruned for pruned in self.pruned if pruned != layer]
+        keep_whole(self.cache.layers[layer], key, value)
+
+    def _prune(self, layer: int, key: Tensor, value: Tensor, call: Attention) -> None:
+        keeper, packing = self.keeper, self.keeper.packing
+        self.pruned.append(layer)
+        packed = packing.states(key), packing.states(value)
+        own = self.cache.layers[layer]
+        if self.ahead and own.is_sliding:  # the lookahead's attention is to read what is in front of the window's end
+            self.waiting[layer] = Waiting(*packed, (key, value), None, call.scale)
+            return
+        if keeper.rows is None or own.is_sliding:
+            keeper.compact(own, *packed, None)
+            return
+        window = packing.take(call.query, keeper.rows[:, : keeper.method.window])
+        if self.ahead:
+            self.waiting[layer] = Waiting(*packed, (key, value), window, call.scale)
+            return
+        keeper.compact(own, *packed, keeper.score(window, *packed, call.scale))
+
+
+class ReadWhole(Listener):
+    """A prompt of which everything is kept: the model runs exactly, and goes on so."""
+
+    def __init__(self, cache: BudgetCache) -> None:
+        self.cache, self.watch = cache, None
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        keep_whole(self.cache.layers[layer], key, value)
+        return key, value
+
+
+def repeats(call: Attention, key: Tensor) -> str:
+    """ "" where attention's heads are the cache's KV heads, each repeated for its group; else why not.
+
+    Views say who is read and not in which order heads were repeated; the last column's values say it.
+    """
+    heads, kv_heads = call.query.shape[1], key.shape[1]
+    if heads % kv_heads:
+        return f"{heads} query heads are no multiple of {kv_heads} KV heads"
+    read = call.key
+    if read.dim() != 4 or read.shape[2:] != key.shape[2:] or read.shape[1] not in (heads, kv_heads):
+        return f"attention reads keys of shape {tuple(read.shape)}, the cache holds {tuple(key.shape)}"
+    last = key[:, :, -1].repeat_interleave(read.shape[1] // kv_heads, 1)
+    return "" if torch.equal(read[:, :, -1], last) else "its query groups do not lie side by side"

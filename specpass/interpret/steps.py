@@ -1,0 +1,69 @@
+"""Tokens behind a prompt: each pruned layer appends to its slots, and its attention goes over those in use.
+
+The model builds its masks in its own columns; at pruned sites nobody reads them, at exact ones they hold.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from specpass.cache.budget import BudgetCache
+from specpass.dialect.define import SPEC
+from specpass.errors import CacheStateError
+from specpass.interpret.rows import Packing
+from specpass.interpret.watch import Attention, Listener, Watch
+
+
+class Steps(Listener):
+    """One call of q tokens; `packing` of the block, whose padding takes no slot."""
+
+    def __init__(self, cache: BudgetCache, packing: Packing) -> None:
+        self.cache, self.packing = cache, packing
+        pruned = any(not layer.exact for layer in cache.budgeted) and not cache.exact
+        self.watch = Watch(self) if pruned else None
+        self.open: dict[int, int] = {}  # layer -> q
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        own = self.cache.layers[layer]
+        if own.exact or self.cache.exact:
+            own.key_buffer, own.value_buffer = SPEC.extend_kv(own.keys, own.values, key, value)
+            own.lengths.add_(key.shape[2])
+            return own.keys, own.values
+        packed = (self.packing.states(states) for states in (key, value))
+        SPEC.append_kv(own.key_buffer, own.value_buffer, own.lengths, *packed, None)
+        self.open[layer] = key.shape[2]
+        assert self.watch is not None, "this layer is pruned"
+        self.watch.follow(layer, key, value)
+        return key, value
+
+    def attend(self, layer: int, call: Attention) -> Tensor:
+        own, count = self.cache.layers[layer], self.open.pop(layer)
+        query = call.unfolded(count).query
+        order = self.packing.order
+        if order is not None:
+            query = self.packing.states(query)
+        keys, values = own.keys, own.values
+        bounds = () if own.span is None or not own.span.positions else (0.0, None, own.span.sliding, own.span.chunk)
+        out = SPEC.attend(query.to(keys.dtype), keys, values, own.lengths, call.scale, *bounds).to(query.dtype)
+        if order is not None:
+            back = SPEC.unpack_index(order)[:, None, :, None]
+            out = out.gather(2, back.expand(-1, out.shape[1], -1, out.shape[3]))
+            own.lengths.sub_((count - self.packing.lengths)[:, None])  # the next token overwrites padding
+        assert self.watch is not None
+        self.watch.release(layer)
+        return out.reshape(*call.query.shape[:3], out.shape[3])
+
+    def finish(self) -> None:
+        """Raises: CacheStateError: a pruned layer was not read by the attention that pruned it."""
+        if self.open:
+            raise CacheStateError(
+                f"layer {min(self.open)} was pruned, and now no scaled_dot_product_attention reads it, so the answer "
+                "would be wrong: leave the model's attn_implementation as it was when the prompt was read."
+            )
+
+
+def block_packing(like: Tensor, mask: Tensor | None) -> Packing:
+    """Of q new tokens like [B, q, ...] under a mask [B, >= q] whose last columns are theirs."""
+    if mask is None or like.shape[1] == 1 or mask.dim() != 2:
+        return Packing.of(like, None)
+    return Packing.of(like, mask[:, -like.shape[1] :])

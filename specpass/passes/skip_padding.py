@@ -1,0 +1,65 @@
+"""skip_padding: masked tokens among those that a step appends are read by nobody and take no slot.
+
+before: append_kv(keys, values, lengths, k, v); o = attend(q, keys, values, lengths, ...)
+after:  order, place, padding = pack_appended(mask, ids)                once: row b's real tokens first
+        append_kv(keys, values, lengths, take_rows(k, order), take_rows(v, order))
+        o = take_rows(attend(take_rows(q, order), ...), place)          in the caller's order again
+        take_back(lengths, padding)                                     the next token overwrites the padding
+
+A graph is told of a mask where one of the appended tokens is masked; what the mask says of earlier ones, lengths say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import fx
+
+from specpass.dialect.attention import Attend
+from specpass.dialect.cache import AppendKv
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor
+from specpass.graph.walk import first_call
+from specpass.passes.facts import Inputs
+from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
+from specpass.rewrite.base import STEPS
+from specpass.rewrite.sites import Site, Sites
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipPadding(Pass):
+    name: ClassVar[str] = "skip_padding"
+    stage: ClassVar[str] = "PRUNED"
+    kinds: ClassVar[tuple[Kind, ...]] = STEPS
+    requires: ClassVar[tuple[type, ...]] = (Sites,)
+
+    def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
+        inputs = facts.get(Inputs)
+        if inputs is None or inputs.mask is None:
+            return
+        if inputs.mask.users:  # the masks that attention read are gone
+            raise Refusal(f"attention_mask is read outside attention (by {next(iter(inputs.mask.users)).target})")
+        editor, first = Editor(gm), first_call(gm.graph)
+        tokens = inputs.embeds if inputs.ids is None else inputs.ids
+        packed = editor.call(SPEC.pack_appended, inputs.mask, tokens, before=first)
+        order, place, padding = (editor.item(packed, index, first) for index in range(3))
+        sites = tuple(skip(editor, site, order, place, padding) for site in facts[Sites].sites)
+        facts.add(Sites(sites))
+
+
+def skip(editor: Editor, site: Site, order: fx.Node, place: fx.Node, padding: fx.Node) -> Site:
+    """Pack what a site appends and asks by `order`, unpack what it answers by `place`."""
+    append, attend = AppendKv.of(site.cache), Attend.of(site.attention)
+    key, value = (
+        editor.call(SPEC.take_rows, node, order, before=append.node, like=append.node)
+        for node in (append.key, append.value)
+    )
+    append.update(key=key, value=value)
+    query = editor.call(SPEC.take_rows, attend.query, order, before=attend.node, like=attend.node)
+    attend.update(query=query)
+    behind = attend.node.next
+    answer = editor.call(SPEC.take_rows, attend.node, place, before=behind, like=attend.node)
+    attend.node.replace_all_uses_with(answer, delete_user_cb=lambda user: user is not answer)
+    editor.call(SPEC.take_back, append.lengths, padding, before=behind, like=attend.node)
+    return dataclasses.replace(site, query=query)
