@@ -124,8 +124,10 @@ def join_values(editor: Editor, attentions: list[Sdpa]) -> None:
             joined = editor.graph.node_copy(first.node)
         Sdpa.of(joined).update(value=both)
         editor.refresh(joined, first.node)
-        for view, start, width in ((first, 0, widths[0]), (second, widths[0], widths[1])):
-            editor.replace(view.node, editor.call(ATEN.slice.Tensor, joined, -1, start, start + width, **place))
+        left = editor.call(ATEN.slice.Tensor, joined, -1, 0, widths[0], **place)
+        right = editor.call(ATEN.slice.Tensor, joined, -1, widths[0], sum(widths), **place)
+        editor.replace(first.node, left)
+        editor.replace(second.node, right)
 
 
 def unrepeat(attention: Sdpa | ModifiedAttention) -> None:

@@ -95,7 +95,7 @@ def test_leaves_a_model_whose_keys_or_values_change_behind_the_cache() -> None:
     for name in ("key", "value"):
         state = prompt_graph(SNAPKV).before("annotate")
         attention = Sdpa.of(attention_of(state))
-        changed = insert(state, ATEN.mul.Tensor, getattr(attention, name), 2, before=attention.node)
+        changed = insert(state, ATEN.cumsum.default, getattr(attention, name), 2, before=attention.node)
         attention.update(**{name: changed})
         assert refusal(state) == f"model.layers.0.self_attn: {name}s change between the cache and attention"
 
