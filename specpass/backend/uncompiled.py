@@ -10,6 +10,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
+from specpass.cache.prompt import check_ids
 from specpass.cache.states import RECURRENT, layer_types, why_unheld
 from specpass.capture.model import untraceable
 from specpass.errors import (
@@ -37,7 +38,15 @@ def why_uncompiled(target: nn.Module) -> str:
     for index, kind in enumerate(kinds):
         if kind in RECURRENT:
             return f"layer {index} is configured as {kind}: its state has no form in a graph"
+    attention = attention_of(target)
+    if attention.startswith("flex"):
+        return f"attention is {attention}, which no pass recognises"
     return untraceable(target)
+
+
+def attention_of(target: nn.Module) -> str:
+    """The model's attention function, by name."""
+    return target.config.get_text_config(decoder=True)._attn_implementation or ""
 
 
 def first_line(error: BaseException) -> str:
@@ -71,7 +80,7 @@ class Uncompiled:
         backend.check_cache(cache)
         backend.report.saw(cache.config)
         context = None if backend.draft is None else context_length(backend.draft.config)
-        attention = target.config.get_text_config(decoder=True)._attn_implementation or ""
+        attention = attention_of(target)
         call = Call(target, cache, kwargs, Writer(backend, cache), backend.eos_ids(cache), context)
         started = cache.filled
         if not started and attention.startswith("flex"):  # compiled by itself, where a watch would be in its way
@@ -100,6 +109,7 @@ class Writer:
     def __call__(self, ids: Tensor, mask: Tensor | None, packing: Packing, lookahead: int) -> Written:
         """Raises: Refusal: the draft's attention is needed, and it cannot be captured."""
         backend, cache = self.backend, self.cache
+        check_ids(ids, backend.smaller_vocabulary(cache))
         try:
             graphs = backend.draft_graphs(cache)
         except Refusal as refusal:

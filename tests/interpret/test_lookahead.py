@@ -1,0 +1,72 @@
+"""The second phase scores what one pass over prompt and lookahead would, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hybrids import HYBRIDS, hybrid
+from support import call, compile_eager
+from tiny import prompt
+
+import specpass
+from specpass.cache import BudgetCache
+from specpass.dialect.define import SPEC
+from specpass.interpret.keep import Keeper
+from specpass.interpret.lookahead import reads_initial_states
+from specpass.interpret.prompt import ReadPrompt
+from specpass.interpret.rows import Packing
+from specpass.interpret.run import listening
+
+W, C, L, S = 8, 24, 6, 52
+AHEAD = prompt(L, seed=7)
+METHOD = specpass.SpecKV(budget=C, window=W, lookahead_ids=AHEAD)
+
+
+class Spy(ReadPrompt):
+    """One pass over prompt and lookahead; keeps each site's query and key."""
+
+    def __init__(self, cache: BudgetCache, keeper: Keeper) -> None:
+        super().__init__(cache, keeper, ahead=False)
+        self.seen: list[tuple[Any, Any, float]] = []
+
+    def attend(self, layer: int, call: Any) -> Any:
+        self.seen.append((call.query, self.open[layer][0], call.scale))
+        return super().attend(layer, call)
+
+
+def one_pass(model: Any, ids: Any) -> list[Any]:
+    """[B, K, C] of each attention layer, by one forward over prompt and lookahead."""
+    cache = BudgetCache(model.config, METHOD, 8)
+    both = torch.cat([ids, AHEAD], 1)
+    lengths = torch.tensor([S])
+    spy = Spy(cache, Keeper(cache, Packing.of(both, None), short=True))
+    cache.columns = 0
+    with torch.no_grad(), listening(cache, spy), spy.watch:
+        model._call_impl(input_ids=both, past_key_values=cache, use_cache=True)
+    rows = SPEC.score_rows(lengths, AHEAD, W, [])
+    scores = []
+    for query, key, scale in spy.seen:
+        scores.append(SPEC.importance(SPEC.take_rows(query, rows), key, rows, lengths, W, scale, "max"))
+    return [SPEC.select(found, lengths, C, W, 7, "max") for found in scores]
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_positions_are_those_of_one_pass(family: str) -> None:
+    model = compile_eager(hybrid(family), METHOD)
+    cache = BudgetCache(model.config, METHOD, 8)
+    call(model, prompt(S), cache)
+    for layer, expected in zip(cache.budgeted, one_pass(model, prompt(S)), strict=True):
+        kept = [set(row.tolist()) for row in (*layer.positions[0], *expected[0])]
+        heads = layer.positions.shape[1]
+        for ours, theirs in zip(kept[:heads], kept[heads:], strict=True):
+            assert len(ours & theirs) >= C - 1, "rounding may change one choice, and no more"
+
+
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next", "bamba", "jamba"])
+def test_who_takes_several_tokens_behind_a_state(family: str) -> None:
+    model = compile_eager(hybrid(family), specpass.SnapKV(budget=C, window=W))
+    cache = BudgetCache(model.config, specpass.SnapKV(budget=C, window=W), 8)
+    call(model, prompt(S), cache)
+    assert reads_initial_states(model, cache.layers) == (family != "jamba")  # Mamba 1's scan starts from zero
