@@ -12,7 +12,8 @@ from bench.fuzz import cases, check, formulas, oracle
 from bench.fuzz.run import try_cases
 from bench.fuzz.subject import Subject, plain
 
-FIXED = cases.grouped(1, 200, families=("llama",), methods=("speckv", "specpc"))
+FIXED = [case for case in cases.grouped(1, 300, families=("llama",), methods=("speckv", "specpc")) if case.budget == 24]
+FIXED = sorted(FIXED, key=lambda case: case.index)[:200]
 
 
 @pytest.mark.parametrize("subject", sorted({case.subject for case in FIXED}), ids=lambda key: "-".join(map(str, key)))
@@ -42,12 +43,12 @@ def test_a_wrong_choice_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatc
 def test_a_wrong_answer_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle reads one position fewer than was kept."""
 
-    class Blind(oracle.View):
-        def __post_init__(self) -> None:
-            for layer, kept in self.kept.items():
-                self.kept[layer] = torch.where(kept == 39, -1, kept)  # the prompt's last token
+    def blind(starts: torch.Tensor, prompt: int, kept: dict[int, torch.Tensor] | None = None, rows: int = 0) -> object:
+        fewer = {layer: torch.where(own == 39, -1, own) for layer, own in (kept or {}).items()}  # the prompt's last
+        return view(starts, prompt, fewer, rows)
 
-    monkeypatch.setattr(oracle, "View", Blind)
+    view = oracle.View
+    monkeypatch.setattr(oracle, "View", blind)
     with pytest.raises(check.WrongError, match="logits differ"):
         check.check(case(), subject)
 

@@ -186,3 +186,32 @@ def test_smollm2_as_its_own_draft_in_onnx_runtime(smol: Smol, tmp_path: Path) ->
     assert state.lookahead_ids.tolist() == ours.cache.lookahead_ids.tolist()
     for theirs, layer in zip(state.positions, ours.cache.layers, strict=True):
         assert theirs.tolist() == layer.positions.tolist()
+
+
+# -- a hybrid
+
+
+def test_gemma3_prunes_its_full_layers_and_leaves_its_windows_exact() -> None:
+    """18 layers: 3 of full attention keep C slots, 15 slide; a budget that holds the prompt is full KV's answer."""
+    model, twin = (load("gemma3-270m", torch.float32) for _ in range(2))
+    tokenizer = AutoTokenizer.from_pretrained(hub.model_path("gemma3-270m"))
+    text = "The capital of France is Paris. The capital of Italy is Rome. " * 50
+    ids = tokenizer(f"{text}The capital of Spain is", return_tensors="pt").input_ids
+    assert ids.shape[1] > 512  # the window
+    method = specpass.SnapKV(budget=C, window=W)
+    pruned = run(compile_eager(model, method), ids, 6)
+    report = specpass.report(model)
+    assert not report.refusals
+    for graph in report.graphs:
+        exact = [site.exact for site in graph.sites]
+        assert [index for index, reason in enumerate(exact) if not reason] == [5, 11, 17]
+        assert exact.count("sliding window 512") == 15
+    full = [pruned.cache.layers[index] for index in (5, 11, 17)]
+    assert all(int(layer.lengths.max()) <= C + 6 for layer in full)
+    assert all(layer.positions.shape[-1] == C for layer in full)
+
+    covering = run(compile_eager(model, specpass.SnapKV(budget=1024, window=W)), ids, 6)
+    whole = run(twin, ids, 6)
+    assert covering.tokens == whole.tokens
+    torch.testing.assert_close(covering.logits, whole.logits, atol=1e-3, rtol=1e-3)
+    assert "Madrid" in tokenizer.decode(whole.tokens[0])

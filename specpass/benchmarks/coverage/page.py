@@ -13,7 +13,8 @@ versions are in `bench/results/coverage.json`.
 
 - **layers**: what the plain model's cache holds: full (every token), sliding (the last ones, or those of a chunk),
   state. **pruned**: layers that keep {budget} slots of a {long}-token prompt under SpecKV with a draft; the other full
-  ones, and all that slide or recur, are exact, for the reason given.
+  ones, and all that slide or recur, are exact, for the reason given;
+  "uncompiled": the model's own forward runs, pruned around its attention, because no graph of it can be had.
 - **SpecPC**: that the target's answer is the plain model's to the tokens that were read, with the model as its own
   draft, or with a tiny Llama where that cannot be captured.
 - **batch**: that a padded batch of pruned prompts is answered as its rows alone; "as plain": the plain model's own
@@ -53,7 +54,10 @@ def _row(record: dict[str, Any]) -> str:
     faults = record["faults"]
     layers = record.get("layers", {})
     full = layers.get("full", 0)
-    exact = "; ".join(record.get("reasons", ()))
+    why = list(record.get("reasons", ()))
+    if record.get("interpreted"):
+        why.append(f"uncompiled: {record['interpreted']}")
+    exact = "; ".join(why)
     cells = (
         record["family"],
         ", ".join(f"{count} {kind}" for kind, count in layers.items()),

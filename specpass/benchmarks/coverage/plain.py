@@ -20,11 +20,13 @@ class Layer:
 
     Args:
         kind: "full" where it holds every token, "sliding" where fewer, "state" where it has no keys.
-        bytes: of its tensors. heads: K. size: numbers of one head's key and value, D + Dv. window: of a sliding one.
+        bytes: of its keys and values. other: of its other tensors, states say.
+        heads: K. size: numbers of one head's key and value, D + Dv. window: of a sliding one.
     """
 
     kind: str
     bytes: int
+    other: int = 0
     heads: int = 0
     size: int = 0
     window: int = 0
@@ -61,13 +63,14 @@ class Plain:
 
 
 def _layer(layer: Any, tokens: int) -> Layer:
-    size = cache_bytes(_Only(layer))
+    total = cache_bytes(_Only(layer))
     keys = getattr(layer, "keys", None)
     if not isinstance(keys, torch.Tensor) or not keys.numel():
-        return Layer("state", size)
+        return Layer("state", 0, total)
     kind = "full" if keys.shape[-2] >= tokens else "sliding"
     window = 0 if kind == "full" else layer.sliding_window
-    return Layer(kind, size, keys.shape[1], keys.shape[-1] + layer.values.shape[-1], window)
+    own = keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
+    return Layer(kind, own, total - own, keys.shape[1], keys.shape[-1] + layer.values.shape[-1], window)
 
 
 class _Only:

@@ -11,7 +11,7 @@ from specpass.benchmarks.coverage.answers import NEW, answer, difference, padded
 from specpass.benchmarks.coverage.plain import LONG, MIDDLE, ROWS, SHORT, Layer, Plain, UnusableError
 from specpass.benchmarks.coverage.tiny import TooLargeError, tiny_model
 from specpass.cache.layer import round_room
-from specpass.errors import SpecpassError
+from specpass.errors import SpecpassError, UnsupportedCallError
 from specpass.observe.storage import cache_bytes
 
 C, W, L = 24, 8, 4
@@ -55,7 +55,8 @@ class Probe:
         specpass.compile(self.model, draft=draft, method=KEEP, lowering="eager")
         for check in (self.exact, self.gathered, self.pruned, self.batch):
             self._try(check)
-        self.record["reasons"] = reasons(specpass.report(self.model))
+        report = specpass.report(self.model)
+        self.record |= {"reasons": reasons(report), "interpreted": report.interpreted}
         specpass.restore(self.model)
         self._try(self.specpc)
         self.record["verdict"] = verdict(self.record)
@@ -79,7 +80,10 @@ class Probe:
 
     def gathered(self) -> str:
         """So is one that is drafted, scored and gathered all the same: nothing of the lookahead stays."""
-        cache = specpass.BudgetCache(self.model.config, KEEP, max_new_tokens=NEW, early_exit=False)
+        try:
+            cache = specpass.BudgetCache(self.model.config, KEEP, max_new_tokens=NEW, early_exit=False)
+        except UnsupportedCallError:  # no layer of it can be pruned, as the report says
+            return ""
         return difference(answer(self.model, prompt(MIDDLE), past_key_values=cache), self.plain.answers[MIDDLE])
 
     def pruned(self) -> str:
@@ -138,18 +142,18 @@ def bytes_due(theirs: Layer, ours: Any, pruned: bool) -> int:
     model that runs exactly, holds what the plain cache holds; beside pruned ones it has N slots of room.
     """
     if getattr(ours, "positions", None) is None:
-        return theirs.bytes
+        return theirs.bytes + theirs.other
     kept = C if is_pruned(ours) else theirs.window or LONG
     slots = 0 if not pruned else kept + round_room(NEW)
     whole = theirs.bytes if not pruned else 4 * theirs.heads * slots * theirs.size
-    return whole + 8 * theirs.heads * (kept + 1)
+    return whole + theirs.other + 8 * theirs.heads * (kept + 1)
 
 
 def reasons(report: Any) -> list[str]:
     """Why layers, or the whole model, run exactly."""
     found = list(report.refusals)
-    for graph in report.graphs:
-        found += [site.exact for site in graph.sites if site.exact]
+    for read in (*report.graphs, *report.prompts):
+        found += [site.exact for site in read.sites if site.exact]
     return sorted(set(found))
 
 
