@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
-from specpass.cache.prompt import check_gradients, check_prompt
+from specpass.cache.prompt import check_gradients, check_ids, check_prompt
 from specpass.errors import CacheStateError, PositionsError
 from specpass.sizes import Span
 
@@ -28,6 +28,7 @@ class Call:
         static: output index -> axes whose sizes are constants of the decode graph, while few sizes are.
         sizes: those sizes, of all graphs of a backend.
         context: positions that the draft can read, or None.
+        vocab: tokens that the draft knows where the target knows more, or None.
     """
 
     run: Callable[..., Any]
@@ -37,6 +38,7 @@ class Call:
     static: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     sizes: set[int] = dataclasses.field(default_factory=set)
     context: int | None = None
+    vocab: int | None = None
     lookahead: int = 0
     packed: bool = False
     spans: Mapping[int, Span] = dataclasses.field(default_factory=dict)  # of a prompt's graph, by the cache's layer
@@ -45,7 +47,11 @@ class Call:
     def __call__(self, *args: Any) -> Any:
         cache = owner_of(args[self.places["handle"]])
         self.check(cache, args)
-        out = self.run(*args, *self.lifted)
+        cache.pruned_by = self
+        try:
+            out = self.run(*args, *self.lifted)
+        finally:
+            cache.pruned_by = None
         self._mark_sizes(out)
         if self.kind in ("prefill", "short"):
             cache.padded, cache.exact = self.packed, bool(self.refusal)
@@ -99,7 +105,10 @@ class Call:
         prompt = "input_ids" if "input_ids" in self.places else "inputs_embeds"
         batch, size = args[self.places[prompt]].shape[:2]
         mask = args[self.places["attention_mask"]] if "attention_mask" in self.places else None
-        check_prompt(cache, (batch, size), mask, 0 if self.kind == "short" else self.lookahead, self.context)
+        lookahead = 0 if self.kind == "short" else self.lookahead
+        check_prompt(cache, (batch, size), mask, lookahead, self.context)
+        if lookahead and prompt == "input_ids":
+            check_ids(args[self.places[prompt]], self.vocab)
 
 
 def owner_of(handle: Tensor) -> BudgetCache:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from specpass.backend import checks
@@ -84,7 +85,7 @@ class Backend:
         self.keep_stages = tuple(keep_stages)
         self.stages: dict[str, fx.GraphModule] = {}
         self.report = Report(method, lowering, getattr(draft, "config", None))
-        self._graphs: DraftGraphs | None = None
+        self._graphs: dict[Hashable, DraftGraphs] = {}  # by autocast's dtype
         self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
         self._uncaptured = ""  # why the draft has no graphs
         self._sizes: set[int] = set()  # of storage, that are constants of decode graphs
@@ -124,7 +125,7 @@ class Backend:
         traced = Traced.read(graph, example_inputs)
         self.report.saw(traced.cache.config)
         self.check_cache(traced.cache)
-        if traced.embedding is not None and self.method.drafts and self._graphs is None:
+        if traced.embedding is not None and self.method.drafts and not self._graphs:
             checks.check_pair(traced.cache.config, traced.embedding.device, self.draft)
         record = GraphRecord(traced.kind, trace_seconds=trace_seconds)
         self.report.graphs.append(record)
@@ -180,6 +181,7 @@ class Backend:
             static,
             self._sizes,
             context_length(self.draft.config) if self.draft is not None and DraftGraphs in facts else None,
+            self.smaller_vocabulary(traced.cache) if DraftGraphs in facts else None,
             request.lookahead,
             packed="attention_mask" in traced.places and request.kind in PROMPTS,
             spans={} if sites is None else {site.layer: site.span for site in sites.sites},
@@ -208,29 +210,40 @@ class Backend:
         if request.kind == "prefill" and stage in self.keep_stages:
             self.stages[stage] = copy_module(gm)
 
+    def smaller_vocabulary(self, cache: BudgetCache) -> int | None:
+        """Tokens that the draft knows, where the target knows more."""
+        assert self.draft is not None
+        known = self.draft.get_input_embeddings().num_embeddings
+        return known if known < cache.config.vocab_size else None
+
     def eos_ids(self, cache: BudgetCache) -> tuple[int, ...]:
         """Ids that end what the draft writes."""
         source = self.draft.generation_config if self.draft is not None else cache.config
         return eos_ids(source)
 
     def draft_graphs(self, cache: BudgetCache) -> DraftGraphs:
-        """The draft's two graphs, captured once.
+        """The draft's two graphs, captured once; once more where autocast changes what they compute.
 
         Raises: Refusal: they cannot be had.
         """
         if self._uncaptured:
             raise Unspliced(self._uncaptured)
-        if self._graphs is None:
+        assert self.draft is not None
+        device = checks.device_of(self.draft).type
+        how = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if how not in self._graphs:
             checks.check_draft(self.draft, self.method)  # train() may have been called since
             start = time.perf_counter()
             try:
-                self._graphs = capture(self.draft, self.method)
+                self._graphs[how] = capture(self.draft, self.method)
             except Refusal as refusal:
                 self._uncaptured = f"the draft cannot be captured: {refusal}"
                 raise Unspliced(self._uncaptured) from refusal
             self.report.draft_seconds = time.perf_counter() - start
-        how, vocab = cache.method, cache.config.vocab_size
-        return dataclasses.replace(self._graphs, temperature=how.temperature, seed=how.seed, target_vocab=vocab)
+        method, vocab = cache.method, cache.config.vocab_size
+        return dataclasses.replace(
+            self._graphs[how], temperature=method.temperature, seed=method.seed, target_vocab=vocab
+        )
 
     def check_cache(self, cache: BudgetCache) -> None:
         """Raises: MethodMismatchError: the cache was made for another method."""

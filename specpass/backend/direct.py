@@ -80,6 +80,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
                 )
                 warned = True
             return target._call_impl(**kwargs)
+        check_outputs(target, kwargs)
         piece = piece_of_prompt(cache, kwargs, call)
         if piece is not None:
             return piece
@@ -104,6 +105,16 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         return uncompiled(target, cache, kwargs)
 
     return call
+
+
+def check_outputs(target: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises: UnsupportedCallError: attention probabilities are asked for."""
+    asked = kwargs.get("output_attentions")
+    if asked or (asked is None and getattr(target.config, "output_attentions", False)):
+        raise UnsupportedCallError(
+            "output_attentions=True: pruned attention computes no [S, S] probabilities. Leave it out, or call "
+            "specpass.restore(model) first."
+        )
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
 from specpass.backend.generate import cache_factory, keep_mask
 from specpass.methods.base import Method
+from specpass.reports.report import base_of
 
 ATTRIBUTES = ("_compiled_call_impl", "_prepare_cache_for_generation", "create_masks_for_generate", "_specpass")
 _ABSENT = object()
@@ -55,7 +56,8 @@ def compile(
     """Compile `target` in place, so that `generate` and direct calls prune its KV cache.
 
     Args:
-        target: a Hugging Face decoder in eval mode.
+        target: a Hugging Face decoder in eval mode. Of a PEFT model the decoder inside is compiled: its generate()
+            prunes, and adapters may be switched, switched off or merged later.
         draft: a smaller decoder with the same tokenizer, on the same device.
         method: e.g. specpass.SpecKV(budget=1024, window=32, lookahead=32).
         lowering: "inductor", or "eager" for the same passes without Inductor.
@@ -72,6 +74,12 @@ def compile(
     checks.check_decoder(target, "target")
     backend = Backend(draft, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
     checks.check_pair(target.config, checks.device_of(target), draft)
+    _install(base_of(target), backend)
+    return target
+
+
+def _install(target: nn.Module, backend: Backend) -> None:
+    """Put the attributes in place through which a decoder is called and generates."""
     restore(target)
     before = {name: target.__dict__.get(name, _ABSENT) for name in ATTRIBUTES}
     forward = fresh_forward(target)
@@ -82,18 +90,18 @@ def compile(
     target._compiled_call_impl = compiled_call(target, forward, backend)
     target._prepare_cache_for_generation = cache_factory(target, backend)
     target.create_masks_for_generate = keep_mask
-    return target
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo compile(); a model that was not compiled is left as it is."""
-    state = model.__dict__.get("_specpass")
+    inside = base_of(model)
+    state = inside.__dict__.get("_specpass")
     if state is None:
         return model
     state.forget()
     state.backend.report.target_configs.clear()  # report() no longer finds this model
     for name, value in state.before.items():
-        model.__dict__.pop(name, None)
+        inside.__dict__.pop(name, None)
         if value is not _ABSENT:
-            model.__dict__[name] = value
+            inside.__dict__[name] = value
     return model

@@ -99,7 +99,8 @@ def check_kinds(cache: BudgetCache) -> None:
 
 def check_whole(gm: fx.GraphModule, writes: int, layers: int, inputs: Inputs) -> None:
     """Raises: PartialGraphError: the graph is not the whole forward. UnsupportedCallError: it ends in a loss."""
-    logits = [node for node in results_of(gm.graph) if value(node).dim() == 3 and not is_written(node)]
+    results = [node for node in results_of(gm.graph) if isinstance(value(node), Tensor)]
+    logits = [node for node in results if value(node).dim() == 3 and not is_written(node)]
     if writes != layers or (inputs.ids is None and inputs.embeds is None) or not logits:
         raise PartialGraphError(
             f"a graph break left specpass with {writes} of {layers} layers in this graph: pruning needs the "

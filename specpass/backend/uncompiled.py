@@ -10,6 +10,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
+from specpass.cache.prompt import check_ids
 from specpass.cache.states import RECURRENT, layer_types, why_unheld
 from specpass.capture.model import untraceable
 from specpass.errors import (
@@ -108,6 +109,7 @@ class Writer:
     def __call__(self, ids: Tensor, mask: Tensor | None, packing: Packing, lookahead: int) -> Written:
         """Raises: Refusal: the draft's attention is needed, and it cannot be captured."""
         backend, cache = self.backend, self.cache
+        check_ids(ids, backend.smaller_vocabulary(cache))
         try:
             graphs = backend.draft_graphs(cache)
         except Refusal as refusal:

@@ -72,6 +72,7 @@ class BudgetCache(CacheProtocol):
         # The compiled graph gets tensors only; this one leads the runtime back to its cache.
         self.handle = torch.zeros((), dtype=torch.int64)
         self.handle._specpass_cache = weakref.ref(self)
+        self.pruned_by: Any = None  # the compiled graph that is running
         self._clear()
 
     def _clear(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
-from specpass.errors import DraftContextError, GradientsError, LookaheadError, MaskError
+from specpass.errors import DraftContextError, GradientsError, LookaheadError, MaskError, TokenizerMismatchError
 
 
 def check_gradients(values: Iterable[Any]) -> None:
@@ -46,4 +46,17 @@ def check_prompt(
         raise DraftContextError(
             f"the prompt has {size} tokens and the draft writes {lookahead} more, but the draft reads at most "
             f"{context}: shorten the prompt, lower lookahead, or use a draft with a longer context."
+        )
+
+
+def check_ids(ids: Tensor, vocab: int | None) -> None:
+    """A prompt of ids [B, S] for a draft that knows `vocab` tokens; None: as many as the target.
+
+    Raises: TokenizerMismatchError.
+    """
+    highest = -1 if vocab is None else int(ids.max())  # read once, before anything is queued
+    if vocab is not None and highest >= vocab:
+        raise TokenizerMismatchError(
+            f"the prompt holds token id {highest}, and the draft knows {vocab} tokens, fewer than the target: use a "
+            "draft of the same family and tokenizer."
         )

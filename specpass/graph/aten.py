@@ -59,6 +59,11 @@ class Cat(Operands, packets=[ATEN.cat]):
     dim: int
 
 
+class Copy(Operands, packets=[ATEN.copy_]):
+    input: fx.Node
+    src: fx.Node
+
+
 class Where(Operands, packets=[ATEN.where]):
     condition: fx.Node
     input: Any

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.dialect import cache as dialect
+from specpass.errors import UncompiledCacheError
 from specpass.kernels.decode import reference
 from specpass.kernels.gather.reference import gather_kv
 from specpass.ops.bind import bind
@@ -22,9 +23,25 @@ def fill(
 
     Returns: as `gather_kv`, and positions [B, K, S].
     """
+    check_owner(handle)
     batch, kv_heads, size = key.shape[:3]
     positions = torch.arange(size, device=key.device).expand(batch, kv_heads, -1).contiguous()
     return *gather_kv(key, value, positions, room), positions
+
+
+def check_owner(handle: Tensor | None) -> None:
+    """A graph that says this was compiled by specpass, if it belongs to a cache.
+
+    Raises: UncompiledCacheError: another backend runs it as it was traced, and nothing would prune.
+    """
+    found = getattr(handle, "_specpass_cache", None)
+    cache = None if found is None else found()
+    if cache is not None and cache.pruned_by is None:
+        raise UncompiledCacheError(
+            "a BudgetCache was given to a model that another backend compiled (a later model.compile() or "
+            "torch.compile() takes the place of specpass's), so nothing prunes it: call specpass.compile(model, ...) "
+            "last, or use another cache."
+        )
 
 
 def keep_kv(key: Tensor, value: Tensor, lengths: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,6 +61,7 @@ def extend_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> tuple
 
 def append_kv(keys: Tensor, values: Tensor, lengths: Tensor, key: Tensor, value: Tensor, handle: Tensor | None) -> None:
     """See the reference; `handle` led the backend to the cache."""
+    check_owner(handle)
     reference.append_kv(keys, values, lengths, key, value)
 
 

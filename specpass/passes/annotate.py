@@ -19,6 +19,7 @@ from specpass.errors import NoAttentionSiteError
 from specpass.graph.aten import Sdpa, Softmax, View
 from specpass.graph.walk import module_path, skip_full_slices, value
 from specpass.passes.facts import Inputs, Spans, Weights
+from specpass.passes.read.columns import HEADS, LENGTH, Made
 from specpass.passes.read.logits import changed_logits
 from specpass.passes.read.masks import mask_span
 from specpass.rewrite import Facts, Pass, Refusal, Request
@@ -45,6 +46,8 @@ class Annotate(Pass):
         sites: list[Site] = []
         for attention in attentions:
             site = reader.read(attention, len(sites))
+            if site is not None and site.cache in [other.cache for other in sites]:
+                raise Refusal("a second attention reads this layer's cache", site.module)
             if site is not None:
                 sites.append(site)
         served = {site.cache for site in sites}
@@ -79,7 +82,9 @@ class Reader:
     """Reads attention sites of one graph. `owners`: what attention reads -> the cache write that it belongs to."""
 
     def __init__(self, owners: dict[fx.Node, Write], facts: Facts) -> None:
-        self.owners, self.facts = owners, facts
+        self.owners, self.inputs, self.spans, self.weights = owners, *map(facts.get, (Inputs, Spans, Weights))
+        # Both cached tensors of each write: a latent and a rotary part (MLA) are no key and no value yet.
+        self.sources = {node: write for write in owners.values() for node in (key_of(write), value_of(write))}
         self.masks: dict[fx.Node, Span | str] = {}  # a model has one mask for many layers
 
     def read(self, attention: Sdpa | ModifiedAttention, index: int) -> Site | None:
@@ -88,19 +93,14 @@ class Reader:
         Raises: Refusal: it reads a cache in a way that is not understood.
         """
         module = module_path(attention.node)
-        key, val = (self._stored(node) for node in (attention.key, attention.value))
-        write = self.owners.get(key)
+        write, apart = self._cached(attention, module)
         if write is None:
-            if any(reads(attention.key, node) for node in self.owners):
-                raise Refusal("keys change between the cache and attention", module)
             return None
-        if value_of(write) not in (skip_full_slices(attention.value), val):
-            raise Refusal("values change between the cache and attention", module)
         if isinstance(attention, Sdpa) and attention.dropout_p:
             raise Refusal(f"attention dropout {attention.dropout_p} is on", module)
         layer, budget = (write.layer, write.budget) if isinstance(write, Fill) else (index, 0)
         span = self._span(attention, write, layer, module)
-        heads, kv_heads = value(attention.query).shape[1], value(write.key).shape[1]
+        heads, kv_heads = value(attention.query).shape[1], value(attention.key).shape[1]
         if heads % kv_heads:
             raise Refusal(f"{heads} query heads are no multiple of {kv_heads} KV heads", module)
         softcap, sinks, scale = 0.0, None, attention.scale
@@ -121,20 +121,52 @@ class Reader:
             sinks=sinks,
             budget=span.positions or budget,
             span=span,
+            heads_apart=apart,
         )
+
+    def _cached(self, attention: Sdpa | ModifiedAttention, module: str) -> tuple[Write | None, bool]:
+        """The write of the cache that attention reads, None where it reads none, and whether its heads stay apart.
+
+        Raises: Refusal: keys or values are not made of what is cached, column by column.
+        """
+        key, val = (self._stored(node) for node in (attention.key, attention.value))
+        write = self.owners.get(key)
+        if write is not None and value_of(write) in (skip_full_slices(attention.value), val):
+            return write, True
+        if write is None and not any(reads(attention.key, node) for node in self.owners):
+            return None, True
+        apart, found = True, set[fx.Node]()
+        for name, node in (("keys", attention.key), ("values", attention.value)):
+            made = Made.of(node, self._is_source)
+            try:
+                if made is None or not made.keeps_apart(LENGTH):
+                    raise Refusal(f"{name} change between the cache and attention", module)
+                apart = apart and made.keeps_apart(HEADS)
+            except RuntimeError as error:
+                raise Refusal(f"{name} change between the cache and attention ({error})", module) from error
+            writes = [self.sources[self._stored(source)] for source in made.sources]
+            found |= {made_by.node for made_by in writes}
+        if len(found) != 1:
+            raise Refusal("keys and values are made of several layers' caches", module)
+        return writes[0], apart
+
+    def _is_source(self, node: fx.Node) -> bool:
+        """Whether it is a layer's cached keys or values [B, K, T, D]."""
+        write = self.sources.get(self._stored(node))
+        val = node.meta.get("val")
+        return write is not None and val.dim() == 4 and val.shape[1] == value(write.key).shape[1]
 
     def _stored(self, node: fx.Node) -> fx.Node:
         """The cache tensor behind full slices and, where it is none yet, behind views of it."""
         plain = skip_full_slices(node)
-        return plain if plain in self.owners else storage_of(plain)
+        return plain if plain in self.sources else storage_of(plain)
 
     def _span(self, attention: Sdpa | ModifiedAttention, write: Write, layer: int, module: str) -> Span:
         """What the site's queries read: by its mask, and where that cannot tell, by the config.
 
         Raises: Refusal: the mask is not understood, or is not what the config says.
         """
-        spans = self.facts.get(Spans)
-        said = None if spans is None else spans.layers[layer]
+        said = None if self.spans is None else self.spans.layers[layer]
         if isinstance(write, AppendKv):
             return said or FULL  # a mask in slot coordinates tells nothing; lengths and the prefill's span tell all
         if value(attention.query).shape[2] == 1:  # a prompt of one token reads itself, whatever is added to its logit
@@ -153,7 +185,7 @@ class Reader:
         if mask is None:
             return FULL if isinstance(attention, Sdpa) and attention.is_causal else "none"
         if mask not in self.masks:
-            self.masks[mask] = mask_span(mask, self.facts.get(Inputs), self.facts.get(Weights))
+            self.masks[mask] = mask_span(mask, self.inputs, self.weights)
         return self.masks[mask]
 
 

@@ -14,7 +14,7 @@ from torch import fx
 from specpass.dialect.cache import AppendKv, Widen
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
-from specpass.graph.walk import ATEN
+from specpass.graph.walk import ATEN, ancestors, behind
 from specpass.rewrite import Facts, Kind, Pass, Request
 from specpass.rewrite.base import STEPS
 from specpass.rewrite.sites import Site, Sites
@@ -31,7 +31,9 @@ class AttendSlots(Pass):
         editor = Editor(gm)
         rewritten = []
         for site in facts[Sites].sites:
-            keys, values = (own_slots(editor, node, site) for node in (site.key, site.value))
+            for wide in [view for view in Widen.find(gm.graph) if view.node < site.attention]:
+                own_slots(editor, wide, site)
+            keys, values = site.key, site.value
             operands = (site.query, keys, values, AppendKv.of(site.cache).lengths, site.scale, *site.options)
             new = editor.call(SPEC.attend, *operands, before=site.attention, like=site.attention)
             editor.replace(site.attention, new)
@@ -40,10 +42,11 @@ class AttendSlots(Pass):
         gm.graph.eliminate_dead_code()
 
 
-def own_slots(editor: Editor, node: fx.Node, site: Site) -> fx.Node:
-    """The layer's own slots [B, K, P, D] where the model was shown those of the widest layer."""
-    wide = Widen.match(node)
-    if wide is None:
-        return node
-    place = {"before": site.attention, "like": site.attention}
-    return editor.call(ATEN.unflatten.int, wide.storage, 1, [wide.kv_heads, -1], **place)
+def own_slots(editor: Editor, wide: Widen, site: Site) -> None:
+    """Let the site read the layer's own slots [B, K, P, D] where the model was shown those of the widest layer."""
+    made = behind(wide.node) & set(ancestors(site.attention))
+    place = {"before": wide.node.next, "like": site.attention}
+    own = editor.call(ATEN.unflatten.int, wide.storage, 1, [wide.kv_heads, -1], **place)
+    editor.replace(wide.node, own)
+    for node in sorted(made - {site.attention}):
+        editor.refresh(node)

@@ -4,6 +4,7 @@ before: `sdpa(q, reshape(expand(unsqueeze(k))), reshape(expand(unsqueeze(v))), m
     or  `matmul(softmax(matmul(q, transpose(k)) * s + mask), v)` (attn_implementation="eager", see read/attention.py)
 after:  `sdpa(q, k, v, mask, 0.0, causal, scale=s, enable_gqa=True)` with k, v [B, K, T, D] as the cache op saw them.
     or  `modified_attention(q, k, v, mask, s, softcap, sinks)` where the logits are capped or the softmax has sinks
+    Under autocast q and k come in float32, and are cast to v's dtype in front of the cache, not inside of attention.
 
 Matches by structure and fake shapes; what does not match is left alone, and annotate says so.
 """
@@ -11,15 +12,17 @@ Matches by structure and fake shapes; what does not match is left alone, and ann
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from specpass.dialect.attention import ModifiedAttention
-from specpass.graph.aten import Expand, Sdpa, Softmax, Unsqueeze, View
+from specpass.dialect.cache import AppendKv, Fill, KeepKv
+from specpass.graph.aten import Copy, Expand, Sdpa, Slice, Softmax, Unsqueeze, View
 from specpass.graph.edit import Editor, quiet
-from specpass.graph.walk import ATEN, find, skip_full_slices, value
+from specpass.graph.walk import ATEN, find, is_op, skip_full_slices, value
 from specpass.passes.read.attention import fuse_eager_attention
 from specpass.rewrite import Facts, Pass, Request
 
@@ -33,13 +36,21 @@ class Canonicalize(Pass):
         editor = Editor(gm)
         drop_grad_modes(gm.graph)
         unify_sizes(gm.graph)
+        for copy in Copy.find(gm.graph):
+            join_copies(editor, copy)
         for softmax in Softmax.find(gm.graph):
             fuse_eager_attention(editor, softmax)
         for modified in ModifiedAttention.find(gm.graph):
             unrepeat(modified)
         for attention in Sdpa.find(gm.graph):
             unrepeat(attention)
+        join_values(editor, Sdpa.find(gm.graph))
+        for attention in Sdpa.find(gm.graph):
             unfold_query(editor, attention)
+        for write in (*Fill.find(gm.graph), *AppendKv.find(gm.graph), *KeepKv.find(gm.graph)):
+            cast(editor, write.key, write.value)
+        for site in (*Sdpa.find(gm.graph), *ModifiedAttention.find(gm.graph)):
+            cast(editor, site.query, site.value)
         gm.graph.eliminate_dead_code()
 
 
@@ -47,6 +58,13 @@ def drop_grad_modes(graph: fx.Graph) -> None:
     """A graph is for inference; run by itself, its last switch would leave the caller's autograd off."""
     for node in find(graph, torch._C._set_grad_enabled):
         graph.erase_node(node)
+
+
+def cast(editor: Editor, node: fx.Node, like: fx.Node) -> None:
+    """Let everybody read `node` in the dtype of `like`; autocast would make them one inside of attention."""
+    if value(node).dtype != value(like).dtype:
+        new = editor.call(ATEN.to.dtype, node, value(like).dtype, before=node.next, like=node)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
 def unify_sizes(graph: fx.Graph) -> None:
@@ -63,6 +81,51 @@ def unify_sizes(graph: fx.Graph) -> None:
                 node.replace_all_uses_with(known)
                 if node.op != "placeholder":
                     graph.erase_node(node)
+
+
+def join_copies(editor: Editor, last: Copy) -> None:
+    """`x = new_empty(..); x[..., :n].copy_(a); x[..., n:].copy_(b)` (MLA's keys) is spelled `cat([a, b], -1)`."""
+    cut = Slice.match(last.input)
+    if cut is None or not is_op(cut.input, ATEN.new_empty, ATEN.empty):
+        return
+    place, parts, start = cut.input, [], 0
+    for user in place.users:
+        part, writes = Slice.match(user), list(user.users)
+        copy = Copy.match(writes[0]) if part is not None and len(writes) == 1 else None
+        if part is None or copy is None or copy.input is not user:
+            break
+        same = value(copy.src).shape == value(user).shape and value(copy.src).dtype == value(place).dtype
+        if (part.dim, part.start) != (cut.dim, start) or not same or copy.node.users:
+            return
+        parts.append(copy)
+        start += value(user).shape[part.dim]
+    readers = [user for user in place.users if user not in {copy.input for copy in parts}]
+    if not parts or start != value(place).shape[cut.dim] or any(user < parts[-1].node for user in readers):
+        return
+    new = editor.call(ATEN.cat, [copy.src for copy in parts], cut.dim, before=parts[-1].node, like=place)
+    for reader in readers:
+        reader.replace_input_with(place, new)
+    for copy in parts:
+        editor.graph.erase_node(copy.node)
+
+
+def join_values(editor: Editor, attentions: list[Sdpa]) -> None:
+    """Two attentions of one layer that differ in their values alone (DiffLlama) are one, over both side by side."""
+    for first, second in itertools.pairwise(attentions):
+        ours, theirs = first.operands(), second.operands()
+        if {**ours, "value": None} != {**theirs, "value": None} or ours["value"] is theirs["value"]:
+            continue
+        if second.value > first.node:
+            continue
+        place: dict[str, Any] = {"before": first.node, "like": first.node}
+        widths = [value(view.value).shape[-1] for view in (first, second)]
+        both = editor.call(ATEN.cat, [first.value, second.value], -1, **place)
+        with editor.graph.inserting_before(first.node):
+            joined = editor.graph.node_copy(first.node)
+        Sdpa.of(joined).update(value=both)
+        editor.refresh(joined, first.node)
+        for view, start, width in ((first, 0, widths[0]), (second, widths[0], widths[1])):
+            editor.replace(view.node, editor.call(ATEN.slice.Tensor, joined, -1, start, start + width, **place))
 
 
 def unrepeat(attention: Sdpa | ModifiedAttention) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
-from specpass.graph.walk import value
+from specpass.graph.walk import ATEN, value
 from specpass.passes.facts import Drafted, Rows, Scores
 from specpass.passes.inline import Inline, check_result
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
@@ -53,22 +53,30 @@ class ScoreImportance(Pass):
                 scores.append(own(site, taken, before))
                 continue
             changes = (None, None, *site.changes) if site.changes else ()  # no weights, no log-sum-exp yet
-            scores.append(
-                editor.call(
-                    SPEC.importance,
-                    taken,
-                    site.key,
-                    rows,
-                    lengths,
-                    method.window,
-                    site.scale,
-                    method.reduce,
-                    *changes,
-                    before=before,
-                    like=like,
-                )
+            own_scores = editor.call(
+                SPEC.importance,
+                taken,
+                site.key,
+                rows,
+                lengths,
+                method.window,
+                site.scale,
+                method.reduce,
+                *changes,
+                before=before,
+                like=like,
             )
+            scores.append(own_scores if site.heads_apart else shared(editor, own_scores, site, method.reduce))
         facts.add(Scores(tuple(scores)))
+
+
+def shared(editor: Editor, scores: fx.Node, site: Site, reduce: str) -> fx.Node:
+    """[B, H, T] of heads that read one choice of positions -> [B, K, T] of the cached heads, all alike."""
+    place: dict[str, Any] = {"before": scores.next, "like": site.attention}
+    how = (ATEN.amax, [1]) if reduce == "max" else (ATEN.mean.dim, [1])
+    one = editor.call(how[0], scores, how[1], True, **place)
+    place["before"] = one.next
+    return editor.call(ATEN.repeat, one, [1, site.kv_heads, 1], **place)
 
 
 class OwnScores:
@@ -82,6 +90,8 @@ class OwnScores:
 
     def __call__(self, site: Site, taken: fx.Node, before: fx.Node) -> fx.Node:
         """Scores [B, K, T] of the queries `taken` [B, H, R, D]."""
+        if not site.heads_apart:
+            raise Refusal(f"{self.name} scores KV heads, and this layer's keys are made of one latent", site.module)
         if site.changes:
             raise Refusal(f"{self.name} is not told of this layer's soft cap or sinks", site.module)
         assert self.score is not None

@@ -39,11 +39,17 @@ class Report(BackendRecord):
         return text(self)
 
 
+def base_of(model: Any) -> Any:
+    """The decoder inside a PEFT wrapper, whose generate() calls it; any other model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
 def report(model: Any) -> Report:
     """The report of a model compiled with specpass, by whichever door.
 
     Raises: UnsupportedCallError when the model is not compiled with specpass, or was never called.
     """
+    model = base_of(model)
     state = model.__dict__.get("_specpass")
     if state is not None:
         return state.backend.report

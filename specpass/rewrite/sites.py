@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from specpass.dialect.cache import AppendKv, Fill, GatherKv, KeepKv
 from specpass.graph.walk import value
 from specpass.sizes import FULL, Span
 
@@ -28,6 +29,7 @@ class Site:
         sinks: [H] logits that belong to no key, or None.
         budget: slots C of each KV head, 0 where nothing is pruned.
         span: what its queries read of what is in front of them.
+        heads_apart: each head reads one cached head; else (MLA's one latent) a choice of positions serves all heads.
     """
 
     layer: int
@@ -42,6 +44,7 @@ class Site:
     sinks: fx.Node | None = None
     budget: int = 0
     span: Span = FULL
+    heads_apart: bool = True
 
     @property
     def changes(self) -> tuple[Any, ...]:
@@ -62,12 +65,14 @@ class Site:
 
     @property
     def kv_heads(self) -> int:
-        return int(value(self.key).shape[1])
+        return self.kv_shape[0]
 
     @property
     def kv_shape(self) -> tuple[int, int, int]:
         """(K, D, Dv) of the layer's cache."""
-        return self.kv_heads, int(value(self.key).shape[3]), int(value(self.value).shape[3])
+        write = next(view.of(self.cache) for view in (Fill, KeepKv, AppendKv, GatherKv) if view.is_call(self.cache))
+        key, val = value(write.key), value(write.value)
+        return int(key.shape[1]), int(key.shape[3]), int(val.shape[3])
 
 
 @dataclasses.dataclass(frozen=True)

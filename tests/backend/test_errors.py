@@ -247,6 +247,47 @@ def test_uncompiled_model() -> None:
     assert untouched(cache)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_another_backend_took_the_place_of_specpass(backend: str) -> None:
+    """At the door of compile and at torch's own; a prompt, and a step behind a prompt that was pruned."""
+    for door in ("compile", "plain"):
+        target, snap = tiny(layers=1), specpass.SnapKV(budget=C, window=W)
+        if door == "compile":
+            compile_eager(target, snap)
+        else:
+            target.compile(backend=specpass.Backend(method=snap, lowering="eager"), dynamic=True)
+        pruned = specpass.BudgetCache(target.config, snap)
+        call(target, prompt(40), pruned)
+        target.compile(backend=backend, dynamic=True)
+        with refused(target, errors.UncompiledCacheError, "another backend", "specpass.compile"):
+            call(target, prompt(40), specpass.BudgetCache(target.config, snap))
+        with refused(target, errors.UncompiledCacheError, "another backend"):
+            call(target, prompt(1), pruned)
+        assert call(target, prompt(40), None).shape == (1, 1, 128)
+
+
+def test_attention_probabilities(model: Any) -> None:
+    cache = new_cache(model)
+    with refused(model, errors.UnsupportedCallError, "output_attentions", "restore"):
+        call(model, prompt(40), cache, output_attentions=True)
+    with refused(model, errors.UnsupportedCallError, "output_attentions"):
+        model.generate(prompt(40), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+    assert untouched(cache)
+
+
+def test_a_token_that_the_draft_does_not_know() -> None:
+    """Vocabularies of one family are padded to unlike sizes; an id beyond the smaller one is another tokenizer's."""
+    target = compile_eager(tiny(), METHOD, tiny(seed=1, vocab=100))
+    known = prompt(40).clamp(max=99)
+    cache = new_cache(target)
+    call(target, known, cache)
+    assert cache.lookahead_ids.max() < 100
+    known[0, 7], cache = 117, new_cache(target)
+    with refused(target, errors.TokenizerMismatchError, "token id 117", "100 tokens"):
+        call(target, known, cache)
+    assert untouched(cache)
+
+
 def test_labels(model: Any) -> None:
     cache = new_cache(model)
     with refused(model, errors.UnsupportedCallError, "labels="):

@@ -74,6 +74,22 @@ def test_a_compiled_pair_is_freed(door: Callable[[Any, Any], Any]) -> None:
         assert traces.alive() == [False, False, False]
 
 
+def test_twenty_pairs_leave_no_weight_behind() -> None:
+    """Compiled, called, restored (every other one) and deleted, in one process."""
+    storages = []
+    for number in range(20):
+        target, draft = tiny(layers=1, seed=number), tiny(seed=number + 100, layers=1)
+        storages += [StorageWeakRef(p.untyped_storage()) for model in (target, draft) for p in model.parameters()]
+        compile_eager(target, METHOD, draft)
+        cache = specpass.BudgetCache(target.config, METHOD, max_new_tokens=6)
+        call(target, prompt(60), cache)
+        if number % 2:
+            specpass.restore(target)
+        del target, draft, cache
+    gc.collect()
+    assert [storage.expired() for storage in storages] == [True] * len(storages)
+
+
 def test_restore_frees_the_draft_of_a_model_that_stays() -> None:
     target, draft = tiny(layers=1), tiny(seed=1, layers=1)
     compile_eager(target, METHOD, draft).generate(prompt(60), max_new_tokens=3)

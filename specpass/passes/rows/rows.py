@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from specpass.dialect.define import SPEC
 from specpass.errors import UnsupportedCallError
-from specpass.graph.aten import Chunks, Reduction, Select, Slice
+from specpass.graph.aten import Cat, Chunks, Reduction, Select, Slice
 from specpass.graph.edit import Editor
 from specpass.graph.operands import GetItem
 from specpass.graph.walk import ATEN, FULL, is_op, is_size, value
@@ -75,6 +75,9 @@ def keeps_rows(node: fx.Node, columns: object) -> bool:
         return reduction.dim in (-1, [-1], (-1,)) and not _holds(value(reduction.input).shape[-1], columns)
     if chunks is not None:
         return not _holds(value(chunks.input).shape[chunks.dim], columns)
+    joined = Cat.match(node)
+    if joined is not None:
+        return not any(_holds(value(part).shape[joined.dim], columns) for part in joined.tensors)
     if GetItem.match(node) is not None:  # of what keeps rows: a node that does not is stopped at
         return True
     if cut is not None:  # over another axis, or over all of this one
