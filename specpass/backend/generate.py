@@ -30,7 +30,7 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
         model_kwargs["past_key_values"] = BudgetCache(
             target.config,
             backend.method,
-            max_new_tokens=generation_config.max_new_tokens or generation_config.max_length - prompt,
+            max_new_tokens=new_tokens(generation_config, model_kwargs),
             prompt_length=prompt,
         )
         announce(model_kwargs["past_key_values"], prompt)
@@ -38,6 +38,12 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
         return None
 
     return prepare_cache
+
+
+def new_tokens(generation_config: Any, model_kwargs: dict) -> int:
+    """How many tokens are generated at most; generate counts no columns of a prompt of embeddings in max_length."""
+    counted = 0 if model_kwargs.get("inputs_embeds") is not None else prompt_length(generation_config, model_kwargs)
+    return generation_config.max_new_tokens or generation_config.max_length - counted
 
 
 def announce(cache: Any, columns: int) -> None:
@@ -48,6 +54,9 @@ def announce(cache: Any, columns: int) -> None:
 
 def prompt_length(generation_config: Any, model_kwargs: dict) -> int:
     """S as generate sees it, padding included."""
+    embeds = model_kwargs.get("inputs_embeds")
+    if isinstance(embeds, torch.Tensor):
+        return embeds.shape[1]
     mask = model_kwargs.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         return mask.shape[1]
