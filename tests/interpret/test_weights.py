@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from hybrids import hybrid
 from support import compile_eager, run
 from tiny import prompt, tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig
@@ -106,3 +108,27 @@ def test_a_draft_of_another_dtype_through_graphs() -> None:
     found = run(model, prompt(60))
     assert found.cache.lookahead_ids.shape == (1, 4)
     assert [graph.kind for graph in specpass.report(model).graphs] == ["prefill", "decode"]
+
+
+def test_gguf_left_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers leaves blocks packed in a few architectures, all of them with states."""
+    modules = pytest.importorskip("transformers.integrations.gguf.utils")
+    monkeypatch.setattr(modules, "MAX_GEMV_ROWS", 0)  # its kernel comes from the hub
+    kind = gguf.GGMLQuantizationType.Q8_0
+
+    def packed(**settings: Any) -> Any:
+        model = hybrid("lfm2", **settings)
+        for layer in model.model.layers:
+            for name, linear in list(layer.named_modules()):
+                if isinstance(linear, torch.nn.Linear):
+                    parent, _, own = name.rpartition(".")
+                    new = modules.GgufLinear(linear.in_features, linear.out_features, int(kind))
+                    blocks = gguf.quants.quantize(linear.weight.numpy(), kind)
+                    new.weight.data = torch.from_numpy(blocks.view("uint8"))
+                    setattr(layer.get_submodule(parent), own, new)
+        return model
+
+    exact = compile_eager(packed(), COVERING)
+    assert run(exact, prompt(60)).tokens == run(packed(), prompt(60)).tokens
+    found = run(compile_eager(packed(), SPEC, packed(seed=3)), prompt(60))
+    assert all((layer.positions >= 0).sum() == 2 * C for layer in found.cache.budgeted)
