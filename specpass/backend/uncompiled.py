@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -72,6 +73,9 @@ class Uncompiled:
         """A graph could not be made: from now on the second way; a prompt starts anew."""
         whole = isinstance(error, UnsplicedGraphError)
         self.backend.report.interpreted = str(error) if whole else f"no whole graph could be made ({first_line(error)})"
+        if isinstance(error, TorchDynamoException):  # it may be a fault of specpass
+            reason = self.backend.report.interpreted
+            warnings.warn(f"specpass: {reason}; the model's own forward runs instead.", stacklevel=3)
         if not isinstance(cache.seen, Tensor):  # no prompt was read to its end
             cache.reset()
 

@@ -31,9 +31,9 @@ class AttendSlots(Pass):
         editor = Editor(gm)
         rewritten = []
         for site in facts[Sites].sites:
-            for wide in [view for view in Widen.find(gm.graph) if view.node < site.attention]:
-                own_slots(editor, wide, site)
-            keys, values = site.key, site.value
+            wides = [view for view in Widen.find(gm.graph) if view.node < site.attention]
+            owns = {wide.node: own_slots(editor, wide, site) for wide in wides}
+            keys, values = (owns.get(node, node) for node in (site.key, site.value))
             operands = (site.query, keys, values, AppendKv.of(site.cache).lengths, site.scale, *site.options)
             new = editor.call(SPEC.attend, *operands, before=site.attention, like=site.attention)
             editor.replace(site.attention, new)
@@ -42,7 +42,7 @@ class AttendSlots(Pass):
         gm.graph.eliminate_dead_code()
 
 
-def own_slots(editor: Editor, wide: Widen, site: Site) -> None:
+def own_slots(editor: Editor, wide: Widen, site: Site) -> fx.Node:
     """Let the site read the layer's own slots [B, K, P, D] where the model was shown those of the widest layer."""
     made = behind(wide.node) & set(ancestors(site.attention))
     place = {"before": wide.node.next, "like": site.attention}
@@ -50,3 +50,4 @@ def own_slots(editor: Editor, wide: Widen, site: Site) -> None:
     editor.replace(wide.node, own)
     for node in sorted(made - {site.attention}):
         editor.refresh(node)
+    return own
