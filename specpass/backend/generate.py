@@ -40,27 +40,28 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
     return prepare_cache
 
 
-def new_tokens(generation_config: Any, model_kwargs: dict) -> int:
-    """How many tokens are generated at most; generate counts no columns of a prompt of embeddings in max_length."""
-    counted = 0 if model_kwargs.get("inputs_embeds") is not None else prompt_length(generation_config, model_kwargs)
-    return generation_config.max_new_tokens or generation_config.max_length - counted
-
-
-def announce(cache: Any, columns: int) -> None:
+def announce(cache: Any, columns: int | None) -> None:
     """Tell an empty cache of ours how many columns its prompt has: calls may bring less, or more (see pieces.py)."""
     if isinstance(cache, BudgetCache) and not cache.filled:
         cache.awaited = columns
 
 
-def prompt_length(generation_config: Any, model_kwargs: dict) -> int:
-    """S as generate sees it, padding included."""
-    embeds = model_kwargs.get("inputs_embeds")
-    if isinstance(embeds, torch.Tensor):
-        return embeds.shape[1]
-    mask = model_kwargs.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        return mask.shape[1]
-    return generation_config.max_length - (generation_config.max_new_tokens or 1)
+def prompt_length(generation_config: Any, model_kwargs: dict) -> int | None:
+    """S as generate sees it, padding included; None where it does not say."""
+    for name, axes in (("inputs_embeds", 3), ("attention_mask", 2)):
+        given = model_kwargs.get(name)
+        if isinstance(given, torch.Tensor) and given.dim() == axes:
+            return int(given.shape[1])
+    masked = getattr(generation_config, "_mask_length", None)  # of a mask of ones, which generate takes away
+    if masked is None and generation_config.max_new_tokens:
+        return generation_config.max_length - generation_config.max_new_tokens
+    return masked
+
+
+def new_tokens(generation_config: Any, model_kwargs: dict) -> int:
+    """How many tokens are generated at most; max_length does not count a prompt of embeddings."""
+    counted = None if "inputs_embeds" in model_kwargs else prompt_length(generation_config, model_kwargs)
+    return generation_config.max_new_tokens or max(1, generation_config.max_length - (counted or 0))
 
 
 def keep_mask(attention_mask: Any = None, **_: Any) -> Any:

@@ -19,9 +19,10 @@ from specpass.graph.edit import copy_module
 from specpass.methods.base import Method
 from specpass.methods.specpc import SpecPC
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.facts import Inputs, Rows, Weights
+from specpass.passes.facts import Inputs, Rows, Spans, Weights
 from specpass.passes.score_draft import StepRows
 from specpass.rewrite import Facts, Kind, Pass, Request
+from specpass.sizes import FULL
 
 
 @functools.cache
@@ -161,7 +162,7 @@ def draft_graphs(prompt: SpecPC | None = None, layers: int = 1) -> dict[str, Tra
     def step_facts(places: list[fx.Node]) -> Facts:
         return Facts() if prompt is None else Facts(StepRows(*places[2:5]))
 
-    capture = Recording(ModelTrace(tiny(seed=1, layers=layers)), layers, prompt)
+    capture = Recording(ModelTrace(tiny(seed=1, layers=layers)), Spans((FULL,) * layers), prompt)
     capture.prefill()
     capture.step()
     return {

@@ -59,6 +59,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         + [(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.3, "max", None, None, 2.0, sinks)],
         "select": [(scores, lengths, C, W, 3, "max"), (scores, lengths, S + 4, W, 7, "avg")],
         "select_recent": [(lengths, K, C, 1), (lengths, K, S + 4, 0)],
+        "select_chunk": [(lengths, K, 4), (lengths, K, S + 4)],
         "keep_all": [(lengths, K, S + 4)],
         "gather_kv": [(key, value, positions, N)],
         "keep_kv": [(key, value, lengths, N)],
