@@ -31,6 +31,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     keys, values, used = SPEC.gather_kv(key, value, positions, N)
     heads = [states.view(B, K, C + N, -1) for states in (keys, values)]
     sinks = torch.randn(H)
+    options: tuple[Any, ...] = ((), (2.0, sinks), (0.0, None, 3, 0), (2.0, sinks, 0, 4))
     handle, step = torch.zeros((), dtype=torch.int64), (torch.randn(B, K, 2, D), torch.randn(B, K, 2, D + 1))
     return {
         "fill": [(key, value, handle, C, N, 0, False), (key, value, handle, S + L + 1, N, 0, True)],
@@ -63,9 +64,10 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "keep_all": [(lengths, K, S + 4)],
         "gather_kv": [(key, value, positions, N)],
         "keep_kv": [(key, value, lengths, N)],
-        "attend": [(query[:, :, :q], *heads, used, 0.3, *last) for q in (1, 3) for last in ((), (2.0, sinks))],
+        "attend": [(query[:, :, :q], *heads, used, 0.3, *last) for q in (1, 3) for last in options],
         "prefill_attention": [(query, key, value, 0.3), (query[:, :K], key, value, 0.3)]
-        + [(query, key, states, 0.3, softcap, sinks) for softcap in (0.0, 2.0) for states in (key, value)],
+        + [(query, key, states, 0.3, softcap, sinks) for softcap in (0.0, 2.0) for states in (key, value)]
+        + [(query, key, value, 0.3, *last) for last in ((0.0, None, 3, 0), (2.0, sinks, 0, 4))],
         "modified_attention": [
             (query, key, value, mask, 0.3, 2.0, some)
             for some in (sinks, None)
