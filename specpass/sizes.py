@@ -28,7 +28,9 @@ class Decoder:
 
     @classmethod
     def of(cls, config: Any, itemsize: int | None = None) -> Decoder | None:
-        """Sizes from a Hugging Face config; None where the layers are not those of a dense decoder (experts, say).
+        """Sizes from a Hugging Face config; None where the layers are not those of a dense decoder.
+
+        That is where there are experts, and where a layer has a window, chunks or a state.
 
         Args: itemsize: bytes a number; None takes the config's dtype.
         """
@@ -36,6 +38,8 @@ class Decoder:
         if not all(hasattr(text, name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")):
             return None
         if set(getattr(text, "layer_types", None) or ()) & STATES:
+            return None
+        if any(span != FULL for span in layer_spans(text)):
             return None
         heads = text.num_attention_heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
