@@ -58,6 +58,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "Lfm2",
         {k: v for k, v in _ROTARY.items() if k != "head_dim"} | {"layer_types": ["conv", "full_attention"]},
     ),
+    "bloom": ("Bloom", {"hidden_size": 64, "n_head": 4}),
     "gpt2": ("GPT2", {"n_embd": 64, "n_inner": 96, "n_head": 4, "n_positions": 512}),
     "opt": (
         "OPT",
@@ -87,7 +88,7 @@ EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmoe": ("Olmoe", {**_ROTARY, "num_experts": 4, "num_experts_per_tok": 2}),
 }
-EAGER = ("gemma2", "gpt-oss")
+EAGER = ("gemma2", "gpt-oss", "bloom")
 
 
 def tiny(
