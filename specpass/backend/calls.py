@@ -47,7 +47,7 @@ class Call:
     def __call__(self, *args: Any) -> Any:
         cache = owner_of(args[self.places["handle"]])
         self.check(cache, args)
-        cache.pruned_by = self
+        cache.pruned_by, cache.served = self, True
         try:
             out = self.run(*args, *self.lifted)
         finally:

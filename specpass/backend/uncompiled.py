@@ -25,6 +25,7 @@ from specpass.interpret.draft import Written, write_by_forward, write_by_graphs
 from specpass.interpret.rows import Packing
 from specpass.interpret.run import Call
 from specpass.rewrite import Refusal
+from specpass.rewrite.verify import StageError
 from specpass.sizes import context_length
 
 # What a call may fail of while its graph is made. Mistakes of the user's are other errors, and stay errors.
@@ -70,7 +71,12 @@ class Uncompiled:
         return self.backend.report.interpreted
 
     def failed(self, error: BaseException, cache: BudgetCache) -> None:
-        """A graph could not be made: from now on the second way; a prompt starts anew."""
+        """A graph could not be made: from now on the second way; a prompt starts anew.
+
+        Raises: the error: a pass breaks its word, which is no model's fault.
+        """
+        if isinstance(getattr(error, "inner_exception", None), StageError):
+            raise error
         whole = isinstance(error, UnsplicedGraphError)
         self.backend.report.interpreted = str(error) if whole else f"no whole graph could be made ({first_line(error)})"
         if isinstance(error, TorchDynamoException):  # it may be a fault of specpass

@@ -80,6 +80,7 @@ class BudgetCache(CacheProtocol):
         self.lookahead_ids: Tensor | None = None
         self.prompt_positions: Tensor | None = None
         self.shift: Tensor | None = None  # [B] what generate counts less what the target was told (SpecPC)
+        self.served = False  # whether a graph of ours has read its prompt
         self.padded = False
         self.exact = False  # whether the prefill was refused and kept everything
         self.columns: int | None = None  # read by a target that runs uncompiled, padding included; None: by graphs

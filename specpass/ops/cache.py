@@ -23,20 +23,21 @@ def fill(
 
     Returns: as `gather_kv`, and positions [B, K, S].
     """
-    check_owner(handle)
+    check_owner(handle, again=True)
     batch, kv_heads, size = key.shape[:3]
     positions = torch.arange(size, device=key.device).expand(batch, kv_heads, -1).contiguous()
     return *gather_kv(key, value, positions, room), positions
 
 
-def check_owner(handle: Tensor | None) -> None:
+def check_owner(handle: Tensor | None, again: bool = False) -> None:
     """A graph that says this was compiled by specpass, if it belongs to a cache.
 
+    Args: again: a graph of a stage in between may be run by itself, once the compiled one has read the prompt.
     Raises: UncompiledCacheError: another backend runs it as it was traced, and nothing would prune.
     """
     found = getattr(handle, "_specpass_cache", None)
     cache = None if found is None else found()
-    if cache is not None and cache.pruned_by is None:
+    if cache is not None and cache.pruned_by is None and not (again and cache.served):
         raise UncompiledCacheError(
             "a BudgetCache was given to a model that another backend compiled (a later model.compile() or "
             "torch.compile() takes the place of specpass's), so nothing prunes it: call specpass.compile(model, ...) "

@@ -54,7 +54,7 @@ def fused(state: State) -> fx.GraphModule:
 def test_text() -> None:
     gm = fused(traced())
     assert_expected_inline(
-        text(gm), """append_attend(keys_1, values_1, used_1, query_1, key_1, value_1, 0.1, 0.0, None)"""
+        text(gm), """append_attend(keys_1, values_1, used_1, query_1, key_1, value_1, 0.1, 0.0, None, 0, 0)"""
     )
     assert [str(choice) for _, choice in choose_sites(gm)] == [
         "append_attend: kernel decode_append (shapes are supported)"

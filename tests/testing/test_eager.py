@@ -30,7 +30,7 @@ from specpass.testing.eager import (
 SMALL = Scoring(window=8)
 
 
-@pytest.mark.parametrize("family", [*FULL, *OTHERS])
+@pytest.mark.parametrize("family", [*FULL, *(family for family in OTHERS if family not in ("lfm2", "bloom"))])
 def test_tiny_models_attend_unevenly(family: str) -> None:
     model = tiny(family)
     layers = probabilities_by_output(model, prompt(40), rows=8)

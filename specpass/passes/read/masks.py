@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from specpass.graph.roles import role_of
 from specpass.graph.walk import ATEN, ancestors, is_op, value
 from specpass.passes.facts import Inputs, Weights
 from specpass.sizes import FULL, Span
@@ -73,7 +74,7 @@ class _Subgraph:
         self.mask, self.inputs, self.needed = mask, inputs, ancestors(mask)
         named = {inputs.ids, inputs.mask, inputs.positions, inputs.embeds}
         tensors = {} if weights is None else weights.tensors
-        own = [node for node in self.needed if node in tensors and node not in named]
+        own = [node for node in self.needed if node in tensors and node not in named and not is_argument(node)]
         self.known = {node: tensors[node] for node in own if tensors[node].dtype == torch.bool}
         self.free = [n for n in self.needed if n.op == "placeholder" and n not in named and n not in self.known]
         self.shape = value(inputs.tokens).shape[:2]
@@ -136,6 +137,11 @@ class _Subgraph:
         return env[self.mask]
 
 
+def is_argument(node: fx.Node) -> bool:
+    """Whether an input is one of the call's, in whatever shape, and no buffer of the model."""
+    return role_of(node.meta.get("specpass_source", "")) is not None
+
+
 def made_small(arg: Any, small: Mapping[int, int]) -> Any:
     """A number's small form, with its sign."""
     if type(arg) is not int or abs(arg) not in small:
@@ -148,7 +154,7 @@ def _spans(mask: Tensor, real: Tensor, bounds: Iterable[int]) -> set[Span]:
     batch, length = real.shape
     lowest = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 64  # a mask that is scaled is one, too
     allowed = mask if mask.dtype == torch.bool else mask > lowest
-    if allowed.shape[1] != 1:
+    if allowed.shape[1] != 1 or allowed.shape[2:] != (length, length):
         return set()
     allowed = allowed.expand(batch, 1, length, length)
     rows = (real != 0)[:, None, :, None].expand_as(allowed)  # what padding rows see does not matter
