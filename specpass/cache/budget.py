@@ -63,6 +63,8 @@ class BudgetCache(CacheProtocol):
         if lookahead_ids is not None and method.prompt is not None:
             raise LookaheadError(f"{method.name} needs the draft's attention, so lookahead_ids cannot take its place.")
         self.given_ids = None if rows is None or not method.drafts else torch.tensor(as_id_rows(rows))
+        if self.given_ids is not None:  # L is a constant of a graph, also where it happens to be S
+            torch._dynamo.mark_static(self.given_ids)
         self.lookahead = method.look_ahead(max_new_tokens) if self.given_ids is None else self.given_ids.shape[1]
         self.compresses = method.prompt is not None
         self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole

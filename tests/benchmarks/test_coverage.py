@@ -14,7 +14,7 @@ from specpass.benchmarks.coverage.probe import probe, verdict
 from specpass.errors import BenchmarkError
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARD = ("gpt2", "gemma3_text")
+SHARD = ("gemma3_text",)
 
 
 @pytest.fixture(scope="module")

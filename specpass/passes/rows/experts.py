@@ -175,7 +175,9 @@ class _Trial:
     def run(self, rows: list[Tensor]) -> list[Tensor]:
         self.known: dict[fx.Node, Any] = dict(zip(self.block.entries, rows, strict=True))
         batch = self.block.entries[0].meta["val"].shape[0]
-        self.sizes = {self.columns.node.expr: rows[0].shape[1]}
+        columns = self.columns.node.expr
+        (symbol,) = columns.free_symbols  # T is the prompt's length, or that and L more
+        self.sizes = {symbol: rows[0].shape[1] - (columns - symbol)}
         if isinstance(batch, torch.SymInt):
             self.sizes[batch.node.expr] = 1
         for node in self.block.nodes:  # in order: what is written in place is written once
