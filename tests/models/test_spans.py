@@ -92,9 +92,10 @@ def test_storage_is_the_formula(own: Subject) -> None:
     assert states <= cache_bytes(cache) <= 1.05 * states + 8 * 2 * slots  # and int64 positions
 
 
-@pytest.mark.parametrize("early_exit", [True, False])
-def test_a_budget_that_holds_the_prompt_is_exact_beyond_the_window(own: Subject, early_exit: bool) -> None:
+@pytest.mark.parametrize(("family", "early_exit"), [*((family, False) for family in KINDS), ("gemma3", True)])
+def test_a_budget_that_holds_the_prompt_is_exact_beyond_the_window(family: str, early_exit: bool) -> None:
     """Prompts on both sides of the window, answers that leave it behind, rows of a padded batch alike."""
+    own = subject(family)
     rows = [prompt(length, seed=length) for length in (C, C - 1, V, 7)]
     ids, mask = padded(rows)
     together = run(own.model, ids, 2 * V, mask, past_key_values=own.cache(2 * V, early_exit=early_exit))
