@@ -20,9 +20,9 @@ def autocast() -> Any:
 
 
 @pytest.mark.parametrize(
-    "method", [specpass.SnapKV(budget=C, window=W), specpass.SpecKV(budget=C, window=W, lookahead=4)]
+    ("method", "attention"),
+    [(specpass.SpecKV(budget=C, window=W, lookahead=4), "sdpa"), (specpass.SnapKV(budget=C, window=W), "eager")],
 )
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_inside_and_outside_of_autocast(method: Any, attention: str) -> None:
     """One model, called in both ways; within the budget it is the plain model, bit for bit of its tokens."""
     settings = {"layers": 1, "attention": attention}
