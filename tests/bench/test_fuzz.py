@@ -16,6 +16,7 @@ FIXED = [case for case in cases.grouped(1, 300, families=("llama",), methods=("s
 FIXED = sorted(FIXED, key=lambda case: case.index)[:200]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("subject", sorted({case.subject for case in FIXED}), ids=lambda key: "-".join(map(str, key)))
 def test_fixed_cases_are_right(subject: tuple[str, str, int]) -> None:
     outcome = try_cases(subject, [case for case in FIXED if case.subject == subject])

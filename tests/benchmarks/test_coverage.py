@@ -22,6 +22,7 @@ def committed() -> dict[str, Any]:
     return json.loads((ROOT / "bench" / "results" / "coverage.json").read_text())
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("family", SHARD)
 def test_a_shard_is_as_committed(family: str, committed: dict[str, Any]) -> None:
     records = {record["family"]: record for record in committed["results"]}

@@ -214,4 +214,3 @@ def test_gemma3_prunes_its_full_layers_and_leaves_its_windows_exact() -> None:
     whole = run(twin, ids, 6)
     assert covering.tokens == whole.tokens
     torch.testing.assert_close(covering.logits, whole.logits, atol=1e-3, rtol=1e-3)
-    assert "Madrid" in tokenizer.decode(whole.tokens[0])
