@@ -8,7 +8,6 @@ import json
 import re
 from typing import Any
 
-STATES = frozenset({"conv", "linear_attention", "mamba", "hybrid", "hybrid_sliding"})  # kinds of layers that recur
 _LAYER = re.compile(r"\.\d+\.")
 
 
@@ -36,8 +35,6 @@ class Decoder:
         """
         text = config.get_text_config(decoder=True)
         if not all(hasattr(text, name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")):
-            return None
-        if set(getattr(text, "layer_types", None) or ()) & STATES:
             return None
         if any(span != FULL for span in layer_spans(text)):
             return None
@@ -82,6 +79,13 @@ class Span:
     def positions(self) -> int:
         """The most that a query reads; 0 where nothing bounds it."""
         return self.sliding or self.chunk
+
+    def reads(self, row: Any, column: Any) -> Any:
+        """Whether a query at position `row` reads position `column`: numbers, or tensors that broadcast."""
+        causal = column <= row
+        if self.chunk:
+            return causal & (row // self.chunk == column // self.chunk)
+        return causal & (row - column < self.sliding) if self.sliding else causal
 
     def __str__(self) -> str:
         if self.chunk:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from specpass.cache.budget import BudgetCache
+from specpass.cache.prompt import tokens_of
 
 _COLD = threading.RLock()  # of all models: there is one Dynamo
 
@@ -32,8 +33,8 @@ def one_at_a_time(known: set[Hashable], form: Hashable) -> Iterator[None]:
 def form_of(cache: BudgetCache, kwargs: Mapping[str, Any]) -> Hashable:
     """What decides by which graph a call is served; two graphs of one form are compiled at the same time, no worse."""
     layer = cache.budgeted[0]
-    ids = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-    size = ids.shape[1] if isinstance(ids, torch.Tensor) else 0
+    tokens = tokens_of(kwargs)
+    size = tokens.shape[1] if isinstance(tokens, torch.Tensor) else 0
     state = (layer.slots, min(size, 2)) if layer.is_initialized else (min(size, 2), size <= cache.whole, cache.room)
     return (
         cache.method,

@@ -16,7 +16,7 @@ from specpass.backend.calls import Call
 from specpass.backend.facts import Traced, static_outputs
 from specpass.backend.limit import ensure_limit, raised_limit
 from specpass.cache.budget import BudgetCache
-from specpass.cache.states import recurs
+from specpass.cache.states import recurrent_layer
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.capture.model import untraceable
@@ -265,7 +265,7 @@ def capture(draft: Any, method: Method) -> DraftGraphs:
 
     Raises: Refusal: also where tracing itself fails, whatever it raises (foreign tensors, loops over values).
     """
-    if recurs(draft.config):
+    if recurrent_layer(draft.config):
         raise Refusal("it has layers with a state")
     if untraceable(draft):
         raise Refusal(untraceable(draft))

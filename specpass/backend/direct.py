@@ -22,6 +22,7 @@ from specpass.backend.limit import raised_limit
 from specpass.backend.pieces import piece_of_prompt
 from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncompiled
 from specpass.cache.budget import BudgetCache
+from specpass.cache.prompt import positions_of, tokens_of
 from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
 from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
@@ -145,10 +146,9 @@ def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
             if bool(mask.all()):  # reads the mask once, before anything is queued
                 del kwargs["attention_mask"]
             elif kwargs.get("position_ids") is None:
-                kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+                kwargs["position_ids"] = positions_of(mask)
         return
-    ids = kwargs.get("input_ids")
-    tokens = kwargs.get("inputs_embeds") if ids is None else ids
+    tokens = tokens_of(kwargs)
     count = tokens.shape[1] if isinstance(tokens, torch.Tensor) else 1
     cache.reserve(count)
     if not cache.exact and isinstance(kwargs.pop("attention_mask", None), torch.Tensor):

@@ -11,7 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from specpass.backend.calls import owner_of
 from specpass.cache import BudgetCache
-from specpass.cache.states import RECURRENT, layer_types
+from specpass.cache.states import recurrent_layer
 from specpass.dialect.cache import AppendKv, Fill, GatherKv
 from specpass.errors import GradientsError, PartialGraphError, UnsupportedCallError
 from specpass.graph.aten import Dropout, Embedding, Sdpa
@@ -89,12 +89,12 @@ def kind_of(write: Fill | AppendKv) -> Kind:
 
 def check_kinds(cache: BudgetCache) -> None:
     """Raises: UnsupportedCallError: some layer recurs."""
-    for index, kind in enumerate(layer_types(cache.config)):
-        if kind in RECURRENT:
-            raise UnsupportedCallError(
-                f"layer {index} is configured as {kind}, whose state has no form in a graph: use "
-                "specpass.compile(model, ...), which prunes such a model around its own forward."
-            )
+    found = recurrent_layer(cache.config)
+    if found:
+        raise UnsupportedCallError(
+            f"{found}, whose state has no form in a graph: use specpass.compile(model, ...), which prunes such a model "
+            "around its own forward."
+        )
 
 
 def check_whole(gm: fx.GraphModule, writes: int, layers: int, inputs: Inputs) -> None:

@@ -12,7 +12,7 @@ from torch._dynamo.exc import TorchDynamoException
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import check_ids
-from specpass.cache.states import RECURRENT, layer_types, why_unheld
+from specpass.cache.states import recurrent_layer, why_unheld
 from specpass.capture.model import untraceable
 from specpass.errors import (
     NoAttentionSiteError,
@@ -34,12 +34,11 @@ FAILURES = (TorchDynamoException, PartialGraphError, UncompiledCacheError, NoAtt
 
 def why_uncompiled(target: nn.Module) -> str:
     """What makes a whole graph impossible, known before the first call; "" where one is tried."""
-    kinds = layer_types(target.config)
     if why_unheld(target.config):
         return ""
-    for index, kind in enumerate(kinds):
-        if kind in RECURRENT:
-            return f"layer {index} is configured as {kind}: its state has no form in a graph"
+    found = recurrent_layer(target.config)
+    if found:
+        return f"{found}: its state has no form in a graph"
     attention = attention_of(target)
     if attention.startswith("flex"):
         return f"attention is {attention}, which no pass recognises"

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
 from specpass.cache.layer import first_room, grown_room
-from specpass.cache.protocol import CacheProtocol
+from specpass.cache.protocol import BudgetLayer, CacheProtocol
 from specpass.cache.states import make_layers, why_unheld
 from specpass.dialect.define import SPEC
 from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError, UnsupportedCallError
@@ -69,7 +69,7 @@ class BudgetCache(CacheProtocol):
         self.compresses = method.prompt is not None
         self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole
         super().__init__(layers=make_layers(self, config))
-        self.ends = self.budgeted[:1] + self.budgeted[-1:]  # first and last of the layers that hold keys
+        self.budgeted = [layer for layer in self.layers if isinstance(layer, BudgetLayer)]
         self.listener: Any = None  # who answers `update` while the model's own forward runs uncompiled
         # The compiled graph gets tensors only; this one leads the runtime back to its cache.
         self.handle = torch.zeros((), dtype=torch.int64)
@@ -109,13 +109,13 @@ class BudgetCache(CacheProtocol):
                 "method=...) or model.compile(backend=specpass.Backend(...), dynamic=True)."
             )
         first = not self.layers[layer_idx].is_initialized
-        if first and self.layers[layer_idx] is self.ends[0]:
+        if first and self.layers[layer_idx] is self.budgeted[0]:
             if self.lookahead > 0 and not self.fits(key_states):
                 self.lookahead_ids = SPEC.lookahead(key_states, self.given_ids, self.lookahead)
             if self.compresses:
                 self.prompt_positions, self.shift = SPEC.read_prompt(key_states)
         keys, values = self.layers[layer_idx].update(key_states, value_states)
-        if self.layers[layer_idx] is self.ends[1]:
+        if self.layers[layer_idx] is self.budgeted[-1]:
             if first:
                 self.seen = SPEC.size(key_states, 2)
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,17 @@ from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
 from specpass.errors import DraftContextError, GradientsError, LookaheadError, MaskError, TokenizerMismatchError
+
+
+def tokens_of(call: Mapping[str, Any]) -> Any:
+    """What a call reads: ids [B, q], or embeddings [B, q, E] in their place."""
+    ids = call.get("input_ids")
+    return call.get("inputs_embeds") if ids is None else ids
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """[B, S] int64 positions of the tokens that a mask [B, S] shows, counted without padding; 0 for leading padding."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def check_gradients(values: Iterable[Any]) -> None:

@@ -28,6 +28,7 @@ class CacheProtocol(Cache):
     """transformers' side of a BudgetCache."""
 
     layers: list[Any]  # a BudgetLayer wherever attention is pruned; states and nothing at all elsewhere
+    budgeted: list[BudgetLayer]  # those that hold keys and values
     columns: int | None
     read_mask: Tensor | None
     seen: Any  # tokens that generate counts: 0, or a 0-d tensor after the prefill
@@ -36,11 +37,6 @@ class CacheProtocol(Cache):
     lookahead_ids: Tensor | None
     prompt_positions: Tensor | None
     shift: Tensor | None
-
-    @property
-    def budgeted(self) -> list[BudgetLayer]:
-        """The layers that hold keys and values."""
-        return [layer for layer in self.layers if isinstance(layer, BudgetLayer)]
 
     @property
     def filled(self) -> bool:

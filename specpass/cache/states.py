@@ -29,9 +29,12 @@ def layer_types(config: Any) -> list[str]:
     return list(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0])
 
 
-def recurs(config: Any) -> bool:
-    """Whether some layer of the model has a state."""
-    return any(kind in RECURRENT for kind in layer_types(config))
+def recurrent_layer(config: Any) -> str:
+    """The first layer that has a state, in words; "" where none has."""
+    for index, kind in enumerate(layer_types(config)):
+        if kind in RECURRENT:
+            return f"layer {index} is configured as {kind}"
+    return ""
 
 
 def why_unheld(config: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from specpass.cache.prompt import positions_of
 from specpass.dialect.define import SPEC
 from specpass.passes.draft import DraftGraphs
 from specpass.sizes import eos_ids, pad_id
@@ -52,8 +53,7 @@ def write_by_forward(
     ends, pad = eos_ids(draft.generation_config), pad_id(draft.generation_config)
     shared = min(vocab, draft.config.get_text_config(decoder=True).vocab_size)
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-    position = torch.arange(ids.shape[1], device=ids.device)[None] if mask is None else mask.long().cumsum(1) - 1
-    position = position.clamp(min=0)
+    position = torch.arange(ids.shape[1], device=ids.device)[None] if mask is None else positions_of(mask)
     tokens: list[Tensor] = []
     for index in range(lookahead):
         told = {} if mask is None else {"attention_mask": mask}

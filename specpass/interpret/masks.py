@@ -44,13 +44,9 @@ def difference(mask: Tensor, real: Tensor | None, count: int, span: Span) -> str
         allowed = mask > torch.finfo(mask.dtype).min / 2
         if bool((mask.masked_fill(~allowed, 0) != 0).any()):
             return "its mask adds a bias to the logits"
-    expected = torch.ones(count, count, dtype=torch.bool, device=mask.device).tril()[None, None]
     seen = torch.ones(1, count, dtype=torch.bool, device=mask.device) if real is None else real.to(mask.device)
-    if span.positions:
-        position = (seen.long().cumsum(1) - 1)[:, None]
-        row, column = position[..., :, None], position[..., None, :]
-        near = row - column < span.sliding if span.sliding else row // span.chunk == column // span.chunk
-        expected = expected & near
+    position = (seen.long().cumsum(1) - 1)[:, None]
+    expected = span.reads(position[..., :, None], position[..., None, :])
     if real is not None:
         expected = expected & seen[:, None, None, :]
         rows = seen[:, None, :, None]  # what padding rows see does not matter

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from specpass.cache.budget import BudgetCache
-from specpass.cache.prompt import check_gradients, check_prompt
+from specpass.cache.prompt import check_gradients, check_prompt, positions_of, tokens_of
 from specpass.cache.protocol import BudgetLayer
 from specpass.cache.states import StateLayer
 from specpass.dialect.define import SPEC
@@ -62,7 +62,7 @@ class Call:
     def whole(self) -> Any:
         """A prompt without pruning: the model's output, exact; the cache keeps everything."""
         cache, kwargs = self.cache, dict(self.kwargs)
-        like = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        like = tokens_of(kwargs)
         mask = kwargs.get("attention_mask")
         padded = isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all())
         cache.columns = 0
@@ -74,7 +74,7 @@ class Call:
 
     def _prompt(self) -> tuple[Any, PromptRecord]:
         cache, kwargs, ids = self.cache, dict(self.kwargs), self.kwargs.get("input_ids")
-        like = ids if ids is not None else kwargs["inputs_embeds"]
+        like = tokens_of(kwargs)
         batch, size = like.shape[:2]
         mask = kwargs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -94,7 +94,7 @@ class Call:
                 kwargs = self._of_part(part, kwargs)
         ahead = written.ids if written is not None and cache.method.appends else None
         if "position_ids" not in kwargs and packing.real is not None:
-            kwargs["position_ids"] = (packing.real.long().cumsum(1) - 1).clamp(min=0)
+            kwargs["position_ids"] = positions_of(packing.real)
         keeper = self._keeper(packing, short, ahead, part)
         reading = ReadPrompt(cache, keeper, ahead is not None)
         cache.columns, cache.read_mask = 0, None
@@ -216,8 +216,7 @@ class Call:
     def _step(self) -> Any:
         """q tokens behind the prompt."""
         cache, kwargs = self.cache, dict(self.kwargs)
-        ids = kwargs.get("input_ids")
-        like = ids if ids is not None else kwargs["inputs_embeds"]
+        like = tokens_of(kwargs)
         count = like.shape[1]
         if cache.columns is None:  # a graph read the prompt
             cache.columns = int(cache.seen)

@@ -54,10 +54,7 @@ def prefill_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     if group == 1:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     out = query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
-    for member in range(group):
-        out[:, member::group] = F.scaled_dot_product_attention(
-            query[:, member::group], key, value, is_causal=True, scale=scale
-        )
+    attention_of_groups(query, key, value, out, is_causal=True, scale=scale)
     return out
 
 
@@ -80,21 +77,22 @@ def prefill_in_blocks(
         rows = slice(start, min(start + ROWS, columns))
         seen = slice(max(start - sliding + 1, 0) if sliding else start // chunk * chunk if chunk else 0, rows.stop)
         mask = (column[seen] <= column[rows, None]) & (column[seen] >= first[rows, None])
-        block = query[:, :, rows], key[:, :, seen], value[:, :, seen], mask[None, None], scale
+        block = query[:, :, rows], key[:, :, seen], value[:, :, seen]
         if softcap or sinks is not None:
-            out[:, :, rows] = modified_attention(*block, softcap, sinks)
+            out[:, :, rows] = modified_attention(*block, mask[None, None], scale, softcap, sinks)
         else:
-            attention_of_groups(*block, out[:, :, rows])
+            attention_of_groups(*block, out[:, :, rows], attn_mask=mask, scale=scale)
     return out
 
 
-def attention_of_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, out: Tensor) -> None:
-    """Masked attention into `out` [B, H, q, Dv]: one call for each member of the GQA group, K and V never repeated."""
+def attention_of_groups(query: Tensor, key: Tensor, value: Tensor, out: Tensor, **how: Any) -> None:
+    """Attention into `out` [B, H, q, Dv]: one call for each member of the GQA group, on views, K and V never repeated.
+
+    Args: how: further arguments of scaled_dot_product_attention.
+    """
     group = query.shape[1] // key.shape[1]
     for member in range(group):
-        out[:, member::group] = F.scaled_dot_product_attention(
-            query[:, member::group], key, value, attn_mask=mask, scale=scale
-        )
+        out[:, member::group] = F.scaled_dot_product_attention(query[:, member::group], key, value, **how)
 
 
 def prefill_with_sinks(query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor) -> Tensor:

@@ -160,9 +160,6 @@ def _spans(mask: Tensor, real: Tensor, bounds: Iterable[int]) -> set[Span]:
     rows = (real != 0)[:, None, :, None].expand_as(allowed)  # what padding rows see does not matter
     position = (real.cumsum(1) - 1)[:, None]  # [B, 1, S]
     row, column = position[..., :, None], position[..., None, :]
-    causal = torch.ones(length, length, dtype=torch.bool).tril() & (real != 0)[:, None, None, :]
-    kept = {FULL: causal}
-    for bound in bounds:
-        kept[Span(sliding=bound)] = causal & (row - column < bound)
-        kept[Span(chunk=bound)] = causal & (row // bound == column // bound)
-    return {span for span, expected in kept.items() if torch.equal(allowed & rows, expected & rows)}
+    seen = rows & (real != 0)[:, None, None, :]
+    candidates = {FULL, *(Span(sliding=bound) for bound in bounds), *(Span(chunk=bound) for bound in bounds)}
+    return {span for span in candidates if torch.equal(allowed & rows, span.reads(row, column) & seen)}
