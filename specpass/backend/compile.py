@@ -162,7 +162,7 @@ class Backend:
         record.sites = [] if sites is None else [SiteRecord.of(site) for site in sites.sites]
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
         alike = len({site.budget for site in record.sites if not site.exact}) <= 1
-        static = static_outputs(graph) if alike else {}
+        static = static_outputs(graph)
         lowered = lower(
             graph,
             self.lowering,
@@ -179,6 +179,7 @@ class Backend:
             traced.places,
             () if drafted is None else tuple(drafted.lifted.values()),
             static,
+            alike,
             self._sizes,
             context_length(self.draft.config) if self.draft is not None and DraftGraphs in facts else None,
             self.smaller_vocabulary(traced.cache) if DraftGraphs in facts else None,

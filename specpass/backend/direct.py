@@ -88,6 +88,9 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         if not uncompiled.reason:
             prepared = dict(kwargs)
             prepare(cache, prepared)
+            for name, value in prepared.items():
+                if isinstance(value, torch.Tensor):
+                    prepared[name] = value.contiguous()  # graphs differ by strides: generate hands over slices too
             try:
                 with (
                     raised_limit(specialize_float=True),

@@ -125,9 +125,9 @@ def check_inference(gm: fx.GraphModule) -> None:
         )
 
 
-def static_outputs(gm: fx.GraphModule) -> dict[int, tuple[int, ...]]:
-    """Outputs of a PRUNED graph that are the cache's storage, with the axes that decode may take as constants."""
-    axes = {0: (1, 2), 1: (1, 2), 2: (1,)}  # keys, values, lengths
+def static_outputs(gm: fx.GraphModule) -> dict[int, int]:
+    """Outputs of a PRUNED graph that are the cache's storage, with the axis of D (keys, values) or K (lengths)."""
+    axes = {0: 2, 1: 2, 2: 1}
     found = {}
     for index, node in enumerate(results_of(gm.graph)):
         item = GetItem.match(node)
