@@ -26,6 +26,7 @@ from specpass.cache.prompt import positions_of, tokens_of
 from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
 from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
+from specpass.interpret.beside import axes_disagree, features
 
 
 class LooseBackend:
@@ -85,6 +86,13 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         piece = piece_of_prompt(cache, kwargs, call)
         if piece is not None:
             return piece
+        if isinstance(cache.seen, torch.Tensor) and cache.columns is not None:
+            return uncompiled(target, cache, kwargs)  # goes on as its prompt was read
+        if features(kwargs) or (not cache.filled and axes_disagree(kwargs.get("position_ids"))):
+            what = ", ".join(features(kwargs)) or "position ids that differ by axis"
+            backend.report.note(f"prompts with {what} are read by the model's own forward, pruned around its attention")
+            return uncompiled(target, cache, kwargs)
+        take_one_axis(kwargs)
         if not uncompiled.reason:
             prepared = dict(kwargs)
             prepare(cache, prepared)
@@ -153,6 +161,13 @@ def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
     cache.reserve(count)
     if not cache.exact and isinstance(kwargs.pop("attention_mask", None), torch.Tensor):
         prepare_mask(mask, count, kwargs)
+
+
+def take_one_axis(kwargs: dict[str, Any]) -> None:
+    """Position ids [P, B, q] of text (models with mrope get them from generate) say the same on each axis."""
+    positions = kwargs.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.dim() == 3:
+        kwargs["position_ids"] = positions[0]
 
 
 def inside_another_graph(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
