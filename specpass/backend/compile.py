@@ -196,6 +196,12 @@ class Backend:
         spans = tuple(getattr(layer, "span", None) for layer in cache.layers)
         if None in spans:
             raise Refusal(f"layer {spans.index(None)} is no attention layer")
+        ahead = kind == "prefill" and cache.lookahead
+        if traced.axes and kind in PROMPTS and ("attention_mask" in traced.places or ahead or cache.compresses):
+            raise Refusal(
+                "position_ids have several axes, and rows cannot be packed, lengthened or chosen by one of them: use "
+                "specpass.compile(model, ...), which takes one where they agree"
+            )
         found = tuple(layer.found or layer.span for layer in cache.layers)
         facts = Facts(traced.inputs, traced.weights, Spans(spans if kind in PROMPTS else found))
         if kind != "prefill":

@@ -26,7 +26,7 @@ from specpass.cache.prompt import positions_of, tokens_of
 from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
 from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
-from specpass.interpret.beside import axes_disagree, features
+from specpass.interpret.beside import axes_disagree, features, leave_out_types
 
 
 class LooseBackend:
@@ -93,6 +93,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
             backend.report.note(f"prompts with {what} are read by the model's own forward, pruned around its attention")
             return uncompiled(target, cache, kwargs)
         take_one_axis(kwargs)
+        leave_out_types(target, kwargs)
         if not uncompiled.reason:
             prepared = dict(kwargs)
             prepare(cache, prepared)

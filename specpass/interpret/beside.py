@@ -20,6 +20,7 @@ _CALL = (
     "output_attentions output_hidden_states"
 )
 CALL = frozenset(_CALL.split())
+TYPES = ("token_type_ids", "mm_token_type_ids")
 ENCODED = "mm_encoder_outputs"  # of generate, which encodes images in front of its loop: one model's, no other's
 
 
@@ -59,6 +60,16 @@ def positions_for(model: nn.Module, ids: Tensor, mask: Tensor | None, call: Mapp
     if prepare is None:
         return positions_of(ids.new_ones(ids.shape) if mask is None else mask)
     return prepare(ids, {**{name: given for name, given in call.items() if name not in CALL}, "attention_mask": mask})
+
+
+def leave_out_types(model: nn.Module, call: dict[str, Any]) -> None:
+    """Token types tell a model where its images' tokens are; of text alone they say nothing, and cost a graph."""
+    if getattr(model, "input_modalities", "text") in ("text", ("text",), ["text"]):  # they may be segments
+        return
+    for name in TYPES:
+        types = call.get(name)
+        if isinstance(types, Tensor) and (types.shape[1] == 1 or not bool(types.any())):
+            del call[name]
 
 
 def axes_disagree(positions: Any) -> bool:

@@ -73,12 +73,16 @@ PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
 _QWEN = ("qwen2_5_vl", "qwen3_vl")
 
 
-def vlm(family: str, *, seed: int = 0) -> Any:
-    """A random model of one family: a text decoder of 2 layers, a vision tower of 1 or 2."""
+def vlm(family: str, *, seed: int = 0, layers: int = 2) -> Any:
+    """A random model of one family: a text decoder of so many layers, a vision tower of 1 or 2."""
     prefix, settings = PICTURES[family]
+    text = {**settings["text_config"], "num_hidden_layers": layers}
+    text |= {"layer_types": text["layer_types"][-layers:]} if "layer_types" in text else {}
     names = {"image_token_id": IMAGE, "video_token_id": VIDEO, "image_token_index": IMAGE}
     names |= {"vision_start_token_id": START, "vision_end_token_id": END}
-    config = getattr(transformers, f"{prefix}Config")(**settings, **names, tie_word_embeddings=False)
+    config = getattr(transformers, f"{prefix}Config")(
+        **{**settings, "text_config": text}, **names, tie_word_embeddings=False
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config).float().eval()
