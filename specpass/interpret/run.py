@@ -106,7 +106,7 @@ class Call:
         if "position_ids" not in kwargs and packing.real is not None:
             kwargs["position_ids"] = positions_of(packing.real)
         keeper = self._keeper(packing, short, ahead, part)
-        reading = ReadPrompt(cache, keeper, ahead is not None)
+        reading = ReadPrompt(cache, keeper, ahead is not None, blocks=bool(seen))
         cache.columns, cache.read_mask = 0, None
         out = self._forward(reading, kwargs)
         cache.columns, cache.read_mask = part.ids.shape[1] if part is not None and not short else size, mask
