@@ -74,6 +74,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         kwargs.update(zip(names, args, strict=False))
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, BudgetCache):
+            kwargs.pop("lookahead_ids", None)
             if not warned and not why_unheld(target.config):  # else the report says why, and no cache helps
                 warnings.warn(
                     f"specpass: past_key_values is {type(cache).__name__}, not a BudgetCache, so the model runs "
@@ -86,10 +87,13 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         piece = piece_of_prompt(cache, kwargs, call)
         if piece is not None:
             return piece
+        given = kwargs.pop("lookahead_ids", None)
+        if not cache.filled:  # generate() passes it with every token
+            cache.look_ahead(given)
         if isinstance(cache.seen, torch.Tensor) and cache.columns is not None:
             return uncompiled(target, cache, kwargs)  # goes on as its prompt was read
-        if features(kwargs) or (not cache.filled and axes_disagree(kwargs.get("position_ids"))):
-            what = ", ".join(features(kwargs)) or "position ids that differ by axis"
+        what = why_uncaptured(cache, kwargs)
+        if what:
             backend.report.note(f"prompts with {what} are read by the model's own forward, pruned around its attention")
             return uncompiled(target, cache, kwargs)
         take_one_axis(kwargs)
@@ -162,6 +166,19 @@ def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
     cache.reserve(count)
     if not cache.exact and isinstance(kwargs.pop("attention_mask", None), torch.Tensor):
         prepare_mask(mask, count, kwargs)
+
+
+def why_uncaptured(cache: BudgetCache, kwargs: dict[str, Any]) -> str:
+    """What a call brings that its graph could not take; "" where one is tried."""
+    seen = features(kwargs)
+    if seen or cache.filled:
+        return ", ".join(seen)
+    if axes_disagree(kwargs.get("position_ids")):
+        return "position ids that differ by axis"
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None or not cache.lookahead or (cache.early_exit and embeds.shape[1] <= cache.whole):
+        return ""
+    return "inputs_embeds and a lookahead, which is embedded as the model does it,"
 
 
 def take_one_axis(kwargs: dict[str, Any]) -> None:

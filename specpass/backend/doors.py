@@ -18,11 +18,17 @@ import specpass.ops.flops  # noqa: F401  (torch's FLOP counter knows our operato
 from specpass.backend import checks
 from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
-from specpass.backend.generate import cache_factory, keep_mask
+from specpass.backend.generate import cache_factory, keep_mask, kwargs_check
 from specpass.methods.base import Method
 from specpass.reports.report import base_of
 
-ATTRIBUTES = ("_compiled_call_impl", "_prepare_cache_for_generation", "create_masks_for_generate", "_specpass")
+ATTRIBUTES = (
+    "_compiled_call_impl",
+    "_prepare_cache_for_generation",
+    "_validate_model_kwargs",
+    "create_masks_for_generate",
+    "_specpass",
+)
 _ABSENT = object()
 
 
@@ -54,6 +60,9 @@ def compile(
     **options: Any,
 ) -> nn.Module:
     """Compile `target` in place, so that `generate` and direct calls prune its KV cache.
+
+    Both then take `lookahead_ids=` [B, L] too, token ids in the draft's place for this prompt: one that comes as
+    inputs_embeds, say, which no draft can read.
 
     Args:
         target: a Hugging Face decoder in eval mode. Of a PEFT model the decoder inside is compiled: its generate()
@@ -89,6 +98,7 @@ def _install(target: nn.Module, backend: Backend) -> None:
     target._specpass = Compiled(backend, before, forget)
     target._compiled_call_impl = compiled_call(target, forward, backend)
     target._prepare_cache_for_generation = cache_factory(target, backend)
+    target._validate_model_kwargs = kwargs_check(target)
     target.create_masks_for_generate = keep_mask
 
 

@@ -1,4 +1,4 @@
-"""What Hugging Face's generate() asks of a compiled model: its cache, and no masks."""
+"""What Hugging Face's generate() asks of a compiled model: its cache, no masks, and which arguments are known."""
 
 from __future__ import annotations
 
@@ -62,6 +62,15 @@ def new_tokens(generation_config: Any, model_kwargs: dict) -> int:
     """How many tokens are generated at most; max_length does not count a prompt of embeddings."""
     counted = None if "inputs_embeds" in model_kwargs else prompt_length(generation_config, model_kwargs)
     return generation_config.max_new_tokens or max(1, generation_config.max_length - (counted or 0))
+
+
+def kwargs_check(target: Any) -> Callable[[dict[str, Any]], None]:
+    def validate_model_kwargs(model_kwargs: dict[str, Any]) -> None:
+        """Stands in for the method of the same name: generate(lookahead_ids=...) is no typing error."""
+        own = {name: given for name, given in model_kwargs.items() if name != "lookahead_ids"}
+        type(target)._validate_model_kwargs(target, own)
+
+    return validate_model_kwargs
 
 
 def keep_mask(attention_mask: Any = None, **_: Any) -> Any:

@@ -12,7 +12,7 @@ from specpass.sizes import Span
 class Masks:
     """Reads each mask of a prompt once.
 
-    Args: real: [B, S] bool, which tokens are no padding, None: all. blocks: images' tokens may see each other both ways.
+    Args: real: [B, S] bool, which tokens are no padding, None: all. blocks: an image's tokens may see each other.
     """
 
     def __init__(self, real: Tensor | None, *, blocks: bool = False) -> None:

@@ -122,10 +122,16 @@ class Call:
         cache, ids = self.cache, kwargs.get("input_ids")
         if cache.given_ids is not None:
             return Written(cache.given_ids.to(device, copy=True))
+        if ids is None and cache.compresses:
+            raise UnsupportedCallError(
+                f"the prompt came as inputs_embeds, and {cache.method.name} chooses among token ids: pass "
+                "input_ids, or use SnapKV or StreamingLLM."
+            )
         if ids is None:
             raise UnsupportedCallError(
                 f"the prompt came as inputs_embeds, which the draft of {cache.method.name} cannot read: pass "
-                "input_ids, lookahead_ids=[B, L] token ids, or use SnapKV."
+                "lookahead_ids=[B, L] token ids with it (generate() takes them too), or use a method without a "
+                "lookahead (SnapKV, StreamingLLM)."
             )
         return self.write(ids, mask, packing, cache.lookahead, kwargs)
 

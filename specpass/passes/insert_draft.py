@@ -46,8 +46,9 @@ class InsertDraft(Pass):
         editor, ids, rows = Editor(gm), facts[Inputs].ids, facts[Rows]
         if ids is None:
             raise Refusal(
-                f"the prompt came as inputs_embeds, and {request.pruning.name} looks ahead of token ids: pass "
-                "input_ids, or use a method without a lookahead (SnapKV, StreamingLLM)"
+                f"the prompt came as inputs_embeds, and {request.pruning.name} looks ahead of token ids: use "
+                "specpass.compile(model, ...) and pass lookahead_ids=[B, L] with it, or a method without a lookahead "
+                "(SnapKV, StreamingLLM)"
             )
         size = value(ids).shape[1]
         if not isinstance(size, torch.SymInt):
