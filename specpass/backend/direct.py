@@ -25,6 +25,7 @@ from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import positions_of, tokens_of
 from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
+from specpass.capture.rope import following
 from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
 from specpass.interpret.beside import axes_disagree, features, leave_out_types
 
@@ -61,6 +62,7 @@ def fresh_forward(target: nn.Module) -> types.FunctionType:
 def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
     uncompiled = Uncompiled(backend, why_uncompiled(target))
+    numbered = bool(following(target))
     names = tuple(inspect.signature(target.forward).parameters)
     warned = False
     known: set[Hashable] = set()  # forms of calls that were compiled
@@ -100,6 +102,8 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         leave_out_types(target, kwargs)
         if not uncompiled.reason:
             prepared = dict(kwargs)
+            if numbered and not cache.filled:  # the frequencies follow them, and are the prompt's without its lookahead
+                number(prepared)
             prepare(cache, prepared)
             try:
                 with (
@@ -186,6 +190,14 @@ def take_one_axis(kwargs: dict[str, Any]) -> None:
     positions = kwargs.get("position_ids")
     if isinstance(positions, torch.Tensor) and positions.dim() == 3:
         kwargs["position_ids"] = positions[0]
+
+
+def number(kwargs: dict[str, Any]) -> None:
+    """Tell a prompt the positions that its model would count."""
+    tokens, mask = tokens_of(kwargs), kwargs.get("attention_mask")
+    if kwargs.get("position_ids") is None and isinstance(tokens, torch.Tensor):
+        padded = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        kwargs["position_ids"] = positions_of(mask if padded else tokens.new_ones(1, tokens.shape[1]).long())
 
 
 def inside_another_graph(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

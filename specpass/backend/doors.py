@@ -18,7 +18,7 @@ import specpass.ops.flops  # noqa: F401  (torch's FLOP counter knows our operato
 from specpass.backend import checks
 from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
-from specpass.backend.generate import cache_factory, keep_mask, kwargs_check
+from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwargs_check
 from specpass.methods.base import Method
 from specpass.reports.report import base_of
 
@@ -27,6 +27,7 @@ ATTRIBUTES = (
     "_prepare_cache_for_generation",
     "_validate_model_kwargs",
     "create_masks_for_generate",
+    "prepare_inputs_for_generation",
     "_specpass",
 )
 _ABSENT = object()
@@ -98,7 +99,9 @@ def _install(target: nn.Module, backend: Backend) -> None:
     target._specpass = Compiled(backend, before, forget)
     target._compiled_call_impl = compiled_call(target, forward, backend)
     target._prepare_cache_for_generation = cache_factory(target, backend)
-    target._validate_model_kwargs = kwargs_check(target)
+    if hasattr(type(target), "prepare_inputs_for_generation"):
+        target._validate_model_kwargs = kwargs_check(target)
+        target.prepare_inputs_for_generation = keep_cache(target)
     target.create_masks_for_generate = keep_mask
 
 

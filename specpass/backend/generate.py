@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,25 @@ def kwargs_check(target: Any) -> Callable[[dict[str, Any]], None]:
         type(target)._validate_model_kwargs(target, own)
 
     return validate_model_kwargs
+
+
+def keep_cache(target: Any) -> Callable[..., dict[str, Any]]:
+    own = type(target).prepare_inputs_for_generation.__get__(target)
+
+    @functools.wraps(own)  # generate reads its arguments' names
+    def prepare_inputs(*args: Any, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Stands in for the method of the same name, which may leave a cache behind and read all tokens anew.
+
+        Long-rope does, where the tokens reach the length from which its other frequencies serve: ours is emptied then.
+        """
+        inputs = own(*args, past_key_values=past_key_values, **kwargs)
+        if isinstance(past_key_values, BudgetCache) and inputs.get("past_key_values") is None:
+            if past_key_values.filled:
+                past_key_values.reset()
+            inputs["past_key_values"] = past_key_values
+        return inputs
+
+    return prepare_inputs
 
 
 def keep_mask(attention_mask: Any = None, **_: Any) -> Any:

@@ -15,6 +15,7 @@ from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import check_ids
 from specpass.cache.states import recurrent_layer, why_unheld
 from specpass.capture.model import untraceable
+from specpass.capture.rope import following
 from specpass.errors import (
     NoAttentionSiteError,
     PartialGraphError,
@@ -44,6 +45,8 @@ def why_uncompiled(target: nn.Module) -> str:
     attention = attention_of(target)
     if attention.startswith("flex"):
         return f"attention is {attention}, which no pass recognises"
+    if "dynamic" in following(target):
+        return "its rotary frequencies follow the length (rope_type 'dynamic'), which every call looks at anew"
     return untraceable(target)
 
 

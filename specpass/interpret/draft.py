@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from specpass.capture.rope import rope_as_it_was
 from specpass.dialect.define import SPEC
 from specpass.interpret.beside import positions_for
 from specpass.passes.draft import DraftGraphs
@@ -71,7 +72,8 @@ def write_by_forward(
         if mask is not None:
             told["attention_mask"] = mask
         # Not the compiled call: a target may be its own draft.
-        out = draft._call_impl(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, **told)
+        with rope_as_it_was(draft):
+            out = draft._call_impl(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, **told)
         ids, ended = SPEC.next_token(out.logits, ended, shared, temperature, seed, index, list(ends), pad)
         tokens.append(ids)
         position = position[..., -1:] + 1

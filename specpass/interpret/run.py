@@ -15,6 +15,7 @@ from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import check_gradients, check_prompt, positions_of, tokens_of
 from specpass.cache.protocol import BudgetLayer
 from specpass.cache.states import StateLayer
+from specpass.capture.rope import rope_as_it_was
 from specpass.dialect.define import SPEC
 from specpass.errors import PositionsError, UnsupportedCallError
 from specpass.interpret.beside import features, positions_for
@@ -192,7 +193,8 @@ class Call:
                     call["attention_mask"] = mask
                 if "logits_to_keep" in inspect.signature(self.target.forward).parameters:
                     call["logits_to_keep"] = 1
-                self._forward(listener, {**call, "use_cache": True})
+                with rope_as_it_was(self.target):
+                    self._forward(listener, {**call, "use_cache": True})
                 assert cache.columns is not None
                 cache.columns += width
             listener.settle()

@@ -1,0 +1,48 @@
+"""Rotary embeddings whose frequencies follow the sequence's length keep them in their module, from call to call.
+
+Long-rope (arXiv 2402.13753) has two sets of frequencies, and which one serves is a question of the highest position;
+dynamic NTK makes them anew for each length, which takes a look at that position in the middle of the forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+FOLLOWING = ("dynamic", "longrope")
+
+
+def rope_types(module: nn.Module) -> set[str]:
+    """Of a rotary embedding, which may have one for each kind of layer; empty for other modules."""
+    found = getattr(module, "rope_type", None)
+    return set(found.values()) if isinstance(found, dict) else {found} if isinstance(found, str) else set()
+
+
+def following(model: nn.Module) -> set[str]:
+    """Rope types of `model` by which its frequencies follow the length."""
+    return {kind for module in model.modules() for kind in rope_types(module) if kind in FOLLOWING}
+
+
+@contextlib.contextmanager
+def rope_as_it_was(model: nn.Module) -> Iterator[None]:
+    """What runs inside leaves no trace in frequencies that follow the length: tokens that do not stay, fake tensors."""
+    saved = [(module, state_of(module)) for module in model.modules() if rope_types(module) & set(FOLLOWING)]
+    try:
+        yield
+    finally:
+        for module, (attributes, buffers) in saved:
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            for name, (buffer, values) in buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.copy_(values)
+
+
+def state_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attributes, and buffers with a copy of their values: some are written in place."""
+    buffers = {name: (held, None if held is None else held.clone()) for name, held in module._buffers.items()}
+    return dict(module.__dict__), buffers
