@@ -128,7 +128,11 @@ def pad_id(config: Any) -> int:
 
 def context_length(config: Any) -> int | None:
     """Positions that a model was made for, or None if its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    made_for, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+    if made_for and rope.get("rope_type") == "dynamic":  # the base grows with what is beyond
+        return int(made_for * rope.get("factor", 1.0))
+    return made_for
 
 
 def layer_weights(config: Any) -> int | None:

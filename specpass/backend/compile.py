@@ -20,6 +20,7 @@ from specpass.cache.states import recurrent_layer
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.capture.model import untraceable
+from specpass.capture.rope import following
 from specpass.dialect.cache import ExtendKv, Fill
 from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError, UnsplicedGraphError
 from specpass.graph.edit import copy_module
@@ -273,6 +274,8 @@ def capture(draft: Any, method: Method) -> DraftGraphs:
     """
     if recurrent_layer(draft.config):
         raise Refusal("it has layers with a state")
+    if "dynamic" in following(draft):
+        raise Refusal("its rotary frequencies follow the length (rope_type 'dynamic')")
     if untraceable(draft):
         raise Refusal(untraceable(draft))
     try:

@@ -19,6 +19,7 @@ from specpass.backend import checks
 from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
 from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwargs_check
+from specpass.capture.rope import prepare_rope
 from specpass.methods.base import Method
 from specpass.reports.report import base_of
 
@@ -91,6 +92,7 @@ def compile(
 def _install(target: nn.Module, backend: Backend) -> None:
     """Put the attributes in place through which a decoder is called and generates."""
     restore(target)
+    prepare_rope(target)
     before = {name: target.__dict__.get(name, _ABSENT) for name in ATTRIBUTES}
     forward = fresh_forward(target)
     # Dynamo's cache would outlive the model: what it holds of a code object is out of the garbage collector's sight.

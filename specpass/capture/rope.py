@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 FOLLOWING = ("dynamic", "longrope")
@@ -24,6 +25,19 @@ def rope_types(module: nn.Module) -> set[str]:
 def following(model: nn.Module) -> set[str]:
     """Rope types of `model` by which its frequencies follow the length."""
     return {kind for module in model.modules() for kind in rope_types(module) if kind in FOLLOWING}
+
+
+def prepare_rope(model: nn.Module) -> None:
+    """Let long-rope make its second set of frequencies now: in a trace it costs a graph, or breaks one."""
+    for module in model.modules():
+        kinds = module.rope_type if isinstance(getattr(module, "rope_type", None), dict) else {None: ""}
+        if "longrope" not in rope_types(module):
+            continue
+        first = next(model.parameters())
+        position = torch.zeros(1, 1, dtype=torch.int64, device=first.device)
+        for layer_type in kinds:
+            named = {} if layer_type is None else {"layer_type": layer_type}
+            module(first.new_zeros(1, 1, 1), position_ids=position, **named)
 
 
 @contextlib.contextmanager

@@ -53,8 +53,6 @@ def test_embeddings_keep_what_their_ids_keep() -> None:
     ids, embeds = run(model, IDS, 4, mask=MASK, lookahead_ids=AHEAD), answer(model, lookahead_ids=AHEAD)
     assert torch.equal(positions(embeds.past_key_values), positions(ids.cache))
     assert embeds.sequences.tolist() == ids.tokens
-    drafted = run(model, IDS, 4, mask=MASK)
-    assert not torch.equal(drafted.cache.lookahead_ids, AHEAD)
     report = specpass.report(model)
     assert not report.interpreted  # ids keep their graphs
     assert "inputs_embeds and a lookahead" in str(report)
