@@ -142,7 +142,8 @@ class Backend:
             for fill in Fill.find(exact.graph):  # everything is kept and nothing else: no free slots
                 fill.update(room=0)
             exact.recompile()
-            return Call(exact.forward, traced.kind, traced.places, refusal=str(refusal))
+            told = {"attention_mask", "position_ids"} <= traced.places.keys()  # steps must be told positions too
+            return Call(exact.forward, traced.kind, traced.places, packed=told, refusal=str(refusal))
 
     def _prune(self, traced: Traced, record: GraphRecord) -> Call:
         """The rewritten, lowered graph.

@@ -27,7 +27,7 @@ from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
 from specpass.capture.rope import following
 from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
-from specpass.interpret.beside import axes_disagree, features, leave_out_types
+from specpass.interpret.beside import axes_disagree, features, leave_out_types, positions_for
 
 
 class LooseBackend:
@@ -92,6 +92,8 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         given = kwargs.pop("lookahead_ids", None)
         if not cache.filled:  # generate() passes it with every token
             cache.look_ahead(given)
+        if cache.padded and "position_ids" in names:
+            number_step(target, cache, kwargs)
         if isinstance(cache.seen, torch.Tensor) and cache.columns is not None:
             return uncompiled(target, cache, kwargs)  # goes on as its prompt was read
         what = why_uncaptured(cache, kwargs)
@@ -198,6 +200,16 @@ def number(kwargs: dict[str, Any]) -> None:
     if kwargs.get("position_ids") is None and isinstance(tokens, torch.Tensor):
         padded = isinstance(mask, torch.Tensor) and mask.dim() == 2
         kwargs["position_ids"] = positions_of(mask if padded else tokens.new_ones(1, tokens.shape[1]).long())
+
+
+def number_step(target: nn.Module, cache: BudgetCache, kwargs: dict[str, Any]) -> None:
+    """Tokens behind a padded batch get positions by the mask, where it tells of all tokens so far."""
+    tokens, mask = tokens_of(kwargs), kwargs.get("attention_mask")
+    if kwargs.get("position_ids") is not None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return
+    count = tokens.shape[1]
+    if mask.shape[1] == int(cache.seen) + count:
+        kwargs["position_ids"] = positions_for(target, tokens, mask, {"past_key_values": cache})[..., -count:]
 
 
 def inside_another_graph(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

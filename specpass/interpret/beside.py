@@ -50,7 +50,7 @@ def beside(call: Mapping[str, Any], draft: nn.Module, target: nn.Module) -> dict
 
 
 def positions_for(model: nn.Module, ids: Tensor, mask: Tensor | None, call: Mapping[str, Any]) -> Tensor:
-    """Position ids of a prompt: the call's, else those that generate() gives the model. [1 or B, S], or [P, B, S].
+    """Position ids of the tokens so far: the call's, else those that generate() gives. [1 or B, S], or [P, B, S].
 
     Raises: Exception: what the model itself raises, of grids that do not fit the placeholders.
     """
@@ -59,7 +59,8 @@ def positions_for(model: nn.Module, ids: Tensor, mask: Tensor | None, call: Mapp
     prepare = getattr(model, "_prepare_position_ids_for_generation", None)
     if prepare is None:
         return positions_of(ids.new_ones(ids.shape) if mask is None else mask)
-    return prepare(ids, {**{name: given for name, given in call.items() if name not in CALL}, "attention_mask": mask})
+    known = {name: given for name, given in call.items() if name not in CALL or name == "past_key_values"}
+    return prepare(ids, {**known, "attention_mask": mask})
 
 
 def leave_out_types(model: nn.Module, call: dict[str, Any]) -> None:
