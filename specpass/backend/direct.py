@@ -27,7 +27,7 @@ from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
 from specpass.capture.rope import following
 from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
-from specpass.interpret.beside import axes_disagree, features, leave_out_types, positions_for
+from specpass.interpret.beside import axes_disagree, features, leave_out_kinds, positions_for, types_mask
 
 
 class LooseBackend:
@@ -96,12 +96,12 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
             number_step(target, cache, kwargs)
         if isinstance(cache.seen, torch.Tensor) and cache.columns is not None:
             return uncompiled(target, cache, kwargs)  # goes on as its prompt was read
-        what = why_uncaptured(cache, kwargs)
+        what = why_uncaptured(target, cache, kwargs)
         if what:
             backend.report.note(f"prompts with {what} are read by the model's own forward, pruned around its attention")
             return uncompiled(target, cache, kwargs)
         take_one_axis(kwargs)
-        leave_out_types(target, kwargs)
+        leave_out_kinds(kwargs)
         if not uncompiled.reason:
             prepared = dict(kwargs)
             if numbered and not cache.filled:  # the frequencies follow them, and are the prompt's without its lookahead
@@ -174,11 +174,13 @@ def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
         prepare_mask(mask, count, kwargs)
 
 
-def why_uncaptured(cache: BudgetCache, kwargs: dict[str, Any]) -> str:
+def why_uncaptured(target: nn.Module, cache: BudgetCache, kwargs: dict[str, Any]) -> str:
     """What a call brings that its graph could not take; "" where one is tried."""
     seen = features(kwargs)
     if seen or cache.filled:
         return ", ".join(seen)
+    if types_mask(target, kwargs):
+        return "token_type_ids, which its masks are made of,"
     if axes_disagree(kwargs.get("position_ids")):
         return "position ids that differ by axis"
     embeds = kwargs.get("inputs_embeds")

@@ -20,7 +20,6 @@ _CALL = (
     "output_attentions output_hidden_states"
 )
 CALL = frozenset(_CALL.split())
-TYPES = ("token_type_ids", "mm_token_type_ids")
 ENCODED = "mm_encoder_outputs"  # of generate, which encodes images in front of its loop: one model's, no other's
 
 
@@ -63,14 +62,17 @@ def positions_for(model: nn.Module, ids: Tensor, mask: Tensor | None, call: Mapp
     return prepare(ids, {**known, "attention_mask": mask})
 
 
-def leave_out_types(model: nn.Module, call: dict[str, Any]) -> None:
-    """Token types tell a model where its images' tokens are; of text alone they say nothing, and cost a graph."""
-    if getattr(model, "input_modalities", "text") in ("text", ("text",), ["text"]):  # they may be segments
-        return
-    for name in TYPES:
-        types = call.get(name)
-        if isinstance(types, Tensor) and (types.shape[1] == 1 or not bool(types.any())):
-            del call[name]
+def types_mask(model: nn.Module, call: Mapping[str, Any]) -> bool:
+    """Whether token types say which tokens see each other both ways: of an image, or of a whole prefix (PaliGemma)."""
+    several = getattr(model, "input_modalities", "text") not in ("text", ("text",), ["text"])
+    return several and call.get("token_type_ids") is not None
+
+
+def leave_out_kinds(call: dict[str, Any]) -> None:
+    """Kinds of tokens, all of them text, say nothing, and cost a graph. Those of a step are not looked at."""
+    kinds = call.get("mm_token_type_ids")
+    if isinstance(kinds, Tensor) and (kinds.shape[1] == 1 or not bool(kinds.any())):
+        del call["mm_token_type_ids"]
 
 
 def axes_disagree(positions: Any) -> bool:

@@ -18,7 +18,7 @@ from specpass.cache.states import StateLayer
 from specpass.capture.rope import rope_as_it_was
 from specpass.dialect.define import SPEC
 from specpass.errors import PositionsError, UnsupportedCallError
-from specpass.interpret.beside import features, positions_for
+from specpass.interpret.beside import features, positions_for, types_mask
 from specpass.interpret.compress import Part, compressed
 from specpass.interpret.draft import Written
 from specpass.interpret.keep import Keeper
@@ -107,7 +107,7 @@ class Call:
         if "position_ids" not in kwargs and packing.real is not None:
             kwargs["position_ids"] = positions_of(packing.real)
         keeper = self._keeper(packing, short, ahead, part)
-        reading = ReadPrompt(cache, keeper, ahead is not None, blocks=bool(seen))
+        reading = ReadPrompt(cache, keeper, ahead is not None, blocks=bool(seen) or types_mask(self.target, kwargs))
         cache.columns, cache.read_mask = 0, None
         out = self._forward(reading, kwargs)
         cache.columns, cache.read_mask = part.ids.shape[1] if part is not None and not short else size, mask
@@ -248,7 +248,7 @@ class Call:
             block = read.new_ones(like.shape[0], count) if packing.real is None else packing.real.to(read.dtype)
             cache.read_mask = kwargs["attention_mask"] = torch.cat([read, block], 1)
         kwargs["position_ids"] = self._step_positions(kwargs.get("position_ids"), count, like.device)
-        steps = Steps(cache, packing, causal=not features(kwargs))
+        steps = Steps(cache, packing, causal=not (features(kwargs) or types_mask(self.target, kwargs)))
         out = self._forward(steps, kwargs)
         cache.columns += count
         cache.appended += count

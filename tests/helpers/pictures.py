@@ -69,6 +69,15 @@ PICTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "scale_factor": 2,
         },
     ),
+    "paligemma": (  # lets the whole prompt see itself
+        "PaliGemma",
+        {
+            "text_config": {"model_type": "gemma", **_TEXT, "head_dim": 16},
+            "vision_config": {"model_type": "siglip_vision_model", **_SIGLIP, "image_size": 8, "num_image_tokens": 4}
+            | {"projection_dim": 64},
+            "projection_dim": 64,
+        },
+    ),
 }
 _QWEN = ("qwen2_5_vl", "qwen3_vl")
 
@@ -103,7 +112,7 @@ class Seen:
 
 
 def with_pictures(family: str, texts: list[Tensor], *, seed: int = 0, images: int = 1) -> Seen:
-    """Prompts of random text [1, n], each with `images` pictures of 16 x 16 in it, padded on the left."""
+    """Prompts of random text [1, n], each with `images` pictures in it, padded on the left."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.full((1, 4), IMAGE)
     piece = torch.cat([torch.tensor([[START]]), tokens, torch.tensor([[END]])], 1)
@@ -121,9 +130,10 @@ def with_pictures(family: str, texts: list[Tensor], *, seed: int = 0, images: in
         beside["image_grid_thw"] = torch.tensor([[1, 4, 4]] * count)
         beside["mm_token_type_ids"] = kinds
     else:
-        beside["pixel_values"] = torch.randn(count, 3, 16, 16, generator=generator)
+        size = 8 if family == "paligemma" else 16
+        beside["pixel_values"] = torch.randn(count, 3, size, size, generator=generator)
         if family == "smolvlm":
             beside["pixel_values"] = beside["pixel_values"].reshape(len(rows), images, 3, 16, 16)
         else:
-            beside["token_type_ids"] = kinds
+            beside["token_type_ids"] = torch.zeros_like(kinds) if family == "paligemma" else kinds
     return Seen(ids, beside)

@@ -89,17 +89,27 @@ def test_direct_calls_count_as_the_model_does() -> None:
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
-def test_text_keeps_its_graphs(family: str) -> None:
+def test_text_keeps_its_graphs() -> None:
     ids, mask = padded(TEXTS)
-    name = "token_type_ids" if family == "gemma3" else "mm_token_type_ids"
-    model, types = compile_eager(vlm(family, layers=1), COVERING), {name: torch.zeros_like(ids)}
-    ours = run(model, ids, 3, mask=mask, past_key_values=gathered(model, COVERING), **types)
-    assert ours.tokens == run(vlm(family, layers=1), ids, 3, mask=mask, **types).tokens
+    model, kinds = compile_eager(vlm("qwen2_5_vl", layers=1), COVERING), {"mm_token_type_ids": torch.zeros_like(ids)}
+    ours = run(model, ids, 3, mask=mask, past_key_values=gathered(model, COVERING), **kinds)
+    assert ours.tokens == run(vlm("qwen2_5_vl", layers=1), ids, 3, mask=mask, **kinds).tokens
     report = specpass.report(model)
     assert not report.interpreted
     assert not report.refusals
     assert {graph.kind for graph in report.graphs} == {"prefill", "decode"}
+
+
+@pytest.mark.parametrize("family", ["gemma3", "paligemma"])
+def test_text_with_types_that_masks_are_made_of(family: str) -> None:
+    """Zeros are text to the one and a prefix that sees itself to the other: the model's masks say it."""
+    ids, mask = padded(TEXTS)
+    model, types = compile_eager(vlm(family), COVERING), {"token_type_ids": torch.zeros_like(ids)}
+    ours = run(model, ids, mask=mask, past_key_values=gathered(model, COVERING), **types)
+    assert ours.tokens == run(vlm(family), ids, mask=mask, **types).tokens
+    report = specpass.report(model)
+    assert all(site.exact in ("", "sliding window 24") for site in report.prompts[0].sites)
+    assert not report.interpreted
 
 
 def test_what_is_refused_by_name() -> None:
