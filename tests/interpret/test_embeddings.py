@@ -29,8 +29,12 @@ def model_of(family: str) -> Any:
 
 def answer(model: Any, **kwargs: Any) -> Any:
     embeds = model.get_input_embeddings()(IDS)
-    how = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
-    return model.generate(inputs_embeds=embeds, attention_mask=MASK, **how, **kwargs)
+    how = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, **kwargs}
+    return model.generate(inputs_embeds=embeds, attention_mask=MASK, **how)
+
+
+def gathered(model: Any) -> specpass.BudgetCache:
+    return specpass.BudgetCache(model.config, spec(64), 6, early_exit=False)
 
 
 def positions(cache: Any) -> Tensor:
@@ -40,17 +44,19 @@ def positions(cache: Any) -> Tensor:
 @pytest.mark.parametrize("family", ["gemma3", "llama"])  # Gemma scales its embeddings
 def test_a_lookahead_behind_embeddings(family: str) -> None:
     plain, model = model_of(family), compile_eager(model_of(family), spec(64), tiny(seed=3, layers=1))
-    cache = specpass.BudgetCache(model.config, spec(64), 6, early_exit=False)
+    cache = gathered(model)
     ours = answer(model, lookahead_ids=AHEAD, past_key_values=cache)
     assert torch.equal(ours.sequences, answer(plain).sequences)
     assert torch.equal(cache.lookahead_ids, AHEAD)
     beams = {"num_beams": 3, "num_return_sequences": 2}
-    assert torch.equal(answer(model, lookahead_ids=AHEAD, **beams).sequences, answer(plain, **beams).sequences)
+    ours = answer(model, lookahead_ids=AHEAD, past_key_values=gathered(model), **beams)
+    assert torch.equal(ours.sequences, answer(plain, **beams).sequences)
 
 
 def test_embeddings_keep_what_their_ids_keep() -> None:
     model = compile_eager(model_of("llama"), spec(C), tiny(seed=3, layers=1))
-    ids, embeds = run(model, IDS, 4, mask=MASK, lookahead_ids=AHEAD), answer(model, lookahead_ids=AHEAD)
+    ids = run(model, IDS, 1, mask=MASK, lookahead_ids=AHEAD)
+    embeds = answer(model, lookahead_ids=AHEAD, max_new_tokens=1)
     assert torch.equal(positions(embeds.past_key_values), positions(ids.cache))
     assert embeds.sequences.tolist() == ids.tokens
     report = specpass.report(model)

@@ -68,10 +68,14 @@ def test_exact_on_both_sides_and_across(make: Any) -> None:
         assert ours.cache.lookahead_ids.tolist() == [row[:4] for row in ours.tokens]
     else:
         assert [graph.kind for graph in report.graphs] == ["prefill", "decode"]
+
+
+def test_padded_beams_across_the_switch() -> None:
+    target, how = dynamic(), {"num_beams": 2}
+    model = compile_eager(target, COVERING, target)
     ids, mask = padded([prompt(46), prompt(30, seed=2)])
-    beams = {"num_beams": 2} if make is dynamic else {}
-    ours = run(model, ids, NEW, mask, past_key_values=gathered(model), **beams)
-    assert ours.tokens == run(make(), ids, NEW, mask, **beams).tokens
+    ours = run(model, ids, NEW, mask, past_key_values=gathered(model), **how)
+    assert ours.tokens == run(dynamic(), ids, NEW, mask, **how).tokens
 
 
 def test_no_prompt_loses_its_budget() -> None:
@@ -86,8 +90,9 @@ def test_no_prompt_loses_its_budget() -> None:
 
 @torch.no_grad()
 def test_direct_calls_without_positions() -> None:
-    model, plain, found = compile_eager(phi3(), COVERING, tiny(seed=3, layers=1)), phi3(), []
-    for each, cache in ((plain, transformers.DynamicCache(config=plain.config)), (model, gathered(model))):
+    method = specpass.SnapKV(budget=96, window=W)
+    model, plain, found = compile_eager(phi3(), method), phi3(), []
+    for each, cache in ((plain, transformers.DynamicCache(config=plain.config)), (model, gathered(model, method))):
         calls = [prompt(46), *(prompt(1, seed=i) for i in range(4))]  # the keys of the prompt keep their phases
         found.append(torch.stack([each(input_ids=ids, past_key_values=cache).logits[:, -1] for ids in calls]))
     torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-4)
