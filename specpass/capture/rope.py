@@ -33,11 +33,11 @@ def prepare_rope(model: nn.Module) -> None:
         kinds = module.rope_type if isinstance(getattr(module, "rope_type", None), dict) else {None: ""}
         if "longrope" not in rope_types(module):
             continue
-        first = next(model.parameters())
-        position = torch.zeros(1, 1, dtype=torch.int64, device=first.device)
+        device = next(module.buffers()).device  # weights may be offloaded
         for layer_type in kinds:
             named = {} if layer_type is None else {"layer_type": layer_type}
-            module(first.new_zeros(1, 1, 1), position_ids=position, **named)
+            position = torch.zeros(1, 1, dtype=torch.int64, device=device)
+            module(torch.zeros(1, 1, 1, device=device), position_ids=position, **named)
 
 
 @contextlib.contextmanager
