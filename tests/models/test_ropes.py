@@ -11,6 +11,7 @@ from support import compile_eager, padded, run
 from tiny import prompt, tiny
 
 import specpass
+from specpass.capture.rope import prepare_rope
 
 SWITCH, C, W, NEW = 48, 24, 8, 6
 COVERING = specpass.SpecKV(budget=96, window=W, lookahead=4)
@@ -96,3 +97,15 @@ def test_direct_calls_without_positions() -> None:
         calls = [prompt(46), *(prompt(1, seed=i) for i in range(4))]  # the keys of the prompt keep their phases
         found.append(torch.stack([each(input_ids=ids, past_key_values=cache).logits[:, -1] for ids in calls]))
     torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_plain_door_wants_positions() -> None:
+    """A lookahead that only a length tells of would choose the frequencies."""
+    model = phi3()
+    prepare_rope(model)
+    torch._dynamo.reset()
+    model.compile(backend=specpass.Backend(tiny(seed=3, layers=1), COVERING, lowering="eager"), dynamic=True)
+    ours = model(input_ids=prompt(46), past_key_values=gathered(model), logits_to_keep=1).logits
+    torch.testing.assert_close(ours, phi3()(input_ids=prompt(46), logits_to_keep=1).logits)
+    assert "pass position_ids" in str(specpass.report(model))
