@@ -20,14 +20,15 @@ from specpass.backend.cold import form_of, one_at_a_time
 from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
 from specpass.backend.pieces import piece_of_prompt
-from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncompiled
+from specpass.backend.positions import number, number_step, take_one_axis
+from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncaptured, why_uncompiled
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import positions_of, tokens_of
 from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
 from specpass.capture.rope import following
 from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
-from specpass.interpret.beside import axes_disagree, features, leave_out_kinds, positions_for, types_mask
+from specpass.interpret.beside import leave_out_kinds
 
 
 class LooseBackend:
@@ -172,46 +173,6 @@ def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
     cache.reserve(count)
     if not cache.exact and isinstance(kwargs.pop("attention_mask", None), torch.Tensor):
         prepare_mask(mask, count, kwargs)
-
-
-def why_uncaptured(target: nn.Module, cache: BudgetCache, kwargs: dict[str, Any]) -> str:
-    """What a call brings that its graph could not take; "" where one is tried."""
-    seen = features(kwargs)
-    if seen or cache.filled:
-        return ", ".join(seen)
-    if types_mask(target, kwargs):
-        return "token_type_ids, which its masks are made of,"
-    if axes_disagree(kwargs.get("position_ids")):
-        return "position ids that differ by axis"
-    embeds = kwargs.get("inputs_embeds")
-    if embeds is None or not cache.lookahead or (cache.early_exit and embeds.shape[1] <= cache.whole):
-        return ""
-    return "inputs_embeds and a lookahead, which is embedded as the model does it,"
-
-
-def take_one_axis(kwargs: dict[str, Any]) -> None:
-    """Position ids [P, B, q] of text (models with mrope get them from generate) say the same on each axis."""
-    positions = kwargs.get("position_ids")
-    if isinstance(positions, torch.Tensor) and positions.dim() == 3:
-        kwargs["position_ids"] = positions[0]
-
-
-def number(kwargs: dict[str, Any]) -> None:
-    """Tell a prompt the positions that its model would count."""
-    tokens, mask = tokens_of(kwargs), kwargs.get("attention_mask")
-    if kwargs.get("position_ids") is None and isinstance(tokens, torch.Tensor):
-        padded = isinstance(mask, torch.Tensor) and mask.dim() == 2
-        kwargs["position_ids"] = positions_of(mask if padded else tokens.new_ones(1, tokens.shape[1]).long())
-
-
-def number_step(target: nn.Module, cache: BudgetCache, kwargs: dict[str, Any]) -> None:
-    """Tokens behind a padded batch get positions by the mask, where it tells of all tokens so far."""
-    tokens, mask = tokens_of(kwargs), kwargs.get("attention_mask")
-    if kwargs.get("position_ids") is not None or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        return
-    count = tokens.shape[1]
-    if mask.shape[1] == int(cache.seen) + count:
-        kwargs["position_ids"] = positions_for(target, tokens, mask, {"past_key_values": cache})[..., -count:]
 
 
 def inside_another_graph(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

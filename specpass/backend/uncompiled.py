@@ -23,7 +23,7 @@ from specpass.errors import (
     UncompiledCacheError,
     UnsplicedGraphError,
 )
-from specpass.interpret.beside import beside, features
+from specpass.interpret.beside import axes_disagree, beside, features, types_mask
 from specpass.interpret.draft import Written, write_by_forward, write_by_graphs
 from specpass.interpret.rows import Packing
 from specpass.interpret.run import Call
@@ -48,6 +48,21 @@ def why_uncompiled(target: nn.Module) -> str:
     if "dynamic" in following(target):
         return "its rotary frequencies follow the length (rope_type 'dynamic'), which every call looks at anew"
     return untraceable(target)
+
+
+def why_uncaptured(target: nn.Module, cache: BudgetCache, kwargs: dict[str, Any]) -> str:
+    """What a call brings that its graph could not take; "" where one is tried."""
+    seen = features(kwargs)
+    if seen or cache.filled:
+        return ", ".join(seen)
+    if types_mask(target, kwargs):
+        return "token_type_ids, which its masks are made of,"
+    if axes_disagree(kwargs.get("position_ids")):
+        return "position ids that differ by axis"
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None or not cache.lookahead or (cache.early_exit and embeds.shape[1] <= cache.whole):
+        return ""
+    return "inputs_embeds and a lookahead, which is embedded as the model does it,"
 
 
 def attention_of(target: nn.Module) -> str:
