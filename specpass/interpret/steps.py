@@ -5,20 +5,24 @@ The model builds its masks in its own columns; at pruned sites nobody reads them
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
 from specpass.dialect.define import SPEC
-from specpass.errors import CacheStateError
+from specpass.errors import CacheStateError, UnsupportedCallError
 from specpass.interpret.rows import Packing
 from specpass.interpret.watch import Attention, Listener, Watch
 
 
 class Steps(Listener):
-    """One call of q tokens; `packing` of the block, whose padding takes no slot."""
+    """One call of q tokens; `packing` of the block, whose padding takes no slot.
 
-    def __init__(self, cache: BudgetCache, packing: Packing) -> None:
-        self.cache, self.packing = cache, packing
+    Args: causal: known of the model's masks; else they are looked at.
+    """
+
+    def __init__(self, cache: BudgetCache, packing: Packing, *, causal: bool = True) -> None:
+        self.cache, self.packing, self.causal = cache, packing, causal
         pruned = any(not layer.exact for layer in cache.budgeted) and not cache.exact
         self.watch = Watch(self) if pruned else None
         self.open: dict[int, int] = {}  # layer -> q
@@ -38,6 +42,8 @@ class Steps(Listener):
 
     def attend(self, layer: int, call: Attention) -> Tensor:
         own, count = self.cache.layers[layer], self.open.pop(layer)
+        if not self.causal:
+            check_causal(call.mask, count)
         query = call.unfolded(count).query
         order = self.packing.order
         if order is not None:
@@ -60,6 +66,23 @@ class Steps(Listener):
                 f"layer {min(self.open)} was pruned, and now no scaled_dot_product_attention reads it, so the answer "
                 "would be wrong: leave the model's attn_implementation as it was when the prompt was read."
             )
+
+
+def check_causal(mask: Tensor | None, count: int) -> None:
+    """A model's mask [B, 1, q, M] for `count` tokens behind a pruned prompt.
+
+    Raises: UnsupportedCallError: some of them read what is behind them, as an image's tokens do in some models.
+    """
+    if mask is None or count == 1:
+        return
+    block = mask[..., -count:]
+    allowed = block if mask.dtype == torch.bool else block > torch.finfo(mask.dtype).min / 2
+    if bool(allowed.triu(1).any()):
+        raise UnsupportedCallError(
+            "an image comes behind a prompt that was pruned, and this model lets an image's tokens see each other both "
+            "ways, which slots of a cache do not: pass all images with the first prompt, or call cache.reset() and "
+            "read the whole conversation anew."
+        )
 
 
 def block_packing(like: Tensor, mask: Tensor | None) -> Packing:
