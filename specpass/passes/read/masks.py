@@ -90,7 +90,9 @@ class _Subgraph:
         self.known = {node: tensors[node] for node in own if tensors[node].dtype == torch.bool}
         self.free = [n for n in self.needed if n.op == "placeholder" and n not in named and n not in self.known]
         self.shape = value(inputs.tokens).shape[:2]
-        self.sizes = {str(size): axis for axis, size in enumerate(self.shape) if isinstance(size, torch.SymInt)}
+        given = [value(node).shape[:2] for node in (inputs.mask, inputs.positions) if node is not None]
+        sizes = [axis_of for shape in (self.shape, *given) for axis_of in enumerate(shape)]  # Dynamo may name one twice
+        self.sizes = {str(size): axis for axis, size in sizes if isinstance(size, torch.SymInt)}
 
     def stranger(self) -> fx.Node | None:
         """An input that is neither the prompt's nor a size of it."""
