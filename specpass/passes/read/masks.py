@@ -171,7 +171,9 @@ def _spans(
     Args: bias: what a mask [B, H, S, S] must add besides, and its slopes.
     """
     batch, length = real.shape
-    lowest = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 64  # a mask that is scaled is one, too
+    # A mask that is scaled is one, too. With a bias in float32, it may hide by the lowest number of float16.
+    kind = mask.dtype if bias is None else torch.float16
+    lowest = 0 if mask.dtype == torch.bool else torch.finfo(kind).min / 64
     allowed = mask if mask.dtype == torch.bool else mask > lowest
     heads = 1 if bias is None else bias[1].numel()
     if allowed.shape[1] != heads or allowed.shape[2:] != (length, length):
