@@ -161,8 +161,8 @@ class Backend:
         sites, drafted = facts.get(Sites), facts.get(Drafted)
         if not self.second_way and sites is not None and any(site.alibi is not None for site in sites.sites):
             raise Refusal(
-                "a bias is added to the attention logits (ALiBi), and steps behind a pruned prompt must be told of it: use "
-                "specpass.compile(model, ...)"
+                "a bias is added to the attention logits (ALiBi), and steps behind a pruned prompt must be told of it: "
+                "use specpass.compile(model, ...)"
             )
         counts = any(len(advance.seen.users) > 1 for advance in Advance.find(graph.graph))
         record.sites = [] if sites is None else [SiteRecord.of(site) for site in sites.sites]

@@ -176,7 +176,7 @@ def inside_another_graph(target: nn.Module, args: tuple[Any, ...], kwargs: dict[
 def prepare_bias(cache: BudgetCache, tokens: torch.Tensor, count: int, kwargs: dict[str, Any]) -> None:
     """A model that adds a bias of the keys makes it as wide as its mask (ALiBi): give it one [B, P] of all slots.
 
-    Of its values only those of the `count` tokens are read. A single token that some rows hide keeps its own mask [B, 1].
+    Of its values only those of the `count` tokens are read. A single token that some rows hide keeps its mask [B, 1].
     """
     for layer in cache.budgeted:
         layer.tell_positions()

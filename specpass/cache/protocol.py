@@ -187,7 +187,7 @@ class BudgetLayer(Storage, CacheLayerMixin):
         return tuple(SPEC.widen(buffer, self.kv_heads, slots) for buffer in (self.key_buffer, self.value_buffer))
 
     def tell_positions(self) -> None:
-        """Note the positions that the target was told of the prompt's slots: once, before the first step that reads them."""
+        """Note the positions that the target was told of the prompt's slots, before the first step that reads them."""
         assert self.positions is not None
         if self.told is not None or hasattr(self.positions, "_dynamo_static_indices"):
             return

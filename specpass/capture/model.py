@@ -44,8 +44,8 @@ def untraceable(model: nn.Module) -> str:
 def asks_for_length(model: nn.Module) -> bool:
     """Whether attention itself asks the cache for its length, as a number (MPT, to cut its bias).
 
-    A graph has that length as a tensor alone; slots, which masks count, are a number. Where the decoder makes positions of
-    the length, it asks for it outside of its layers.
+    A graph has that length as a tensor alone; slots, which masks count, are a number. Where positions are made of the
+    length, it is asked for outside of the layers.
     """
     forwards = {inspect.unwrap(type(module).forward) for module in model.modules() if hasattr(module, "layer_idx")}
     return any("get_seq_length" in forward.__code__.co_names for forward in forwards)

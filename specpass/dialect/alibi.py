@@ -32,9 +32,7 @@ class SlotPositions(Operator, schema="slot_positions(Tensor positions, Tensor ke
         return positions.new_empty(*positions.shape[:2], keys.shape[2])
 
 
-class KeyBias(
-    Operator, schema="key_bias(Tensor slopes, Tensor positions, ScalarType dtype, float factor) -> Tensor"
-):
+class KeyBias(Operator, schema="key_bias(Tensor slopes, Tensor positions, ScalarType dtype, float factor) -> Tensor"):
     """[B or 1, H, T]: slopes times positions, rounded as the model rounds them (in their dtype, then to `dtype`)."""
 
     slopes: fx.Node  # H numbers, in any shape

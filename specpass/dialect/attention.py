@@ -1,8 +1,8 @@
 """Attention as rewritten graphs say it.
 
 Where a layer reads a part of what is in front of a query: `sliding` V is the last V positions, itself included, and
-`chunk` V those of its own chunk of V positions. 0 is no such bound. `bias` [B or 1, H, T] is added to the logits of each
-key, for all queries alike (ALiBi: the slope of a head times the key's position).
+`chunk` V those of its own chunk of V positions. 0 is no such bound.
+`bias` [B or 1, H, T] is added to the logits of each key, for all queries alike (ALiBi: see alibi.py).
 """
 
 from __future__ import annotations

@@ -37,6 +37,13 @@ def key_bias(slopes: Tensor, positions: Tensor, dtype: torch.dtype, factor: floa
     return (slopes[:, None] * own).to(dtype) * factor
 
 
+def key_bias_onnx(slopes: Tensor, positions: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
+    """As the reference, rounding as torch does: ONNX Runtime multiplies no numbers of bfloat16 on a CPU."""
+    kind, slopes = slopes.dtype, slopes.reshape(-1).float()
+    own = positions.repeat_interleave(slopes.shape[0] // positions.shape[1], 1).float().to(kind).float()
+    return (slopes[:, None] * own).to(kind).to(dtype) * factor
+
+
 bind(dialect.KeyColumns, key_columns)
 bind(dialect.SlotPositions, slot_positions)
-bind(dialect.KeyBias, key_bias)
+bind(dialect.KeyBias, key_bias, onnx=key_bias_onnx)

@@ -6,8 +6,6 @@ keys' positions, and the rest of the mask is a mask, is found by evaluating it (
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, fx
 

@@ -3,8 +3,8 @@
 before: `matmul(softmax(matmul(q, transpose(k)) * s + mask), v)`                      -> sdpa(q, k, v, mask, scale=s)
         the same with the mask in front of the scale (CodeGen), with `where(allowed, logits, lowest)` under the mask
         (GPT-Neo), with q and k cast to float32 (GPT-J), which products of 16-bit numbers are summed in anyway
-        the same with two addends (a bias of the keys and a mask, Bloom), with `masked_fill(logits, hidden, lowest)` over
-        them (MPT); heads folded into the batch were unfolded before (folded.py)
+        the same with a bias beside the mask (Bloom, whose heads folded.py has unfolded), or with
+        `masked_fill(logits + bias, hidden, lowest)` (MPT)
         the same with `c * tanh(logits / c)` under the mask (Gemma 2), or with one more column of logits that is cut off
         behind the softmax (sinks, gpt-oss)                   -> modified_attention(q, k, v, mask, s, c, sinks [H])
 """
@@ -47,7 +47,7 @@ LAST = (-1, 3)  # the last of four axes
 class Logits:
     """What a softmax is taken of: query [B, H, q, D] and key [B, H, T, D] nodes and what happens to their product.
 
-    `masks` are added, times `mask_scale`; where not `allowed`, the bare logits are replaced, and where `hidden`, the sum.
+    `masks` are added, times `mask_scale`; bare logits are replaced where not `allowed`, their sum where `hidden`.
     """
 
     query: fx.Node

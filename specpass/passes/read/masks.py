@@ -163,9 +163,7 @@ def made_small(arg: Any, small: Mapping[int, int]) -> Any:
     return small[abs(arg)] if arg > 0 else -small[abs(arg)]
 
 
-def _spans(
-    mask: Tensor, real: Tensor, bounds: Iterable[int], bias: tuple[Alibi, Tensor] | None = None
-) -> set[Span]:
+def _spans(mask: Tensor, real: Tensor, bounds: Iterable[int], bias: tuple[Alibi, Tensor] | None = None) -> set[Span]:
     """All spans by which a mask [B, 1, S, S] is right for tokens [B, S], among those of these bounds.
 
     Args: bias: what a mask [B, H, S, S] must add besides, and its slopes.
