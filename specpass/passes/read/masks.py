@@ -27,6 +27,7 @@ from specpass.sizes import FULL, Span
 Trial = tuple[int, tuple[int, ...]]
 TRIALS: tuple[Trial, ...] = ((6, (0, 0)), (7, (0, 3)), (5, (2, 1)))  # prompt length, left padding of each row
 ROUNDED: Trial = (320, (0,))  # a bias of 16 bits is rounded from position 257 on
+LOWEST = torch.finfo(torch.float16).min / 64  # what is added below this hides
 LEAST = 7  # a window from here on shows in no trial
 SMALL = (2, 3, 4)  # what numbers from LEAST on become, in their order
 COMPARED = (ATEN.sub, ATEN.add, ATEN.gt, ATEN.ge, ATEN.lt, ATEN.le, ATEN.floor_divide, ATEN.div)
@@ -71,6 +72,8 @@ def mask_span(
         spans = _spans(got, real, bounds, None if alibi is None else (alibi, values[alibi.slopes]))
         possible = spans if possible is None else possible & spans
     if not possible:
+        if got.is_floating_point() and bool(((got > LOWEST) & (got != 0)).any()):
+            return "unknown: it adds a bias to the logits that is no slope of a head times the key's position"
         return "unknown: neither causal nor a sliding window nor chunks"
     if FULL in possible:
         return FULL
@@ -170,8 +173,7 @@ def _spans(mask: Tensor, real: Tensor, bounds: Iterable[int], bias: tuple[Alibi,
     """
     batch, length = real.shape
     # A mask that is scaled is one, too. With a bias in float32, it may hide by the lowest number of float16.
-    kind = mask.dtype if bias is None else torch.float16
-    lowest = 0 if mask.dtype == torch.bool else torch.finfo(kind).min / 64
+    lowest = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 64 if bias is None else LOWEST
     allowed = mask if mask.dtype == torch.bool else mask > lowest
     heads = 1 if bias is None else bias[1].numel()
     if allowed.shape[1] != heads or allowed.shape[2:] != (length, length):
