@@ -1,8 +1,8 @@
 """Tiny random decoders, made from configs alone (no network), float32, seeded, in eval mode.
 
-`FULL` are plain decoders; `OTHERS` have sliding windows, chunks, soft caps, sinks, learned positions, ALiBi or masks made of values (Doge). Weights are
-drawn wide (initializer_range 0.25): at the usual 0.02 attention is uniform, every pooled score ties, and a wrong
-selection would go unnoticed.
+`FULL` are plain decoders; `OTHERS` have sliding windows, chunks, soft caps, sinks, learned positions, ALiBi, or masks
+made of values (Doge). Weights are drawn wide (initializer_range 0.25): at the usual 0.02 attention is uniform, every
+pooled score ties, and a wrong selection would go unnoticed.
 """
 
 from __future__ import annotations
