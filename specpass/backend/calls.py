@@ -61,7 +61,7 @@ class Call:
                 cache.layers[index].found, cache.layers[index].biased = span, index in self.biased
         else:
             cache.appended += self._query_length(args)
-            if not cache.exact and self._hides_tokens(args):
+            if "attention_mask" in self.places and not cache.exact and self._hides_tokens(cache, args):
                 cache.padded, cache.uneven = True, cache.appended
             cache.reserve(1)  # so that the next token finds its slot; a full cache grows by a block
         return out
@@ -82,12 +82,10 @@ class Call:
                 for axis in axes:
                     torch._dynamo.mark_static(out[index], axis)
 
-    def _hides_tokens(self, args: tuple[Any, ...]) -> bool:
-        """Whether a step's mask hides some of its tokens; one as wide as the slots may hide none (see prepare_bias)."""
-        if "attention_mask" not in self.places:
-            return False
+    def _hides_tokens(self, cache: BudgetCache, args: tuple[Any, ...]) -> bool:
+        """Whether a step's mask hides some of its tokens: what a bias is made of may hide none (see prepare_bias)."""
         mask, count = args[self.places["attention_mask"]], self._query_length(args)
-        if mask.shape[1] == count:
+        if not cache.biased or mask.shape[1] == count:
             return True
         return count > 1 and not bool(mask[:, -count:].all())
 

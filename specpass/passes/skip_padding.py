@@ -41,8 +41,8 @@ class SkipPadding(Pass):
             return
         if inputs.mask.users:  # the masks that attention read are gone
             raise Refusal(f"attention_mask is read outside attention (by {next(iter(inputs.mask.users)).target})")
-        width = value(inputs.mask).shape[1]
-        if request.kind == "decode" and not (isinstance(width, int) and width == 1):
+        width, biased = value(inputs.mask).shape[1], any(site.bias is not None for site in facts[Sites].sites)
+        if biased and request.kind == "decode" and not (isinstance(width, int) and width == 1):
             return
         editor, first = Editor(gm), first_call(gm.graph)
         tokens = inputs.embeds if inputs.ids is None else inputs.ids
