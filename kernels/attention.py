@@ -32,6 +32,14 @@ def first_read(last: Tensor, sliding: int, chunk: int) -> Tensor:
     return last // chunk * chunk if chunk else torch.zeros_like(last)
 
 
+def biased(allowed: Tensor, bias: Tensor) -> Tensor:
+    """What is added to logits, in float32: a bias of the keys where a query reads them, -inf elsewhere.
+
+    Args: allowed: bool [.., q, T]; bias: broadcast to [.., q, T].
+    """
+    return torch.where(allowed, bias.float(), float("-inf"))
+
+
 def modified_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float, sinks: Tensor | None
 ) -> Tensor:

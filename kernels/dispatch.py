@@ -84,6 +84,8 @@ def _aten_reason(operator: str, operands: Operands) -> str:
         return "flash attention knows no soft cap: products of 256 query rows at a time"
     if operator == "prefill_attention" and (operands["sliding"] or operands["chunk"]):
         return "flash attention of 256 query rows at a time, over what they read"
+    if operator == "prefill_attention" and operands.get("bias") is not None:
+        return "flash attention knows no bias of the keys (ALiBi): 256 query rows at a time"
     return ATEN_OPERATORS.get(operator, "no kernel serves it")
 
 

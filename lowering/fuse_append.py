@@ -30,7 +30,7 @@ class FuseAppend(Pass):
         editor = Editor(gm)
         for attend in Attend.find(gm.graph):
             append = append_of(attend)
-            if append is None:
+            if append is None or attend.bias is not None:  # no kernel adds one
                 continue
             operands = {
                 "keys": append.keys,

@@ -48,7 +48,7 @@ class ShareLse(Pass):
 def shared_attention(importance: Importance) -> PrefillAttention | None:
     """The attention of the queries and keys that are scored, in front of the scores and behind their rows.
 
-    None also where a cap or sinks change the log-sum-exp.
+    None also where a cap, sinks or a bias change the log-sum-exp.
     """
     taken = TakeRows.match(importance.query)
     if taken is None or taken.rows is not importance.rows:
@@ -57,7 +57,8 @@ def shared_attention(importance: Importance) -> PrefillAttention | None:
         attention = PrefillAttention.match(user)
         if attention is None or attention.key is not importance.key or attention.scale != importance.scale:
             continue
-        changed = attention.softcap or attention.sinks is not None or attention.sliding or attention.chunk
-        if not changed and importance.rows < user < importance.node:
+        bounded = attention.sliding or attention.chunk
+        changed = attention.softcap or attention.sinks is not None or attention.bias is not None
+        if not (bounded or changed) and importance.rows < user < importance.node:
             return attention
     return None

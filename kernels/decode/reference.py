@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specpass.kernels.attention import first_read, modified_attention
+from specpass.kernels.attention import biased, first_read, modified_attention
 
 
 def append_kv(keys: Tensor, values: Tensor, lengths: Tensor, key: Tensor, value: Tensor) -> None:
@@ -40,18 +40,23 @@ def attend(
     sinks: Tensor | None = None,
     sliding: int = 0,
     chunk: int = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Budgeted attention of q new queries; the GQA group is folded into the query length.
 
     Args: query [B, H, q, D]; keys [B, K, P, D], values [B, K, P, Dv]; lengths [B, K] with the q new slots counted;
     softcap, sinks: as `modified_attention`; sliding, chunk: as `first_read`, in slots, which then hold neighbouring
-    positions, from the beginning of a chunk on.
+    positions, from the beginning of a chunk on; bias [B or 1, H, P] is added to the logits of each slot.
     Returns: [B, H, q, Dv]; query i reads the slots below lengths - (q - 1 - i).
     """
     batch, heads, count, dim = query.shape
     group = heads // keys.shape[1]
     mask = slots_read(lengths, count, keys.shape[2], group, sliding, chunk)
-    if softcap or sinks is not None:
+    if bias is not None:
+        own = bias.unflatten(1, (-1, group))[:, :, :, None]  # [B or 1, K, G, 1, P]
+        mask = biased(mask.unflatten(2, (-1, count)), own).flatten(2, 3)
+    # scaled_dot_product_attention takes a mask that is added in the query's dtype alone.
+    if softcap or sinks is not None or (bias is not None and query.dtype != torch.float32):
         return modified_attention(query, keys, values, mask.unflatten(2, (-1, count)), scale, softcap, sinks)
     folded = query.reshape(batch, keys.shape[1], group * count, dim)
     out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)

@@ -26,13 +26,14 @@ def importance(
     lse: Tensor | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention probability that each prompt column gets from the query rows, reduced over the rows of a KV head.
 
     Args: query [B, H, R, D]; key [B, K, T, D]; rows [B, R] positions (-1: left out); lengths [B] prompt lengths;
     reduce "max", "mean" or "sum"; weights [R] float32 >= 0 of the rows, or None; lse [B, H, R] float32: the rows'
     natural log-sum-exp over the columns that they see, where `prefill_attention_lse` found it already; softcap, sinks:
-    as `modified_attention`.
+    as `modified_attention`; bias [B or 1, H, T]: added to the logits of each column.
     Returns: scores [B, K, T] float32; columns outside [0, lengths - W) are 0.
     """
     batch, heads, count, dim = query.shape
@@ -42,7 +43,10 @@ def importance(
     logits = soft_capped(torch.matmul(folded, key.float().transpose(2, 3)) * scale, softcap)
     column = torch.arange(columns, device=key.device)
     hidden = (column > rows[:, :, None])[:, None, None]  # [B, 1, 1, R, T]
-    logits = logits.view(batch, kv_heads, group, count, columns).masked_fill_(hidden, float("-inf"))
+    logits = logits.view(batch, kv_heads, group, count, columns)
+    if bias is not None:
+        logits.add_(bias.float().unflatten(1, (kv_heads, group))[:, :, :, None])
+    logits.masked_fill_(hidden, float("-inf"))
     live = rows >= 0
     if lse is None:
         probabilities = softmax_with_sinks(logits, None if sinks is None else sinks.view(kv_heads, group, 1))

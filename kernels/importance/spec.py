@@ -34,6 +34,9 @@ class Importance(Kernel):
     def applies(self, operands: Operands) -> bool:
         return operands["lse"] is None
 
+    def refuse_layout(self, operands: Operands) -> str | None:
+        return None if operands.get("bias") is None else "a bias of the keys (ALiBi)"
+
     def refuse(self, shapes: Shapes) -> str | None:
         refused = super().refuse(shapes)
         if refused is not None:

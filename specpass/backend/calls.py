@@ -44,6 +44,8 @@ class Call:
     lookahead: int = 0
     packed: bool = False
     spans: Mapping[int, Span] = dataclasses.field(default_factory=dict)  # of a prompt's graph, by the cache's layer
+    biased: frozenset[int] = frozenset()  # those of its layers whose attention adds a bias of the keys
+    counts: bool = True  # whether a step takes its positions from the cache's length, where no position_ids are given
     refusal: str = ""  # why this graph runs exactly; "" where it was rewritten
 
     def __call__(self, *args: Any) -> Any:
@@ -58,10 +60,10 @@ class Call:
         if self.kind in ("prefill", "short"):
             cache.padded, cache.exact = self.packed, bool(self.refusal)
             for index, span in self.spans.items():
-                cache.layers[index].found = span
+                cache.layers[index].found, cache.layers[index].biased = span, index in self.biased
         else:
             cache.appended += self._query_length(args)
-            if "attention_mask" in self.places and not cache.exact:
+            if "attention_mask" in self.places and not cache.exact and self._hides_tokens(cache, args):
                 cache.padded, cache.uneven = True, cache.appended
             cache.reserve(1)  # so that the next token finds its slot; a full cache grows by a block
         return out
@@ -81,6 +83,13 @@ class Call:
             for storage in storages:
                 torch._dynamo.mark_static(storage, 1)
 
+    def _hides_tokens(self, cache: BudgetCache, args: tuple[Any, ...]) -> bool:
+        """Whether a step's mask hides some of its tokens: what a bias is made of may hide none (see prepare_bias)."""
+        mask, count = args[self.places["attention_mask"]], self._query_length(args)
+        if not cache.biased or mask.shape[1] == count:
+            return True
+        return count > 1 and not bool(mask[:, -count:].all())
+
     def _query_length(self, args: tuple[Any, ...]) -> int:
         place = self.places.get("input_ids", self.places.get("inputs_embeds"))
         return 1 if place is None else args[place].shape[1]
@@ -96,7 +105,7 @@ class Call:
                 f"the prompt was pruned, and the graph that goes on from it cannot be rewritten ({self.refusal}): the "
                 "answer would be wrong. Call specpass.restore(model), or a model whose decode step is one graph."
             )
-        if cache.padded and "position_ids" not in self.places:
+        if cache.padded and self.counts and "position_ids" not in self.places:
             raise PositionsError(
                 "a padded batch is decoded without position_ids, so each row's next position is unknown: pass "
                 "position_ids [B, 1] (generate() does)."

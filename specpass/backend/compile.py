@@ -21,7 +21,7 @@ from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.capture.model import untraceable
 from specpass.capture.rope import following
-from specpass.dialect.cache import ExtendKv, Fill
+from specpass.dialect.cache import Advance, ExtendKv, Fill
 from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError, UnsplicedGraphError
 from specpass.graph.edit import copy_module
 from specpass.lowering.fuse import FUSION
@@ -161,6 +161,12 @@ class Backend:
             raise
         record.pass_seconds = dict(pipeline.seconds)
         sites, drafted = facts.get(Sites), facts.get(Drafted)
+        if not self.second_way and sites is not None and any(site.alibi is not None for site in sites.sites):
+            raise Refusal(
+                "a bias is added to the attention logits (ALiBi), and steps behind a pruned prompt must be told of it: "
+                "use specpass.compile(model, ...)"
+            )
+        counts = any(len(advance.seen.users) > 1 for advance in Advance.find(graph.graph))
         record.sites = [] if sites is None else [SiteRecord.of(site) for site in sites.sites]
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
         alike = len({site.budget for site in record.sites if not site.exact}) <= 1
@@ -188,6 +194,8 @@ class Backend:
             request.lookahead,
             packed="attention_mask" in traced.places and request.kind in PROMPTS,
             spans={} if sites is None else {site.layer: site.span for site in sites.sites},
+            biased=frozenset(() if sites is None else (site.layer for site in sites.sites if site.alibi is not None)),
+            counts=counts,
         )
 
     def _request(self, traced: Traced) -> tuple[Request, Facts]:

@@ -26,6 +26,7 @@ from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import positions_of, tokens_of
 from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
+from specpass.capture.model import asks_for_length
 from specpass.capture.rope import following
 from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
 from specpass.interpret.beside import leave_out_kinds
@@ -64,6 +65,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
     uncompiled = Uncompiled(backend, why_uncompiled(target))
     numbered = bool(following(target))
+    in_slots = asks_for_length(target)
     names = tuple(inspect.signature(target.forward).parameters)
     warned = False
     known: set[Hashable] = set()  # forms of calls that were compiled
@@ -87,6 +89,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
                 warned = True
             return target._call_impl(**kwargs)
         check_outputs(target, kwargs)
+        cache.in_slots = in_slots
         piece = piece_of_prompt(cache, kwargs, call)
         if piece is not None:
             return piece
@@ -175,7 +178,9 @@ def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
     count = tokens.shape[1] if isinstance(tokens, torch.Tensor) else 1
     cache.reserve(count)
     if not cache.exact and isinstance(kwargs.pop("attention_mask", None), torch.Tensor):
-        prepare_mask(mask, count, kwargs)
+        prepare_mask(mask, count, kwargs, cache.biased)
+    if cache.biased:
+        prepare_bias(cache, tokens, count, kwargs)
 
 
 def inside_another_graph(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -191,9 +196,27 @@ def inside_another_graph(target: nn.Module, args: tuple[Any, ...], kwargs: dict[
     return target._call_impl(*args, **kwargs)
 
 
-def prepare_mask(mask: torch.Tensor, count: int, kwargs: dict[str, Any]) -> None:
+def prepare_bias(cache: BudgetCache, tokens: torch.Tensor, count: int, kwargs: dict[str, Any]) -> None:
+    """A model that adds a bias of the keys makes it as wide as its mask (ALiBi): give it one [B, P] of all slots.
+
+    Of its values only those of the `count` tokens are read. A single token that some rows hide keeps its mask [B, 1].
+    """
+    for layer in cache.budgeted:
+        layer.tell_positions()
+    own = kwargs.get("attention_mask")
+    if own is not None and count == 1:
+        return
+    slots = cache.budgeted[0].get_mask_sizes(count)[0]
+    mask = torch.ones(tokens.shape[0], slots, dtype=torch.int64, device=tokens.device)
+    if own is not None:
+        mask[:, slots - count :] = own
+    kwargs["attention_mask"] = mask
+
+
+def prepare_mask(mask: torch.Tensor, count: int, kwargs: dict[str, Any], biased: bool) -> None:
     """Of a pruned cache's mask [B, M] the appended tokens' columns stay, where one is masked: lengths say the rest.
 
+    Args: biased: whether positions are read of the slots alone.
     Raises: MaskError: not such a mask. PositionsError: tokens are masked and no positions say where the others stand.
     """
     if mask.dim() != 2 or mask.shape[1] < count:
@@ -206,7 +229,7 @@ def prepare_mask(mask: torch.Tensor, count: int, kwargs: dict[str, Any]) -> None
         return
     if bool(own.all()):
         return
-    if kwargs.get("position_ids") is None:
+    if kwargs.get("position_ids") is None and not biased:
         raise PositionsError(
             "attention_mask hides some of the appended tokens, so each row's positions are unknown: pass position_ids "
             "[B, q] (generate() does)."

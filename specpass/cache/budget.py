@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
 from specpass.cache.layer import first_room, grown_room
-from specpass.cache.protocol import BudgetLayer, CacheProtocol
+from specpass.cache.protocol import BudgetLayer, CacheProtocol, is_traced
 from specpass.cache.states import make_layers, why_unheld
 from specpass.dialect.define import SPEC
 from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError, UnsupportedCallError
@@ -66,6 +65,7 @@ class BudgetCache(CacheProtocol):
         self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole
         super().__init__(layers=make_layers(self, config))
         self.budgeted = [layer for layer in self.layers if isinstance(layer, BudgetLayer)]
+        self.in_slots = False  # whether graphs are told the slots as the length (see asks_for_length)
         self.listener: Any = None  # who answers `update` while the model's own forward runs uncompiled
         # The compiled graph gets tensors only; this one leads the runtime back to its cache.
         self.handle = torch.zeros((), dtype=torch.int64)
@@ -118,7 +118,7 @@ class BudgetCache(CacheProtocol):
         Raises:
             UncompiledCacheError: called uncompiled, where nothing would prune.
         """
-        if not torch.compiler.is_dynamo_compiling() and not _is_traced():
+        if not is_traced():
             if self.listener is not None:
                 return self.listener.update(key_states, value_states, layer_idx)
             raise UncompiledCacheError(
@@ -170,8 +170,3 @@ class BudgetCache(CacheProtocol):
         twin.handle = torch.zeros((), dtype=torch.int64)
         twin.handle._specpass_cache = weakref.ref(twin)
         return twin
-
-
-def _is_traced() -> bool:
-    """Whether make_fx is tracing (the draft is captured without Dynamo)."""
-    return get_proxy_mode() is not None

@@ -53,6 +53,8 @@ class Storage:
         self.value_buffer: Tensor | None = None
         self.lengths: Any = None  # a tensor after the prefill
         self.positions: Tensor | None = None
+        self.told: Tensor | None = None  # [B, K, C] positions as the target was told them, where it was told others
+        self.biased = False  # whether attention adds a bias by the positions of its keys (ALiBi)
 
     @property
     def kv_heads(self) -> int:
@@ -91,7 +93,7 @@ class Storage:
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by name; empty before the prefill."""
-        names = ("key_buffer", "value_buffer", "lengths", "positions")
+        names = ("key_buffer", "value_buffer", "lengths", "positions", "told")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.cache_utils import LinearAttentionCacheLayerMixin as Recurrent
@@ -18,6 +19,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin as Recurrent
 from specpass.cache.layer import Storage
 from specpass.dialect.define import SPEC
 from specpass.errors import CacheStateError
+from specpass.methods.base import Method
 from specpass.sizes import Span
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class CacheProtocol(Cache):
     budgeted: list[BudgetLayer]  # those that hold keys and values
     columns: int | None
     read_mask: Tensor | None
+    method: Method
+    in_slots: bool
     seen: Any  # tokens that generate counts: 0, or a 0-d tensor after the prefill
     appended: int
     uneven: int
@@ -42,6 +46,11 @@ class CacheProtocol(Cache):
     def filled(self) -> bool:
         """Whether a prompt was read."""
         return any(layer.is_initialized for layer in self.budgeted)
+
+    @property
+    def biased(self) -> bool:
+        """Whether attention adds a bias by the positions of its keys, in some layer."""
+        return any(layer.biased for layer in self.budgeted)
 
     @property
     def is_linear(self) -> list[bool]:
@@ -115,6 +124,18 @@ class CacheProtocol(Cache):
                 setattr(self, name, change(getattr(self, name)))
 
 
+def renumbered(positions: Tensor, read: Tensor) -> Tensor:
+    """Positions [B, K, C] of a prompt, -1 unused, as numbers among those of it that were read [B, C1], ascending."""
+    ascending = read.masked_fill(read < 0, torch.iinfo(read.dtype).max)[:, None].expand(-1, positions.shape[1], -1)
+    found = torch.searchsorted(ascending.contiguous(), positions.contiguous())
+    return found.masked_fill(positions < 0, -1)
+
+
+def is_traced() -> bool:
+    """Whether Dynamo traces, or make_fx (drafts and exports are captured without Dynamo)."""
+    return torch.compiler.is_dynamo_compiling() or get_proxy_mode() is not None
+
+
 class BudgetLayer(Storage, CacheLayerMixin):
     """One layer of a BudgetCache, as transformers knows it."""
 
@@ -157,13 +178,28 @@ class BudgetLayer(Storage, CacheLayerMixin):
             self.key_buffer, self.value_buffer = SPEC.extend_kv(self.keys, self.values, key_states, value_states)
             self.lengths.add_(key_states.shape[2])
             return self.keys, self.values
-        SPEC.append_kv(self.key_buffer, self.value_buffer, self.lengths, key_states, value_states, cache.handle)
+        positions = (self.positions if self.told is None else self.told) if self.biased else None
+        tensors = (self.key_buffer, self.value_buffer, self.lengths, key_states, value_states)
+        SPEC.append_kv(*tensors, cache.handle, positions)
         if self.widest is None:
             return self.keys, self.values
         slots = cache.layers[self.widest].slots
         return tuple(SPEC.widen(buffer, self.kv_heads, slots) for buffer in (self.key_buffer, self.value_buffer))
 
+    def tell_positions(self) -> None:
+        """Note the positions that the target was told of the prompt's slots, before the first step that reads them."""
+        assert self.positions is not None
+        if self.told is not None or hasattr(self.positions, "_dynamo_static_indices"):
+            return
+        how, read = self.cache.method.prompt, self.cache.prompt_positions
+        if how is not None and how.positions == "renumber" and read is not None:
+            self.told = renumbered(self.positions, read)
+            torch._dynamo.mark_static(self.told, 1)
+        torch._dynamo.mark_static(self.positions, 1)
+
     def get_seq_length(self) -> int | Tensor:
+        if self.cache.in_slots and self.is_initialized and is_traced():
+            return self.slots
         if self.cache.listener is not None:  # the target asks, and counts what it was told
             return self.cache.columns or 0
         return self.cache.seen if self.is_initialized else 0

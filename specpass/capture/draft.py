@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 import specpass.ops  # noqa: F401  (binds the operators that a draft's layers trace to)
-from specpass.capture.model import BATCH, SLOTS, ModelTrace
+from specpass.capture.model import BATCH, SLOTS, ModelTrace, asks_for_length
 from specpass.dialect.define import SPEC
 from specpass.graph.operands import results_of
 from specpass.graph.walk import value
@@ -32,8 +32,14 @@ class _DraftLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, lengths: Tensor, room: Any = None, buffers: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
-        self.lengths, self.room, self.buffers = lengths, room, buffers
+    def __init__(
+        self,
+        lengths: Tensor,
+        room: Any = None,
+        buffers: tuple[Tensor, Tensor, Tensor] | None = None,
+        in_slots: bool = False,
+    ) -> None:
+        self.lengths, self.room, self.buffers, self.in_slots = lengths, room, buffers, in_slots
         self.is_initialized = buffers is not None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -50,6 +56,8 @@ class _DraftLayer(CacheLayerMixin):
         return keys.view(batch, heads, slots, keys.shape[2]), values.view(batch, heads, slots, values.shape[2])
 
     def get_seq_length(self) -> Any:
+        if self.is_initialized and self.in_slots:
+            return self.get_mask_sizes(1)[0]
         return self.lengths.max() if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
@@ -83,6 +91,7 @@ class _Capture:
     def __init__(self, model: ModelTrace, spans: Spans, prompt: SpecPC | None) -> None:
         self.model, self.spans, self.layers, self.prompt = model, spans, len(spans.layers), prompt
         self.shapes: list[tuple[int, int, int]] = []
+        self.biased = False  # whether attention adds a bias of the keys, known once the prefill is
 
     def prefill(self) -> fx.GraphModule:
         """prefill(ids [B, S], lengths [B], room, *params) -> logits, caches, and scores where there is a `prompt`."""
@@ -101,18 +110,23 @@ class _Capture:
         sites = facts[Sites].sites
         self.shapes.extend(site.kv_shape for site in sites)
         self.spans = Spans(tuple(site.span for site in sites))
+        self.biased = any(site.alibi is not None for site in sites)
         return gm
 
     def step(self) -> fx.GraphModule:
         """step(ids [B, 1], position [B, 1], *caches, *params) -> logits; more with a `prompt`, see DraftGraphs."""
         count = len(self.shapes)
+        in_slots = asks_for_length(self.model.model)
         first = 0 if self.prompt is None else 2  # rows and lengths: read by what score_draft_step inserts
 
         def run(ids: Tensor, position: Tensor, *rest: Tensor) -> Tensor:
             caches, params = rest[first : first + 3 * count], rest[first + 3 * count :]
             groups = [caches[i : i + 3] for i in range(0, 3 * count, 3)]
-            cache = Cache(layers=[_DraftLayer(group[2], buffers=group) for group in groups])
-            return self.model.forward(params, ids, cache, position_ids=position)
+            layers = [_DraftLayer(group[2], buffers=group, in_slots=in_slots) for group in groups]
+            told = {"position_ids": position}
+            if self.biased:  # such a model makes its bias as wide as its mask
+                told["attention_mask"] = ids.new_ones(ids.shape[0], layers[0].get_mask_sizes(1)[0])
+            return self.model.forward(params, ids, Cache(layers=layers), **told)
 
         ids, position = (self.model.dynamic((BATCH, 1), torch.int64, (0,)) for _ in range(2))
         caches = []

@@ -7,6 +7,7 @@ the passes see. The draft is captured this way for torch.compile, draft and targ
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,16 @@ def untraceable(model: nn.Module) -> str:
         if weight.device.type == "meta":
             return f"{name} is offloaded"
     return ""
+
+
+def asks_for_length(model: nn.Module) -> bool:
+    """Whether attention itself asks the cache for its length, as a number (MPT, to cut its bias).
+
+    A graph has that length as a tensor alone; slots, which masks count, are a number. Where positions are made of the
+    length, it is asked for outside of the layers.
+    """
+    forwards = {inspect.unwrap(type(module).forward) for module in model.modules() if hasattr(module, "layer_idx")}
+    return any("get_seq_length" in forward.__code__.co_names for forward in forwards)
 
 
 class ModelTrace:

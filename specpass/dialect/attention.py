@@ -2,6 +2,7 @@
 
 Where a layer reads a part of what is in front of a query: `sliding` V is the last V positions, itself included, and
 `chunk` V those of its own chunk of V positions. 0 is no such bound.
+`bias` [B or 1, H, T] is added to the logits of each key, for all queries alike (ALiBi: see alibi.py).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ModifiedAttention(
 class PrefillAttention(
     Operator,
     schema="prefill_attention(Tensor query, Tensor key, Tensor value, float scale, float softcap=0.0, "
-    "Tensor? sinks=None, int sliding=0, int chunk=0) -> Tensor",
+    "Tensor? sinks=None, int sliding=0, int chunk=0, Tensor? bias=None) -> Tensor",
 ):
     """Causal attention of packed rows, without a mask: [B, H, T, Dv], lying in memory as [B, T, H, Dv]."""
 
@@ -48,6 +49,7 @@ class PrefillAttention(
     sinks: fx.Node | None  # [H]
     sliding: int
     chunk: int
+    bias: fx.Node | None  # [B or 1, H, T]
 
     @staticmethod
     def fake(query, key, value, *rest):
@@ -77,7 +79,7 @@ class PrefillAttentionLse(
 class Attend(
     Operator,
     schema="attend(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale, float softcap=0.0, "
-    "Tensor? sinks=None, int sliding=0, int chunk=0) -> Tensor",
+    "Tensor? sinks=None, int sliding=0, int chunk=0, Tensor? bias=None) -> Tensor",
     since="PRUNED",
 ):
     """q new queries over the slots in use, whose number `lengths` says: [B, H, q, Dv]."""
@@ -91,6 +93,7 @@ class Attend(
     sinks: fx.Node | None
     sliding: int
     chunk: int
+    bias: fx.Node | None  # [B or 1, H, P]
 
     @staticmethod
     def fake(query, keys, values, *rest):

@@ -48,7 +48,7 @@ class Fill(
 class AppendKv(
     Operator,
     schema="append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, "
-    "Tensor? handle) -> ()",
+    "Tensor? handle, Tensor? positions=None) -> ()",
 ):
     """q new KV pairs behind the slots in use, in place; `lengths` advances."""
 
@@ -58,9 +58,10 @@ class AppendKv(
     key: fx.Node  # [B, K, q, D]
     value: fx.Node
     handle: fx.Node | None  # leads to the cache until specialize drops it
+    positions: fx.Node | None  # [B, K, C] of the prompt's slots, where attention adds a bias; attend_slots reads them
 
     @staticmethod
-    def fake(keys, values, lengths, key, value, handle):
+    def fake(keys, values, lengths, key, value, handle, positions=None):
         return None
 
 

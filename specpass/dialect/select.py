@@ -11,7 +11,7 @@ from specpass.dialect.define import Operator
 class Importance(
     Operator,
     schema="importance(Tensor query, Tensor key, Tensor rows, Tensor lengths, int window, float scale, str reduce, "
-    "Tensor? weights=None, Tensor? lse=None, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    "Tensor? weights=None, Tensor? lse=None, float softcap=0.0, Tensor? sinks=None, Tensor? bias=None) -> Tensor",
     since="PRUNED",
 ):
     """[B, K, T] float32: the attention that each column gets from the query rows, reduced over a KV head's rows."""
@@ -27,6 +27,7 @@ class Importance(
     lse: fx.Node | None  # [B, H, R]
     softcap: float
     sinks: fx.Node | None  # [H]
+    bias: fx.Node | None  # [B or 1, H, T]
 
     @staticmethod
     def fake(query, key, *rest):

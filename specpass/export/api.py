@@ -171,9 +171,7 @@ def write_graphs(
     try:
         capture = capture_target(target, method, draft, unrolled)
     except Refusal as refusal:
-        raise ExportError(
-            f"this architecture cannot be exported: {refusal}. specpass.compile runs it exactly."
-        ) from refusal
+        raise ExportError(f"this architecture cannot be exported: {refusal}. specpass.compile runs it.") from refusal
     files = {"target": WeightFile(folder / TARGET_DATA), "draft": WeightFile(folder / DRAFT_DATA)}
     for name, program in ((PREFILL, capture.prefill), (DECODE, capture.decode)):
         model = translate(program, name.removesuffix(".onnx"))

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from specpass.cache.budget import BudgetCache
 from specpass.capture.draft import capture_draft
-from specpass.capture.model import BATCH, SLOTS, ModelTrace
+from specpass.capture.model import BATCH, SLOTS, ModelTrace, asks_for_length
 from specpass.dialect.cache import AppendKv
 from specpass.export.decode import decode_program
 from specpass.export.draft_loop import DraftSteps, LoopedDraft
@@ -61,7 +61,7 @@ class Pruned:
     def _cache(self) -> BudgetCache:
         # A prompt that fits the budget goes through selection too: one graph serves every length.
         cache = BudgetCache(self.config, self.method, early_exit=False)
-        cache.room = 0
+        cache.room, cache.in_slots = 0, asks_for_length(self.model.model)
         if None in self.spans:
             raise Refusal(f"layer {self.spans.index(None)} is no attention layer")
         return cache
@@ -98,6 +98,13 @@ class Pruned:
         request = Request("prefill", self.method, self._cache().lookahead, eos_ids(source))
         Pipeline(PASSES).run(gm, request, facts)
         pruned = named_submodules(named(gm, "prefill"))
+        biased = next((site for site in facts[Sites].sites if site.alibi is not None), None)
+        if biased is not None:
+            raise Refusal(
+                "a bias is added to its attention logits (ALiBi), and an exported step is not told the positions of "
+                "kept keys: export it without a method",
+                biased.module,
+            )
         self.kv.extend(site.kv_shape for site in facts[Sites].sites)
         self.spans = tuple(site.span for site in facts[Sites].sites)
         draft = facts.get(DraftGraphs)

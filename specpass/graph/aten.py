@@ -31,6 +31,19 @@ class Matmul(Operands, packets=[ATEN.matmul]):
     other: fx.Node
 
 
+class Bmm(Operands, packets=[ATEN.bmm]):
+    input: fx.Node
+    mat2: fx.Node
+
+
+class Baddbmm(Operands, packets=[ATEN.baddbmm]):
+    input: fx.Node
+    batch1: fx.Node
+    batch2: fx.Node
+    beta: Any
+    alpha: Any
+
+
 class Add(Operands, packets=[ATEN.add]):
     input: Any
     other: Any
@@ -68,6 +81,12 @@ class Where(Operands, packets=[ATEN.where]):
     condition: fx.Node
     input: Any
     other: Any
+
+
+class MaskedFill(Operands, packets=[ATEN.masked_fill]):
+    input: fx.Node
+    mask: fx.Node
+    value: Any
 
 
 class Largest(Operands, packets=[ATEN.max, ATEN.amax]):
@@ -142,6 +161,15 @@ class StorageView(Operands, packets=[*VIEWS, ATEN.unflatten]):
 
 class MemoryView(Operands, packets=[*VIEWS, ATEN.unflatten, ATEN.transpose]):
     """Another look at the same memory."""
+
+    input: fx.Node
+
+
+class SameNumbers(
+    Operands,
+    packets=[*VIEWS, ATEN.unflatten, ATEN.flatten, ATEN.squeeze, ATEN.unsqueeze, ATEN.expand, ATEN.repeat, ATEN.slice],
+):
+    """Another shape of some or all of the same numbers, in the same order along each axis."""
 
     input: fx.Node
 

@@ -33,6 +33,11 @@ class Steps(Listener):
             own.key_buffer, own.value_buffer = SPEC.extend_kv(own.keys, own.values, key, value)
             own.lengths.add_(key.shape[2])
             return own.keys, own.values
+        if own.biased:
+            raise CacheStateError(
+                f"layer {layer} adds a bias by the positions of its keys (ALiBi), which only its graph knows: call the "
+                "model as it was called for the prompt."
+            )
         packed = (self.packing.states(states) for states in (key, value))
         SPEC.append_kv(own.key_buffer, own.value_buffer, own.lengths, *packed, None)
         self.open[layer] = key.shape[2]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.dialect import attention as dialect
-from specpass.kernels.attention import first_read, modified_attention
+from specpass.kernels.attention import biased, first_read, modified_attention
 from specpass.kernels.decode import reference
 from specpass.kernels.dispatch import returns_lse
 from specpass.ops.bind import bind
@@ -29,13 +29,14 @@ def prefill_attention(
     sinks: Tensor | None = None,
     sliding: int = 0,
     chunk: int = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of packed rows: [B, H, T, D] x [B, K, T, D] -> [B, H, T, Dv]; needs no mask."""
-    local = sliding or chunk
-    if sinks is not None and not softcap and not local and returns_lse(query, key, value):
+    plain = not (softcap or sliding or chunk) and bias is None
+    if sinks is not None and plain and returns_lse(query, key, value):
         return rows_in_place(prefill_with_sinks(query, key, value, scale, sinks))
-    if softcap or sinks is not None or local:  # flash attention knows no cap and no window
-        return rows_in_place(prefill_in_blocks(query, key, value, scale, softcap, sinks, sliding, chunk))
+    if sinks is not None or not plain:  # flash attention knows no cap, no window and no bias
+        return rows_in_place(prefill_in_blocks(query, key, value, scale, softcap, sinks, sliding, chunk, bias))
     return rows_in_place(prefill_flash(query, key, value, scale))
 
 
@@ -67,6 +68,7 @@ def prefill_in_blocks(
     sinks: Tensor | None,
     sliding: int,
     chunk: int,
+    bias: Tensor | None,
 ) -> Tensor:
     """`prefill_attention` for ROWS queries at a time over the columns that some of them reads: never [T, T] logits."""
     batch, heads, columns = query.shape[:3]
@@ -76,23 +78,31 @@ def prefill_in_blocks(
     for start in range(0, columns, ROWS):
         rows = slice(start, min(start + ROWS, columns))
         seen = slice(max(start - sliding + 1, 0) if sliding else start // chunk * chunk if chunk else 0, rows.stop)
-        mask = (column[seen] <= column[rows, None]) & (column[seen] >= first[rows, None])
+        mask = ((column[seen] <= column[rows, None]) & (column[seen] >= first[rows, None]))[None, None]
         block = query[:, :, rows], key[:, :, seen], value[:, :, seen]
-        if softcap or sinks is not None:
-            out[:, :, rows] = modified_attention(*block, mask[None, None], scale, softcap, sinks)
+        if bias is not None:
+            mask = biased(mask, bias[:, :, None, seen])
+        # scaled_dot_product_attention takes a mask that is added in the query's dtype alone.
+        if softcap or sinks is not None or (bias is not None and query.dtype != torch.float32):
+            out[:, :, rows] = modified_attention(*block, mask, scale, softcap, sinks)
         else:
             attention_of_groups(*block, out[:, :, rows], attn_mask=mask, scale=scale)
     return out
 
 
-def attention_of_groups(query: Tensor, key: Tensor, value: Tensor, out: Tensor, **how: Any) -> None:
+def attention_of_groups(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, attn_mask: Tensor | None = None, **how: Any
+) -> None:
     """Attention into `out` [B, H, q, Dv]: one call for each member of the GQA group, on views, K and V never repeated.
 
-    Args: how: further arguments of scaled_dot_product_attention.
+    Args: attn_mask [1, 1, q, T] or [B or 1, H, q, T]; how: further arguments of scaled_dot_product_attention.
     """
     group = query.shape[1] // key.shape[1]
     for member in range(group):
-        out[:, member::group] = F.scaled_dot_product_attention(query[:, member::group], key, value, **how)
+        own = attn_mask if attn_mask is None or attn_mask.shape[1] == 1 else attn_mask[:, member::group]
+        out[:, member::group] = F.scaled_dot_product_attention(
+            query[:, member::group], key, value, attn_mask=own, **how
+        )
 
 
 def prefill_with_sinks(query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor) -> Tensor:
@@ -141,6 +151,7 @@ def prefill_attention_onnx(
     sinks: Tensor | None = None,
     sliding: int = 0,
     chunk: int = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """As the reference: one product per member of the GQA group, so that one member's [B, K, T, T] is held."""
     members = query.unflatten(1, (key.shape[1], -1)).unbind(2)
@@ -149,6 +160,8 @@ def prefill_attention_onnx(
     if sliding or chunk:
         hidden |= column < first_read(column, sliding, chunk)[:, None]
     hidden = hidden[None, None]
+    if bias is not None:
+        return modified_attention(query, key, value, biased(~hidden, bias[:, :, None]), scale, softcap, sinks)
     if softcap or sinks is not None:
         return modified_attention(query, key, value, ~hidden, scale, softcap, sinks)
     outs = [attention_onnx(member, key, value, hidden, scale) for member in members]
@@ -165,10 +178,11 @@ def attend_onnx(
     sinks: Tensor | None = None,
     sliding: int = 0,
     chunk: int = 0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """As the reference."""
-    if softcap or sinks is not None:
-        return reference.attend(query, keys, values, lengths, scale, softcap, sinks, sliding, chunk)
+    if softcap or sinks is not None or bias is not None:
+        return reference.attend(query, keys, values, lengths, scale, softcap, sinks, sliding, chunk, bias)
     batch, heads, count, dim = query.shape
     group = heads // keys.shape[1]
     unread = ~reference.slots_read(lengths, count, keys.shape[2], group, sliding, chunk)

@@ -60,8 +60,16 @@ def extend_kv(keys: Tensor, values: Tensor, key: Tensor, value: Tensor) -> tuple
     return torch.cat([keys, key], 2).flatten(1, 2), torch.cat([values, value], 2).flatten(1, 2)
 
 
-def append_kv(keys: Tensor, values: Tensor, lengths: Tensor, key: Tensor, value: Tensor, handle: Tensor | None) -> None:
-    """See the reference; `handle` led the backend to the cache."""
+def append_kv(
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    key: Tensor,
+    value: Tensor,
+    handle: Tensor | None,
+    positions: Tensor | None = None,
+) -> None:
+    """See the reference; `handle` led the backend to the cache, and a pass has read `positions`."""
     check_owner(handle)
     reference.append_kv(keys, values, lengths, key, value)
 

@@ -19,11 +19,12 @@ from specpass.errors import NoAttentionSiteError
 from specpass.graph.aten import Sdpa, Softmax, View
 from specpass.graph.walk import module_path, skip_full_slices, value
 from specpass.passes.facts import Inputs, Spans, Weights
+from specpass.passes.read.alibi import read_alibi
 from specpass.passes.read.columns import HEADS, LENGTH, Made
 from specpass.passes.read.logits import changed_logits
 from specpass.passes.read.masks import mask_span
 from specpass.rewrite import Facts, Pass, Refusal, Request
-from specpass.rewrite.sites import Site, Sites
+from specpass.rewrite.sites import Alibi, Site, Sites
 from specpass.sizes import FULL, Span
 
 Write = Fill | AppendKv | KeepKv
@@ -99,7 +100,8 @@ class Reader:
         if isinstance(attention, Sdpa) and attention.dropout_p:
             raise Refusal(f"attention dropout {attention.dropout_p} is on", module)
         layer, budget = (write.layer, write.budget) if isinstance(write, Fill) else (index, 0)
-        span = self._span(attention, write, layer, module)
+        alibi = self._alibi(attention, write, module)
+        span = self._span(attention, write, layer, module, alibi)
         heads, kv_heads = value(attention.query).shape[1], value(attention.key).shape[1]
         if heads % kv_heads:
             raise Refusal(f"{heads} query heads are no multiple of {kv_heads} KV heads", module)
@@ -121,6 +123,7 @@ class Reader:
             sinks=sinks,
             budget=span.positions or budget,
             span=span,
+            alibi=alibi,
             heads_apart=apart,
         )
 
@@ -161,7 +164,23 @@ class Reader:
         plain = skip_full_slices(node)
         return plain if plain in self.sources else storage_of(plain)
 
-    def _span(self, attention: Sdpa | ModifiedAttention, write: Write, layer: int, module: str) -> Span:
+    def _alibi(self, attention: Sdpa | ModifiedAttention, write: Write, module: str) -> Alibi | None:
+        """The bias that the site's mask adds for each key's position, or None.
+
+        Raises: Refusal: a step after a prompt whose attention said otherwise.
+        """
+        mask = mask_of(attention)
+        alibi = None if mask is None else read_alibi(mask, value(attention.query).shape[1])
+        if not isinstance(write, AppendKv):
+            return alibi
+        known = write.positions is not None
+        if write.handle is not None and known != (alibi is not None):  # a draft's step has no handle
+            raise Refusal("a bias is added to the attention logits of the prompt or of later tokens alone", module)
+        return None if alibi is None else dataclasses.replace(alibi, positions=write.positions)
+
+    def _span(
+        self, attention: Sdpa | ModifiedAttention, write: Write, layer: int, module: str, alibi: Alibi | None
+    ) -> Span:
         """What the site's queries read: by its mask, and where that cannot tell, by the config.
 
         Raises: Refusal: the mask is not understood, or is not what the config says.
@@ -171,7 +190,7 @@ class Reader:
             return said or FULL  # a mask in slot coordinates tells nothing; lengths and the prefill's span tell all
         if value(attention.query).shape[2] == 1:  # a prompt of one token reads itself, whatever is added to its logit
             return said or FULL
-        found = self._by_mask(attention)
+        found = self._by_mask(attention, alibi)
         if isinstance(found, str):
             raise Refusal(f"attention mask: {found}", module)
         if said is None or found.positions or not said.positions:
@@ -180,13 +199,17 @@ class Reader:
             return said
         raise Refusal(f"configured as {said}, and its mask is that of {found}", module)
 
-    def _by_mask(self, attention: Sdpa | ModifiedAttention) -> Span | str:
-        mask = attention.attn_mask if isinstance(attention, Sdpa) else attention.mask
+    def _by_mask(self, attention: Sdpa | ModifiedAttention, alibi: Alibi | None) -> Span | str:
+        mask = mask_of(attention)
         if mask is None:
             return FULL if isinstance(attention, Sdpa) and attention.is_causal else "none"
         if mask not in self.masks:
-            self.masks[mask] = mask_span(mask, self.inputs, self.weights)
+            self.masks[mask] = mask_span(mask, self.inputs, self.weights, alibi)
         return self.masks[mask]
+
+
+def mask_of(attention: Sdpa | ModifiedAttention) -> fx.Node | None:
+    return attention.attn_mask if isinstance(attention, Sdpa) else attention.mask
 
 
 def at_most(size: int | torch.SymInt, bound: int) -> bool:

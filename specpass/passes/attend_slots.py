@@ -2,6 +2,9 @@
 
 before: sdpa(q, view(keys), view(values), mask)
 after:  attend(q, keys, values, lengths, scale)                 the mask's subgraph dies
+
+A bias of the keys (ALiBi) goes into an operand, by where the slots' tokens stood: key_bias(slopes, slot_positions(
+positions, keys), ...) [B, H, P].
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from specpass.dialect.cache import AppendKv, Widen
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.walk import ATEN, ancestors, behind
+from specpass.passes.attend_packed import key_bias
 from specpass.rewrite import Facts, Kind, Pass, Request
 from specpass.rewrite.base import STEPS
-from specpass.rewrite.sites import Site, Sites
+from specpass.rewrite.sites import Alibi, Site, Sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +38,24 @@ class AttendSlots(Pass):
             wides = [view for view in Widen.find(gm.graph) if view.node < site.attention]
             owns = {wide.node: own_slots(editor, wide, site) for wide in wides}
             keys, values = (owns.get(node, node) for node in (site.key, site.value))
+            if site.alibi is not None:
+                site = dataclasses.replace(site, bias=slot_bias(editor, site, site.alibi, keys))
             operands = (site.query, keys, values, AppendKv.of(site.cache).lengths, site.scale, *site.options)
             new = editor.call(SPEC.attend, *operands, before=site.attention, like=site.attention)
             editor.replace(site.attention, new)
             rewritten.append(dataclasses.replace(site, key=keys, value=values, attention=new))
         facts.add(Sites(tuple(rewritten)))
         gm.graph.eliminate_dead_code()
+
+
+def slot_bias(editor: Editor, site: Site, alibi: Alibi, keys: fx.Node) -> fx.Node:
+    """[B or 1, H, P]; a draft's slots hold its whole prompt, so that they are the positions."""
+    place = {"before": site.attention, "like": site.attention}
+    if alibi.positions is None:
+        return key_bias(editor, alibi, editor.call(SPEC.key_columns, keys, **place), site.attention)
+    AppendKv.of(site.cache).update(positions=None)  # they have been read
+    slots = editor.call(SPEC.slot_positions, alibi.positions, keys, **place)
+    return key_bias(editor, alibi, slots, site.attention)
 
 
 def own_slots(editor: Editor, wide: Widen, site: Site) -> fx.Node:

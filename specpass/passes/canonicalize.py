@@ -2,6 +2,7 @@
 
 before: `sdpa(q, reshape(expand(unsqueeze(k))), reshape(expand(unsqueeze(v))), mask, 0.0, causal, scale=s)`
     or  `matmul(softmax(matmul(q, transpose(k)) * s + mask), v)` (attn_implementation="eager", see read/attention.py)
+    or  the same over heads that are folded into the batch (see read/folded.py)
 after:  `sdpa(q, k, v, mask, 0.0, causal, scale=s, enable_gqa=True)` with k, v [B, K, T, D] as the cache op saw them.
     or  `modified_attention(q, k, v, mask, s, softcap, sinks)` where the logits are capped or the softmax has sinks
     Under autocast q and k come in float32, and are cast to v's dtype in front of the cache, not inside of attention.
@@ -23,7 +24,8 @@ from specpass.dialect.cache import AppendKv, Fill, KeepKv
 from specpass.graph.aten import Copy, Expand, Sdpa, Slice, Softmax, Unsqueeze, View
 from specpass.graph.edit import Editor, quiet
 from specpass.graph.walk import ATEN, find, is_op, skip_full_slices, value
-from specpass.passes.read.attention import fuse_eager_attention
+from specpass.passes.read.attention import Masks, fuse_eager_attention
+from specpass.passes.read.folded import unfold_heads
 from specpass.rewrite import Facts, Pass, Request
 
 
@@ -38,8 +40,10 @@ class Canonicalize(Pass):
         unify_sizes(gm.graph)
         for copy in Copy.find(gm.graph):
             join_copies(editor, copy)
+        unfold_heads(editor)
+        masks: Masks = {}
         for softmax in Softmax.find(gm.graph):
-            fuse_eager_attention(editor, softmax)
+            fuse_eager_attention(editor, softmax, masks)
         for modified in ModifiedAttention.find(gm.graph):
             unrepeat(modified)
         for attention in Sdpa.find(gm.graph):

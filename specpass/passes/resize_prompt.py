@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import fx
 
+from specpass.dialect.alibi import KeyColumns
 from specpass.dialect.cache import Size
 from specpass.dialect.define import SPEC
 from specpass.graph.aten import Unsqueeze
@@ -64,12 +65,17 @@ def told(
     """The target's position ids [1 or B, S], given or computed, each with what stands in for it [B, C + L]."""
     given, anchor, kept = facts[Inputs].positions, facts[Drafted].anchor, facts[ReadPositions].positions
     sources = [given] if given is not None else computed_positions(nodes, symbol) if original else []
-    if original and not sources:
+    columns = KeyColumns.find(editor.graph) if original else []  # where packed columns are no positions
+    if original and not (sources or columns):
         raise Refusal("positions='original' needs position_ids, and this model computes its positions in another way")
     numbers = kept if original else editor.call(SPEC.number_anew, kept, before=anchor)
-    if length and sources:
+    if length and (sources or columns):
         numbers = editor.call(SPEC.append_positions, numbers, facts[Rows].lengths, length, before=anchor)
-    return [(source, numbers) for source in sources]
+    found = [(source, numbers) for source in sources]
+    if columns:
+        wide = editor.call(ATEN.unsqueeze, numbers, 1, before=anchor)
+        found += [(view.node, wide) for view in columns]
+    return found
 
 
 def computed_positions(nodes: list[fx.Node], symbol: sympy.Expr) -> list[fx.Node]:

@@ -93,7 +93,7 @@ class OwnScores:
         if not site.heads_apart:
             raise Refusal(f"{self.name} scores KV heads, and this layer's keys are made of one latent", site.module)
         if site.changes:
-            raise Refusal(f"{self.name} is not told of this layer's soft cap or sinks", site.module)
+            raise Refusal(f"{self.name} is not told of this layer's soft cap, sinks or bias", site.module)
         assert self.score is not None
         if site.scale not in self.inlines:
             function = functools.partial(self.score, scale=site.scale)

@@ -6,7 +6,8 @@ after:  order, place, padding = pack_appended(mask, ids)                once: ro
         o = take_rows(attend(take_rows(q, order), ...), place)          in the caller's order again
         take_back(lengths, padding)                                     the next token overwrites the padding
 
-A graph is told of a mask where one of the appended tokens is masked; what the mask says of earlier ones, lengths say.
+A graph is told of a mask where one of the appended tokens is masked; what the mask says of earlier ones, lengths say. A
+single token with a mask as wide as the slots is not masked: models with ALiBi are given one to make their bias of.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from specpass.dialect.attention import Attend
 from specpass.dialect.cache import AppendKv
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
-from specpass.graph.walk import first_call
+from specpass.graph.walk import first_call, value
 from specpass.passes.facts import Inputs
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 from specpass.rewrite.base import STEPS
@@ -40,6 +41,9 @@ class SkipPadding(Pass):
             return
         if inputs.mask.users:  # the masks that attention read are gone
             raise Refusal(f"attention_mask is read outside attention (by {next(iter(inputs.mask.users)).target})")
+        width, biased = value(inputs.mask).shape[1], any(site.bias is not None for site in facts[Sites].sites)
+        if biased and request.kind == "decode" and not (isinstance(width, int) and width == 1):
+            return
         editor, first = Editor(gm), first_call(gm.graph)
         tokens = inputs.embeds if inputs.ids is None else inputs.ids
         packed = editor.call(SPEC.pack_appended, inputs.mask, tokens, before=first)

@@ -5,11 +5,27 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import fx
 
 from specpass.dialect.cache import AppendKv, Fill, GatherKv, KeepKv
 from specpass.graph.walk import value
 from specpass.sizes import FULL, Span
+
+
+@dataclasses.dataclass(frozen=True)
+class Alibi:
+    """A bias of keys by their positions (ALiBi): (slopes times position, rounded to dtype) times factor.
+
+    Args:
+        slopes: the node of H numbers, in any shape.
+        positions: [B, K, C] of a decode site's prompt slots, None where columns or slots are the positions.
+    """
+
+    slopes: fx.Node
+    dtype: torch.dtype
+    factor: float
+    positions: fx.Node | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +45,8 @@ class Site:
         sinks: [H] logits that belong to no key, or None.
         budget: slots C of each KV head, 0 where nothing is pruned.
         span: what its queries read of what is in front of them.
+        alibi: the bias of its keys, or None.
+        bias: the node of that, [B or 1, H, T], once a pass has made it.
         heads_apart: each head reads one cached head; else (MLA's one latent) a choice of positions serves all heads.
     """
 
@@ -44,16 +62,22 @@ class Site:
     sinks: fx.Node | None = None
     budget: int = 0
     span: Span = FULL
+    alibi: Alibi | None = None
+    bias: fx.Node | None = None
     heads_apart: bool = True
 
     @property
     def changes(self) -> tuple[Any, ...]:
-        """What is done to the logits, as operators take it; empty where nothing is."""
+        """What is done to the logits, as `importance` takes it; empty where nothing is."""
+        if self.bias is not None:
+            return self.softcap, self.sinks, self.bias
         return (self.softcap, self.sinks) if self.softcap or self.sinks is not None else ()
 
     @property
     def options(self) -> tuple[Any, ...]:
         """Last arguments of an attention operator: what is done to the logits, and what its queries read."""
+        if self.bias is not None:
+            return self.softcap, self.sinks, self.span.sliding, self.span.chunk, self.bias
         if not self.span.positions:
             return self.changes
         return self.softcap, self.sinks, self.span.sliding, self.span.chunk

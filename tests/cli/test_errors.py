@@ -320,8 +320,8 @@ def test_what_nobody_expected_is_70_and_says_how_to_see_more(folders: Folders, m
 
 
 def test_a_refusal_is_a_note_and_the_answer_comes(folders: Folders) -> None:
-    folder = folders.make("biased", family="bloom")
+    folder = folders.make("masked", family="doge")
     result = runner.invoke(cli.app, generate(folder, "-m", "snapkv", "-b", "40"))
     assert result.exit_code == 0
-    assert "note: nothing was pruned: transformer.h.0.self_attention: a bias (ALiBi)" in result.stderr
+    assert "note: nothing was pruned: model.layers.0.self_attn: attention mask: unknown" in result.stderr
     assert result.stdout.strip()

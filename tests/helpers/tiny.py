@@ -1,8 +1,8 @@
 """Tiny random decoders, made from configs alone (no network), float32, seeded, in eval mode.
 
-`FULL` are plain decoders; `OTHERS` have sliding windows, chunks, soft caps, sinks or learned positions. Weights are
-drawn wide (initializer_range 0.25): at the usual 0.02 attention is uniform, every pooled score ties, and a wrong
-selection would go unnoticed.
+`FULL` are plain decoders; `OTHERS` have sliding windows, chunks, soft caps, sinks, learned positions, ALiBi, or masks
+made of values (Doge). Weights are drawn wide (initializer_range 0.25): at the usual 0.02 attention is uniform, every
+pooled score ties, and a wrong selection would go unnoticed.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         {k: v for k, v in _ROTARY.items() if k != "head_dim"} | {"layer_types": ["conv", "full_attention"]},
     ),
     "bloom": ("Bloom", {"hidden_size": 64, "n_head": 4}),
+    "mpt": ("Mpt", {"d_model": 64, "n_heads": 4, "max_seq_len": 2048, "use_cache": True}),
+    "falcon-alibi": ("Falcon", {"hidden_size": 64, "num_attention_heads": 4, "alibi": True}),
+    "doge": ("Doge", {k: v for k, v in _ROTARY.items() if k != "head_dim"}),
     "gpt2": ("GPT2", {"n_embd": 64, "n_inner": 96, "n_head": 4, "n_positions": 512}),
     "opt": (
         "OPT",
@@ -88,7 +91,8 @@ EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmoe": ("Olmoe", {**_ROTARY, "num_experts": 4, "num_experts_per_tok": 2}),
 }
-EAGER = ("gemma2", "gpt-oss", "bloom")
+EAGER = ("gemma2", "gpt-oss", "bloom", "mpt")
+ALIBI = ("bloom", "mpt", "falcon-alibi")
 
 
 def tiny(

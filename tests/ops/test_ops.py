@@ -32,13 +32,24 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     heads = [states.view(B, K, C + N, -1) for states in (keys, values)]
     sinks = torch.randn(H)
     options: tuple[Any, ...] = ((), (2.0, sinks), (0.0, None, 3, 0), (2.0, sinks, 0, 4))
+    biases = torch.randn(1, H, S + L), torch.randn(B, H, C + N)
     handle, step = torch.zeros((), dtype=torch.int64), (torch.randn(B, K, 2, D), torch.randn(B, K, 2, D + 1))
     return {
         "fill": [(key, value, handle, C, N, 0, False), (key, value, handle, S + L + 1, N, 0, True)],
         "lookahead": [(key, None, L), (key, ahead, L)],
         "size": [(key, 2)],
         "extend_kv": [(*heads, *step)],
-        "append_kv": [(keys, values, used, *step, handle), (keys, values, used, *step, None)],
+        "append_kv": [
+            (keys, values, used, *step, handle),
+            (keys, values, used, *step, None),
+            (keys, values, used, *step, handle, positions),
+        ],
+        "key_columns": [(key,)],
+        "slot_positions": [(positions, heads[0])],
+        "key_bias": [
+            (torch.rand(H, 1), torch.arange(S)[None, None], torch.float32, 0.5),
+            (torch.rand(H).bfloat16(), positions, torch.float32, 1.0),
+        ],
         "take_back": [(used, torch.tensor([0, 2]))],
         "pack_order": [(mask, ids)],
         "pack_appended": [(mask, ids), (mask, ids[:, :2]), (mask, torch.randn(B, 3, D))],
@@ -57,17 +68,25 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (SPEC.take_rows(query, rows), key, rows, lengths, 0, 0.3, "sum", torch.rand(W + L), lse)
             for lse in (None, torch.rand(B, H, W + L))
         ]
-        + [(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.3, "max", None, None, 2.0, sinks)],
+        + [
+            (SPEC.take_rows(query, rows), key, rows, lengths, W, 0.3, "max", None, None, *last)
+            for last in ((2.0, sinks), (0.0, None, biases[0]))
+        ],
         "select": [(scores, lengths, C, W, 3, "max"), (scores, lengths, S + 4, W, 7, "avg")],
         "select_recent": [(lengths, K, C, 1), (lengths, K, S + 4, 0)],
         "select_chunk": [(lengths, K, 4), (lengths, K, S + 4)],
         "keep_all": [(lengths, K, S + 4)],
         "gather_kv": [(key, value, positions, N)],
         "keep_kv": [(key, value, lengths, N)],
-        "attend": [(query[:, :, :q], *heads, used, 0.3, *last) for q in (1, 3) for last in options],
+        "attend": [
+            (query[:, :, :q], *heads, used, 0.3, *last)
+            for q in (1, 3)
+            for last in (*options, (0.0, None, 0, 0, biases[1]))
+        ],
         "prefill_attention": [(query, key, value, 0.3), (query[:, :K], key, value, 0.3)]
         + [(query, key, states, 0.3, softcap, sinks) for softcap in (0.0, 2.0) for states in (key, value)]
-        + [(query, key, value, 0.3, *last) for last in ((0.0, None, 3, 0), (2.0, sinks, 0, 4))],
+        + [(query, key, value, 0.3, *last) for last in ((0.0, None, 3, 0), (2.0, sinks, 0, 4))]
+        + [(query, key, value, 0.3, *last) for last in ((0.0, None, 0, 0, biases[0]), (2.0, sinks, 3, 0, biases[0]))],
         "modified_attention": [
             (query, key, value, mask, 0.3, 2.0, some)
             for some in (sinks, None)

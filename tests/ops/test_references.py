@@ -15,6 +15,8 @@ import specpass.ops  # noqa: F401  (registers the operators)
 from specpass.kernels.decode import reference as decode
 from specpass.kernels.gather.reference import gather_kv
 from specpass.kernels.importance.reference import importance
+from specpass.ops import alibi as alibi_ops
+from specpass.ops import attention as attention_ops
 from specpass.ops import cache as cache_ops
 from specpass.ops import draft as draft_ops
 from specpass.ops import rows as row_ops
@@ -57,16 +59,21 @@ def test_score_rows_are_the_window_and_the_lookahead_up_to_its_first_eos(case: d
         assert rows.tolist() == expected
 
 
-@given(scored_heads(), st.sampled_from(["max", "mean"]))
-def test_importance_is_the_reduced_softmax_of_full_causal_attention(case: dict[str, Any], reduce: str) -> None:
+@given(scored_heads(), st.sampled_from(["max", "mean"]), st.booleans())
+def test_importance_is_the_reduced_softmax_of_full_causal_attention(
+    case: dict[str, Any], reduce: str, biased: bool
+) -> None:
     query, key, lengths, window = (case[name] for name in ("query", "key", "lengths", "window"))
     rows = row_ops.score_rows(lengths, case["lookahead"], window, [2])
     scale = 1 / math.sqrt(query.shape[3])
-    scores = importance(row_ops.take_rows(query, rows), key, rows, lengths, window, scale, reduce)
+    bias = torch.randn(1, query.shape[1], key.shape[2]) if biased else None
+    scores = importance(row_ops.take_rows(query, rows), key, rows, lengths, window, scale, reduce, bias=bias)
     assert scores.shape == key.shape[:3]
     assert scores.dtype == torch.float32
     wide = key.repeat_interleave(case["group"], 1).double()
     logits = query.double() @ wide.transpose(2, 3) * scale
+    if bias is not None:
+        logits += bias[:, :, None]
     future = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool).triu(1)
     full = logits.masked_fill(future, float("-inf")).softmax(-1)  # [B, H, T, T]: what no graph ever holds
     for row in range(len(lengths)):
@@ -184,7 +191,8 @@ def test_append_and_attend_are_plain_attention_of_each_head(data: st.DataObject)
     decode.append_kv(keys, values, lengths, key, value)
     assert torch.equal(lengths, used + count)
     views = [states.view(batch, kv_heads, slots, dim) for states in (keys, values)]
-    out = decode.attend(query, *views, lengths, 0.7)
+    bias = torch.randn(batch, kv_heads * group, slots) if data.draw(st.booleans()) else None
+    out = decode.attend(query, *views, lengths, 0.7, bias=bias)
     assert out.shape == query.shape
     for row in range(batch):
         for head in range(kv_heads):
@@ -199,10 +207,49 @@ def test_append_and_attend_are_plain_attention_of_each_head(data: st.DataObject)
             for step in range(count):
                 k, v = (states[: n + step + 1] for states in expected)
                 q = query[row, head * group : (head + 1) * group, step]
-                plain = torch.softmax(q @ k.T * 0.7, -1) @ v
+                logits = q @ k.T * 0.7
+                if bias is not None:
+                    logits += bias[row, head * group : (head + 1) * group, : n + step + 1]
+                plain = torch.softmax(logits, -1) @ v
                 torch.testing.assert_close(
                     out[row, head * group : (head + 1) * group, step], plain, atol=2e-4, rtol=1e-4
                 )
+
+
+def test_a_bias_of_the_keys_in_any_dtype() -> None:
+    """Over blocks of query rows, in the kernels' place, and as ONNX says it."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 300, 8), torch.randn(2, 2, 300, 8), torch.randn(2, 2, 300, 6)
+    bias = torch.randn(1, 4, 300)
+    future = torch.ones(300, 300, dtype=torch.bool).triu(1)
+    mask = bias[:, :, None].masked_fill(future, float("-inf"))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        tensors = [states.to(dtype) for states in (query, key, value)]
+        wide = [states.repeat_interleave(4 // states.shape[1], 1).float() for states in tensors]
+        expected = scaled_dot_product_attention(*wide, attn_mask=mask, scale=0.3)
+        for run in (attention_ops.prefill_attention, attention_ops.prefill_attention_onnx):
+            out = run(*tensors, 0.3, bias=bias)
+            torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
+        last, keys, values = tensors[0][:, :, -2:], *tensors[1:]
+        full = torch.full((2, 2), 300)
+        for run in (decode.attend, attention_ops.attend_onnx):
+            out = run(last, keys, values, full, 0.3, bias=bias)
+            torch.testing.assert_close(out.float(), expected[:, :, -2:], atol=tolerance, rtol=tolerance)
+
+
+def test_slots_behind_the_prompt_count_on_from_its_last_token() -> None:
+    positions = torch.tensor([[[0, 4, 9], [3, 8, 9]], [[0, 1, -1], [0, 1, -1]]])
+    found = torch.ops.specpass.slot_positions(positions, torch.zeros(2, 2, 6, 1))
+    assert found.tolist() == [[[0, 4, 9, 10, 11, 12], [3, 8, 9, 10, 11, 12]], [[0, 1, 2, 3, 4, 5]] * 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_is_rounded_as_the_model_rounds_it(dtype: torch.dtype) -> None:
+    """Falcon multiplies slopes of bfloat16 by positions of int64, also in float32."""
+    slopes, positions = torch.tensor([0.3, 0.07]).bfloat16()[:, None], torch.arange(2000)[None, None]
+    model = (slopes * positions[0]).to(dtype) / 8.0
+    for run in (alibi_ops.key_bias, alibi_ops.key_bias_onnx):
+        assert torch.equal(run(slopes, positions, dtype, 1 / 8)[0], model)
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), SEEDS)

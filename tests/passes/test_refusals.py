@@ -10,16 +10,16 @@ import pytest
 import torch
 from support import call, check_answer, compile_eager, kept, padded, run
 from tiny import prompt, tiny
-from transformers import BloomConfig, BloomForCausalLM, DynamicCache
+from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import repeat_kv
 
 import specpass
 
 C, W, L = 24, 8, 4
 METHOD = specpass.SnapKV(budget=C, window=W)
-NO_IDS = {"vocab_size": 128, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 
 
 def new_cache(model: Any, method: Any = METHOD) -> specpass.BudgetCache:
@@ -67,15 +67,38 @@ def test_attention_over_something_else_than_the_cache(
     exact_generation(compile_eager(target, METHOD), twin, reason)
 
 
-def alibi() -> Any:
-    torch.manual_seed(0)
-    config = BloomConfig(hidden_size=64, n_head=4, n_layer=1, **NO_IDS)
-    return BloomForCausalLM(config).eval().requires_grad_(False)
+def with_logits(change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Attention spelled out, whose masked logits [B, H, q, T] are changed in front of the softmax."""
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+        key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+        logits = change(query @ key.transpose(2, 3) * module.scaling + mask)
+        return (logits.softmax(-1) @ value).transpose(1, 2), None
+
+    return attend
 
 
-def test_changed_logits_run_exactly_and_are_named() -> None:
+def by_distance_squared(logits: Any) -> Any:
+    column = torch.arange(logits.shape[3])
+    return logits + torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None] * (column * column)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda logits: logits.abs() * logits, "model.layers.0.self_attn: attention logits are changed in a way"),
+        (by_distance_squared, "adds a bias to the logits that is no slope of a head times the key's position"),
+    ],
+    ids=["unknown", "a bias that is not linear"],
+)
+def test_changed_logits_run_exactly_and_are_named(
+    change: Callable[[Any], Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch._dynamo.reset()
-    exact_generation(compile_eager(alibi(), METHOD), alibi(), "ALiBi")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "mine", with_logits(change))
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "mine", eager_mask)
+    target, twin = tiny(attention="mine", layers=1), tiny(attention="mine", layers=1)
+    exact_generation(compile_eager(target, METHOD), twin, reason)
 
 
 def test_one_site_that_is_not_understood_refuses_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:

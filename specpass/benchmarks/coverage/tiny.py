@@ -73,6 +73,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "ministral": {"head_dim": 16, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "mpt": {"use_cache": True, "max_seq_len": 2048},  # longer than the sizes that a draft is traced at
     "nemotron": {"num_key_value_heads": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "zamba2": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2},

@@ -3,6 +3,8 @@
 before: `matmul(softmax(matmul(q, transpose(k)) * s + mask), v)`                      -> sdpa(q, k, v, mask, scale=s)
         the same with the mask in front of the scale (CodeGen), with `where(allowed, logits, lowest)` under the mask
         (GPT-Neo), with q and k cast to float32 (GPT-J), which products of 16-bit numbers are summed in anyway
+        the same with a bias beside the mask (Bloom, whose heads folded.py has unfolded), or with
+        `masked_fill(logits + bias, hidden, lowest)` (MPT)
         the same with `c * tanh(logits / c)` under the mask (Gemma 2), or with one more column of logits that is cut off
         behind the softmax (sinks, gpt-oss)                   -> modified_attention(q, k, v, mask, s, c, sinks [H])
 """
@@ -23,6 +25,7 @@ from specpass.graph.aten import (
     Expand,
     Factor,
     Largest,
+    MaskedFill,
     Matmul,
     Passive,
     Slice,
@@ -34,7 +37,7 @@ from specpass.graph.aten import (
     Where,
 )
 from specpass.graph.edit import Editor
-from specpass.graph.operands import GetItem
+from specpass.graph.operands import GetItem, Operands
 from specpass.graph.walk import ATEN, value
 
 LAST = (-1, 3)  # the last of four axes
@@ -44,21 +47,28 @@ LAST = (-1, 3)  # the last of four axes
 class Logits:
     """What a softmax is taken of: query [B, H, q, D] and key [B, H, T, D] nodes and what happens to their product.
 
-    `mask` is added, times `mask_scale`; where not `allowed` (True or False), logits are replaced by `lowest`.
+    `masks` are added, times `mask_scale`; bare logits are replaced where not `allowed`, their sum where `hidden`.
     """
 
     query: fx.Node
     key: fx.Node
-    mask: fx.Node | None
+    masks: tuple[fx.Node, ...]
     mask_scale: float
     allowed: Where | None
+    hidden: MaskedFill | None
     scale: float
     softcap: float
     sinks: fx.Node | None
 
 
-def fuse_eager_attention(editor: Editor, softmax: Softmax) -> None:
-    """Put the operator in place of each product of this softmax with values, where all of it is understood."""
+Masks = dict[tuple[Any, ...], "fx.Node | None"]
+
+
+def fuse_eager_attention(editor: Editor, softmax: Softmax, masks: Masks) -> None:
+    """Put the operator in place of each product of this softmax with values, where all of it is understood.
+
+    Args: masks: those made so far; layers share theirs.
+    """
     logits = read_logits(softmax.input) if softmax.dim in LAST else None
     if logits is None:
         return
@@ -73,7 +83,7 @@ def fuse_eager_attention(editor: Editor, softmax: Softmax) -> None:
     for user in list(weights.users):
         product = Matmul.match(user)
         if product is not None and product.input is weights:
-            editor.replace(user, one_operator(editor, logits, product))
+            editor.replace(user, one_operator(editor, logits, product, masks))
     while weights is not softmax.node and not weights.users:  # dropout that is off counts as impure, and would stay
         dead, weights = weights, weights.all_input_nodes[0]
         editor.graph.erase_node(dead)
@@ -84,11 +94,15 @@ def drops_last(cut: Slice | None) -> bool:
     return cut is not None and cut.dim in LAST and (cut.start, cut.end) == (0, -1)
 
 
-def one_operator(editor: Editor, logits: Logits, product: Matmul) -> fx.Node:
+def one_operator(editor: Editor, logits: Logits, product: Matmul, masks: Masks) -> fx.Node:
     """The operator in front of a product of weights with values."""
     place: dict[str, Any] = {"before": product.node, "like": product.node}
     query, key = (without_cast(node, value(product.other).dtype) for node in (logits.query, logits.key))
-    tensors = (query, key, product.other, one_mask(editor, logits, place))
+    of_mask = (logits.masks, logits.mask_scale, logits.allowed, logits.hidden)
+    name = tuple(part.node if isinstance(part, Operands) else part for part in of_mask)
+    if name not in masks:
+        masks[name] = one_mask(editor, logits, place)
+    tensors = (query, key, product.other, masks[name])
     if logits.softcap or logits.sinks is not None:
         return editor.call(SPEC.modified_attention, *tensors, logits.scale, logits.softcap, logits.sinks, **place)
     sdpa = editor.call(ATEN.scaled_dot_product_attention, *tensors, **place)
@@ -98,14 +112,21 @@ def one_operator(editor: Editor, logits: Logits, product: Matmul) -> fx.Node:
 
 def one_mask(editor: Editor, logits: Logits, place: dict[str, Any]) -> fx.Node | None:
     """All that is done to the logits' columns, as one mask that is added."""
-    mask, allowed = logits.mask, logits.allowed
+    mask, allowed, hidden = None, logits.allowed, logits.hidden
+    for added in logits.masks:
+        own = editor.call(ATEN.unsqueeze, added, 0, **place) if value(added).dim() == 3 else added
+        mask = own if mask is None else editor.call(ATEN.add.Tensor, mask, own, **place)
     if mask is not None and logits.mask_scale != 1.0:
         mask = editor.call(ATEN.mul.Tensor, mask, logits.mask_scale, **place)
-    if allowed is None:
-        return mask
-    if mask is None:
-        mask = editor.call(ATEN.zeros_like, allowed.other, **place)
-    return editor.call(ATEN.where.self, allowed.condition, mask, allowed.other, **place)
+    if allowed is not None:
+        if mask is None:
+            mask = editor.call(ATEN.zeros_like, allowed.other, **place)
+        mask = editor.call(ATEN.where.self, allowed.condition, mask, allowed.other, **place)
+    if hidden is not None and mask is None:
+        return editor.call(ATEN.where.Scalar, hidden.mask, float(hidden.value), 0.0, **place)
+    if hidden is not None:
+        return editor.call(ATEN.masked_fill.Scalar, mask, hidden.mask, hidden.value, **place)
+    return mask
 
 
 def without_cast(node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -122,9 +143,14 @@ def read_logits(node: fx.Node) -> Logits | None:
     """Parse from the softmax back to the product; None where a step is unknown."""
     node, sinks = without_sinks(skip(node))
     node = skip(node)
+    hidden = MaskedFill.match(node)
+    if hidden is not None:
+        if not isinstance(hidden.value, (int, float)):
+            return None
+        node = skip(hidden.input)
     bare, late = without_factor(node)
-    inner, mask = without_mask(bare)
-    if mask is None:  # the factor is the product's own, or the cap's
+    inner, masks = without_masks(bare)
+    if not masks:  # the factor is the product's own, or the cap's
         inner, late = node, 1.0
     allowed = Where.match(inner)
     if allowed is not None:
@@ -135,11 +161,17 @@ def read_logits(node: fx.Node) -> Logits | None:
     turned = None if product is None else Transpose.match(product.other)
     if product is None or turned is None or {turned.dim0, turned.dim1} not in ({2, 3}, {-1, -2}):
         return None
-    if value(product.input).dim() != 4 or (mask is not None and value(mask).dim() != 4):
+    if value(product.input).dim() != 4 or not all(covers(mask, value(product.input).shape[1]) for mask in masks):
         return None
     if late != 1.0 and softcap:
         return None
-    return Logits(product.input, turned.input, mask, late, allowed, scale * late, softcap, sinks)
+    return Logits(product.input, turned.input, masks, late, allowed, hidden, scale * late, softcap, sinks)
+
+
+def covers(mask: fx.Node, heads: int) -> bool:
+    """Whether it is [B, 1 or H, q, T], or [H, q, T]."""
+    shape = value(mask).shape
+    return len(shape) == 4 or (len(shape) == 3 and shape[0] == heads)
 
 
 def skip(node: fx.Node) -> fx.Node:
@@ -149,12 +181,15 @@ def skip(node: fx.Node) -> fx.Node:
     return node
 
 
-def without_mask(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
-    """x and mask of `x + mask`."""
-    total = Add.match(node)
-    if total is None or not all(isinstance(part, fx.Node) for part in (total.input, total.other)):
-        return node, None
-    return skip(total.input), total.other
+def without_masks(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """x and the masks of `x + bias + mask`, as many as there are."""
+    masks: list[fx.Node] = []
+    while (total := Add.match(node)) is not None and all(
+        isinstance(part, fx.Node) for part in (total.input, total.other)
+    ):
+        masks.insert(0, total.other)
+        node = skip(total.input)
+    return node, tuple(masks)
 
 
 def without_factor(node: fx.Node) -> tuple[fx.Node, float]:

@@ -1,8 +1,7 @@
-"""What a model does to attention logits that pruned attention does not: ALiBi, and caps or sinks in another spelling.
+"""What a model does to attention logits that pruned attention does not, as caps or sinks in another spelling.
 
 Found by walking from a softmax that `read/attention.py` could not read back to the product with the cached keys. Such
-models run exactly, and this says why. ALiBi cannot be had by tracing: models build it as wide as the attention mask
-that they are given, and a pruned cache has fewer slots than positions.
+models run exactly, and this says why.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ OTHERS = (ATEN.linear, ATEN.scaled_dot_product_attention)  # a router's softmax 
 CHANGES = (
     (ATEN.tanh, "attention logits are capped (tanh)"),
     (ATEN.cat, "attention sinks: columns that are no keys join the logits"),
-    (ATEN.baddbmm, "a bias (ALiBi) is added to the attention logits"),
 )
 STEPS = 40  # between a softmax and its product, and between that and the keys, stand fewer nodes
 

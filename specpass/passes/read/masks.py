@@ -5,6 +5,8 @@ with the masks that specpass understands: causal, and within it a sliding window
 
 A window of 4,096 would show at prompts beyond it only. So numbers that positions are compared with or divided by are
 made small while the subgraph runs (4,096 becomes 2, say), and what is found is named by the number that stood there.
+
+A mask may add a bias of the keys besides (ALiBi, read in alibi.py): then it must be that bias and a mask.
 """
 
 from __future__ import annotations
@@ -18,19 +20,27 @@ from torch import Tensor, fx
 from specpass.graph.roles import role_of
 from specpass.graph.walk import ATEN, ancestors, is_op, value
 from specpass.passes.facts import Inputs, Weights
+from specpass.passes.read.alibi import adds
+from specpass.rewrite.sites import Alibi
 from specpass.sizes import FULL, Span
 
 Trial = tuple[int, tuple[int, ...]]
 TRIALS: tuple[Trial, ...] = ((6, (0, 0)), (7, (0, 3)), (5, (2, 1)))  # prompt length, left padding of each row
+ROUNDED: Trial = (320, (0,))  # a bias of 16 bits is rounded from position 257 on
+LOWEST = torch.finfo(torch.float16).min / 64  # what is added below this hides
 LEAST = 7  # a window from here on shows in no trial
 SMALL = (2, 3, 4)  # what numbers from LEAST on become, in their order
 COMPARED = (ATEN.sub, ATEN.add, ATEN.gt, ATEN.ge, ATEN.lt, ATEN.le, ATEN.floor_divide, ATEN.div)
 
 
-def mask_span(mask: fx.Node, inputs: Inputs | None, weights: Weights | None = None) -> Span | str:
+def mask_span(
+    mask: fx.Node, inputs: Inputs | None, weights: Weights | None = None, alibi: Alibi | None = None
+) -> Span | str:
     """What a query reads by this mask (causal, padding included), or why the mask is not understood.
 
-    Args: weights: the model's tensors, among which are the masks that it keeps as buffers (GPT-Neo).
+    Args:
+        weights: the model's tensors, among which are the masks that it keeps as buffers (GPT-Neo).
+        alibi: the bias that the mask adds.
     """
     if inputs is None or (inputs.ids is None and inputs.embeds is None):
         return "unknown: it is made of no token ids"
@@ -47,18 +57,23 @@ def mask_span(mask: fx.Node, inputs: Inputs | None, weights: Weights | None = No
     if subgraph.known:  # a window in a buffer shows at the buffer's own size
         length = min(known.shape[-1] for known in subgraph.known.values())
         trials, bounds = ((length, (0, 0)), *TRIALS), (*bounds, *subgraph.widths(length))
+    if alibi is not None and {alibi.dtype, value(alibi.slopes).dtype} != {torch.float32}:
+        trials = (*trials, ROUNDED)
     possible: set[Span] | None = None
     for length, pads in trials:
         real = subgraph.tokens(length, pads)
         try:
-            got = subgraph.run(real, small)
+            values = subgraph.run(real, small)
         except Exception as error:  # the subgraph holds an operator that real tensors of this size cannot run
             return f"unknown: its subgraph does not evaluate ({type(error).__name__})"
+        got = values[mask]
         if got.dim() != 4:
             return f"unknown: shape {tuple(got.shape)}"
-        spans = _spans(got, real, bounds)
+        spans = _spans(got, real, bounds, None if alibi is None else (alibi, values[alibi.slopes]))
         possible = spans if possible is None else possible & spans
     if not possible:
+        if got.is_floating_point() and bool(((got > LOWEST) & (got != 0)).any()):
+            return "unknown: it adds a bias to the logits that is no slope of a head times the key's position"
         return "unknown: neither causal nor a sliding window nor chunks"
     if FULL in possible:
         return FULL
@@ -78,7 +93,9 @@ class _Subgraph:
         self.known = {node: tensors[node] for node in own if tensors[node].dtype == torch.bool}
         self.free = [n for n in self.needed if n.op == "placeholder" and n not in named and n not in self.known]
         self.shape = value(inputs.tokens).shape[:2]
-        self.sizes = {str(size): axis for axis, size in enumerate(self.shape) if isinstance(size, torch.SymInt)}
+        given = [value(node).shape[:2] for node in (inputs.mask, inputs.positions) if node is not None]
+        sizes = [axis_of for shape in (self.shape, *given) for axis_of in enumerate(shape)]  # Dynamo may name one twice
+        self.sizes = {str(size): axis for axis, size in sizes if isinstance(size, torch.SymInt)}
 
     def stranger(self) -> fx.Node | None:
         """An input that is neither the prompt's nor a size of it."""
@@ -111,8 +128,8 @@ class _Subgraph:
                 real[row, :pad] = 0
         return real
 
-    def run(self, real: Tensor, small: Mapping[int, int]) -> Tensor:
-        """The mask for these tokens, with each number of `small` in its small form."""
+    def run(self, real: Tensor, small: Mapping[int, int]) -> dict[fx.Node, Any]:
+        """Values of the nodes for these tokens, with each number of `small` in its small form."""
         env: dict[fx.Node, Any] = dict(self.known)
         for node in self.free:
             size = str(value(node))
@@ -134,7 +151,7 @@ class _Subgraph:
                 if is_op(node, *COMPARED):
                     args = tuple(made_small(arg, small) for arg in args)
                 env[node] = node.target(*args, **kwargs)
-        return env[self.mask]
+        return env
 
 
 def is_argument(node: fx.Node) -> bool:
@@ -149,17 +166,26 @@ def made_small(arg: Any, small: Mapping[int, int]) -> Any:
     return small[abs(arg)] if arg > 0 else -small[abs(arg)]
 
 
-def _spans(mask: Tensor, real: Tensor, bounds: Iterable[int]) -> set[Span]:
-    """All spans by which a mask [B, 1, S, S] is right for tokens [B, S], among those of these bounds."""
+def _spans(mask: Tensor, real: Tensor, bounds: Iterable[int], bias: tuple[Alibi, Tensor] | None = None) -> set[Span]:
+    """All spans by which a mask [B, 1, S, S] is right for tokens [B, S], among those of these bounds.
+
+    Args: bias: what a mask [B, H, S, S] must add besides, and its slopes.
+    """
     batch, length = real.shape
-    lowest = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 64  # a mask that is scaled is one, too
+    # A mask that is scaled is one, too. With a bias in float32, it may hide by the lowest number of float16.
+    lowest = 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 64 if bias is None else LOWEST
     allowed = mask if mask.dtype == torch.bool else mask > lowest
-    if allowed.shape[1] != 1 or allowed.shape[2:] != (length, length):
+    heads = 1 if bias is None else bias[1].numel()
+    if allowed.shape[1] != heads or allowed.shape[2:] != (length, length):
         return set()
-    allowed = allowed.expand(batch, 1, length, length)
+    if bias is not None and bool((allowed != allowed[:, :1]).any()):
+        return set()
+    allowed = allowed[:, :1].expand(batch, 1, length, length)
     rows = (real != 0)[:, None, :, None].expand_as(allowed)  # what padding rows see does not matter
     position = (real.cumsum(1) - 1)[:, None]  # [B, 1, S]
     row, column = position[..., :, None], position[..., None, :]
     seen = rows & (real != 0)[:, None, None, :]
+    if bias is not None and not adds(*bias, mask, position[:, 0], allowed & seen):
+        return set()
     candidates = {FULL, *(Span(sliding=bound) for bound in bounds), *(Span(chunk=bound) for bound in bounds)}
     return {span for span in candidates if torch.equal(allowed & rows, span.reads(row, column) & seen)}

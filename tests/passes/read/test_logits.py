@@ -132,4 +132,4 @@ def test_a_score_of_ones_own_is_refused_rather_than_left_uncapped(family: str) -
     torch._dynamo.reset()
     model, ids = compile_eager(make(family), OwnScore(budget=C, window=W)), prompt(60, seed=6)
     assert run(model, ids).tokens == run(make(family), ids).tokens
-    assert "not told of this layer's soft cap or sinks" in str(specpass.report(model))
+    assert "not told of this layer's soft cap, sinks or bias" in str(specpass.report(model))
