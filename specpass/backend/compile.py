@@ -195,7 +195,7 @@ class Backend:
         cache, kind = traced.cache, traced.kind
         spans = tuple(getattr(layer, "span", None) for layer in cache.layers)
         if None in spans:
-            raise Refusal(f"layer {spans.index(None)} is no attention layer")
+            raise Unspliced(f"layer {spans.index(None)} is no attention layer")
         found = tuple(layer.found or layer.span for layer in cache.layers)
         facts = Facts(traced.inputs, traced.weights, Spans(spans if kind in PROMPTS else found))
         if kind != "prefill":

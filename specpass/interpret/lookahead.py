@@ -54,12 +54,13 @@ class ReadAhead(Listener):
 
     def attend(self, layer: int, call: Attention) -> Tensor:
         out = call.run()
+        if layer not in self.new:  # another layer reads the same keys and values
+            return out
         key, value = self.new.pop(layer)
         waiting = self.waiting[layer]
         waiting.ahead.append((call.unfolded(key.shape[2]).query, key, value))
         if sum(query.shape[2] for query, _, _ in waiting.ahead) == self.length:
             self._compact(layer, self.waiting.pop(layer))
-        self.watch.release(layer)
         return out
 
     def settle(self) -> None:

@@ -7,6 +7,7 @@ values stay whole, and the window's queries with them, until lookahead.py sends 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from specpass.cache.budget import BudgetCache
 from specpass.interpret.keep import Keeper, keep_whole
 from specpass.interpret.masks import Masks
 from specpass.interpret.watch import Attention, Listener, Watch
+from specpass.rewrite import Refusal
 from specpass.sizes import FULL
 
 UNSEEN = "no scaled_dot_product_attention was seen that reads its keys and values"
@@ -40,6 +42,7 @@ class ReadPrompt(Listener):
         waiting: layers that are not compacted yet, where `ahead` says that lookahead rows follow.
         exact: layer -> why it is kept whole.
         pruned: layers that are compacted, or will be.
+        readers: for each attention that read another layer's keys and values, in order, that layer.
     """
 
     watch: Watch
@@ -52,6 +55,8 @@ class ReadPrompt(Listener):
         self.waiting: dict[int, Waiting] = {}
         self.exact: dict[int, str] = {}
         self.pruned: list[int] = []
+        self.readers: list[int] = []
+        self.raw: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor], int]] = {}  # key, value, query heads
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         self._close()
@@ -61,16 +66,38 @@ class ReadPrompt(Listener):
 
     def attend(self, layer: int, call: Attention) -> Tensor:
         out = call.run()
-        if layer in self.open:
-            key, value = self.open.pop(layer)
-            call = call.unfolded(key.shape[2])
-            reason = self.masks.meaning(call, self.cache.layers[layer].span or FULL) or repeats(call, key)
-            if reason:
-                self.keep_whole(layer, key, value, reason)
-            else:
-                self._prune(layer, key, value, call)
-            self.watch.release(layer)
+        if layer not in self.open:
+            self._read_again(layer, call)
+            return out
+        key, value = self.open.pop(layer)
+        call = call.unfolded(key.shape[2])
+        self.raw[layer] = (weakref.ref(key), weakref.ref(value), call.query.shape[1])
+        reason = self._not_understood(layer, key, call)
+        if reason:
+            self.keep_whole(layer, key, value, reason)
+        else:
+            self._prune(layer, key, value, call)
         return out
+
+    def _not_understood(self, layer: int, key: Tensor, call: Attention) -> str:
+        return self.masks.meaning(call, self.cache.layers[layer].span or FULL) or repeats(call, key)
+
+    def _read_again(self, layer: int, call: Attention) -> None:
+        """Another layer's attention reads this one's keys and values: it is to read what was kept of them.
+
+        What is kept was chosen by the layer's own queries: some models compute no rows but the last of the others.
+        """
+        self.readers.append(layer)
+        if layer in self.exact:
+            return
+        *refs, heads = self.raw[layer]
+        key, value = (ref() for ref in refs)
+        if key is None or value is None:
+            raise Refusal(f"layer {layer} shares copies of its keys and values, which nobody can keep whole")
+        reason = self._not_understood(layer, key, call.of_heads(heads))
+        if reason:
+            self.waiting.pop(layer, None)
+            self.keep_whole(layer, key, value, f"{reason} (in a layer that reads layer {layer}'s keys and values)")
 
     def finish(self) -> None:
         self._close()
@@ -79,7 +106,6 @@ class ReadPrompt(Listener):
         """Layers that no attention call claimed before the next one wrote stay whole."""
         for layer, (key, value) in self.open.items():
             self.keep_whole(layer, key, value, UNSEEN)
-            self.watch.release(layer)
         self.open.clear()
 
     def keep_whole(self, layer: int, key: Tensor, value: Tensor, reason: str) -> None:

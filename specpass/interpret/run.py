@@ -199,13 +199,15 @@ class Call:
         paths = attention_paths(self.target)
         states = [layer for layer in cache.layers if isinstance(layer, StateLayer)]
         held = [tensor for layer in states for tensor in layer.state_tensors()]
+        sites = {index: self._site(paths[index], cache.layers[index], short) for index in reading.pruned}
+        sites |= {index: SiteRecord(paths[index], 0, reason) for index, reason in reading.exact.items()}
+        without = [path for index, path in paths.items() if not isinstance(cache.layers[index], BudgetLayer)]
+        shared = [
+            dataclasses.replace(sites[owner], module=path, reads=sites[owner].module)
+            for path, owner in zip(without, reading.readers, strict=False)  # a layer's own second look has no path
+        ]
         return PromptRecord(
-            short,
-            [self._site(paths[index], cache.layers[index], short) for index in reading.pruned]
-            + [SiteRecord(paths[index], 0, reason) for index, reason in reading.exact.items()],
-            len(states),
-            sum(tensor[0].nbytes for tensor in held),
-            ahead is not None,
+            short, [*sites.values(), *shared], len(states), sum(tensor[0].nbytes for tensor in held), ahead is not None
         )
 
     def _site(self, path: str, layer: BudgetLayer, short: bool) -> SiteRecord:

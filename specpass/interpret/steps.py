@@ -5,6 +5,7 @@ The model builds its masks in its own columns; at pruned sites nobody reads them
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
@@ -21,7 +22,8 @@ class Steps(Listener):
         self.cache, self.packing = cache, packing
         pruned = any(not layer.exact for layer in cache.budgeted) and not cache.exact
         self.watch = Watch(self) if pruned else None
-        self.open: dict[int, int] = {}  # layer -> q
+        self.heads: dict[int, int] = {}  # of layers that were written, query heads; 0: nobody has read them yet
+        self.count = 0  # q
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         own = self.cache.layers[layer]
@@ -31,35 +33,39 @@ class Steps(Listener):
             return own.keys, own.values
         packed = (self.packing.states(states) for states in (key, value))
         SPEC.append_kv(own.key_buffer, own.value_buffer, own.lengths, *packed, None)
-        self.open[layer] = key.shape[2]
+        self.heads[layer], self.count = 0, key.shape[2]
         assert self.watch is not None, "this layer is pruned"
         self.watch.follow(layer, key, value)
         return key, value
 
     def attend(self, layer: int, call: Attention) -> Tensor:
-        own, count = self.cache.layers[layer], self.open.pop(layer)
-        query = call.unfolded(count).query
+        """Over the layer's slots, for its own queries and for those of layers that share them."""
+        own, given, heads = self.cache.layers[layer], call.query.shape, self.heads[layer]
+        call = call.of_heads(heads) if heads else call.unfolded(self.count)
+        query, rows = call.query, call.query.shape[2]  # a layer that shares may compute the last rows alone
+        self.heads[layer] = query.shape[1]
         order = self.packing.order
         if order is not None:
-            query = self.packing.states(query)
+            query = self.packing.states(F.pad(query, (0, 0, self.count - rows, 0)))
         keys, values = own.keys, own.values
         bounds = () if own.span is None or not own.span.positions else (0.0, None, own.span.sliding, own.span.chunk)
         out = SPEC.attend(query.to(keys.dtype), keys, values, own.lengths, call.scale, *bounds).to(query.dtype)
         if order is not None:
-            back = SPEC.unpack_index(order)[:, None, :, None]
+            back = SPEC.unpack_index(order)[:, None, -rows:, None]
             out = out.gather(2, back.expand(-1, out.shape[1], -1, out.shape[3]))
-            own.lengths.sub_((count - self.packing.lengths)[:, None])  # the next token overwrites padding
-        assert self.watch is not None
-        self.watch.release(layer)
-        return out.reshape(*call.query.shape[:3], out.shape[3])
+        return out.reshape(*given[:3], out.shape[3])
 
     def finish(self) -> None:
         """Raises: CacheStateError: a pruned layer was not read by the attention that pruned it."""
-        if self.open:
+        unread = [layer for layer, heads in self.heads.items() if not heads]
+        if unread:
             raise CacheStateError(
-                f"layer {min(self.open)} was pruned, and now no scaled_dot_product_attention reads it, so the answer "
+                f"layer {min(unread)} was pruned, and now no scaled_dot_product_attention reads it, so the answer "
                 "would be wrong: leave the model's attn_implementation as it was when the prompt was read."
             )
+        if self.packing.order is not None:  # the next token overwrites padding
+            for layer in self.heads:
+                self.cache.layers[layer].lengths.sub_((self.count - self.packing.lengths)[:, None])
 
 
 def block_packing(like: Tensor, mask: Tensor | None) -> Packing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,11 @@ class Attention:
         query = self.query.reshape(self.query.shape[0], -1, count, self.query.shape[3])
         return dataclasses.replace(self, query=query)
 
+    def of_heads(self, heads: int) -> Attention:
+        """With queries [B, heads, R, D]: the last R rows of a call, whose number is not known in advance."""
+        batch, own, rows, _ = self.query.shape
+        return self if own == heads or (own * rows) % heads or batch == 0 else self.unfolded(own * rows // heads)
+
 
 class Listener:
     """Who is told of a model's keys, values and attention while it runs uncompiled."""
@@ -83,32 +89,39 @@ class Listener:
 
 
 class Watch(TorchFunctionMode):
-    """Follows tensors by identity, through views alone; a call that reads anything else runs as it is."""
+    """Follows tensors by identity, through views alone; a call that reads anything else runs as it is.
+
+    It holds none of them: what the model drops is free, and what it hands to another layer (shared K/V) is followed.
+    """
 
     def __init__(self, listener: Listener) -> None:
         super().__init__()
         self.listener = listener
-        self.followed: dict[int, tuple[Tensor, int, str]] = {}  # held, so that no other tensor takes the id
+        self.followed: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
 
     def follow(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self.followed[id(key)] = (key, layer, "key")
-        self.followed[id(value)] = (value, layer, "value")
+        self._note(key, layer, "key")
+        self._note(value, layer, "value")
 
-    def release(self, layer: int) -> None:
-        """Forget a layer's tensors."""
-        self.followed = {name: held for name, held in self.followed.items() if held[1] != layer}
+    def _note(self, tensor: Tensor, layer: int, what: str) -> None:
+        self.followed[id(tensor)] = (weakref.ref(tensor), layer, what)
+
+    def _known(self, tensor: Any) -> tuple[int, str] | None:
+        """Layer, and "key" or "value", of a tensor that is followed; the id of one that is gone may be another's."""
+        found = self.followed.get(id(tensor))
+        return None if found is None or found[0]() is not tensor else found[1:]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is SDPA:
             call = Attention.of(args, kwargs)
-            key, value = (self.followed.get(id(tensor)) for tensor in (call.key, call.value))
-            if key is not None and value is not None and (key[1:], value[1:]) == ((key[1], "key"), (key[1], "value")):
-                return self.listener.attend(key[1], call)
+            key, value = self._known(call.key), self._known(call.value)
+            if key is not None and (key, value) == ((key[0], "key"), (key[0], "value")):
+                return self.listener.attend(key[0], call)
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         if self.followed and func in VIEWS and args:
-            held = self.followed.get(id(args[0]))
-            if held is not None and isinstance(out, Tensor):
-                self.followed[id(out)] = (out, *held[1:])
+            known = self._known(args[0])
+            if known is not None and isinstance(out, Tensor):
+                self._note(out, *known)
         return out

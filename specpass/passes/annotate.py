@@ -1,13 +1,14 @@
 """annotate: write down query, key, value, cache write, mask and scale of every attention site.
 
-The graph stays as it is. Refuses the whole model, with the site's module path, where one site is not understood:
-then the model runs exactly.
+The graph stays as it is. It is refused, with the site's module path, where one site is not understood. Where others
+are, the second way (specpass/interpret) prunes them; else the model runs exactly.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from specpass.passes.read.columns import HEADS, LENGTH, Made
 from specpass.passes.read.logits import changed_logits
 from specpass.passes.read.masks import mask_span
 from specpass.rewrite import Facts, Pass, Refusal, Request
+from specpass.rewrite.base import Unspliced
 from specpass.rewrite.sites import Site, Sites
 from specpass.sizes import FULL, Span
 
@@ -44,29 +46,48 @@ class Annotate(Pass):
         reader = Reader({key_of(write): write for write in writes}, facts)
         attentions = [view for node in gm.graph.nodes if (view := Sdpa.match(node) or ModifiedAttention.match(node))]
         sites: list[Site] = []
+        refused: list[Refusal] = []
         for attention in attentions:
-            site = reader.read(attention, len(sites))
+            try:
+                site = reader.read(attention, len(sites))
+            except Refusal as refusal:
+                refused.append(refusal)
+                continue
             if site is not None and site.cache in [other.cache for other in sites]:
-                raise Refusal("a second attention reads this layer's cache", site.module)
-            if site is not None:
+                refused.append(Refusal("a second attention reads this layer's cache", site.module))
+            elif site is not None:
                 sites.append(site)
+        if not refused:
+            refused += self._missed(gm, writes, sites, reader)
+        if refused and any(site.is_full for site in sites):  # these need not stay exact because of others
+            raise Unspliced(refused[0].reason, refused[0].module)
+        if refused:
+            raise refused[0]
+        if self.layers not in (None, len(sites)):
+            raise Refusal(f"the model has {self.layers} layers and {len(sites)} recognised attention sites")
+        facts.add(Sites(tuple(sites)))
+
+    @staticmethod
+    def _missed(gm: fx.GraphModule, writes: list[Write], sites: list[Site], reader: Reader) -> Iterator[Refusal]:
+        """Why layers have no site.
+
+        Raises: NoAttentionSiteError: none has.
+        """
         served = {site.cache for site in sites}
         missed = [write.node for write in writes if write.node not in served]
-        if missed:
-            for softmax in Softmax.find(gm.graph):
-                changed = changed_logits(softmax.node, reader.owners)
-                if changed is not None:
-                    raise Refusal(changed, module_path(softmax.node))
-        if not sites and writes:
+        if not missed:
+            return
+        for softmax in Softmax.find(gm.graph):
+            changed = changed_logits(softmax.node, reader.owners)
+            if changed is not None:
+                yield Refusal(changed, module_path(softmax.node))
+                return
+        if not sites:
             raise NoAttentionSiteError(
                 "no attention site was found in the traced graph: load the model with attn_implementation='sdpa' (or "
                 "'eager'); other attention functions are not recognised."
             )
-        if missed:
-            raise Refusal("no attention was recognised that reads this layer's cache", module_path(missed[0]))
-        if self.layers not in (None, len(sites)):
-            raise Refusal(f"the model has {self.layers} layers and {len(sites)} recognised attention sites")
-        facts.add(Sites(tuple(sites)))
+        yield Refusal("no attention was recognised that reads this layer's cache", module_path(missed[0]))
 
 
 def key_of(write: Write) -> fx.Node:

@@ -45,6 +45,11 @@ SIZES: dict[str, Any] = {name: value for value, names in _NAMES for name in name
 }
 
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
+_SHARED = {  # the last two layers read the keys and values of the first two
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_group": 1, "n_group": 1},
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3], **_MAMBA},
@@ -59,12 +64,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 128, **_MAMBA},
-    "gemma3n_text": {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
-        "activation_sparsity_pattern": 0.0,
-    },
+    "gemma3n_text": _SHARED | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
+    "gemma4_text": _SHARED,
+    "gemma4_unified_text": _SHARED,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"num_hidden_layers": 4, "layer_types": ["mamba", "full_attention"] * 2, **_MAMBA},
     "hunyuan_v1_dense": {"head_dim": 16, "num_key_value_heads": 2},
