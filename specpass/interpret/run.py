@@ -206,9 +206,8 @@ class Call:
             dataclasses.replace(sites[owner], module=path, reads=sites[owner].module)
             for path, owner in zip(without, reading.readers, strict=False)  # a layer's own second look has no path
         ]
-        return PromptRecord(
-            short, [*sites.values(), *shared], len(states), sum(tensor[0].nbytes for tensor in held), ahead is not None
-        )
+        found = [*(sites[index] for index in sorted(sites)), *shared]
+        return PromptRecord(short, found, len(states), sum(tensor[0].nbytes for tensor in held), ahead is not None)
 
     def _site(self, path: str, layer: BudgetLayer, short: bool) -> SiteRecord:
         if layer.is_sliding:

@@ -37,10 +37,11 @@ def test_meaning(size: int, pads: list[int], bound: int, added: bool) -> None:
     for span in (FULL, Span(sliding=bound), Span(chunk=bound)):
         mask = mask_of(real, span)
         given_mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if added else mask
-        assert difference(given_mask, seen, size, span) == ""
+        for rows in (size, 1):  # a layer that shares keys may compute the last rows alone
+            assert difference(given_mask[:, :, -rows:], seen, rows, size, span) == ""
         wrong = mask.clone()
         wrong[:, :, -1, -1] = False
-        assert "configured" in difference(wrong, seen, size, span)
+        assert "configured" in difference(wrong, seen, size, size, span)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_meaning(size: int, pads: list[int], bound: int, added: bool) -> None:
     ],
 )
 def test_what_is_not_understood(mask: Tensor, reason: str) -> None:
-    assert reason in difference(mask, None, 5, FULL)
+    assert reason in difference(mask, None, 5, 5, FULL)
 
 
 def test_packing() -> None:
