@@ -20,18 +20,21 @@ from specpass.rewrite import Refusal
 from specpass.sizes import FULL
 
 UNSEEN = "no scaled_dot_product_attention was seen that reads its keys and values"
+CHANGED = "keys and values change between the cache and attention"
+HEADS, LENGTH = 1, 2  # axes of [B, K, T, D]
 
 
 @dataclasses.dataclass
 class Waiting:
     """A layer whose lookahead rows are to come: packed key and value, the window's queries [B, H, W, D],
-    None where nothing is scored, the scale."""
+    None where nothing is scored, the scale, and whether heads have a choice of their own."""
 
     key: Tensor
     value: Tensor
     raw: tuple[Tensor, Tensor]  # in the model's columns, for its attention
     window: Tensor | None
     scale: float
+    apart: bool = True
     ahead: list[tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=list)  # query, key, value
 
 
@@ -49,7 +52,7 @@ class ReadPrompt(Listener):
 
     def __init__(self, cache: BudgetCache, keeper: Keeper, ahead: bool) -> None:
         self.cache, self.keeper, self.ahead = cache, keeper, ahead
-        self.watch = Watch(self)
+        self.watch = Watch(self, records=True)
         self.masks = Masks(keeper.packing.real)
         self.open: dict[int, tuple[Tensor, Tensor]] = {}
         self.waiting: dict[int, Waiting] = {}
@@ -64,25 +67,43 @@ class ReadPrompt(Listener):
         self.watch.follow(layer, key, value)
         return key, value
 
-    def attend(self, layer: int, call: Attention) -> Tensor:
+    def attend(self, layer: int, call: Attention, made: bool) -> Tensor:
         out = call.run()
         if layer not in self.open:
-            self._read_again(layer, call)
+            self._read_again(layer, call, made)
             return out
         key, value = self.open.pop(layer)
         call = call.unfolded(key.shape[2])
         self.raw[layer] = (weakref.ref(key), weakref.ref(value), call.query.shape[1])
-        reason = self._not_understood(layer, key, call)
+        reason = self._masked(layer, call) or (self._changed(layer, call) if made else repeats(call, key))
         if reason:
             self.keep_whole(layer, key, value, reason)
         else:
-            self._prune(layer, key, value, call)
+            self.cache.layers[layer].made = made
+            self._prune(layer, key, value, call, not made or self._heads_apart(call))
         return out
 
-    def _not_understood(self, layer: int, key: Tensor, call: Attention) -> str:
-        return self.masks.meaning(call, self.cache.layers[layer].span or FULL) or repeats(call, key)
+    def _masked(self, layer: int, call: Attention) -> str:
+        return self.masks.meaning(call, self.cache.layers[layer].span or FULL)
 
-    def _read_again(self, layer: int, call: Attention) -> None:
+    def _changed(self, layer: int, call: Attention) -> str:
+        """Why attention does not read what is made of cached columns, one by one; "" where it does."""
+        recipe = self.watch.recipe
+        if (
+            self.watch.reads(call.query, layer)
+            or recipe is None
+            or not recipe.keeps_apart(LENGTH, call.key, call.value)
+        ):
+            return CHANGED
+        if self.keeper.method.score is not None and not self._heads_apart(call):
+            return f"{self.keeper.method.name}.score scores KV heads, and these keys are made of one latent"
+        return ""
+
+    def _heads_apart(self, call: Attention) -> bool:
+        assert self.watch.recipe is not None, "what is made is recorded"
+        return self.watch.recipe.keeps_apart(HEADS, call.key, call.value)
+
+    def _read_again(self, layer: int, call: Attention, made: bool) -> None:
         """Another layer's attention reads this one's keys and values: it is to read what was kept of them.
 
         What is kept was chosen by the layer's own queries: some models compute no rows but the last of the others.
@@ -92,9 +113,10 @@ class ReadPrompt(Listener):
             return
         *refs, heads = self.raw[layer]
         key, value = (ref() for ref in refs)
-        if key is None or value is None:
-            raise Refusal(f"layer {layer} shares copies of its keys and values, which nobody can keep whole")
-        reason = self._not_understood(layer, key, call.of_heads(heads))
+        if made or key is None or value is None:
+            raise Refusal(f"another layer's attention reads what is made of layer {layer}'s keys and values")
+        call = call.of_heads(heads)
+        reason = self._masked(layer, call) or repeats(call, key)
         if reason:
             self.waiting.pop(layer, None)
             self.keep_whole(layer, key, value, f"{reason} (in a layer that reads layer {layer}'s keys and values)")
@@ -114,7 +136,7 @@ class ReadPrompt(Listener):
         self.pruned = [pruned for pruned in self.pruned if pruned != layer]
         keep_whole(self.cache.layers[layer], key, value)
 
-    def _prune(self, layer: int, key: Tensor, value: Tensor, call: Attention) -> None:
+    def _prune(self, layer: int, key: Tensor, value: Tensor, call: Attention, apart: bool) -> None:
         keeper, packing = self.keeper, self.keeper.packing
         self.pruned.append(layer)
         packed = packing.states(key), packing.states(value)
@@ -127,9 +149,11 @@ class ReadPrompt(Listener):
             return
         window = packing.take(call.query, keeper.rows[:, : keeper.method.window])
         if self.ahead:
-            self.waiting[layer] = Waiting(*packed, (key, value), window, call.scale)
+            self.waiting[layer] = Waiting(*packed, (key, value), window, call.scale, apart)
             return
-        keeper.compact(own, *packed, keeper.score(window, *packed, call.scale))
+        read = (packing.states(call.key), packing.states(call.value)) if own.made else packed
+        scores = keeper.score(window, *read, call.scale)
+        keeper.compact(own, *packed, scores if apart else keeper.one_choice(scores, key.shape[1]))
 
 
 class ReadWhole(Listener):

@@ -35,11 +35,23 @@ class Steps(Listener):
         SPEC.append_kv(own.key_buffer, own.value_buffer, own.lengths, *packed, None)
         self.heads[layer], self.count = 0, key.shape[2]
         assert self.watch is not None, "this layer is pruned"
+        if own.made:  # the model makes what attention reads of all slots
+            key, value = own.keys, own.values
         self.watch.follow(layer, key, value)
         return key, value
 
-    def attend(self, layer: int, call: Attention) -> Tensor:
-        """Over the layer's slots, for its own queries and for those of layers that share them."""
+    def attend(self, layer: int, call: Attention, made: bool) -> Tensor:
+        """Over the layer's slots, for its own queries and for those of layers that share them.
+
+        Raises: CacheStateError: it reads them in another way than the prompt's.
+        """
+        if self.cache.layers[layer].exact:
+            return call.run()
+        if made != self.cache.layers[layer].made:
+            raise CacheStateError(
+                f"layer {layer} was pruned, and now its keys and values change on the way to attention, so the answer "
+                "would be wrong: leave the model as it was when the prompt was read."
+            )
         own, given, heads = self.cache.layers[layer], call.query.shape, self.heads[layer]
         call = call.of_heads(heads) if heads else call.unfolded(self.count)
         query, rows = call.query, call.query.shape[2]  # a layer that shares may compute the last rows alone
@@ -47,9 +59,12 @@ class Steps(Listener):
         order = self.packing.order
         if order is not None:
             query = self.packing.states(F.pad(query, (0, 0, self.count - rows, 0)))
-        keys, values = own.keys, own.values
+        keys, values, lengths = own.keys, own.values, own.lengths
+        if made:
+            keys, values = call.key, call.value
+            lengths = lengths if keys.shape[1] == own.kv_heads else lengths[:, :1].expand(-1, keys.shape[1])
         bounds = () if own.span is None or not own.span.positions else (0.0, None, own.span.sliding, own.span.chunk)
-        out = SPEC.attend(query.to(keys.dtype), keys, values, own.lengths, call.scale, *bounds).to(query.dtype)
+        out = SPEC.attend(query.to(keys.dtype), keys, values, lengths, call.scale, *bounds).to(query.dtype)
         if order is not None:
             back = SPEC.unpack_index(order)[:, None, -rows:, None]
             out = out.gather(2, back.expand(-1, out.shape[1], -1, out.shape[3]))

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from specpass.interpret.made import WRITES, Recipe, tensors_of
+
 # What repeat_kv and models' reshapes are made of: element order stays, heads may be repeated in place.
 VIEWS = frozenset(
     {
@@ -80,8 +82,8 @@ class Listener:
         """A layer's new keys [B, K, q, D] and values; what the model's attention is to read."""
         raise NotImplementedError
 
-    def attend(self, layer: int, call: Attention) -> Tensor:
-        """The attention call that reads a layer's keys and values; its result."""
+    def attend(self, layer: int, call: Attention, made: bool) -> Tensor:
+        """The attention call that reads a layer's keys and values, or what was `made` of them; its result."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -89,17 +91,20 @@ class Listener:
 
 
 class Watch(TorchFunctionMode):
-    """Follows tensors by identity, through views alone; a call that reads anything else runs as it is.
+    """Follows tensors by identity, through views, and what is made of them; a call that reads none runs as it is.
 
     It holds none of them: what the model drops is free, and what it hands to another layer (shared K/V) is followed.
+    Only what is made of the last layer's is held, where it `records`, until attention has read it.
     """
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: Listener, records: bool = False) -> None:
         super().__init__()
-        self.listener = listener
+        self.listener, self.records = listener, records
         self.followed: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self.recipe: Recipe | None = None
 
     def follow(self, layer: int, key: Tensor, value: Tensor) -> None:
+        self.recipe = Recipe(key, value) if self.records else None
         self._note(key, layer, "key")
         self._note(value, layer, "value")
 
@@ -107,7 +112,7 @@ class Watch(TorchFunctionMode):
         self.followed[id(tensor)] = (weakref.ref(tensor), layer, what)
 
     def _known(self, tensor: Any) -> tuple[int, str] | None:
-        """Layer, and "key" or "value", of a tensor that is followed; the id of one that is gone may be another's."""
+        """Layer, and "key", "value" or "made", of a tensor that is followed; who is gone may have left its id."""
         found = self.followed.get(id(tensor))
         return None if found is None or found[0]() is not tensor else found[1:]
 
@@ -116,12 +121,31 @@ class Watch(TorchFunctionMode):
         if func is SDPA:
             call = Attention.of(args, kwargs)
             key, value = self._known(call.key), self._known(call.value)
-            if key is not None and (key, value) == ((key[0], "key"), (key[0], "value")):
-                return self.listener.attend(key[0], call)
-            return func(*args, **kwargs)
+            known = key or value
+            if known is None:
+                return func(*args, **kwargs)
+            out = self.listener.attend(known[0], call, (key, value) != ((known[0], "key"), (known[0], "value")))
+            self.recipe = None
+            return out
         out = func(*args, **kwargs)
-        if self.followed and func in VIEWS and args:
-            known = self._known(args[0])
-            if known is not None and isinstance(out, Tensor):
-                self._note(out, *known)
+        if self.followed:
+            self._follow_on(func, args, kwargs, out)
         return out
+
+    def _follow_on(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """What a call returned is followed where something that it was given is."""
+        given = [known for arg in (*args, *kwargs.values()) for part in tensors_of(arg) if (known := self._known(part))]
+        results = list(tensors_of(out if func not in WRITES else args[:1]))
+        if not given or not results:
+            return
+        if self.recipe is not None:
+            self.recipe.note(func, args, kwargs, out)
+        layer = max(given)[0]
+        viewed = self._known(args[0]) if func in VIEWS and args else None
+        for result in results:
+            self._note(result, *(viewed or (layer, "made")))
+
+    def reads(self, tensor: Tensor, layer: int) -> bool:
+        """Whether a tensor is made of a layer's keys or values."""
+        known = self._known(tensor)
+        return known is not None and known[0] == layer
