@@ -31,9 +31,9 @@ class Spy(ReadPrompt):
         super().__init__(cache, keeper, ahead=False)
         self.seen: list[tuple[Any, Any, float]] = []
 
-    def attend(self, layer: int, call: Any) -> Any:
+    def attend(self, layer: int, call: Any, made: bool) -> Any:
         self.seen.append((call.query, self.open[layer][0], call.scale))
-        return super().attend(layer, call)
+        return super().attend(layer, call, made)
 
 
 def one_pass(model: Any, ids: Any) -> list[Any]:
