@@ -34,6 +34,8 @@ ROW_OPS = (
 SHAPE_OPS = (
     ATEN.reshape,
     ATEN.view,
+    ATEN.view_as,
+    ATEN.reshape_as,
     ATEN.transpose,
     ATEN.permute,
     ATEN.unsqueeze,
