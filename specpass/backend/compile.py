@@ -194,9 +194,7 @@ class Backend:
         """
         cache, kind = traced.cache, traced.kind
         spans = tuple(getattr(layer, "span", None) for layer in cache.layers)
-        if None in spans:
-            raise Unspliced(f"layer {spans.index(None)} is no attention layer")
-        found = tuple(layer.found or layer.span for layer in cache.layers)
+        found = tuple(getattr(layer, "found", None) or span for layer, span in zip(cache.layers, spans, strict=True))
         facts = Facts(traced.inputs, traced.weights, Spans(spans if kind in PROMPTS else found))
         if kind != "prefill":
             return Request(kind, cache.method), facts

@@ -1,5 +1,7 @@
 """annotate: write down query, key, value, cache write, mask and scale of every attention site.
 
+A layer without a cache of its own that attends to another's (shared K/V) is a site, too: it reads what that one keeps.
+
 The graph stays as it is. It is refused, with the site's module path, where one site is not understood. Where others
 are, the second way (specpass/interpret) prunes them; else the model runs exactly.
 """
@@ -49,23 +51,22 @@ class Annotate(Pass):
         refused: list[Refusal] = []
         for attention in attentions:
             try:
-                site = reader.read(attention, len(sites))
+                site = reader.read(attention)
+                owner = next((other for other in sites if site is not None and other.cache is site.cache), None)
+                if site is not None:
+                    sites.append(site if owner is None else shared(site, owner))
             except Refusal as refusal:
                 refused.append(refusal)
-                continue
-            if site is not None and site.cache in [other.cache for other in sites]:
-                refused.append(Refusal("a second attention reads this layer's cache", site.module))
-            elif site is not None:
-                sites.append(site)
         if not refused:
             refused += self._missed(gm, writes, sites, reader)
         if refused and any(site.is_full for site in sites):  # these need not stay exact because of others
             raise Unspliced(refused[0].reason, refused[0].module)
         if refused:
             raise refused[0]
-        if self.layers not in (None, len(sites)):
-            raise Refusal(f"the model has {self.layers} layers and {len(sites)} recognised attention sites")
-        facts.add(Sites(tuple(sites)))
+        found = Sites(tuple(sites))
+        if self.layers not in (None, len(found.owners)):
+            raise Refusal(f"the model has {self.layers} layers and {len(found.owners)} recognised attention sites")
+        facts.add(found)
 
     @staticmethod
     def _missed(gm: fx.GraphModule, writes: list[Write], sites: list[Site], reader: Reader) -> Iterator[Refusal]:
@@ -90,6 +91,20 @@ class Annotate(Pass):
         yield Refusal("no attention was recognised that reads this layer's cache", module_path(missed[0]))
 
 
+def shared(site: Site, owner: Site) -> Site:
+    """A site that reads its owner's cache.
+
+    Raises: Refusal: not as the owner does.
+    """
+    if site.module == owner.module:
+        raise Refusal("a second attention reads this layer's cache", site.module)
+    if site.span != owner.span or site.heads_apart != owner.heads_apart:
+        raise Refusal(f"it reads the cache of {owner.module} with {site.span}, and that with {owner.span}", site.module)
+    if value(site.query).shape[2] != value(owner.query).shape[2]:  # Gemma 4: those of whom logits are wanted
+        raise Refusal(f"the last rows alone are computed, over the cache of {owner.module}", site.module)
+    return dataclasses.replace(site, reads=owner.module)
+
+
 def key_of(write: Write) -> fx.Node:
     """What attention reads of a written layer: the new key itself (prefill), or the storage (decode)."""
     return write.keys if isinstance(write, AppendKv) else write.key
@@ -107,8 +122,11 @@ class Reader:
         # Both cached tensors of each write: a latent and a rotary part (MLA) are no key and no value yet.
         self.sources = {node: write for write in owners.values() for node in (key_of(write), value_of(write))}
         self.masks: dict[fx.Node, Span | str] = {}  # a model has one mask for many layers
+        spans: tuple[Span | None, ...] = (FULL,) * len(owners) if self.spans is None else self.spans.layers
+        holding = (index for index, span in enumerate(spans) if span is not None)  # the others write no cache
+        self.layers = dict(zip((write.node for write in owners.values()), holding, strict=False))
 
-    def read(self, attention: Sdpa | ModifiedAttention, index: int) -> Site | None:
+    def read(self, attention: Sdpa | ModifiedAttention) -> Site | None:
         """The site, or None for attention over something that is not cached.
 
         Raises: Refusal: it reads a cache in a way that is not understood.
@@ -119,7 +137,7 @@ class Reader:
             return None
         if isinstance(attention, Sdpa) and attention.dropout_p:
             raise Refusal(f"attention dropout {attention.dropout_p} is on", module)
-        layer, budget = (write.layer, write.budget) if isinstance(write, Fill) else (index, 0)
+        layer, budget = (write.layer, write.budget) if isinstance(write, Fill) else (self.layers[write.node], 0)
         span = self._span(attention, write, layer, module)
         heads, kv_heads = value(attention.query).shape[1], value(attention.key).shape[1]
         if heads % kv_heads:

@@ -32,7 +32,7 @@ class SiteRecord:
 
     @classmethod
     def of(cls, site: Site) -> SiteRecord:
-        return cls(site.module, site.budget, "" if site.is_full else str(site.span))
+        return cls(site.module, site.budget, "" if site.is_full else str(site.span), site.reads)
 
 
 @dataclasses.dataclass

@@ -30,6 +30,7 @@ class Site:
         budget: slots C of each KV head, 0 where nothing is pruned.
         span: what its queries read of what is in front of them.
         heads_apart: each head reads one cached head; else (MLA's one latent) a choice of positions serves all heads.
+        reads: the site in front of it whose cache it reads, having none of its own; that one chooses what is kept.
     """
 
     layer: int
@@ -45,6 +46,7 @@ class Site:
     budget: int = 0
     span: Span = FULL
     heads_apart: bool = True
+    reads: str = ""
 
     @property
     def changes(self) -> tuple[Any, ...]:
@@ -80,3 +82,8 @@ class Sites:
     """All attention sites, in the model's order; a fact."""
 
     sites: tuple[Site, ...]
+
+    @property
+    def owners(self) -> tuple[Site, ...]:
+        """Those with a cache of their own."""
+        return tuple(site for site in self.sites if not site.reads)
