@@ -92,6 +92,8 @@ class Probe:
         pairs = list(zip(self.plain.layers, found.cache.layers, strict=True))
         self.record["pruned"] = pruned = sum(theirs.kind == "full" and is_pruned(ours) for theirs, ours in pairs)
         ours, due = cache_bytes(found.cache), sum(bytes_due(*pair, pruned > 0) for pair in pairs) + 8 * L
+        if not isinstance(found.cache, specpass.BudgetCache):  # the model's own kind
+            due = cache_bytes(self.plain.answers[LONG].cache)
         self.record["bytes"] = {"cache": ours, "formula": due}
         if not found.logits.isfinite().all():
             return "logits that are not finite"
