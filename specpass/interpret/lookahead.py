@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,6 +85,24 @@ class ReadAhead(Listener):
         """[B, H, S + L, D] in the model's columns, each row's tokens and then its lookahead first."""
         packing, size = self.keeper.packing, states.shape[2] - self.length
         return behind(packing.states(states[:, :, :size]), states[:, :, size:], packing.lengths)
+
+
+def borrow_attributes(model: nn.Module) -> Callable[[], None]:
+    """Let states that a model keeps in its modules (RecurrentGemma) go on from copies; the result puts them back."""
+    before = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)  # parameters and buffers are kept elsewhere
+    ]
+    for module, name, value in before:
+        setattr(module, name, value.clone())
+
+    def put_back() -> None:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+    return put_back
 
 
 def reads_initial_states(model: nn.Module, layers: list[Any]) -> bool:

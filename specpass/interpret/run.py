@@ -20,7 +20,7 @@ from specpass.errors import PositionsError, UnsupportedCallError
 from specpass.interpret.compress import Part, compressed
 from specpass.interpret.draft import Written
 from specpass.interpret.keep import Keeper
-from specpass.interpret.lookahead import ReadAhead, reads_initial_states
+from specpass.interpret.lookahead import ReadAhead, borrow_attributes, reads_initial_states
 from specpass.interpret.prompt import ReadPrompt, ReadWhole
 from specpass.interpret.rows import Packing
 from specpass.interpret.steps import Steps, block_packing
@@ -166,7 +166,7 @@ class Call:
         )
         together = reads_initial_states(self.target, cache.layers)
         width = length if together else 1
-        back = [layer.borrow_states() for layer in states]
+        back = [layer.borrow_states() for layer in states] + [borrow_attributes(self.target)]
         try:
             for start in range(0, length, width):
                 told = last + 1 + torch.arange(start, start + width, device=last.device)
