@@ -31,11 +31,11 @@ test: test-fast test-real  ## all tests: the fast suite, then real models (fetch
 test-fast: $(STAMP)  ## tests that need no real weights
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not wide" -n auto --maxprocesses 4 --dist loadfile
 
-test-wide: $(STAMP)  ## ways of generate() by family, fixed cases of the fuzzer, a shard of the coverage
+test-wide: $(STAMP)  ## eight families by every way that generate() is called
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m wide -n auto --maxprocesses 4
 
 test-real: $(STAMP)  ## tests on real models
-	$(BIN)/python -m pytest -m real
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real -n auto --maxprocesses 2 --dist loadgroup
 
 demo: $(STAMP)  ## full KV and the methods on a real pair, side by side; pictures in specpass-demo/
 	$(BIN)/specpass demo

@@ -7,12 +7,17 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "gpt2", "phi", "mixtral", "gpt_oss", "stablelm")
-# name -> (class, arguments besides the budget); budgets are 24 and, where prompts fit, 72
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "gpt2", "phi", "mixtral", "gpt_oss", "stablelm"),
+    "lfm2",  # its convolutions have a state
+)
+RECURRENT = ("lfm2",)  # states cannot be cropped
+# name -> (class, arguments besides the budget)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "speckv": ("SpecKV", {"window": 8, "lookahead": 4}),
     "speckv-mean": ("SpecKV", {"window": 5, "lookahead": 7, "reduce": "mean", "pool": "avg", "kernel": 3}),
     "snapkv": ("SnapKV", {"window": 8}),
+    "pyramidkv": ("PyramidKV", {"window": 8, "beta": 4}),
     "streamingllm": ("StreamingLLM", {}),
     "specpc": ("SpecPC", {"window": 8, "lookahead": 2, "kernel": 5, "neighbours": 4}),
     "speckv-pc": (
@@ -20,7 +25,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         {"window": 6, "lookahead": 3, "prompt_budget": 30, "prompt_window": 8, "prompt_kernel": 5, "neighbours": 3},
     ),
 }
-BUDGETS = (24, 72)
+BUDGETS = (24, 24, 72, 0.5)  # prompts of up to 64 tokens, padding included, are kept by a ratio; and 72 keeps all
 LENGTHS = (2, 5, 9, 23, 24, 25, 26, 31, 40, 47, 60, 71)
 LONGEST_ANSWER = 70  # beyond the 64 slots of room
 
@@ -31,7 +36,9 @@ class Case:
 
     Args:
         lengths: of the prompts, padded on the left where they differ.
+        mode: "assisted" and "lookup" are greedy, with candidates of another model and of the prompt.
         turns: (tokens cropped off the cache, tokens appended) in front of each further answer.
+        ragged: what is appended is padded on the left: row i has i tokens fewer, one at least.
         reset: the cache is reset then, and reads another prompt.
         returned: num_return_sequences.
     """
@@ -39,7 +46,7 @@ class Case:
     index: int
     family: str
     method: str
-    budget: int
+    budget: int | float
     lengths: tuple[int, ...]
     new: int = 4
     mode: str = "greedy"
@@ -49,10 +56,11 @@ class Case:
     stop: bool = False
     stream: bool = False
     turns: tuple[tuple[int, int], ...] = ()
+    ragged: bool = False
     reset: bool = False
 
     @property
-    def subject(self) -> tuple[str, str, int]:
+    def subject(self) -> tuple[str, str, int | float]:
         """What is compiled once for all cases that share it."""
         return self.family, self.method, self.budget
 
@@ -70,25 +78,30 @@ class Case:
 def draw(seed: int, index: int, families: tuple[str, ...] = FAMILIES, methods: tuple[str, ...] = ()) -> Case:
     """The case of that number."""
     dice = random.Random(f"{seed}/{index}")
-    mode = dice.choice(("greedy",) * 5 + ("sample", "sample", "beam", "beam sample"))
+    family, method = dice.choice(families), dice.choice(methods or tuple(METHODS))
     rows = dice.choice((1, 1, 1, 2, 3))
+    alone = ("lookup", "assisted") if rows == 1 and family not in RECURRENT else ("sample",)
+    mode = dice.choice(("greedy",) * 5 + ("sample", "beam", "beam sample", *alone))
     lengths = tuple(dice.choice(LENGTHS) for _ in range(rows))
+    budget = dice.choice(BUDGETS)
     case = Case(
         index,
-        dice.choice(families),
-        dice.choice(methods or tuple(METHODS)),
-        dice.choice((BUDGETS[0], BUDGETS[0], BUDGETS[1])),
+        family,
+        method,
+        budget if method != "speckv-pc" else max(budget, BUDGETS[0]),  # it has two, and a ratio is of one length
         lengths,
         new=LONGEST_ANSWER if dice.random() < 0.02 else dice.choice((1, 2, 3, 5, 8)),
         mode=mode,
-        early_exit=dice.random() < 0.7,
+        early_exit=dice.random() < 0.7 or method == "pyramidkv",  # else its deep layers keep less than all
         eos=dice.random() < 0.15,
         stop=dice.random() < 0.1,
     )
     if mode == "greedy" and dice.random() < 0.3 and case.new > 1 and not case.eos and not case.stop:
-        turns = [(dice.choice((0, 0, 1, case.new - 1)), dice.choice((1, 2, 6))) for _ in range(dice.choice((1, 2)))]
-        return dataclasses.replace(case, turns=tuple(turns), reset=dice.random() < 0.2)
-    if mode != "greedy":
+        crops = (0, 0, 1, case.new - 1) if family not in RECURRENT else (0,)
+        turns = [(dice.choice(crops), dice.choice((1, 2, 6))) for _ in range(dice.choice((1, 2)))]
+        ragged = rows > 1 and dice.random() < 0.5
+        return dataclasses.replace(case, turns=tuple(turns), ragged=ragged, reset=dice.random() < 0.2)
+    if "sample" in mode or "beam" in mode:
         return dataclasses.replace(case, returned=dice.choice((1, 2, 3)))
     return dataclasses.replace(case, stream=rows == 1 and dice.random() < 0.3, reset=dice.random() < 0.1)
 
@@ -108,7 +121,7 @@ def shrunk(case: Case, fails: Callable[[Case], bool]) -> Case:
 
 def _simpler(case: Case) -> Iterator[Case]:
     plain = Case(case.index, case.family, case.method, case.budget, case.lengths)
-    for field in ("reset", "turns", "stop", "eos", "stream", "returned", "mode", "early_exit"):
+    for field in ("reset", "ragged", "turns", "stop", "eos", "stream", "returned", "mode", "early_exit"):
         if getattr(case, field) != getattr(plain, field) and not (field == "mode" and case.returned > 1):
             yield dataclasses.replace(case, **{field: getattr(plain, field)})
     if len(case.turns) > 1:

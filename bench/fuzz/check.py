@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.fuzz import formulas, oracle
@@ -92,31 +93,27 @@ class Play:
             if view is not None:
                 if crop:
                     self.cache.crop(crop)
-                    ids = ids[:, : -1 - crop]
-                more = torch.stack([self._draw(fresh) for _ in ids])
-                ids = torch.cat([ids, more], 1)
-                mask = torch.cat(
-                    [self.prompts.mask, ids.new_ones(len(ids), ids.shape[1] - self.prompts.ids.shape[1])], 1
-                )
+                    ids, mask = ids[:, : -1 - crop], mask[:, : -1 - crop]
+                more = padded([self._draw(max(fresh - row * self.case.ragged, 1)) for row in range(len(ids))])
+                ids, mask = torch.cat([ids, more.ids], 1), torch.cat([mask, more.mask], 1)
             ours = self._generate(self.subject.model, ids, mask)
             if view is None:
                 view = self._view(ours.past_key_values)
             seen = self.prompts.as_read()
-            behind = ids[:, self.prompts.ids.shape[1] :]
-            theirs = self._oracle(
-                torch.cat([seen.ids, behind], 1), torch.cat([seen.mask, behind.new_ones(behind.shape)], 1), view
-            )
+            behind, shown = (own[:, self.prompts.ids.shape[1] :] for own in (ids, mask))
+            view.mask = torch.cat([seen.mask, shown], 1)
+            theirs = self._oracle(torch.cat([seen.ids, behind], 1), view)
             starts = ids.shape[1], seen.ids.shape[1] + behind.shape[1]
             if found := self._compare(ours, theirs, *starts):
                 return found
-            ids = ours.sequences
+            ids, mask = ours.sequences, F.pad(mask, (0, ours.sequences.shape[1] - mask.shape[1]), value=1)
         return ""
 
     # -- the two sides
 
     def _generate(self, model: Any, ids: Tensor, mask: Tensor) -> Any:
         torch.manual_seed(self.case.index)
-        options = self._options()
+        options = self._options() | self._candidates()
         if self.cache is not None:
             options["past_key_values"] = self.cache
         if self.case.stream:
@@ -126,9 +123,15 @@ class Play:
             raise WrongError(f"the streamer got {streamer.tokens}, the answer is {out.sequences[0].tolist()}")
         return out
 
-    def _oracle(self, ids: Tensor, mask: Tensor, view: oracle.View) -> Any:
+    def _oracle(self, ids: Tensor, view: oracle.View) -> Any:
         torch.manual_seed(self.case.index)
-        return oracle.generate(self.subject.twin, ids, mask, view, **self._options())
+        return oracle.generate(self.subject.twin, ids, view, **self._options())
+
+    def _candidates(self) -> dict[str, Any]:
+        """Where candidates come from that the model only verifies: its answer is the greedy one."""
+        if self.case.mode == "assisted":
+            return {"assistant_model": self.subject.assistant}
+        return {"prompt_lookup_num_tokens": 2} if self.case.mode == "lookup" else {}
 
     def _options(self) -> dict[str, Any]:
         case = self.case
@@ -186,7 +189,7 @@ class Play:
 
     def _check_read(self, ahead: Tensor | None) -> None:
         """SpecPC: the tokens read are those that the draft's attention chooses."""
-        how, subject = self.subject.method.prompt, self.subject
+        how, subject = self.subject.resolved(self.case).prompt, self.subject
         for row, read in enumerate(self.prompts.read):
             ids = self.prompts.row(row)
             if how.budget >= ids.shape[1] or subject.refusals:
@@ -197,32 +200,42 @@ class Play:
             tokens = torch.cat([ids, written], 1)
             weights = oracle.probabilities(subject.draft, tokens, how.window + written.shape[1])
             fields = {name: getattr(how, name) for name in ("window", "kernel", "neighbours", "first_layer")}
-            scores = formulas.token_scores(weights, ids.shape[1], fields)
+            scores = formulas.token_scores([weights[layer] for layer in sorted(weights)], ids.shape[1], fields)
             wanted = formulas.read_tokens(scores, how.budget, fields)
             if read.tolist() != wanted:
                 raise WrongError(f"row {row}: reads {read.tolist()}, due are {wanted}")
 
     def _check_kept(self, seen: Prompts, row: int, kept: dict[int, Tensor], ahead: Tensor | None) -> None:
         """Every layer keeps a top choice of the scores that the formulas give."""
-        method, length = self.subject.method, seen.lengths[row]
+        method, length = self.subject.resolved(self.case), seen.lengths[row]
         ids, budget = seen.row(row), method.budget if not self.subject.refusals else length
+        counts = [
+            self._budget(budget, length, depth, [own[row] for own in kept.values()]) for depth in range(len(kept))
+        ]
         if budget < length and ahead is not None and method.appends:
             self._check_ahead(row, ahead[row])
             ids = torch.cat([ids, ahead[[row]]], 1)
-        weights: list[Tensor] = []
-        if method.scored and budget < length:
+        weights: dict[int, Tensor] = {}
+        if method.scored and min(counts) < length:
             weights = oracle.probabilities(self.subject.twin, ids, method.window + ids.shape[1] - length)
         how = {name: getattr(method, name) for name in ("window", "reduce", "pool", "kernel")}
-        for layer, positions in kept.items():
+        for (layer, positions), count in zip(kept.items(), counts, strict=True):
             own = positions[row]
             if method.scored:
                 scores = formulas.head_scores(weights[layer], len(own), length, how) if weights else own
-                found = formulas.why_not_top(own, scores, length, budget, method.window)
+                found = formulas.why_not_top(own, scores, length, count, method.window)
             else:
                 wanted = formulas.streamed(length, budget if method.prompt is None else length)
                 found = "" if all(torch.equal(head[head >= 0], wanted) for head in own) else f"keeps {own.tolist()}"
             if found:
                 raise WrongError(f"row {row}, layer {layer}: {found}")
+
+    def _budget(self, mean: int, length: int, depth: int, kept: list[Tensor]) -> int:
+        """Slots that a layer has; how PyramidKV's are rounded is left open: what was kept may be on either side."""
+        if not hasattr(self.subject.method, "beta") or mean >= length:
+            return mean
+        ideal, count = formulas.falling(mean, self.subject.method, depth, len(kept)), int((kept[depth][0] >= 0).sum())
+        return count if abs(count - min(ideal, length)) < 1 else round(ideal)
 
     # -- the two answers
 

@@ -6,6 +6,8 @@ Written from the papers, apart from specpass: "Draft-based Approximate Inference
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,6 +43,14 @@ def why_not_top(kept: Tensor, scores: Tensor, length: int, budget: int, window: 
         if scores[head][chosen].min() < scores[head][~chosen].max() - TIE:
             return f"head {head}: a dropped position scores {float(scores[head][~chosen].max()):.6f}, more than a kept"
     return ""
+
+
+def falling(mean: int, how: Any, depth: int, layers: int) -> float:
+    """PyramidKV (arXiv 2406.02069): slots of layer `depth` of `layers`, before rounding."""
+    free = mean - how.window
+    last = max(free / how.beta, 1.0)
+    first = 2 * free - last
+    return how.window + first + (last - first) * depth / max(layers - 1, 1)
 
 
 def streamed(length: int, budget: int, sinks: int = 4) -> Tensor:

@@ -29,6 +29,7 @@ class View:
     Args:
         starts: [prompts] columns of padding in front of each prompt; rows of one prompt are neighbours.
         prompt: S. kept: layer -> positions [prompts, K, C], -1 where unused; layers that are missing see everything.
+        mask: [prompts, columns so far] 0 where padding stands; none of what is generated is.
         rows: probabilities of the last so many rows are noted in `found`, layer -> [B, H, rows, T].
     """
 
@@ -36,15 +37,20 @@ class View:
     prompt: int
     kept: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     rows: int = 0
+    mask: Tensor | None = None
     found: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def allowed(self, batch: int, heads: int, tokens: int, layer: int, window: int | None) -> Tensor:
         """[B, H, T, T]: whether row i reads column j."""
         row, column = torch.arange(tokens)[:, None], torch.arange(tokens)[None]
-        starts = self.starts.repeat_interleave(batch // len(self.starts))[:, None, None, None]
-        seen = ((column <= row) & (column >= starts)).expand(batch, heads, -1, -1)
-        if window is not None:
-            return seen & (row - column < window) | (row == column)
+        shown = column >= self.starts[:, None]  # [prompts, T]
+        if self.mask is not None:
+            shown = shown & torch.nn.functional.pad(self.mask.bool(), (0, tokens - self.mask.shape[1]), value=True)
+        shown = shown.repeat_interleave(batch // len(shown), 0)
+        seen = ((column <= row) & shown[:, None, None]).expand(batch, heads, -1, -1)
+        if window is not None:  # of tokens: padding between turns takes no place in it
+            place = shown.cumsum(-1)[:, None]
+            return seen & (place[..., None] - place[..., None, :] < window) | (row == column)
         if layer in self.kept:
             kept = self.kept[layer]
             held = torch.zeros(*kept.shape[:2], self.prompt + 1, dtype=torch.bool)
@@ -100,16 +106,16 @@ def seen_by(view: View) -> Iterator[View]:
         _views.pop()
 
 
-def generate(model: Any, ids: Tensor, mask: Tensor, view: View, **options: Any) -> Any:
+def generate(model: Any, ids: Tensor, view: View, **options: Any) -> Any:
     """transformers' generate of `ids` [B, S'] without a cache; the result with what `options` ask for."""
     with seen_by(view):
-        return model.generate(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+        return model.generate(input_ids=ids, attention_mask=view.mask, use_cache=False, **options)
 
 
 @torch.no_grad()
-def probabilities(model: Any, ids: Tensor, rows: int) -> list[Tensor]:
-    """Attention [H, rows, T] of the last `rows` tokens of `ids` [1, T], layer by layer."""
+def probabilities(model: Any, ids: Tensor, rows: int) -> dict[int, Tensor]:
+    """Attention [H, rows, T] of the last `rows` tokens of `ids` [1, T] in each layer that has any."""
     view = View(torch.zeros(1, dtype=torch.int64), ids.shape[1], rows=rows)
     with seen_by(view):
         model(input_ids=ids, use_cache=False)
-    return [view.found[layer][0] for layer in sorted(view.found)]
+    return {layer: found[0] for layer, found in view.found.items()}

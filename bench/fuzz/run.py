@@ -32,7 +32,7 @@ COLUMNS = (
 class Outcome:
     """What cases of one subject came to: `counts` of "right", "tie" and "wrong", and what was wrong."""
 
-    subject: tuple[str, str, int]
+    subject: tuple[str, str, float]
     refusals: list[str]
     counts: dict[str, int]
     failures: list[dict[str, str]]
@@ -50,7 +50,7 @@ def verdict(case: Case, subject: Subject) -> tuple[str, str]:
         return "wrong", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def try_cases(key: tuple[str, str, int], cases: list[Case], progress: Progress | None = None) -> Outcome:
+def try_cases(key: tuple[str, str, float], cases: list[Case], progress: Progress | None = None) -> Outcome:
     """All cases of one subject, which is compiled once; the first failure of each kind is shrunk."""
     torch._dynamo.reset()
     gc.collect()  # the subject before this one

@@ -14,7 +14,7 @@ from specpass.benchmarks.coverage.tiny import VOCAB, tiny_model
 class Subject:
     """What cases of one family, method and budget call."""
 
-    def __init__(self, family: str, method: str, budget: int) -> None:
+    def __init__(self, family: str, method: str, budget: float) -> None:
         name, fields = METHODS[method]
         fields = {**fields, "prompt_budget": max(fields["prompt_budget"], budget)} if method == "speckv-pc" else fields
         self.method: Any = getattr(specpass, name)(budget=budget, **fields)
@@ -22,12 +22,20 @@ class Subject:
         self.draft = plain("llama", 1) if self.method.drafts else None
         draft = tiny_model("llama", 1) if self.method.drafts else None
         specpass.compile(self.model, draft=draft, method=self.method, lowering="eager")
+        self.assistant = tiny_model("llama", 1)
         kinds = getattr(self.twin.config, "layer_types", None)
         layers = range(self.twin.config.num_hidden_layers)
         self.full = [index for index in layers if not kinds or kinds[index] == "full_attention"]
 
     def cache(self, case: Case) -> Any:
-        return specpass.BudgetCache(self.model.config, self.method, max_new_tokens=case.new, early_exit=case.early_exit)
+        method, longest = self.resolved(case), max(case.lengths)
+        return specpass.BudgetCache(
+            self.model.config, method, max_new_tokens=case.new, prompt_length=longest, early_exit=case.early_exit
+        )
+
+    def resolved(self, case: Case) -> Any:
+        """The method with the budget that a ratio is of the case's padded prompts."""
+        return self.method.resolve(max(case.lengths))
 
     @property
     def refusals(self) -> list[str]:

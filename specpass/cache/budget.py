@@ -31,7 +31,8 @@ class BudgetCache(CacheProtocol):
             lookahead L = min(32, max_new_tokens), 32 if left out. Generation beyond max_new_tokens grows the cache too.
         prompt_length: S in tokens, needed when the method's budget is a ratio.
         lookahead_ids: [B, L] token ids in place of the draft's.
-        early_exit: False sends prompts that fit the budget through selection and gather too (they keep everything).
+        early_exit: False sends prompts that fit the budget through selection and gather too (layers whose budget is C
+            keep everything).
 
     Raises:
         BudgetError: a ratio without prompt_length. LookaheadError: lookahead_ids with a method that cannot use them.

@@ -14,7 +14,7 @@ from specpass.benchmarks.coverage.probe import probe, verdict
 from specpass.errors import BenchmarkError
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARD = ("gemma3_text",)
+SHARD = ("gemma3_text", "lfm2")  # windows, states
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,6 @@ def committed() -> dict[str, Any]:
     return json.loads((ROOT / "bench" / "results" / "coverage.json").read_text())
 
 
-@pytest.mark.wide
 @pytest.mark.parametrize("family", SHARD)
 def test_a_shard_is_as_committed(family: str, committed: dict[str, Any]) -> None:
     records = {record["family"]: record for record in committed["results"]}

@@ -18,6 +18,7 @@ from specpass import hub
 from specpass.testing import eager
 
 pytestmark = pytest.mark.real
+SMOL = pytest.mark.xdist_group("smol")  # they share a compiled model, so one process runs them
 
 C, W, L = 128, 32, 8
 
@@ -58,12 +59,14 @@ def alone(smol: Smol) -> Run:
     return run(smol.model, smol.long, L)
 
 
+@SMOL
 def test_all_thirty_layers_are_rewritten(smol: Smol, alone: Run) -> None:
     report = specpass.report(smol.model)
     assert not report.refusals
     assert {record.kind: len(record.sites) for record in report.graphs} == {"prefill": 30, "decode": 30}
 
 
+@SMOL
 def test_kept_sets_and_tokens_are_the_eager_ones(smol: Smol, alone: Run) -> None:
     lookahead, valid = eager.draft_lookahead(smol.twin, smol.long, L, smol.twin.generation_config.pad_token_id)
     assert torch.equal(alone.cache.lookahead_ids, lookahead)
@@ -73,6 +76,7 @@ def test_kept_sets_and_tokens_are_the_eager_ones(smol: Smol, alone: Run) -> None
     check_answer(alone, smol.twin, smol.long, kept(alone.cache), tolerance=1e-3)
 
 
+@SMOL
 def test_the_self_draft_is_the_oracle(smol: Smol, alone: Run) -> None:
     answer = run(smol.twin, smol.long, L).tokens
     assert alone.cache.lookahead_ids.tolist() == answer
@@ -82,6 +86,7 @@ def test_the_self_draft_is_the_oracle(smol: Smol, alone: Run) -> None:
         assert torch.equal(ours, theirs)
 
 
+@SMOL
 @pytest.mark.parametrize("early_exit", [True, False])
 def test_a_budget_that_holds_the_prompt_is_exact(smol: Smol, early_exit: bool) -> None:
     cache = specpass.BudgetCache(smol.model.config, smol.method, max_new_tokens=12, early_exit=early_exit)
@@ -90,6 +95,7 @@ def test_a_budget_that_holds_the_prompt_is_exact(smol: Smol, early_exit: bool) -
     torch.testing.assert_close(ours.logits, full.logits, atol=1e-3, rtol=1e-3)
 
 
+@SMOL
 def test_a_padded_batch_of_two(smol: Smol, alone: Run) -> None:
     ids, mask = padded([smol.long, smol.middle])
     together = run(smol.model, ids, L, mask)
@@ -101,6 +107,7 @@ def test_a_padded_batch_of_two(smol: Smol, alone: Run) -> None:
         check_rules(kept(together.cache, row), own.shape[1], C, W)
 
 
+@SMOL
 def test_snapkv(smol: Smol) -> None:
     ours = run(compile_eager(smol.model, specpass.SnapKV(budget=C, window=W)), smol.long, 4)
     compile_eager(smol.model, smol.method, draft=smol.model)
@@ -109,6 +116,7 @@ def test_snapkv(smol: Smol) -> None:
     check_answer(ours, smol.twin, smol.long, kept(ours.cache), tolerance=1e-3)
 
 
+@SMOL
 def test_specpc_and_speckv_pc(smol: Smol) -> None:
     """The tokens read are the eager ones, the model's own attention scoring; then SpecKV on what was read."""
     how = ep.PromptScoring(window=32, kernel=32, neighbours=32, lookahead=2)
@@ -172,6 +180,7 @@ def test_the_qwen_pair_answers_lookups_from_96_slots() -> None:
 # -- exported
 
 
+@SMOL
 def test_smollm2_as_its_own_draft_in_onnx_runtime(smol: Smol, tmp_path: Path) -> None:
     """Tokens, lookahead and every kept position of the long prompt are torch.compile's; a batch equals single rows."""
     runtime = pytest.importorskip("specpass.runtime")
