@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hybrids import HYBRIDS, hybrid
-from support import call, compile_eager
+from support import call, compile_eager, run
 from tiny import prompt
 
 import specpass
