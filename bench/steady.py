@@ -76,13 +76,14 @@ def serve(model: Any, index: int, choice: random.Random) -> None:
     mask = torch.ones_like(ids)
     if padded:
         mask[0, : choice.randint(1, max(1, length // 2))] = 0
-    options = choice.choice(({"num_beams": 2}, {"do_sample": True}, {"do_sample": False}, {"num_return_sequences": 2}))
-    if options.get("num_return_sequences"):
-        options = {**options, "do_sample": True}
+    sampled: dict[str, Any] = {"do_sample": True, "num_return_sequences": 2}
+    options = choice.choice(({"num_beams": 2}, {"do_sample": True}, {"do_sample": False}, sampled))
+    if index < len(forms):  # each form as it is: beams and returned sequences make several rows of one
+        options = {}
     out = model.generate(
         ids, attention_mask=mask, max_new_tokens=choice.randint(33, 90), return_dict_in_generate=True, **options
     )
-    if index % 3 == 0 and not padded and "num_beams" not in options:  # a second turn
+    if (index < 2 or index % 3 == 0) and not padded and "num_beams" not in options:  # a second turn
         new = torch.randint(1, 128, (out.sequences.shape[0], choice.randint(2, 30)))
         turn = torch.cat([out.sequences, new], 1)
         model.generate(turn, past_key_values=out.past_key_values, max_new_tokens=choice.randint(2, 9))

@@ -46,7 +46,10 @@ class Decoder:
             4 * text.hidden_size,
         )
         attention = text.hidden_size * head_dim * 2 * (heads + kv_heads)
-        per_layer = layer_weights(config) / text.num_hidden_layers
+        weights = layer_weights(config)
+        if weights is None:
+            return None
+        per_layer = weights / text.num_hidden_layers
         matrices = (per_layer - attention) / (text.hidden_size * inner)
         if matrices not in (2, 3):
             return None
@@ -125,23 +128,30 @@ def pad_id(config: Any) -> int:
 
 def context_length(config: Any) -> int | None:
     """Positions that a model was made for, or None if its config does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    made_for, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+    if made_for and rope.get("rope_type") == "dynamic":  # the base grows with what is beyond
+        return int(made_for * rope.get("factor", 1.0))
+    return made_for
 
 
-def layer_weights(config: Any) -> int:
-    """Numbers in the matrices of all decoder layers."""
+def layer_weights(config: Any) -> int | None:
+    """Numbers in the matrices of all decoder layers; None for a config that transformers makes no model of."""
     text = config.get_text_config(decoder=True)
     kind: Any = type(text)
     return _layer_weights(kind, text.to_json_string(use_diff=False))
 
 
 @functools.lru_cache(maxsize=16)
-def _layer_weights(kind: Any, text: str) -> int:
+def _layer_weights(kind: Any, text: str) -> int | None:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoModel, AutoModelForCausalLM
 
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_MAPPING:
+        return None
+    maker = AutoModelForCausalLM if kind in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModel  # a VLM's decoder is no LM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(kind.from_dict(json.loads(text)))
+        model = maker.from_config(kind.from_dict(json.loads(text)))
     return sum(
         p.numel() for name, p in model.named_parameters() if p.dim() > 1 and _LAYER.search(name) and "embed" not in name
     )

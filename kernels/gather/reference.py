@@ -20,9 +20,9 @@ def gather_kv(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple
 
     def compact(states: Tensor) -> Tensor:
         dim = states.shape[3]
-        storage = states.new_zeros(batch, kv_heads, budget + room, dim)
         kept = states.gather(2, index.expand(-1, -1, -1, dim)).masked_fill(unused, 0)
-        storage[:, :, :budget] = kept
-        return storage.view(batch, kv_heads * (budget + room), dim)
+        storage = states.new_zeros(batch, kv_heads * (budget + room), dim)  # no view: decode has a graph for each kind
+        storage.view(batch, kv_heads, budget + room, dim)[:, :, :budget] = kept
+        return storage
 
     return compact(key), compact(value), (positions >= 0).sum(-1)

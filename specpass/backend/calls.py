@@ -25,8 +25,9 @@ class Call:
         run: takes Dynamo's inputs and the lifted draft tensors.
         kind: prefill, short, decode or append; exact graphs (refused ones) are named the same.
         places: index of the inputs handle, input_ids, attention_mask, position_ids among Dynamo's inputs.
-        static: output index -> axes whose sizes are constants of the decode graph, while few sizes are.
-        sizes: those sizes, of all graphs of a backend.
+        static: output index -> the axis of the cache's storage whose size is a constant of decode graphs.
+        alike: whether all layers have the same number of slots, which then can be a constant as well.
+        sizes: the numbers of slots that are, of all graphs of a backend.
         context: positions that the draft can read, or None.
         vocab: tokens that the draft knows where the target knows more, or None.
     """
@@ -35,7 +36,8 @@ class Call:
     kind: str
     places: dict[str, int]
     lifted: tuple[Tensor, ...] = ()
-    static: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    static: dict[int, int] = dataclasses.field(default_factory=dict)
+    alike: bool = True
     sizes: set[int] = dataclasses.field(default_factory=set)
     context: int | None = None
     vocab: int | None = None
@@ -70,15 +72,14 @@ class Call:
         On a CPU a step is as fast without (30 layers, 1,088 slots: 90 ms with symbols, 92 with constants), so one graph
         serves every size.
         """
-        if not self.static:
-            return
-        storage = out[next(iter(self.static))]
-        slots = storage.shape[1]
-        if storage.is_cuda and (slots in self.sizes or len(self.sizes) < STATIC_SIZES):
-            self.sizes.add(slots)
-            for index, axes in self.static.items():
-                for axis in axes:
-                    torch._dynamo.mark_static(out[index], axis)
+        for index, axis in self.static.items():  # of K and D: as symbols they could be taken for a batch of that size
+            torch._dynamo.mark_static(out[index], axis)
+        storages = [out[index] for index in self.static if self.alike and out[index].is_cuda and out[index].dim() == 3]
+        slots = {storage.shape[1] for storage in storages}
+        if slots <= self.sizes or len(self.sizes) < STATIC_SIZES:
+            self.sizes |= slots
+            for storage in storages:
+                torch._dynamo.mark_static(storage, 1)
 
     def _query_length(self, args: tuple[Any, ...]) -> int:
         place = self.places.get("input_ids", self.places.get("inputs_embeds"))

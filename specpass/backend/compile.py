@@ -20,6 +20,7 @@ from specpass.cache.states import recurrent_layer
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.capture.model import untraceable
+from specpass.capture.rope import following
 from specpass.dialect.cache import ExtendKv, Fill
 from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError, UnsplicedGraphError
 from specpass.graph.edit import copy_module
@@ -141,7 +142,8 @@ class Backend:
             for fill in Fill.find(exact.graph):  # everything is kept and nothing else: no free slots
                 fill.update(room=0)
             exact.recompile()
-            return Call(exact.forward, traced.kind, traced.places, refusal=str(refusal))
+            told = {"attention_mask", "position_ids"} <= traced.places.keys()  # steps must be told positions too
+            return Call(exact.forward, traced.kind, traced.places, packed=told, refusal=str(refusal))
 
     def _prune(self, traced: Traced, record: GraphRecord) -> Call:
         """The rewritten, lowered graph.
@@ -162,7 +164,7 @@ class Backend:
         record.sites = [] if sites is None else [SiteRecord.of(site) for site in sites.sites]
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
         alike = len({site.budget for site in record.sites if not site.exact}) <= 1
-        static = static_outputs(graph) if alike else {}
+        static = static_outputs(graph)
         lowered = lower(
             graph,
             self.lowering,
@@ -179,6 +181,7 @@ class Backend:
             traced.places,
             () if drafted is None else tuple(drafted.lifted.values()),
             static,
+            alike,
             self._sizes,
             context_length(self.draft.config) if self.draft is not None and DraftGraphs in facts else None,
             self.smaller_vocabulary(traced.cache) if DraftGraphs in facts else None,
@@ -194,6 +197,12 @@ class Backend:
         """
         cache, kind = traced.cache, traced.kind
         spans = tuple(getattr(layer, "span", None) for layer in cache.layers)
+        ahead = kind == "prefill" and cache.lookahead
+        if traced.axes and kind in PROMPTS and ("attention_mask" in traced.places or ahead or cache.compresses):
+            raise Refusal(
+                "position_ids have several axes, and rows cannot be packed, lengthened or chosen by one of them: use "
+                "specpass.compile(model, ...), which takes one where they agree"
+            )
         found = tuple(getattr(layer, "found", None) or span for layer, span in zip(cache.layers, spans, strict=True))
         facts = Facts(traced.inputs, traced.weights, Spans(spans if kind in PROMPTS else found))
         if kind != "prefill":
@@ -265,6 +274,8 @@ def capture(draft: Any, method: Method) -> DraftGraphs:
     """
     if recurrent_layer(draft.config):
         raise Refusal("it has layers with a state")
+    if "dynamic" in following(draft):
+        raise Refusal("its rotary frequencies follow the length (rope_type 'dynamic')")
     if untraceable(draft):
         raise Refusal(untraceable(draft))
     try:

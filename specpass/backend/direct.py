@@ -20,12 +20,15 @@ from specpass.backend.cold import form_of, one_at_a_time
 from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
 from specpass.backend.pieces import piece_of_prompt
-from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncompiled
+from specpass.backend.positions import number, number_step, take_one_axis
+from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncaptured, why_uncompiled
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import positions_of, tokens_of
 from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
+from specpass.capture.rope import following
 from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
+from specpass.interpret.beside import leave_out_kinds
 
 
 class LooseBackend:
@@ -60,6 +63,7 @@ def fresh_forward(target: nn.Module) -> types.FunctionType:
 def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
     uncompiled = Uncompiled(backend, why_uncompiled(target))
+    numbered = bool(following(target))
     names = tuple(inspect.signature(target.forward).parameters)
     warned = False
     known: set[Hashable] = set()  # forms of calls that were compiled
@@ -73,6 +77,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         kwargs.update(zip(names, args, strict=False))
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, BudgetCache):
+            kwargs.pop("lookahead_ids", None)
             if not warned and not why_unheld(target.config):  # else the report says why, and no cache helps
                 warnings.warn(
                     f"specpass: past_key_values is {type(cache).__name__}, not a BudgetCache, so the model runs "
@@ -85,9 +90,27 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         piece = piece_of_prompt(cache, kwargs, call)
         if piece is not None:
             return piece
+        given = kwargs.pop("lookahead_ids", None)
+        if not cache.filled:  # generate() passes it with every token
+            cache.look_ahead(given)
+        if cache.padded and "position_ids" in names:
+            number_step(target, cache, kwargs)
+        if isinstance(cache.seen, torch.Tensor) and cache.columns is not None:
+            return uncompiled(target, cache, kwargs)  # goes on as its prompt was read
+        what = why_uncaptured(target, cache, kwargs)
+        if what:
+            backend.report.note(f"prompts with {what} are read by the model's own forward, pruned around its attention")
+            return uncompiled(target, cache, kwargs)
+        take_one_axis(kwargs)
+        leave_out_kinds(kwargs)
         if not uncompiled.reason:
             prepared = dict(kwargs)
+            if numbered and not cache.filled:  # the frequencies follow them, and are the prompt's without its lookahead
+                number(prepared)
             prepare(cache, prepared)
+            for name, value in prepared.items():
+                if isinstance(value, torch.Tensor):
+                    prepared[name] = value.contiguous()  # graphs differ by strides: generate hands over slices too
             try:
                 with (
                     raised_limit(specialize_float=True),

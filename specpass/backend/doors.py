@@ -18,11 +18,19 @@ import specpass.ops.flops  # noqa: F401  (torch's FLOP counter knows our operato
 from specpass.backend import checks
 from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
-from specpass.backend.generate import cache_factory, keep_mask
+from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwargs_check
+from specpass.capture.rope import prepare_rope
 from specpass.methods.base import Method
 from specpass.reports.report import base_of
 
-ATTRIBUTES = ("_compiled_call_impl", "_prepare_cache_for_generation", "create_masks_for_generate", "_specpass")
+ATTRIBUTES = (
+    "_compiled_call_impl",
+    "_prepare_cache_for_generation",
+    "_validate_model_kwargs",
+    "create_masks_for_generate",
+    "prepare_inputs_for_generation",
+    "_specpass",
+)
 _ABSENT = object()
 
 
@@ -55,6 +63,9 @@ def compile(
 ) -> nn.Module:
     """Compile `target` in place, so that `generate` and direct calls prune its KV cache.
 
+    Both then take `lookahead_ids=` [B, L] too, token ids in the draft's place for this prompt: one that comes as
+    inputs_embeds, say, which no draft can read.
+
     Args:
         target: a Hugging Face decoder in eval mode. Of a PEFT model the decoder inside is compiled: its generate()
             prunes, and adapters may be switched, switched off or merged later.
@@ -81,6 +92,7 @@ def compile(
 def _install(target: nn.Module, backend: Backend) -> None:
     """Put the attributes in place through which a decoder is called and generates."""
     restore(target)
+    prepare_rope(target)
     before = {name: target.__dict__.get(name, _ABSENT) for name in ATTRIBUTES}
     forward = fresh_forward(target)
     # Dynamo's cache would outlive the model: what it holds of a code object is out of the garbage collector's sight.
@@ -89,6 +101,9 @@ def _install(target: nn.Module, backend: Backend) -> None:
     target._specpass = Compiled(backend, before, forget)
     target._compiled_call_impl = compiled_call(target, forward, backend)
     target._prepare_cache_for_generation = cache_factory(target, backend)
+    if hasattr(type(target), "prepare_inputs_for_generation"):
+        target._validate_model_kwargs = kwargs_check(target)
+        target.prepare_inputs_for_generation = keep_cache(target)
     target.create_masks_for_generate = keep_mask
 
 

@@ -16,7 +16,7 @@ from specpass.dialect.cache import AppendKv, Fill, GatherKv
 from specpass.errors import GradientsError, PartialGraphError, UnsupportedCallError
 from specpass.graph.aten import Dropout, Embedding, Sdpa
 from specpass.graph.operands import GetItem, results_of
-from specpass.graph.roles import ROLES, named_inputs
+from specpass.graph.roles import ROLES, has_axes, named_inputs
 from specpass.graph.walk import ATEN, find, value
 from specpass.passes.facts import Inputs, Weights
 from specpass.rewrite import Kind
@@ -32,6 +32,7 @@ class Traced:
         places: index of the inputs handle, input_ids, attention_mask, position_ids, ... among Dynamo's inputs.
         inputs, weights: facts for the passes.
         embedding: the fake weight of the first embedding, or None.
+        axes: position ids come as [P, B, S], one for each of several axes (mrope).
     """
 
     gm: fx.GraphModule
@@ -41,6 +42,7 @@ class Traced:
     inputs: Inputs
     weights: Weights
     embedding: Tensor | None
+    axes: bool
 
     @classmethod
     def read(cls, gm: fx.GraphModule, example_inputs: list[Any]) -> Traced:
@@ -50,7 +52,8 @@ class Traced:
         handle = writes[0].handle
         assert handle is not None
         cache = owner_of(example_inputs[placeholders.index(handle)])
-        named = named_inputs(gm, argument_names(cache.config))
+        order = argument_names(cache.config)
+        named = named_inputs(gm, order)
         places = {"handle": placeholders.index(handle)} | {r: placeholders.index(node) for r, node in named.items()}
         inputs = Inputs.of(named)
         check_kinds(cache)
@@ -70,6 +73,7 @@ class Traced:
             inputs,
             Weights(weights),
             None if embedding is None else value(embedding.weight),
+            has_axes(gm, order),
         )
 
 
@@ -104,7 +108,8 @@ def check_whole(gm: fx.GraphModule, writes: int, layers: int, inputs: Inputs) ->
     if writes != layers or (inputs.ids is None and inputs.embeds is None) or not logits:
         raise PartialGraphError(
             f"a graph break left specpass with {writes} of {layers} layers in this graph: pruning needs the "
-            "whole forward in one graph. Find the break with TORCH_LOGS=graph_breaks and remove it."
+            "whole forward in one graph. Find the break with TORCH_LOGS=graph_breaks and remove it, or use "
+            "specpass.compile(model, ...), which prunes around the model's own forward."
         )
     if find(gm.graph, ATEN.cross_entropy_loss, ATEN.nll_loss):
         raise UnsupportedCallError("labels= were given: a pruned prefill has no loss; call the model without them.")
@@ -125,9 +130,9 @@ def check_inference(gm: fx.GraphModule) -> None:
         )
 
 
-def static_outputs(gm: fx.GraphModule) -> dict[int, tuple[int, ...]]:
-    """Outputs of a PRUNED graph that are the cache's storage, with the axes that decode may take as constants."""
-    axes = {0: (1, 2), 1: (1, 2), 2: (1,)}  # keys, values, lengths
+def static_outputs(gm: fx.GraphModule) -> dict[int, int]:
+    """Outputs of a PRUNED graph that are the cache's storage, with the axis of D (keys, values) or K (lengths)."""
+    axes = {0: 2, 1: 2, 2: 1}
     found = {}
     for index, node in enumerate(results_of(gm.graph)):
         item = GetItem.match(node)

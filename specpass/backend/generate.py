@@ -1,7 +1,8 @@
-"""What Hugging Face's generate() asks of a compiled model: its cache, and no masks."""
+"""What Hugging Face's generate() asks of a compiled model: its cache, no masks, and which arguments are known."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,34 @@ def new_tokens(generation_config: Any, model_kwargs: dict) -> int:
     """How many tokens are generated at most; max_length does not count a prompt of embeddings."""
     counted = None if "inputs_embeds" in model_kwargs else prompt_length(generation_config, model_kwargs)
     return generation_config.max_new_tokens or max(1, generation_config.max_length - (counted or 0))
+
+
+def kwargs_check(target: Any) -> Callable[[dict[str, Any]], None]:
+    def validate_model_kwargs(model_kwargs: dict[str, Any]) -> None:
+        """Stands in for the method of the same name: generate(lookahead_ids=...) is no typing error."""
+        own = {name: given for name, given in model_kwargs.items() if name != "lookahead_ids"}
+        type(target)._validate_model_kwargs(target, own)
+
+    return validate_model_kwargs
+
+
+def keep_cache(target: Any) -> Callable[..., dict[str, Any]]:
+    own = type(target).prepare_inputs_for_generation.__get__(target)
+
+    @functools.wraps(own)  # generate reads its arguments' names
+    def prepare_inputs(*args: Any, past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Stands in for the method of the same name, which may leave a cache behind and read all tokens anew.
+
+        Long-rope does, where the tokens reach the length from which its other frequencies serve: ours is emptied then.
+        """
+        inputs = own(*args, past_key_values=past_key_values, **kwargs)
+        if isinstance(past_key_values, BudgetCache) and inputs.get("past_key_values") is None:
+            if past_key_values.filled:
+                past_key_values.reset()
+            inputs["past_key_values"] = past_key_values
+        return inputs
+
+    return prepare_inputs
 
 
 def keep_mask(attention_mask: Any = None, **_: Any) -> Any:

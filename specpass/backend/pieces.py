@@ -15,6 +15,8 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specpass.cache.budget import BudgetCache
+from specpass.errors import UnsupportedCallError
+from specpass.interpret.beside import features
 
 TOKENS = ("input_ids", "inputs_embeds")  # of which a call has one
 # What a call with candidates alone takes of the call's arguments; images, say, belong to the prompt.
@@ -25,12 +27,20 @@ def piece_of_prompt(cache: BudgetCache, kwargs: dict[str, Any], call: Callable[.
     """What the model returns where `kwargs` are not just a prompt's; None where they are, or nobody announced one.
 
     Args: call: the compiled model.
+
+    Raises: UnsupportedCallError: features of images come in pieces.
     """
     name = next((name for name in TOKENS if kwargs.get(name) is not None), None)
     columns = cache.awaited
     if name is None or columns is None or cache.filled:
         return None
     tokens = torch.cat([*cache.held, kwargs[name]], 1)
+    seen = features(kwargs)
+    if seen and kwargs[name].shape[1] < columns:
+        raise UnsupportedCallError(
+            f"prefill_chunk_size with {seen[0]}: it bounds nothing here (what a prompt's tokens are worth is known at "
+            "its end), and the features would come in pieces. Leave it out."
+        )
     if tokens.shape[1] < columns:
         cache.held = [tokens]
         return CausalLMOutputWithPast(past_key_values=cache)

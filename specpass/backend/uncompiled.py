@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import check_ids
 from specpass.cache.states import recurrent_layer, why_unheld
 from specpass.capture.model import untraceable
+from specpass.capture.rope import following
 from specpass.errors import (
     NoAttentionSiteError,
     PartialGraphError,
@@ -21,6 +23,7 @@ from specpass.errors import (
     UncompiledCacheError,
     UnsplicedGraphError,
 )
+from specpass.interpret.beside import axes_disagree, beside, features, types_mask
 from specpass.interpret.draft import Written, write_by_forward, write_by_graphs
 from specpass.interpret.rows import Packing
 from specpass.interpret.run import Call
@@ -42,7 +45,24 @@ def why_uncompiled(target: nn.Module) -> str:
     attention = attention_of(target)
     if attention.startswith("flex"):
         return f"attention is {attention}, which no pass recognises"
+    if "dynamic" in following(target):
+        return "its rotary frequencies follow the length (rope_type 'dynamic'), which every call looks at anew"
     return untraceable(target)
+
+
+def why_uncaptured(target: nn.Module, cache: BudgetCache, kwargs: dict[str, Any]) -> str:
+    """What a call brings that its graph could not take; "" where one is tried."""
+    seen = features(kwargs)
+    if seen or cache.filled:
+        return ", ".join(seen)
+    if types_mask(target, kwargs):
+        return "token_type_ids, which its masks are made of,"
+    if axes_disagree(kwargs.get("position_ids")):
+        return "position ids that differ by axis"
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None or not cache.lookahead or (cache.early_exit and embeds.shape[1] <= cache.whole):
+        return ""
+    return "inputs_embeds and a lookahead, which is embedded as the model does it,"
 
 
 def attention_of(target: nn.Module) -> str:
@@ -90,7 +110,7 @@ class Uncompiled:
         backend.report.saw(cache.config)
         context = None if backend.draft is None else context_length(backend.draft.config)
         attention = attention_of(target)
-        call = Call(target, cache, kwargs, Writer(backend, cache), backend.eos_ids(cache), context)
+        call = Call(target, cache, kwargs, Writer(backend, target, cache), backend.eos_ids(cache), context)
         started = cache.filled
         if not started and attention.startswith("flex"):  # compiled by itself, where a watch would be in its way
             backend.report.refuse(f"attention is {attention}: load the model with attn_implementation='sdpa'")
@@ -112,20 +132,32 @@ class Uncompiled:
 class Writer:
     """The draft's tokens: by its captured graphs, by its own forward where there are none."""
 
-    def __init__(self, backend: Backend, cache: BudgetCache) -> None:
-        self.backend, self.cache = backend, cache
+    def __init__(self, backend: Backend, target: nn.Module, cache: BudgetCache) -> None:
+        self.backend, self.target, self.cache = backend, target, cache
 
-    def __call__(self, ids: Tensor, mask: Tensor | None, packing: Packing, lookahead: int) -> Written:
+    def __call__(
+        self, ids: Tensor, mask: Tensor | None, packing: Packing, lookahead: int, call: Mapping[str, Any]
+    ) -> Written:
         """Raises: Refusal: the draft's attention is needed, and it cannot be captured."""
         backend, cache = self.backend, self.cache
         check_ids(ids, backend.smaller_vocabulary(cache))
+        assert backend.draft is not None
+        seen, theirs = features(call), beside(call, backend.draft, self.target)
+        if theirs:
+            backend.report.note(f"the draft's own forward writes, token by token: it reads {', '.join(seen)} too")
+            return self._by_forward(ids, mask, lookahead, theirs)
+        if seen:
+            backend.report.note(f"the draft takes no {', '.join(seen)}: it reads their placeholders as plain tokens")
         try:
             graphs = backend.draft_graphs(cache)
         except Refusal as refusal:
             if cache.compresses:
                 raise
             backend.report.note(f"the draft's own forward writes, token by token: {refusal}")
-            how, vocab = cache.method, cache.config.vocab_size
-            assert backend.draft is not None
-            return write_by_forward(backend.draft, ids, mask, lookahead, vocab, how.temperature, how.seed)
+            return self._by_forward(ids, mask, lookahead, {})
         return write_by_graphs(graphs, packing.ids(ids), packing.lengths, lookahead)
+
+    def _by_forward(self, ids: Tensor, mask: Tensor | None, lookahead: int, beside: dict[str, Any]) -> Written:
+        draft, how, vocab = self.backend.draft, self.cache.method, self.cache.config.vocab_size
+        assert draft is not None
+        return write_by_forward(draft, ids, mask, lookahead, vocab, how.temperature, how.seed, beside)

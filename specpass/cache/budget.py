@@ -60,13 +60,8 @@ class BudgetCache(CacheProtocol):
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
         self.room = first_room(max_new_tokens or 1)
-        rows = lookahead_ids if lookahead_ids is not None else method.lookahead_ids
-        if lookahead_ids is not None and method.prompt is not None:
-            raise LookaheadError(f"{method.name} needs the draft's attention, so lookahead_ids cannot take its place.")
-        self.given_ids = None if rows is None or not method.drafts else torch.tensor(as_id_rows(rows))
-        if self.given_ids is not None:  # L is a constant of a graph, also where it happens to be S
-            torch._dynamo.mark_static(self.given_ids)
-        self.lookahead = method.look_ahead(max_new_tokens) if self.given_ids is None else self.given_ids.shape[1]
+        self.made_with = lookahead_ids
+        self.look_ahead()
         self.compresses = method.prompt is not None
         self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole
         super().__init__(layers=make_layers(self, config))
@@ -77,6 +72,27 @@ class BudgetCache(CacheProtocol):
         self.handle._specpass_cache = weakref.ref(self)
         self.pruned_by: Any = None  # the compiled graph that is running
         self._clear()
+
+    def look_ahead(self, lookahead_ids: Any = None) -> None:
+        """Take [B, L] token ids in the draft's place for the next prompt; None: those that the cache was made with.
+
+        Raises: LookaheadError: the method cannot use them.
+        """
+        rows = next(
+            (ids for ids in (lookahead_ids, self.made_with, self.method.lookahead_ids) if ids is not None), None
+        )
+        self.given_ids: Tensor | None = None
+        self.lookahead = self.method.look_ahead(self.max_new_tokens)
+        if rows is None:
+            return
+        if self.method.prompt is not None or not self.method.drafts:
+            why = "needs the draft's attention" if self.method.prompt is not None else "looks at the prompt alone"
+            raise LookaheadError(
+                f"lookahead_ids were given, but {self.method.name} {why}: leave them out, or use SpecKV."
+            )
+        self.given_ids = torch.tensor(as_id_rows(rows))
+        torch._dynamo.mark_static(self.given_ids)  # L is a constant of a graph, also where it happens to be S
+        self.lookahead = self.given_ids.shape[1]
 
     def _clear(self) -> None:
         self.seen: Any = 0  # a 0-d tensor after the prefill; logical length: tokens that generate counts

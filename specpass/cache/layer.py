@@ -99,14 +99,25 @@ class Storage:
         """Replace each tensor t by change(t); sizes that decode takes as constants stay constants."""
         for name, tensor in self.tensors().items():
             new = change(tensor)
-            for axis in getattr(tensor, "_dynamo_static_indices", ()):
-                torch._dynamo.mark_static(new, axis)
+            keep_marks(tensor, new)
             setattr(self, name, new)
 
     def grow(self, slots: int) -> None:
         """Reallocate to `slots` more slots a KV head, keeping what is stored."""
 
-        def widen(view: Tensor) -> Tensor:
-            return torch.nn.functional.pad(view, (0, 0, 0, slots)).flatten(1, 2)
+        total = self.slots + slots
 
-        self.key_buffer, self.value_buffer = widen(self.keys), widen(self.values)
+        def widen(view: Tensor, old: Tensor) -> Tensor:
+            new = old.new_zeros(old.shape[0], self.kv_heads * total, old.shape[2])
+            new.view(old.shape[0], self.kv_heads, total, old.shape[2])[:, :, : view.shape[2]] = view
+            keep_marks(old, new, without=1)  # the number of slots is another one now
+            return new
+
+        self.key_buffer, self.value_buffer = widen(self.keys, self.key_buffer), widen(self.values, self.value_buffer)
+
+
+def keep_marks(old: Tensor, new: Tensor, without: int | None = None) -> None:
+    """Sizes of `old` that decode's graphs take as constants are constants of `new`, but for the axis `without`."""
+    for axis in getattr(old, "_dynamo_static_indices", ()):
+        if axis != without:
+            torch._dynamo.mark_static(new, axis)

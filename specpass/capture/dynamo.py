@@ -12,6 +12,7 @@ from torch._dynamo.symbolic_convert import TensorifyState
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from specpass.dialect.define import SPEC
+from specpass.errors import PartialGraphError
 from specpass.graph.roles import ROLES, role_of, source_name
 from specpass.graph.walk import find
 
@@ -56,12 +57,22 @@ def _value(node: fx.Node) -> Any:
 
 
 def trace_aten(gm: fx.GraphModule) -> fx.GraphModule:
-    """Pre-dispatch ATen of Dynamo's graph, over its own fake inputs; placeholders keep their order."""
+    """Pre-dispatch ATen of Dynamo's graph, over its own fake inputs; placeholders keep their order.
+
+    Raises: PartialGraphError: some operator is inside a vmap that is no part of the graph (masks of images' blocks).
+    """
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = [_value(node) for node in inputs]
     mode = next(value.fake_mode for value in values if isinstance(value, torch.Tensor))
     with mode, torch.no_grad(), fx_traceback.preserve_node_meta():
         traced = make_fx(lambda *args: fx.Interpreter(gm).run(*args), pre_dispatch=True)(*values)
+    for node in traced.graph.find_nodes(op="get_attr"):
+        held = getattr(traced, str(node.target))
+        if isinstance(held, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(held):
+            raise PartialGraphError(
+                f"{node.name} is a tensor inside a vmap (the model's mask is made so), which no graph can hold: use "
+                "specpass.compile(model, ...), which prunes around the model's own forward."
+            )
     for old, new in zip(inputs, traced.graph.find_nodes(op="placeholder"), strict=True):
         new.meta.setdefault("val", _value(old))
         new.meta["specpass_source"] = source_name(old)

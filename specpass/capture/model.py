@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from transformers import Cache
 
+from specpass.capture.rope import rope_as_it_was
 from specpass.graph.edit import quiet
 
 # Sizes while tracing: all different, so that no two dimensions are taken for one.
@@ -71,7 +72,7 @@ class ModelTrace:
 
     def trace(self, run: Any, *inputs: Any) -> fx.GraphModule:
         """Pre-dispatch ATen of `run(*inputs, *params)`; nodes know the module that made them."""
-        with quiet(self.mode), fx_traceback.preserve_node_meta(), module_paths(self.model):
+        with quiet(self.mode), fx_traceback.preserve_node_meta(), module_paths(self.model), rope_as_it_was(self.model):
             return make_fx(run, pre_dispatch=True)(*inputs, *self.fakes)
 
     def forward(self, params: tuple[Tensor, ...], ids: Tensor, cache: Cache, **kwargs: Any) -> Tensor:

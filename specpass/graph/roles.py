@@ -46,3 +46,13 @@ def named_inputs(gm: fx.GraphModule, order: Sequence[str] = ROLES) -> dict[str, 
         if role == "inputs_embeds" or (role and isinstance(val, torch.Tensor) and val.dim() == 2):
             found[role] = node
     return found
+
+
+def has_axes(gm: fx.GraphModule, order: Sequence[str] = ROLES) -> bool:
+    """Whether position ids come as [P, B, S], one for each of several axes. Args: order: as for `role_of`."""
+    found = [
+        node.meta.get("val")
+        for node in gm.graph.find_nodes(op="placeholder")
+        if role_of(node.meta.get("specpass_source", ""), order) == "position_ids"
+    ]
+    return any(isinstance(val, torch.Tensor) and val.dim() == 3 for val in found)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from specpass.cache.prompt import positions_of
+from specpass.capture.rope import rope_as_it_was
 from specpass.dialect.define import SPEC
+from specpass.interpret.beside import positions_for
 from specpass.passes.draft import DraftGraphs
 from specpass.sizes import eos_ids, pad_id
 
@@ -46,21 +48,34 @@ def write_by_graphs(draft: DraftGraphs, ids: Tensor, lengths: Tensor, lookahead:
 
 
 def write_by_forward(
-    draft: nn.Module, ids: Tensor, mask: Tensor | None, lookahead: int, vocab: int, temperature: float, seed: int
+    draft: nn.Module,
+    ids: Tensor,
+    mask: Tensor | None,
+    lookahead: int,
+    vocab: int,
+    temperature: float,
+    seed: int,
+    beside: Mapping[str, Any],
 ) -> Written:
-    """The same by the draft's own forward. Args: ids [B, S] and mask [B, S] in the caller's columns."""
+    """The same by the draft's own forward.
+
+    Args: ids [B, S] and mask [B, S] in the caller's columns; beside: arguments that come with the prompt.
+    """
     cache: Any = DynamicCache(config=draft.config)
     ends, pad = eos_ids(draft.generation_config), pad_id(draft.generation_config)
     shared = min(vocab, draft.config.get_text_config(decoder=True).vocab_size)
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-    position = torch.arange(ids.shape[1], device=ids.device)[None] if mask is None else positions_of(mask)
+    position = positions_for(draft, ids, mask, beside)
     tokens: list[Tensor] = []
     for index in range(lookahead):
-        told = {} if mask is None else {"attention_mask": mask}
+        told = {} if index else {name: given for name, given in beside.items() if name != "position_ids"}
+        if mask is not None:
+            told["attention_mask"] = mask
         # Not the compiled call: a target may be its own draft.
-        out = draft._call_impl(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, **told)
+        with rope_as_it_was(draft):
+            out = draft._call_impl(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, **told)
         ids, ended = SPEC.next_token(out.logits, ended, shared, temperature, seed, index, list(ends), pad)
         tokens.append(ids)
-        position = position[:, -1:] + 1
+        position = position[..., -1:] + 1
         mask = None if mask is None else torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
     return Written(torch.cat(tokens, 1))

@@ -10,10 +10,13 @@ from specpass.sizes import Span
 
 
 class Masks:
-    """Reads each mask of a prompt once; `real` [B, S] bool says which tokens are no padding, None: all."""
+    """Reads each mask of a prompt once.
 
-    def __init__(self, real: Tensor | None) -> None:
-        self.real = real
+    Args: real: [B, S] bool, which tokens are no padding, None: all. blocks: an image's tokens may see each other.
+    """
+
+    def __init__(self, real: Tensor | None, *, blocks: bool = False) -> None:
+        self.real, self.blocks = real, blocks
         self.known: dict[tuple[int, Span], tuple[Tensor, str]] = {}
 
     def meaning(self, call: Attention, span: Span) -> str:
@@ -32,11 +35,11 @@ class Masks:
             return "a mask beside is_causal"
         key = (id(mask), span)
         if key not in self.known:
-            self.known[key] = (mask, difference(mask, self.real, rows, count, span))
+            self.known[key] = (mask, difference(mask, self.real, rows, count, span, self.blocks))
         return self.known[key][1]
 
 
-def difference(mask: Tensor, real: Tensor | None, rows: int, count: int, span: Span) -> str:
+def difference(mask: Tensor, real: Tensor | None, rows: int, count: int, span: Span, blocks: bool = False) -> str:
     """ "" where a mask [B or 1, 1, R, S] (bool, or added to the logits) is causal for the last R of S tokens."""
     if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != (rows, count):
         return f"attention mask of shape {tuple(mask.shape)}, which is not [B, 1, {rows}, {count}]"
@@ -52,6 +55,18 @@ def difference(mask: Tensor, real: Tensor | None, rows: int, count: int, span: S
         expected = expected & seen[:, None, None, :]
         own = seen[:, None, -rows:, None]  # what padding rows see does not matter
         allowed, expected = allowed & own, expected & own
-    if bool((allowed == expected).all()):
+    if bool((allowed == expected).all()) or (blocks and rows == count and reads_blocks(allowed, expected)):
         return ""
     return f"its mask is not that of {span}, as configured"
+
+
+def reads_blocks(allowed: Tensor, expected: Tensor) -> bool:
+    """Whether masks [B, 1, S, S] differ only in that some tokens see each other both ways (those of an image).
+
+    What comes behind the prompt reads as the last row does, so that one must be as expected.
+    """
+    allowed, expected = torch.broadcast_tensors(allowed, expected)
+    if bool((expected & ~allowed).any()) or not torch.equal(allowed[:, :, -1], expected[:, :, -1]):
+        return False
+    more = allowed & ~expected
+    return bool((more.tril() <= more.triu(1).mT).all())  # less than is not implied

@@ -39,7 +39,7 @@ class Waiting:
 
 
 class ReadPrompt(Listener):
-    """The first phase: the target reads the prompt.
+    """The first phase: the target reads the prompt; `blocks`: of masks, see Masks.
 
     Attributes:
         waiting: layers that are not compacted yet, where `ahead` says that lookahead rows follow.
@@ -50,10 +50,10 @@ class ReadPrompt(Listener):
 
     watch: Watch
 
-    def __init__(self, cache: BudgetCache, keeper: Keeper, ahead: bool) -> None:
+    def __init__(self, cache: BudgetCache, keeper: Keeper, ahead: bool, *, blocks: bool = False) -> None:
         self.cache, self.keeper, self.ahead = cache, keeper, ahead
         self.watch = Watch(self, records=True)
-        self.masks = Masks(keeper.packing.real)
+        self.masks = Masks(keeper.packing.real, blocks=blocks)
         self.open: dict[int, tuple[Tensor, Tensor]] = {}
         self.waiting: dict[int, Waiting] = {}
         self.exact: dict[int, str] = {}

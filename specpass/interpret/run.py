@@ -15,8 +15,10 @@ from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import check_gradients, check_prompt, positions_of, tokens_of
 from specpass.cache.protocol import BudgetLayer
 from specpass.cache.states import StateLayer
+from specpass.capture.rope import rope_as_it_was
 from specpass.dialect.define import SPEC
 from specpass.errors import PositionsError, UnsupportedCallError
+from specpass.interpret.beside import features, positions_for, types_mask
 from specpass.interpret.compress import Part, compressed
 from specpass.interpret.draft import Written
 from specpass.interpret.keep import Keeper
@@ -26,8 +28,9 @@ from specpass.interpret.rows import Packing
 from specpass.interpret.steps import Steps, block_packing
 from specpass.interpret.watch import Listener
 from specpass.reports.record import PromptRecord, SiteRecord
+from specpass.rewrite import Refusal
 
-Write = Callable[[Tensor, "Tensor | None", Packing, int], Written]
+Write = Callable[[Tensor, "Tensor | None", Packing, int, dict[str, Any]], Written]
 KEPT = ("use_cache", "return_dict", "output_hidden_states", "past_key_values")  # of a call whose prompt is compressed
 
 
@@ -36,7 +39,7 @@ class Call:
     """A target, a cache and the caller's arguments.
 
     Args:
-        write: (ids [B, S], mask, packing, L) -> what the draft writes.
+        write: (ids [B, S], mask, packing, L, the call) -> what the draft writes.
         eos_ids: of the draft.
         context: positions that the draft can read, or None.
     """
@@ -85,7 +88,15 @@ class Call:
         if packing.order is None and mask is not None:
             mask = None
             del kwargs["attention_mask"]
-        written = None if short or not cache.lookahead else self._written(ids, mask, packing, like.device)
+        seen = features(kwargs)
+        if seen and cache.compresses and not short:
+            raise Refusal(
+                f"{cache.method.name} drops prompt tokens, and {seen[0]} has features for each of its placeholders: "
+                "prune such prompts with SpecKV or SnapKV"
+            )
+        if seen and ids is not None:
+            kwargs["position_ids"] = positions_for(self.target, ids, mask, kwargs)
+        written = None if short or not cache.lookahead else self._written(kwargs, mask, packing, like.device)
         part = None
         if cache.compresses:
             part = self._part(packing, ids, written, short)
@@ -96,7 +107,7 @@ class Call:
         if "position_ids" not in kwargs and packing.real is not None:
             kwargs["position_ids"] = positions_of(packing.real)
         keeper = self._keeper(packing, short, ahead, part)
-        reading = ReadPrompt(cache, keeper, ahead is not None)
+        reading = ReadPrompt(cache, keeper, ahead is not None, blocks=bool(seen) or types_mask(self.target, kwargs))
         cache.columns, cache.read_mask = 0, None
         out = self._forward(reading, kwargs)
         cache.columns, cache.read_mask = part.ids.shape[1] if part is not None and not short else size, mask
@@ -107,17 +118,23 @@ class Call:
             out = last_logits(out)
         return out, self._record(reading, short, ahead)
 
-    def _written(self, ids: Tensor | None, mask: Tensor | None, packing: Packing, device: Any) -> Written:
+    def _written(self, kwargs: dict[str, Any], mask: Tensor | None, packing: Packing, device: Any) -> Written:
         """Lookahead tokens: the caller's, or the draft's."""
-        cache = self.cache
+        cache, ids = self.cache, kwargs.get("input_ids")
         if cache.given_ids is not None:
             return Written(cache.given_ids.to(device, copy=True))
+        if ids is None and cache.compresses:
+            raise UnsupportedCallError(
+                f"the prompt came as inputs_embeds, and {cache.method.name} chooses among token ids: pass "
+                "input_ids, or use SnapKV or StreamingLLM."
+            )
         if ids is None:
             raise UnsupportedCallError(
                 f"the prompt came as inputs_embeds, which the draft of {cache.method.name} cannot read: pass "
-                "input_ids, lookahead_ids=[B, L] token ids, or use SnapKV."
+                "lookahead_ids=[B, L] token ids with it (generate() takes them too), or use a method without a "
+                "lookahead (SnapKV, StreamingLLM)."
             )
-        return self.write(ids, mask, packing, cache.lookahead)
+        return self.write(ids, mask, packing, cache.lookahead, kwargs)
 
     def _part(self, packing: Packing, ids: Tensor | None, written: Written | None, short: bool) -> Part:
         how, lengths = self.cache.method.prompt, packing.lengths
@@ -176,7 +193,8 @@ class Call:
                     call["attention_mask"] = mask
                 if "logits_to_keep" in inspect.signature(self.target.forward).parameters:
                     call["logits_to_keep"] = 1
-                self._forward(listener, {**call, "use_cache": True})
+                with rope_as_it_was(self.target):
+                    self._forward(listener, {**call, "use_cache": True})
                 assert cache.columns is not None
                 cache.columns += width
             listener.settle()
@@ -231,15 +249,15 @@ class Call:
             block = read.new_ones(like.shape[0], count) if packing.real is None else packing.real.to(read.dtype)
             cache.read_mask = kwargs["attention_mask"] = torch.cat([read, block], 1)
         kwargs["position_ids"] = self._step_positions(kwargs.get("position_ids"), count, like.device)
-        steps = Steps(cache, packing)
+        steps = Steps(cache, packing, causal=not (features(kwargs) or types_mask(self.target, kwargs)))
         out = self._forward(steps, kwargs)
         cache.columns += count
         cache.appended += count
         cache.seen.add_(count)
         return out
 
-    def _step_positions(self, given: Tensor | None, count: int, device: Any) -> Tensor:
-        """Position ids as the target was told them."""
+    def _step_positions(self, given: Tensor | None, count: int, device: Any) -> Tensor | None:
+        """Position ids as the target was told them; None where it counts on by itself."""
         cache = self.cache
         if given is not None:
             return given if cache.shift is None else SPEC.told_positions(given, cache.shift)
@@ -248,8 +266,9 @@ class Call:
                 "a padded batch is decoded without position_ids, so each row's next position is unknown: pass "
                 "position_ids [B, 1] (generate() does)."
             )
-        start = cache.seen if cache.shift is None else SPEC.told_length(cache.seen, cache.shift)
-        return (torch.arange(count, device=device) + start)[None]
+        if cache.shift is None:
+            return None
+        return (torch.arange(count, device=device) + SPEC.told_length(cache.seen, cache.shift))[None]
 
 
 def last_logits(out: Any) -> Any:

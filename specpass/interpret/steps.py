@@ -5,21 +5,25 @@ The model builds its masks in its own columns; at pruned sites nobody reads them
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
 from specpass.dialect.define import SPEC
-from specpass.errors import CacheStateError
+from specpass.errors import CacheStateError, UnsupportedCallError
 from specpass.interpret.rows import Packing
 from specpass.interpret.watch import Attention, Listener, Watch
 
 
 class Steps(Listener):
-    """One call of q tokens; `packing` of the block, whose padding takes no slot."""
+    """One call of q tokens; `packing` of the block, whose padding takes no slot.
 
-    def __init__(self, cache: BudgetCache, packing: Packing) -> None:
-        self.cache, self.packing = cache, packing
+    Args: causal: known of the model's masks; else they are looked at.
+    """
+
+    def __init__(self, cache: BudgetCache, packing: Packing, *, causal: bool = True) -> None:
+        self.cache, self.packing, self.causal = cache, packing, causal
         pruned = any(not layer.exact for layer in cache.budgeted) and not cache.exact
         self.watch = Watch(self) if pruned else None
         self.heads: dict[int, int] = {}  # of layers that were written, query heads; 0: nobody has read them yet
@@ -53,6 +57,8 @@ class Steps(Listener):
                 "would be wrong: leave the model as it was when the prompt was read."
             )
         own, given, heads = self.cache.layers[layer], call.query.shape, self.heads[layer]
+        if not self.causal and not heads:
+            check_causal(call.mask, self.count)
         call = call.of_heads(heads) if heads else call.unfolded(self.count)
         query, rows = call.query, call.query.shape[2]  # a layer that shares may compute the last rows alone
         self.heads[layer] = query.shape[1]
@@ -81,6 +87,23 @@ class Steps(Listener):
         if self.packing.order is not None:  # the next token overwrites padding
             for layer in self.heads:
                 self.cache.layers[layer].lengths.sub_((self.count - self.packing.lengths)[:, None])
+
+
+def check_causal(mask: Tensor | None, count: int) -> None:
+    """A model's mask [B, 1, q, M] for `count` tokens behind a pruned prompt.
+
+    Raises: UnsupportedCallError: some of them read what is behind them, as an image's tokens do in some models.
+    """
+    if mask is None or count == 1:
+        return
+    block = mask[..., -count:]
+    allowed = block if mask.dtype == torch.bool else block > torch.finfo(mask.dtype).min / 2
+    if bool(allowed.triu(1).any()):
+        raise UnsupportedCallError(
+            "an image comes behind a prompt that was pruned, and this model lets an image's tokens see each other both "
+            "ways, which slots of a cache do not: pass all images with the first prompt, or call cache.reset() and "
+            "read the whole conversation anew."
+        )
 
 
 def block_packing(like: Tensor, mask: Tensor | None) -> Packing:

@@ -22,6 +22,7 @@ from torch import fx
 from specpass.dialect.cache import Lookahead, Size
 from specpass.dialect.define import SPEC
 from specpass.dialect.rows import ExpandRows, FullLengths, PackIds, PackOrder
+from specpass.graph.aten import Largest
 from specpass.graph.edit import Editor
 from specpass.graph.operands import GetItem
 from specpass.graph.sizes import Substitution
@@ -46,14 +47,17 @@ class InsertDraft(Pass):
         editor, ids, rows = Editor(gm), facts[Inputs].ids, facts[Rows]
         if ids is None:
             raise Refusal(
-                f"the prompt came as inputs_embeds, and {request.pruning.name} looks ahead of token ids: pass "
-                "input_ids, or use a method without a lookahead (SnapKV, StreamingLLM)"
+                f"the prompt came as inputs_embeds, and {request.pruning.name} looks ahead of token ids: use "
+                "specpass.compile(model, ...) and pass lookahead_ids=[B, L] with it, or a method without a lookahead "
+                "(SnapKV, StreamingLLM)"
             )
         size = value(ids).shape[1]
         if not isinstance(size, torch.SymInt):
             raise Refusal("the prompt length is a constant of the graph; compile with dynamic=True")
         anchor = first_target_use(gm)
         if not request.compresses:
+            if facts[Inputs].positions is None:
+                check_highest(gm.graph, anchor)
             lengthen(gm, anchor, size, request.lookahead)
         placeholder = Lookahead.find(gm.graph)[0]
         draft = facts.get(DraftGraphs)
@@ -108,9 +112,27 @@ def extend_prompt(editor: Editor, facts: Facts, drafted: Drafted, size: torch.Sy
     for node, target, operands in longer:
         if node is not None:
             readers = [user for user in node.users if user >= anchor and not Size.is_call(user)]
+            if node is inputs.positions:  # rotary frequencies that follow the length are those of the prompt
+                readers = [reader for reader in readers if not is_highest(reader)]
             new = editor.call(target, node, *operands, before=anchor)
             for reader in readers:
                 reader.replace_input_with(node, new)
+
+
+def is_highest(node: fx.Node) -> bool:
+    """Whether it is the highest of all positions."""
+    largest = Largest.match(node)
+    return largest is not None and largest.dim is None
+
+
+def check_highest(graph: fx.Graph, anchor: fx.Node) -> None:
+    """Raises: Refusal: frequencies follow a length that the lookahead adds to."""
+    for node in graph.nodes:
+        if node > anchor and is_highest(node) and value(node).dtype == torch.int64:
+            raise Refusal(
+                "rotary frequencies follow the highest position, which nobody gave, so the lookahead's would count: "
+                "pass position_ids"
+            )
 
 
 def columns_of(graph: fx.Graph, size: torch.SymInt) -> fx.Node | None:

@@ -35,9 +35,11 @@ def text(record: BackendRecord) -> str:
 
 def interpreted_lines(record: BackendRecord) -> list[str]:
     """What became of prompts that the model's own forward read, and why it did."""
-    if not record.interpreted:
-        return []
-    lines = [f"interpreted: {record.interpreted}; the model's own forward runs, and its layers are pruned around it"]
+    lines = []
+    if record.interpreted:
+        lines.append(
+            f"interpreted: {record.interpreted}; the model's own forward runs, and its layers are pruned around it"
+        )
     for prompt in record.prompts:
         lines += prompt_lines(prompt)
     return lines + [f"note: {note}" for note in record.notes]

@@ -95,3 +95,29 @@ def test_where_dynamo_does_not_ask_the_limit_is_raised_for_good(monkeypatch: pyt
     with torch._dynamo.config.patch(recompile_limit=LIMIT):
         call(model, prompt(128), cache)
         assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
+
+
+def test_few_graphs_serve_rooms_beams_batches_and_turns_of_every_size() -> None:
+    """Storage that is a view, grew or was reordered, and positions that are slices, find the graphs there are."""
+    model = compile_eager(tiny(layers=1), specpass.SnapKV(budget=24, window=8))
+
+    def answer(length: int, new: int, batch: int = 2, **options: Any) -> None:
+        ids = prompt(length, batch=batch)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, return_dict_in_generate=True, **options
+        )
+        turn = torch.cat([out.sequences, prompt(5, batch=len(out.sequences))], 1)
+        if "num_beams" not in options:
+            model.generate(
+                turn, attention_mask=torch.ones_like(turn), past_key_values=out.past_key_values, max_new_tokens=3
+            )
+
+    for length in (60, 20):
+        answer(length, 5)
+    kinds = sorted(record.kind for record in specpass.report(model).graphs)
+    assert kinds == ["append", "decode", "prefill", "short"]
+    for new in (5, 90, 150):
+        for batch, options in ((3, {}), (4, {"do_sample": True}), (2, {"num_beams": 2}), (5, {"num_beams": 3})):
+            answer(47 + new // 5, new, batch, **options)
+            answer(11, new, batch, **options)
+    assert len(specpass.report(model).graphs) == len(kinds)

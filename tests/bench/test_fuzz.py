@@ -12,7 +12,7 @@ from bench.fuzz import cases, check, formulas, oracle
 from bench.fuzz.run import try_cases
 from bench.fuzz.subject import Subject, plain
 
-# Few models, since each is compiled: a plain one and a hybrid, one method that selects slots and one that selects tokens.
+# Few models, since each is compiled: a plain one and a hybrid, a method that selects slots and one that selects tokens.
 FIXED = [
     case
     for case in cases.grouped(1, 600, families=("llama", "lfm2"), methods=("speckv", "specpc"))

@@ -57,6 +57,20 @@ def test_what_is_not_understood(mask: Tensor, reason: str) -> None:
     assert reason in difference(mask, None, 5, 5, FULL)
 
 
+@pytest.mark.parametrize("span", [FULL, Span(sliding=3)])
+def test_blocks_that_see_each_other(span: Span) -> None:
+    mask = mask_of(torch.ones(1, 8, dtype=torch.int64), span)
+    mask[:, :, 1:6, 1:6] = True
+    assert difference(mask, None, 8, 8, span, blocks=True) == ""
+    assert "configured" in difference(mask, None, 8, 8, span)
+    if span != FULL:  # reads further back, and nobody sees it in turn: no block
+        mask[:, :, 6, 0] = True
+        assert "configured" in difference(mask, None, 8, 8, span, blocks=True)
+    mask = mask_of(torch.ones(1, 8, dtype=torch.int64), Span(sliding=3))
+    mask[:, :, 4:, 4:] = True  # what comes behind reads as the last row does
+    assert "configured" in difference(mask, None, 8, 8, Span(sliding=3), blocks=True)
+
+
 def test_packing() -> None:
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     states = torch.arange(8.0).view(2, 1, 4, 1)
