@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import specpass.ops  # noqa: F401  (binds the operators)
 from specpass.interpret.masks import difference
 from specpass.interpret.rows import Packing, behind
 from specpass.sizes import FULL, Span
