@@ -205,15 +205,13 @@ class Backend:
         """
         cache, kind = traced.cache, traced.kind
         spans = tuple(getattr(layer, "span", None) for layer in cache.layers)
-        if None in spans:
-            raise Refusal(f"layer {spans.index(None)} is no attention layer")
         ahead = kind == "prefill" and cache.lookahead
         if traced.axes and kind in PROMPTS and ("attention_mask" in traced.places or ahead or cache.compresses):
             raise Refusal(
                 "position_ids have several axes, and rows cannot be packed, lengthened or chosen by one of them: use "
                 "specpass.compile(model, ...), which takes one where they agree"
             )
-        found = tuple(layer.found or layer.span for layer in cache.layers)
+        found = tuple(getattr(layer, "found", None) or span for layer, span in zip(cache.layers, spans, strict=True))
         facts = Facts(traced.inputs, traced.weights, Spans(spans if kind in PROMPTS else found))
         if kind != "prefill":
             return Request(kind, cache.method), facts

@@ -49,6 +49,7 @@ class Storage:
     def reset(self) -> None:
         self.is_initialized = False
         self.exact = False  # whether everything is kept, in the caller's columns and without free slots
+        self.made = False  # whether attention reads what an uncompiled model makes of this (MLA)
         self.key_buffer: Tensor | None = None
         self.value_buffer: Tensor | None = None
         self.lengths: Any = None  # a tensor after the prefill

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import DummyLayer, LinearAttentionLayer, get_layer_types_and_kwargs
 
 from specpass.cache.protocol import BudgetLayer
@@ -39,6 +40,10 @@ def recurrent_layer(config: Any) -> str:
 
 def why_unheld(config: Any) -> str:
     """Why a BudgetCache is of no use to a model; "" where it is."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.get_text_config(decoder=True)), None)
+    usual = getattr(model, "_supports_default_dynamic_cache", None)  # as generate() asks
+    if usual is not None and not usual():
+        return f"{model.__name__} has a cache of its own kind"
     kinds = layer_types(config)
     for index, kind in enumerate(kinds):
         if kind not in (*KEYS, *RECURRENT, *NEITHER):

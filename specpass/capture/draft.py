@@ -5,12 +5,13 @@ Parameters are inputs, sizes are symbolic (see capture.model), rows are packed (
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
 import specpass.ops  # noqa: F401  (binds the operators that a draft's layers trace to)
 from specpass.capture.model import BATCH, SLOTS, ModelTrace, asks_for_length
@@ -22,7 +23,7 @@ from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Inputs, Rows, Spans, Weights
 from specpass.passes.pipeline import draft_prefill_passes, draft_step_passes
 from specpass.passes.score_draft import StepRows
-from specpass.rewrite import Facts, Kind, Pass, Pipeline, Refusal, Request
+from specpass.rewrite import Facts, Kind, Pass, Pipeline, Request
 from specpass.rewrite.sites import Sites
 from specpass.sizes import eos_ids, layer_spans, pad_id
 
@@ -77,19 +78,22 @@ def capture_draft(draft: nn.Module, prompt: SpecPC | None = None) -> DraftGraphs
     spans = layer_spans(draft.config)
     config = draft.generation_config
     ends = eos_ids(config)
-    if None in spans:
-        raise Refusal(f"its layer {spans.index(None)} is no attention layer")
-    capture, layers = _Capture(ModelTrace(draft), Spans(spans), prompt), len(spans)
+    capture = _Capture(ModelTrace(draft), Spans(spans), prompt)
+    layers = capture.layers
     prefill, step = capture.prefill(), capture.step()
     vocab = int(value(results_of(step.graph)[0]).shape[-1])
     return DraftGraphs(prefill, step, capture.model.params, layers, vocab, ends, pad_id(config), prompt=prompt)
 
 
 class _Capture:
-    """Traces and rewrites the draft's graphs; `shapes` (K, D, Dv) of each layer are known once the prefill is."""
+    """Traces and rewrites the draft's graphs; `shapes` (K, D, Dv) of each layer are known once the prefill is.
+
+    `layers`: those with a cache; others have no attention, or read another's.
+    """
 
     def __init__(self, model: ModelTrace, spans: Spans, prompt: SpecPC | None) -> None:
-        self.model, self.spans, self.layers, self.prompt = model, spans, len(spans.layers), prompt
+        self.model, self.spans, self.prompt = model, spans, prompt
+        self.layers = sum(span is not None for span in spans.layers)
         self.shapes: list[tuple[int, int, int]] = []
         self.biased = False  # whether attention adds a bias of the keys, known once the prefill is
 
@@ -97,9 +101,9 @@ class _Capture:
         """prefill(ids [B, S], lengths [B], room, *params) -> logits, caches, and scores where there is a `prompt`."""
 
         def run(ids: Tensor, lengths: Tensor, room: Any, *params: Tensor) -> Any:
-            cache = Cache(layers=[_DraftLayer(lengths, room) for _ in range(self.layers)])
+            cache = self._cache(_DraftLayer(lengths, room) for _ in range(self.layers))
             logits = self.model.forward(params, ids, cache)
-            buffers = [tensor for layer in cache.layers for tensor in layer.buffers]
+            buffers = [tensor for layer in cache.layers for tensor in getattr(layer, "buffers", ())]
             return logits, *buffers
 
         gm = self.model.trace(run, self.model.ids, self.model.lengths, self.model.room)
@@ -107,11 +111,17 @@ class _Capture:
         weights = Weights(dict(zip(params, self.model.params.values(), strict=True)))
         facts = Facts(Inputs(ids), Rows(lengths), weights, self.spans)
         self._rewrite(gm, draft_prefill_passes(self.layers, self.prompt), "prefill", facts)
-        sites = facts[Sites].sites
+        sites = facts[Sites].owners
         self.shapes.extend(site.kv_shape for site in sites)
-        self.spans = Spans(tuple(site.span for site in sites))
+        found = iter(sites)
+        self.spans = Spans(tuple(None if span is None else next(found).span for span in self.spans.layers))
         self.biased = any(site.alibi is not None for site in sites)
         return gm
+
+    def _cache(self, layers: Iterable[_DraftLayer]) -> Cache:
+        """Of the draft's layers in their places."""
+        own = iter(layers)
+        return Cache(layers=[DummyLayer() if span is None else next(own) for span in self.spans.layers])
 
     def step(self) -> fx.GraphModule:
         """step(ids [B, 1], position [B, 1], *caches, *params) -> logits; more with a `prompt`, see DraftGraphs."""
@@ -126,7 +136,7 @@ class _Capture:
             told = {"position_ids": position}
             if self.biased:  # such a model makes its bias as wide as its mask
                 told["attention_mask"] = ids.new_ones(ids.shape[0], layers[0].get_mask_sizes(1)[0])
-            return self.model.forward(params, ids, Cache(layers=layers), **told)
+            return self.model.forward(params, ids, self._cache(layers), **told)
 
         ids, position = (self.model.dynamic((BATCH, 1), torch.int64, (0,)) for _ in range(2))
         caches = []

@@ -74,6 +74,11 @@ class Keeper:
         scores = method.score(query, key, value, self.rows, lengths, scale=scale)
         return check_result(scores, tuple(key.shape[:3]), torch.float32, f"{method.name}.score", "scores [B, K, T]")
 
+    def one_choice(self, scores: Tensor, kv_heads: int) -> Tensor:
+        """[B, H, T] of heads that are made of the same columns -> [B, K, T] of what is cached, all alike."""
+        one = scores.amax(1, True) if self.method.reduce == "max" else scores.mean(1, True)
+        return one.repeat(1, kv_heads, 1)
+
 
 def keep_whole(layer: BudgetLayer, key: Tensor, value: Tensor) -> None:
     """Store everything, in the model's own columns: the site is exact."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,14 +53,15 @@ class ReadAhead(Listener):
         keys, values = zip(*parts, strict=True)
         return torch.cat(keys, 2), torch.cat(values, 2)
 
-    def attend(self, layer: int, call: Attention) -> Tensor:
+    def attend(self, layer: int, call: Attention, made: bool) -> Tensor:
         out = call.run()
+        if layer not in self.new or made != self.cache.layers[layer].made:  # another layer reads them, or none does
+            return out
         key, value = self.new.pop(layer)
         waiting = self.waiting[layer]
         waiting.ahead.append((call.unfolded(key.shape[2]).query, key, value))
         if sum(query.shape[2] for query, _, _ in waiting.ahead) == self.length:
-            self._compact(layer, self.waiting.pop(layer))
-        self.watch.release(layer)
+            self._compact(layer, self.waiting.pop(layer), call)
         return out
 
     def settle(self) -> None:
@@ -68,15 +70,39 @@ class ReadAhead(Listener):
             self.prompt.keep_whole(layer, *waiting.raw, "its attention did not read the lookahead")
         self.waiting.clear()
 
-    def _compact(self, layer: int, waiting: Waiting) -> None:
-        keeper, lengths = self.keeper, self.keeper.packing.lengths
+    def _compact(self, layer: int, waiting: Waiting, call: Attention) -> None:
+        keeper, lengths, own = self.keeper, self.keeper.packing.lengths, self.cache.layers[layer]
         if waiting.window is None:
-            keeper.compact(self.cache.layers[layer], waiting.key, waiting.value, None)
+            keeper.compact(own, waiting.key, waiting.value, None)
             return
         query, key, value = (torch.cat(parts, 2) for parts in zip(*waiting.ahead, strict=True))
         packed = behind(waiting.key, key, lengths), behind(waiting.value, value, lengths)
-        scores = keeper.score(torch.cat([waiting.window, query], 2), *packed, waiting.scale)
-        keeper.compact(self.cache.layers[layer], *packed, scores)
+        read = (self._packed(call.key), self._packed(call.value)) if own.made else packed
+        scores = keeper.score(torch.cat([waiting.window, query], 2), *read, waiting.scale)
+        keeper.compact(own, *packed, scores if waiting.apart else keeper.one_choice(scores, key.shape[1]))
+
+    def _packed(self, states: Tensor) -> Tensor:
+        """[B, H, S + L, D] in the model's columns, each row's tokens and then its lookahead first."""
+        packing, size = self.keeper.packing, states.shape[2] - self.length
+        return behind(packing.states(states[:, :, :size]), states[:, :, size:], packing.lengths)
+
+
+def borrow_attributes(model: nn.Module) -> Callable[[], None]:
+    """Let states that a model keeps in its modules (RecurrentGemma) go on from copies; the result puts them back."""
+    before = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)  # parameters and buffers are kept elsewhere
+    ]
+    for module, name, value in before:
+        setattr(module, name, value.clone())
+
+    def put_back() -> None:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+    return put_back
 
 
 def reads_initial_states(model: nn.Module, layers: list[Any]) -> bool:

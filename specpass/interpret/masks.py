@@ -20,8 +20,8 @@ class Masks:
         self.known: dict[tuple[int, Span], tuple[Tensor, str]] = {}
 
     def meaning(self, call: Attention, span: Span) -> str:
-        """ "" where the attention of a prompt is causal, reads `span` and hides padding, else what it is."""
-        mask, count = call.mask, call.key.shape[2]
+        """ "" where attention of a prompt's (last) rows is causal, reads `span`, hides padding; else what it is."""
+        mask, count, rows = call.mask, call.key.shape[2], call.query.shape[2]
         if count == 1:  # one token sees itself
             return ""
         if mask is None:
@@ -29,19 +29,20 @@ class Masks:
                 return "its attention reads padding"
             if span.positions and span.positions < count:
                 return f"configured as {span}, and its attention has no mask"
-            return "" if call.is_causal else "attention mask: none"
+            causal = call.is_causal if rows == count else rows == 1  # the last row sees all
+            return "" if causal else "attention mask: none"
         if call.is_causal:
             return "a mask beside is_causal"
         key = (id(mask), span)
         if key not in self.known:
-            self.known[key] = (mask, difference(mask, self.real, count, span, self.blocks))
+            self.known[key] = (mask, difference(mask, self.real, rows, count, span, self.blocks))
         return self.known[key][1]
 
 
-def difference(mask: Tensor, real: Tensor | None, count: int, span: Span, blocks: bool = False) -> str:
-    """ "" where a mask [B or 1, 1, S, S] (bool, or added to the logits) is causal for these tokens; else why not."""
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != (count, count):
-        return f"attention mask of shape {tuple(mask.shape)}, which is not [B, 1, {count}, {count}]"
+def difference(mask: Tensor, real: Tensor | None, rows: int, count: int, span: Span, blocks: bool = False) -> str:
+    """ "" where a mask [B or 1, 1, R, S] (bool, or added to the logits) is causal for the last R of S tokens."""
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[2:] != (rows, count):
+        return f"attention mask of shape {tuple(mask.shape)}, which is not [B, 1, {rows}, {count}]"
     allowed = mask
     if mask.dtype != torch.bool:
         allowed = mask > torch.finfo(mask.dtype).min / 2
@@ -49,12 +50,12 @@ def difference(mask: Tensor, real: Tensor | None, count: int, span: Span, blocks
             return "its mask adds a bias to the logits"
     seen = torch.ones(1, count, dtype=torch.bool, device=mask.device) if real is None else real.to(mask.device)
     position = (seen.long().cumsum(1) - 1)[:, None]
-    expected = span.reads(position[..., :, None], position[..., None, :])
+    expected = span.reads(position[..., -rows:, None], position[..., None, :])
     if real is not None:
         expected = expected & seen[:, None, None, :]
-        rows = seen[:, None, :, None]  # what padding rows see does not matter
-        allowed, expected = allowed & rows, expected & rows
-    if bool((allowed == expected).all()) or (blocks and reads_blocks(allowed, expected)):
+        own = seen[:, None, -rows:, None]  # what padding rows see does not matter
+        allowed, expected = allowed & own, expected & own
+    if bool((allowed == expected).all()) or (blocks and rows == count and reads_blocks(allowed, expected)):
         return ""
     return f"its mask is not that of {span}, as configured"
 

@@ -7,6 +7,7 @@ values stay whole, and the window's queries with them, until lookahead.py sends 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import torch
 from torch import Tensor
@@ -15,21 +16,25 @@ from specpass.cache.budget import BudgetCache
 from specpass.interpret.keep import Keeper, keep_whole
 from specpass.interpret.masks import Masks
 from specpass.interpret.watch import Attention, Listener, Watch
+from specpass.rewrite import Refusal
 from specpass.sizes import FULL
 
 UNSEEN = "no scaled_dot_product_attention was seen that reads its keys and values"
+CHANGED = "keys and values change between the cache and attention"
+HEADS, LENGTH = 1, 2  # axes of [B, K, T, D]
 
 
 @dataclasses.dataclass
 class Waiting:
     """A layer whose lookahead rows are to come: packed key and value, the window's queries [B, H, W, D],
-    None where nothing is scored, the scale."""
+    None where nothing is scored, the scale, and whether heads have a choice of their own."""
 
     key: Tensor
     value: Tensor
     raw: tuple[Tensor, Tensor]  # in the model's columns, for its attention
     window: Tensor | None
     scale: float
+    apart: bool = True
     ahead: list[tuple[Tensor, Tensor, Tensor]] = dataclasses.field(default_factory=list)  # query, key, value
 
 
@@ -40,18 +45,21 @@ class ReadPrompt(Listener):
         waiting: layers that are not compacted yet, where `ahead` says that lookahead rows follow.
         exact: layer -> why it is kept whole.
         pruned: layers that are compacted, or will be.
+        readers: for each attention that read another layer's keys and values, in order, that layer.
     """
 
     watch: Watch
 
     def __init__(self, cache: BudgetCache, keeper: Keeper, ahead: bool, *, blocks: bool = False) -> None:
         self.cache, self.keeper, self.ahead = cache, keeper, ahead
-        self.watch = Watch(self)
+        self.watch = Watch(self, records=True)
         self.masks = Masks(keeper.packing.real, blocks=blocks)
         self.open: dict[int, tuple[Tensor, Tensor]] = {}
         self.waiting: dict[int, Waiting] = {}
         self.exact: dict[int, str] = {}
         self.pruned: list[int] = []
+        self.readers: list[int] = []
+        self.raw: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor], int]] = {}  # key, value, query heads
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         self._close()
@@ -59,18 +67,59 @@ class ReadPrompt(Listener):
         self.watch.follow(layer, key, value)
         return key, value
 
-    def attend(self, layer: int, call: Attention) -> Tensor:
+    def attend(self, layer: int, call: Attention, made: bool) -> Tensor:
         out = call.run()
-        if layer in self.open:
-            key, value = self.open.pop(layer)
-            call = call.unfolded(key.shape[2])
-            reason = self.masks.meaning(call, self.cache.layers[layer].span or FULL) or repeats(call, key)
-            if reason:
-                self.keep_whole(layer, key, value, reason)
-            else:
-                self._prune(layer, key, value, call)
-            self.watch.release(layer)
+        if layer not in self.open:
+            self._read_again(layer, call, made)
+            return out
+        key, value = self.open.pop(layer)
+        call = call.unfolded(key.shape[2])
+        self.raw[layer] = (weakref.ref(key), weakref.ref(value), call.query.shape[1])
+        reason = self._masked(layer, call) or (self._changed(layer, call) if made else repeats(call, key))
+        if reason:
+            self.keep_whole(layer, key, value, reason)
+        else:
+            self.cache.layers[layer].made = made
+            self._prune(layer, key, value, call, not made or self._heads_apart(call))
         return out
+
+    def _masked(self, layer: int, call: Attention) -> str:
+        return self.masks.meaning(call, self.cache.layers[layer].span or FULL)
+
+    def _changed(self, layer: int, call: Attention) -> str:
+        """Why attention does not read what is made of cached columns, one by one; "" where it does."""
+        recipe = self.watch.recipe
+        if (
+            self.watch.reads(call.query, layer)
+            or recipe is None
+            or not recipe.keeps_apart(LENGTH, call.key, call.value)
+        ):
+            return CHANGED
+        if self.keeper.method.score is not None and not self._heads_apart(call):
+            return f"{self.keeper.method.name}.score scores KV heads, and these keys are made of one latent"
+        return ""
+
+    def _heads_apart(self, call: Attention) -> bool:
+        assert self.watch.recipe is not None, "what is made is recorded"
+        return self.watch.recipe.keeps_apart(HEADS, call.key, call.value)
+
+    def _read_again(self, layer: int, call: Attention, made: bool) -> None:
+        """Another layer's attention reads this one's keys and values: it is to read what was kept of them.
+
+        What is kept was chosen by the layer's own queries: some models compute no rows but the last of the others.
+        """
+        self.readers.append(layer)
+        if layer in self.exact:
+            return
+        *refs, heads = self.raw[layer]
+        key, value = (ref() for ref in refs)
+        if made or key is None or value is None:
+            raise Refusal(f"another layer's attention reads what is made of layer {layer}'s keys and values")
+        call = call.of_heads(heads)
+        reason = self._masked(layer, call) or repeats(call, key)
+        if reason:
+            self.waiting.pop(layer, None)
+            self.keep_whole(layer, key, value, f"{reason} (in a layer that reads layer {layer}'s keys and values)")
 
     def finish(self) -> None:
         self._close()
@@ -79,7 +128,6 @@ class ReadPrompt(Listener):
         """Layers that no attention call claimed before the next one wrote stay whole."""
         for layer, (key, value) in self.open.items():
             self.keep_whole(layer, key, value, UNSEEN)
-            self.watch.release(layer)
         self.open.clear()
 
     def keep_whole(self, layer: int, key: Tensor, value: Tensor, reason: str) -> None:
@@ -88,7 +136,7 @@ class ReadPrompt(Listener):
         self.pruned = [pruned for pruned in self.pruned if pruned != layer]
         keep_whole(self.cache.layers[layer], key, value)
 
-    def _prune(self, layer: int, key: Tensor, value: Tensor, call: Attention) -> None:
+    def _prune(self, layer: int, key: Tensor, value: Tensor, call: Attention, apart: bool) -> None:
         keeper, packing = self.keeper, self.keeper.packing
         self.pruned.append(layer)
         packed = packing.states(key), packing.states(value)
@@ -101,9 +149,11 @@ class ReadPrompt(Listener):
             return
         window = packing.take(call.query, keeper.rows[:, : keeper.method.window])
         if self.ahead:
-            self.waiting[layer] = Waiting(*packed, (key, value), window, call.scale)
+            self.waiting[layer] = Waiting(*packed, (key, value), window, call.scale, apart)
             return
-        keeper.compact(own, *packed, keeper.score(window, *packed, call.scale))
+        read = (packing.states(call.key), packing.states(call.value)) if own.made else packed
+        scores = keeper.score(window, *read, call.scale)
+        keeper.compact(own, *packed, scores if apart else keeper.one_choice(scores, key.shape[1]))
 
 
 class ReadWhole(Listener):

@@ -22,7 +22,7 @@ from specpass.interpret.beside import features, positions_for, types_mask
 from specpass.interpret.compress import Part, compressed
 from specpass.interpret.draft import Written
 from specpass.interpret.keep import Keeper
-from specpass.interpret.lookahead import ReadAhead, reads_initial_states
+from specpass.interpret.lookahead import ReadAhead, borrow_attributes, reads_initial_states
 from specpass.interpret.prompt import ReadPrompt, ReadWhole
 from specpass.interpret.rows import Packing
 from specpass.interpret.steps import Steps, block_packing
@@ -183,7 +183,7 @@ class Call:
         )
         together = reads_initial_states(self.target, cache.layers)
         width = length if together else 1
-        back = [layer.borrow_states() for layer in states]
+        back = [layer.borrow_states() for layer in states] + [borrow_attributes(self.target)]
         try:
             for start in range(0, length, width):
                 told = last + 1 + torch.arange(start, start + width, device=last.device)
@@ -217,14 +217,15 @@ class Call:
         paths = attention_paths(self.target)
         states = [layer for layer in cache.layers if isinstance(layer, StateLayer)]
         held = [tensor for layer in states for tensor in layer.state_tensors()]
-        return PromptRecord(
-            short,
-            [self._site(paths[index], cache.layers[index], short) for index in reading.pruned]
-            + [SiteRecord(paths[index], 0, reason) for index, reason in reading.exact.items()],
-            len(states),
-            sum(tensor[0].nbytes for tensor in held),
-            ahead is not None,
-        )
+        sites = {index: self._site(paths[index], cache.layers[index], short) for index in reading.pruned}
+        sites |= {index: SiteRecord(paths[index], 0, reason) for index, reason in reading.exact.items()}
+        without = [path for index, path in paths.items() if not isinstance(cache.layers[index], BudgetLayer)]
+        shared = [
+            dataclasses.replace(sites[owner], module=path, reads=sites[owner].module)
+            for path, owner in zip(without, reading.readers, strict=False)  # a layer's own second look has no path
+        ]
+        found = [*(sites[index] for index in sorted(sites)), *shared]
+        return PromptRecord(short, found, len(states), sum(tensor[0].nbytes for tensor in held), ahead is not None)
 
     def _site(self, path: str, layer: BudgetLayer, short: bool) -> SiteRecord:
         if layer.is_sliding:

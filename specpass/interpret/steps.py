@@ -6,6 +6,7 @@ The model builds its masks in its own columns; at pruned sites nobody reads them
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
@@ -25,7 +26,8 @@ class Steps(Listener):
         self.cache, self.packing, self.causal = cache, packing, causal
         pruned = any(not layer.exact for layer in cache.budgeted) and not cache.exact
         self.watch = Watch(self) if pruned else None
-        self.open: dict[int, int] = {}  # layer -> q
+        self.heads: dict[int, int] = {}  # of layers that were written, query heads; 0: nobody has read them yet
+        self.count = 0  # q
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         own = self.cache.layers[layer]
@@ -40,37 +42,56 @@ class Steps(Listener):
             )
         packed = (self.packing.states(states) for states in (key, value))
         SPEC.append_kv(own.key_buffer, own.value_buffer, own.lengths, *packed, None)
-        self.open[layer] = key.shape[2]
+        self.heads[layer], self.count = 0, key.shape[2]
         assert self.watch is not None, "this layer is pruned"
+        if own.made:  # the model makes what attention reads of all slots
+            key, value = own.keys, own.values
         self.watch.follow(layer, key, value)
         return key, value
 
-    def attend(self, layer: int, call: Attention) -> Tensor:
-        own, count = self.cache.layers[layer], self.open.pop(layer)
-        if not self.causal:
-            check_causal(call.mask, count)
-        query = call.unfolded(count).query
+    def attend(self, layer: int, call: Attention, made: bool) -> Tensor:
+        """Over the layer's slots, for its own queries and for those of layers that share them.
+
+        Raises: CacheStateError: it reads them in another way than the prompt's.
+        """
+        if self.cache.layers[layer].exact:
+            return call.run()
+        if made != self.cache.layers[layer].made:
+            raise CacheStateError(
+                f"layer {layer} was pruned, and now its keys and values change on the way to attention, so the answer "
+                "would be wrong: leave the model as it was when the prompt was read."
+            )
+        own, given, heads = self.cache.layers[layer], call.query.shape, self.heads[layer]
+        if not self.causal and not heads:
+            check_causal(call.mask, self.count)
+        call = call.of_heads(heads) if heads else call.unfolded(self.count)
+        query, rows = call.query, call.query.shape[2]  # a layer that shares may compute the last rows alone
+        self.heads[layer] = query.shape[1]
         order = self.packing.order
         if order is not None:
-            query = self.packing.states(query)
-        keys, values = own.keys, own.values
+            query = self.packing.states(F.pad(query, (0, 0, self.count - rows, 0)))
+        keys, values, lengths = own.keys, own.values, own.lengths
+        if made:
+            keys, values = call.key, call.value
+            lengths = lengths if keys.shape[1] == own.kv_heads else lengths[:, :1].expand(-1, keys.shape[1])
         bounds = () if own.span is None or not own.span.positions else (0.0, None, own.span.sliding, own.span.chunk)
-        out = SPEC.attend(query.to(keys.dtype), keys, values, own.lengths, call.scale, *bounds).to(query.dtype)
+        out = SPEC.attend(query.to(keys.dtype), keys, values, lengths, call.scale, *bounds).to(query.dtype)
         if order is not None:
-            back = SPEC.unpack_index(order)[:, None, :, None]
+            back = SPEC.unpack_index(order)[:, None, -rows:, None]
             out = out.gather(2, back.expand(-1, out.shape[1], -1, out.shape[3]))
-            own.lengths.sub_((count - self.packing.lengths)[:, None])  # the next token overwrites padding
-        assert self.watch is not None
-        self.watch.release(layer)
-        return out.reshape(*call.query.shape[:3], out.shape[3])
+        return out.reshape(*given[:3], out.shape[3])
 
     def finish(self) -> None:
         """Raises: CacheStateError: a pruned layer was not read by the attention that pruned it."""
-        if self.open:
+        unread = [layer for layer, heads in self.heads.items() if not heads]
+        if unread:
             raise CacheStateError(
-                f"layer {min(self.open)} was pruned, and now no scaled_dot_product_attention reads it, so the answer "
+                f"layer {min(unread)} was pruned, and now no scaled_dot_product_attention reads it, so the answer "
                 "would be wrong: leave the model's attn_implementation as it was when the prompt was read."
             )
+        if self.packing.order is not None:  # the next token overwrites padding
+            for layer in self.heads:
+                self.cache.layers[layer].lengths.sub_((self.count - self.packing.lengths)[:, None])
 
 
 def check_causal(mask: Tensor | None, count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from specpass.interpret.made import WRITES, Recipe, tensors_of
 
 # What repeat_kv and models' reshapes are made of: element order stays, heads may be repeated in place.
 VIEWS = frozenset(
@@ -64,6 +67,11 @@ class Attention:
         query = self.query.reshape(self.query.shape[0], -1, count, self.query.shape[3])
         return dataclasses.replace(self, query=query)
 
+    def of_heads(self, heads: int) -> Attention:
+        """With queries [B, heads, R, D]: the last R rows of a call, whose number is not known in advance."""
+        batch, own, rows, _ = self.query.shape
+        return self if own == heads or (own * rows) % heads or batch == 0 else self.unfolded(own * rows // heads)
+
 
 class Listener:
     """Who is told of a model's keys, values and attention while it runs uncompiled."""
@@ -74,8 +82,8 @@ class Listener:
         """A layer's new keys [B, K, q, D] and values; what the model's attention is to read."""
         raise NotImplementedError
 
-    def attend(self, layer: int, call: Attention) -> Tensor:
-        """The attention call that reads a layer's keys and values; its result."""
+    def attend(self, layer: int, call: Attention, made: bool) -> Tensor:
+        """The attention call that reads a layer's keys and values, or what was `made` of them; its result."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -83,32 +91,61 @@ class Listener:
 
 
 class Watch(TorchFunctionMode):
-    """Follows tensors by identity, through views alone; a call that reads anything else runs as it is."""
+    """Follows tensors by identity, through views, and what is made of them; a call that reads none runs as it is.
 
-    def __init__(self, listener: Listener) -> None:
+    It holds none of them: what the model drops is free, and what it hands to another layer (shared K/V) is followed.
+    Only what is made of the last layer's is held, where it `records`, until attention has read it.
+    """
+
+    def __init__(self, listener: Listener, records: bool = False) -> None:
         super().__init__()
-        self.listener = listener
-        self.followed: dict[int, tuple[Tensor, int, str]] = {}  # held, so that no other tensor takes the id
+        self.listener, self.records = listener, records
+        self.followed: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self.recipe: Recipe | None = None
 
     def follow(self, layer: int, key: Tensor, value: Tensor) -> None:
-        self.followed[id(key)] = (key, layer, "key")
-        self.followed[id(value)] = (value, layer, "value")
+        self.recipe = Recipe(key, value) if self.records else None
+        self._note(key, layer, "key")
+        self._note(value, layer, "value")
 
-    def release(self, layer: int) -> None:
-        """Forget a layer's tensors."""
-        self.followed = {name: held for name, held in self.followed.items() if held[1] != layer}
+    def _note(self, tensor: Tensor, layer: int, what: str) -> None:
+        self.followed[id(tensor)] = (weakref.ref(tensor), layer, what)
+
+    def _known(self, tensor: Any) -> tuple[int, str] | None:
+        """Layer, and "key", "value" or "made", of a tensor that is followed; who is gone may have left its id."""
+        found = self.followed.get(id(tensor))
+        return None if found is None or found[0]() is not tensor else found[1:]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is SDPA:
             call = Attention.of(args, kwargs)
-            key, value = (self.followed.get(id(tensor)) for tensor in (call.key, call.value))
-            if key is not None and value is not None and (key[1:], value[1:]) == ((key[1], "key"), (key[1], "value")):
-                return self.listener.attend(key[1], call)
-            return func(*args, **kwargs)
+            key, value = self._known(call.key), self._known(call.value)
+            known = key or value
+            if known is None:
+                return func(*args, **kwargs)
+            out = self.listener.attend(known[0], call, (key, value) != ((known[0], "key"), (known[0], "value")))
+            self.recipe = None
+            return out
         out = func(*args, **kwargs)
-        if self.followed and func in VIEWS and args:
-            held = self.followed.get(id(args[0]))
-            if held is not None and isinstance(out, Tensor):
-                self.followed[id(out)] = (out, *held[1:])
+        if self.followed:
+            self._follow_on(func, args, kwargs, out)
         return out
+
+    def _follow_on(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """What a call returned is followed where something that it was given is."""
+        given = [known for arg in (*args, *kwargs.values()) for part in tensors_of(arg) if (known := self._known(part))]
+        results = list(tensors_of(out if func not in WRITES else args[:1]))
+        if not given or not results:
+            return
+        if self.recipe is not None:
+            self.recipe.note(func, args, kwargs, out)
+        layer = max(given)[0]
+        viewed = self._known(args[0]) if func in VIEWS and args else None
+        for result in results:
+            self._note(result, *(viewed or (layer, "made")))
+
+    def reads(self, tensor: Tensor, layer: int) -> bool:
+        """Whether a tensor is made of a layer's keys or values."""
+        known = self._known(tensor)
+        return known is not None and known[0] == layer

@@ -1,13 +1,16 @@
 """annotate: write down query, key, value, cache write, mask and scale of every attention site.
 
-The graph stays as it is. Refuses the whole model, with the site's module path, where one site is not understood:
-then the model runs exactly.
+A layer without a cache of its own that attends to another's (shared K/V) is a site, too: it reads what that one keeps.
+
+The graph stays as it is. It is refused, with the site's module path, where one site is not understood. Where others
+are, the second way (specpass/interpret) prunes them; else the model runs exactly.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -24,6 +27,7 @@ from specpass.passes.read.columns import HEADS, LENGTH, Made
 from specpass.passes.read.logits import changed_logits
 from specpass.passes.read.masks import mask_span
 from specpass.rewrite import Facts, Pass, Refusal, Request
+from specpass.rewrite.base import Unspliced
 from specpass.rewrite.sites import Alibi, Site, Sites
 from specpass.sizes import FULL, Span
 
@@ -45,29 +49,61 @@ class Annotate(Pass):
         reader = Reader({key_of(write): write for write in writes}, facts)
         attentions = [view for node in gm.graph.nodes if (view := Sdpa.match(node) or ModifiedAttention.match(node))]
         sites: list[Site] = []
+        refused: list[Refusal] = []
         for attention in attentions:
-            site = reader.read(attention, len(sites))
-            if site is not None and site.cache in [other.cache for other in sites]:
-                raise Refusal("a second attention reads this layer's cache", site.module)
-            if site is not None:
-                sites.append(site)
+            try:
+                site = reader.read(attention)
+                owner = next((other for other in sites if site is not None and other.cache is site.cache), None)
+                if site is not None:
+                    sites.append(site if owner is None else shared(site, owner))
+            except Refusal as refusal:
+                refused.append(refusal)
+        if not refused:
+            refused += self._missed(gm, writes, sites, reader)
+        if refused and any(site.is_full for site in sites):  # these need not stay exact because of others
+            raise Unspliced(refused[0].reason, refused[0].module)
+        if refused:
+            raise refused[0]
+        found = Sites(tuple(sites))
+        if self.layers not in (None, len(found.owners)):
+            raise Refusal(f"the model has {self.layers} layers and {len(found.owners)} recognised attention sites")
+        facts.add(found)
+
+    @staticmethod
+    def _missed(gm: fx.GraphModule, writes: list[Write], sites: list[Site], reader: Reader) -> Iterator[Refusal]:
+        """Why layers have no site.
+
+        Raises: NoAttentionSiteError: none has.
+        """
         served = {site.cache for site in sites}
         missed = [write.node for write in writes if write.node not in served]
-        if missed:
-            for softmax in Softmax.find(gm.graph):
-                changed = changed_logits(softmax.node, reader.owners)
-                if changed is not None:
-                    raise Refusal(changed, module_path(softmax.node))
-        if not sites and writes:
+        if not missed:
+            return
+        for softmax in Softmax.find(gm.graph):
+            changed = changed_logits(softmax.node, reader.owners)
+            if changed is not None:
+                yield Refusal(changed, module_path(softmax.node))
+                return
+        if not sites:
             raise NoAttentionSiteError(
                 "no attention site was found in the traced graph: load the model with attn_implementation='sdpa' (or "
                 "'eager'); other attention functions are not recognised."
             )
-        if missed:
-            raise Refusal("no attention was recognised that reads this layer's cache", module_path(missed[0]))
-        if self.layers not in (None, len(sites)):
-            raise Refusal(f"the model has {self.layers} layers and {len(sites)} recognised attention sites")
-        facts.add(Sites(tuple(sites)))
+        yield Refusal("no attention was recognised that reads this layer's cache", module_path(missed[0]))
+
+
+def shared(site: Site, owner: Site) -> Site:
+    """A site that reads its owner's cache.
+
+    Raises: Refusal: not as the owner does.
+    """
+    if site.module == owner.module:
+        raise Refusal("a second attention reads this layer's cache", site.module)
+    if site.span != owner.span or site.heads_apart != owner.heads_apart:
+        raise Refusal(f"it reads the cache of {owner.module} with {site.span}, and that with {owner.span}", site.module)
+    if value(site.query).shape[2] != value(owner.query).shape[2]:  # Gemma 4: those of whom logits are wanted
+        raise Refusal(f"the last rows alone are computed, over the cache of {owner.module}", site.module)
+    return dataclasses.replace(site, reads=owner.module)
 
 
 def key_of(write: Write) -> fx.Node:
@@ -87,8 +123,11 @@ class Reader:
         # Both cached tensors of each write: a latent and a rotary part (MLA) are no key and no value yet.
         self.sources = {node: write for write in owners.values() for node in (key_of(write), value_of(write))}
         self.masks: dict[fx.Node, Span | str] = {}  # a model has one mask for many layers
+        spans: tuple[Span | None, ...] = (FULL,) * len(owners) if self.spans is None else self.spans.layers
+        holding = (index for index, span in enumerate(spans) if span is not None)  # the others write no cache
+        self.layers = dict(zip((write.node for write in owners.values()), holding, strict=False))
 
-    def read(self, attention: Sdpa | ModifiedAttention, index: int) -> Site | None:
+    def read(self, attention: Sdpa | ModifiedAttention) -> Site | None:
         """The site, or None for attention over something that is not cached.
 
         Raises: Refusal: it reads a cache in a way that is not understood.
@@ -99,7 +138,7 @@ class Reader:
             return None
         if isinstance(attention, Sdpa) and attention.dropout_p:
             raise Refusal(f"attention dropout {attention.dropout_p} is on", module)
-        layer, budget = (write.layer, write.budget) if isinstance(write, Fill) else (index, 0)
+        layer, budget = (write.layer, write.budget) if isinstance(write, Fill) else (self.layers[write.node], 0)
         alibi = self._alibi(attention, write, module)
         span = self._span(attention, write, layer, module, alibi)
         heads, kv_heads = value(attention.query).shape[1], value(attention.key).shape[1]

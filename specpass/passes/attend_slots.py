@@ -34,9 +34,10 @@ class AttendSlots(Pass):
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
         editor = Editor(gm)
         rewritten = []
+        owns: dict[fx.Node, fx.Node] = {}
         for site in facts[Sites].sites:
             wides = [view for view in Widen.find(gm.graph) if view.node < site.attention]
-            owns = {wide.node: own_slots(editor, wide, site) for wide in wides}
+            owns |= {wide.node: own_slots(editor, wide, site) for wide in wides}
             keys, values = (owns.get(node, node) for node in (site.key, site.value))
             if site.alibi is not None:
                 site = dataclasses.replace(site, bias=slot_bias(editor, site, site.alibi, keys))

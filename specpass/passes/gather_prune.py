@@ -39,8 +39,12 @@ class GatherPrune(Pass):
         editor, sites, scores = Editor(gm), facts[Sites].sites, facts.get(Scores)
         read = facts.get(ReadPositions)
         alike = len({site.budget for site in sites if site.is_full}) <= 1
-        rewritten = []
+        rewritten: list[Site] = []
         for index, site in enumerate(sites):
+            if site.reads:  # it has read the owner's full keys and values, and from now on reads what that kept
+                owner = next(other for other in rewritten if other.module == site.reads)
+                rewritten.append(dataclasses.replace(site, cache=owner.cache))
+                continue
             own = None if scores is None else scores.nodes[index]
             before = (site.attention if own is None else own).next
             # A layer's own budget would make its region unlike the others': these nodes then stand outside of it.

@@ -44,7 +44,7 @@ class ScoreImportance(Pass):
         own = OwnScores(editor, request, rows, lengths)
         scores: list[fx.Node | None] = []
         for site in facts[Sites].sites:
-            if not site.is_full:
+            if not site.is_full or site.reads:  # an owner's queries choose for all who read its cache
                 scores.append(None)
                 continue
             before, like = site.attention.next, site.attention

@@ -48,22 +48,26 @@ class SkipPadding(Pass):
         tokens = inputs.embeds if inputs.ids is None else inputs.ids
         packed = editor.call(SPEC.pack_appended, inputs.mask, tokens, before=first)
         order, place, padding = (editor.item(packed, index, first) for index in range(3))
-        sites = tuple(skip(editor, site, order, place, padding) for site in facts[Sites].sites)
+        sites = tuple(skip(editor, site, order, place) for site in facts[Sites].sites)
+        for last in {site.cache: site for site in sites}.values():  # behind all who read the cache
+            answer = next(iter(last.attention.users))
+            place = {"before": answer.next, "like": last.attention}
+            editor.call(SPEC.take_back, AppendKv.of(last.cache).lengths, padding, **place)
         facts.add(Sites(sites))
 
 
-def skip(editor: Editor, site: Site, order: fx.Node, place: fx.Node, padding: fx.Node) -> Site:
+def skip(editor: Editor, site: Site, order: fx.Node, place: fx.Node) -> Site:
     """Pack what a site appends and asks by `order`, unpack what it answers by `place`."""
     append, attend = AppendKv.of(site.cache), Attend.of(site.attention)
-    key, value = (
-        editor.call(SPEC.take_rows, node, order, before=append.node, like=append.node)
-        for node in (append.key, append.value)
-    )
-    append.update(key=key, value=value)
+    if not site.reads:
+        key, value = (
+            editor.call(SPEC.take_rows, node, order, before=append.node, like=append.node)
+            for node in (append.key, append.value)
+        )
+        append.update(key=key, value=value)
     query = editor.call(SPEC.take_rows, attend.query, order, before=attend.node, like=attend.node)
     attend.update(query=query)
     behind = attend.node.next
     answer = editor.call(SPEC.take_rows, attend.node, place, before=behind, like=attend.node)
     attend.node.replace_all_uses_with(answer, delete_user_cb=lambda user: user is not answer)
-    editor.call(SPEC.take_back, append.lengths, padding, before=behind, like=attend.node)
     return dataclasses.replace(site, query=query)

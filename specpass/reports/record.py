@@ -22,15 +22,17 @@ class SiteRecord:
         module: its path.
         budget: slots C of each KV head, 0 where the graph prunes nothing.
         exact: why it keeps all that it reads; "" where it is pruned.
+        reads: the site whose keys and values it reads, where it has none of its own.
     """
 
     module: str
     budget: int
     exact: str = ""
+    reads: str = ""
 
     @classmethod
     def of(cls, site: Site) -> SiteRecord:
-        return cls(site.module, site.budget, "" if site.is_full else str(site.span))
+        return cls(site.module, site.budget, "" if site.is_full else str(site.span), site.reads)
 
 
 @dataclasses.dataclass

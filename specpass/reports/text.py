@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import itertools
+from collections.abc import Sequence
 
 from specpass.reports.cost import BREAK_EVENS, Costs
-from specpass.reports.record import BackendRecord, GraphRecord, PromptRecord
+from specpass.reports.record import BackendRecord, GraphRecord, PromptRecord, SiteRecord
 
 LENGTHS = (4096, 32768, 131072)
 NEW_TOKENS = 256
@@ -45,19 +46,33 @@ def interpreted_lines(record: BackendRecord) -> list[str]:
 
 
 def prompt_lines(prompt: PromptRecord) -> list[str]:
-    pruned = [site for site in prompt.sites if not site.exact]
+    own = [site for site in prompt.sites if not site.reads]
+    pruned = [site for site in own if not site.exact]
     what = "kept whole, which fits the budget" if prompt.short else "pruned"
-    lines = [f"prompt: {len(pruned)} of {len(prompt.sites)} attention layers {what}"]
+    lines = [f"prompt: {len(pruned)} of {len(own)} attention layers {what}"]
     budgets = sorted({site.budget for site in pruned})
     if budgets:
         lines.append(f"  budget per KV head and layer: {', '.join(map(str, budgets))} slots")
-    kept = collections.Counter(site.exact for site in prompt.sites if site.exact)
+    kept = collections.Counter(site.exact for site in own if site.exact)
     lines += [f"  {count} exact: {reason}" for reason, count in kept.items()]
+    lines += shared_lines(prompt.sites)
     if prompt.states:
         lines.append(f"  {prompt.states} layers with a state, kept exactly: {amount(prompt.state_bytes, 'B')} a row")
     if prompt.two_phases:
         lines.append("  the lookahead came behind the prompt: until then these layers' keys and values were whole")
     return lines
+
+
+def shared_lines(sites: Sequence[SiteRecord]) -> list[str]:
+    """Which layers read another's keys and values: these are whole until the last of them has read the prompt."""
+    readers: dict[str, list[str]] = {}
+    for site in sites:
+        if site.reads:
+            readers.setdefault(site.reads, []).append(site.module)
+    return [
+        f"  {owner}: its keys and values are read by {', '.join(modules)} too, and were whole until then"
+        for owner, modules in readers.items()
+    ]
 
 
 def graph_lines(graph: GraphRecord) -> list[str]:
@@ -72,6 +87,7 @@ def graph_lines(graph: GraphRecord) -> list[str]:
         lines.append(f"  budget per KV head and layer: {', '.join(map(str, budgets))} slots")
     kept = collections.Counter(site.exact for site in graph.sites if site.exact)
     lines += [f"  {count} sites exact: {reason}" for reason, count in kept.items()]
+    lines += shared_lines(graph.sites)
     counts = collections.Counter(str(choice) for _, choice in graph.choices)
     lines += [f"  {count} x {choice}" for choice, count in counts.items()]
     return lines + [f"  note: {note}" for note in graph.notes]

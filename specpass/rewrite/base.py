@@ -28,7 +28,8 @@ class Refusal(Exception):
 
 
 class Unspliced(Refusal):
-    """A refusal of a graph whose attention is understood: what cannot be done is to put something in front of it."""
+    """A refusal of a graph, and not of the model, some of whose attention is understood: around its own forward that
+    part can be pruned (the second way), though nothing can be put in front of it, or a neighbour has to stay exact."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,8 +83,8 @@ class Pipeline:
     ) -> None:
         if stage and not (left and self.skip):
             known = facts.get(Sites)
-            count = None if known is None else len(known.sites)
-            check_stage(gm, STAGES[stage], when, left=left, kind=request.kind, sites=count)
+            counts = (None, None) if known is None else (len(known.sites), len(known.owners))
+            check_stage(gm, STAGES[stage], when, left=left, kind=request.kind, sites=counts[0], owners=counts[1])
 
     def _observe(self, request: Request, name: str, gm: fx.GraphModule) -> None:
         for observer in self.observers:

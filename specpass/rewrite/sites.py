@@ -48,6 +48,7 @@ class Site:
         alibi: the bias of its keys, or None.
         bias: the node of that, [B or 1, H, T], once a pass has made it.
         heads_apart: each head reads one cached head; else (MLA's one latent) a choice of positions serves all heads.
+        reads: the site in front of it whose cache it reads, having none of its own; that one chooses what is kept.
     """
 
     layer: int
@@ -65,6 +66,7 @@ class Site:
     alibi: Alibi | None = None
     bias: fx.Node | None = None
     heads_apart: bool = True
+    reads: str = ""
 
     @property
     def changes(self) -> tuple[Any, ...]:
@@ -104,3 +106,8 @@ class Sites:
     """All attention sites, in the model's order; a fact."""
 
     sites: tuple[Site, ...]
+
+    @property
+    def owners(self) -> tuple[Site, ...]:
+        """Those with a cache of their own."""
+        return tuple(site for site in self.sites if not site.reads)

@@ -22,7 +22,8 @@ Choice = tuple[type[Operator], ...]  # one of these
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`must[kind]`: for each attention site, a graph of that kind has one call of an operator of each choice."""
+    """`must[kind]`: a graph of that kind has one call of an operator of each choice, for each attention site; of those
+    that store keys and values, for each site with a cache of its own."""
 
     name: str
     must: Mapping[Kind, tuple[Choice, ...]]
@@ -38,6 +39,7 @@ def _stage(name: str, prompts: tuple[Choice, ...], steps: tuple[Choice, ...]) ->
 
 
 _PREFILLS, _STORES = (cache.Fill, cache.KeepKv), (cache.GatherKv, cache.KeepKv)
+_STORING = {operator.name for operator in (cache.Fill, cache.GatherKv, cache.KeepKv, cache.AppendKv)}
 _FLASH = (attention.PrefillAttention, attention.PrefillAttentionLse)
 
 STAGES: dict[str, Stage] = {
@@ -55,12 +57,15 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def check_stage(gm: fx.GraphModule, stage: Stage, when: str, *, left: bool, kind: Kind, sites: int | None) -> None:
+def check_stage(
+    gm: fx.GraphModule, stage: Stage, when: str, *, left: bool, kind: Kind, sites: int | None, owners: int | None = None
+) -> None:
     """The graph holds nothing that it may not hold; where it has `left` the stage, also all that it must.
 
     Args:
         when: "after take_last", for the message.
         sites: attention sites, None where nobody has counted them: then there is one at least.
+        owners: those with a cache of their own, None: all of them.
 
     Raises: StageError.
     """
@@ -79,9 +84,10 @@ def check_stage(gm: fx.GraphModule, stage: Stage, when: str, *, left: bool, kind
         return
     for choice in stage.must[kind]:
         count = sum(len(calls.get(operator.name, ())) for operator in choice)
-        if count != sites if sites is not None else count == 0:
+        due = owners if owners is not None and _STORING & {operator.name for operator in choice} else sites
+        if count != due if due is not None else count == 0:
             names = " or ".join(operator.name for operator in choice)
             raise StageError(
                 f"{when}: a {stage.name} {kind} graph has one {names} for each of its "
-                f"{'' if sites is None else f'{sites} '}attention sites, and this one has {count}"
+                f"{'' if due is None else f'{due} '}attention sites, and this one has {count}"
             )

@@ -11,6 +11,7 @@ from tiny import prompt, tiny
 
 import specpass
 from specpass.backend import direct
+from specpass.benchmarks.coverage.tiny import tiny_model
 
 W = 8
 PROMPTS = [prompt(60), prompt(44, seed=1), prompt(18, seed=2)]
@@ -80,3 +81,16 @@ def test_windows() -> None:
         check_same(*(run(model, prompt(length)) for model in pair))
     sites = specpass.report(pair[1]).prompts[0].sites
     assert [site.exact for site in sites] == ["sliding window 20", ""]
+
+
+def test_latents() -> None:
+    """MLA caches latents, of which attention reads what the model makes: columns apart, heads with one choice."""
+    method = specpass.SpecKV(budget=24, window=W, lookahead_ids=prompt(5, seed=7))
+    ids, mask = padded(PROMPTS[:2])
+    cache = {"lookahead_ids": prompt(5, batch=2, seed=7), "max_new_tokens": 8}
+    found = []
+    for way in (compile_eager, uncompiled):
+        model = way(tiny_model("deepseek_v3"), method)
+        found.append(run(model, ids, mask=mask, past_key_values=specpass.BudgetCache(model.config, method, **cache)))
+    check_same(*found)
+    assert (found[1].cache.layers[0].lengths == 24 + 5).all()

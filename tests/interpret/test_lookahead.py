@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from hybrids import HYBRIDS, hybrid
-from support import call, compile_eager
+from support import call, compile_eager, run
 from tiny import prompt
 
 import specpass
+from specpass.benchmarks.coverage.tiny import tiny_model
 from specpass.cache import BudgetCache
 from specpass.dialect.define import SPEC
 from specpass.interpret.keep import Keeper
@@ -31,9 +32,9 @@ class Spy(ReadPrompt):
         super().__init__(cache, keeper, ahead=False)
         self.seen: list[tuple[Any, Any, float]] = []
 
-    def attend(self, layer: int, call: Any) -> Any:
+    def attend(self, layer: int, call: Any, made: bool) -> Any:
         self.seen.append((call.query, self.open[layer][0], call.scale))
-        return super().attend(layer, call)
+        return super().attend(layer, call, made)
 
 
 def one_pass(model: Any, ids: Any) -> list[Any]:
@@ -70,3 +71,13 @@ def test_who_takes_several_tokens_behind_a_state(family: str) -> None:
     cache = BudgetCache(model.config, specpass.SnapKV(budget=C, window=W), 8)
     call(model, prompt(S), cache)
     assert reads_initial_states(model, cache.layers) == (family != "jamba")  # Mamba 1's scan starts from zero
+
+
+def test_states_that_a_model_keeps_in_its_modules_are_the_prompts() -> None:
+    """RecurrentGemma's lie in no cache: the lookahead goes on from copies of them, too."""
+    method = specpass.SpecKV(budget=24, window=8, lookahead_ids=prompt(4, seed=7))
+    model, ids = compile_eager(tiny_model("recurrent_gemma"), method), prompt(22)
+    cache = specpass.BudgetCache(model.config, method, 8, early_exit=False)
+    ours, theirs = run(model, ids, past_key_values=cache), run(tiny_model("recurrent_gemma"), ids)
+    assert ours.tokens == theirs.tokens
+    torch.testing.assert_close(ours.logits, theirs.logits, atol=2e-4, rtol=1e-4)

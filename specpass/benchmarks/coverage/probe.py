@@ -91,7 +91,9 @@ class Probe:
         found = answer(self.model, prompt(LONG))
         pairs = list(zip(self.plain.layers, found.cache.layers, strict=True))
         self.record["pruned"] = pruned = sum(theirs.kind == "full" and is_pruned(ours) for theirs, ours in pairs)
-        ours, due = cache_bytes(found.cache), sum(bytes_due(*pair, pruned > 0) for pair in pairs) + 8 * L
+        ours, due = cache_bytes(found.cache), sum(bytes_due(*pair) for pair in pairs) + 8 * L
+        if not isinstance(found.cache, specpass.BudgetCache):  # the model's own kind
+            due = cache_bytes(self.plain.answers[LONG].cache)
         self.record["bytes"] = {"cache": ours, "formula": due}
         if not found.logits.isfinite().all():
             return "logits that are not finite"
@@ -135,18 +137,18 @@ def is_pruned(layer: Any) -> bool:
     return positions is not None and int((positions >= 0).sum(-1).max()) == C
 
 
-def bytes_due(theirs: Layer, ours: Any, pruned: bool) -> int:
+def bytes_due(theirs: Layer, ours: Any) -> int:
     """Bytes of a layer of our cache: float32 K/V in its slots, int64 positions and lengths.
 
-    C + N slots where it is pruned, V + N where it slides. A layer that is no BudgetLayer, and one that is whole in a
-    model that runs exactly, holds what the plain cache holds; beside pruned ones it has N slots of room.
+    C + N slots where it is pruned, V + N where it slides, S + N where everything fits; a slot for each token, and no
+    room, where it is exact. A layer that is no BudgetLayer holds what the plain cache holds.
     """
     if getattr(ours, "positions", None) is None:
         return theirs.bytes + theirs.other
-    kept = C if is_pruned(ours) else theirs.window or LONG
-    slots = 0 if not pruned else kept + round_room(NEW)
-    whole = theirs.bytes if not pruned else 4 * theirs.heads * slots * theirs.size
-    return whole + theirs.other + 8 * theirs.heads * (kept + 1)
+    exact = ours.exact or ours.cache.exact
+    kept = C if is_pruned(ours) else LONG if exact else theirs.window or LONG
+    slots = kept + (NEW - 1 if exact else round_room(NEW))
+    return 4 * theirs.heads * slots * theirs.size + theirs.other + 8 * theirs.heads * (kept + 1)
 
 
 def reasons(report: Any) -> list[str]:

@@ -31,6 +31,7 @@ _NAMES: tuple[tuple[Any, str], ...] = (
     (WINDOW, "sliding_window attention_chunk_size attention_window_size window_size"),
     (32, "moe_intermediate_size shared_expert_intermediate_size q_lora_rank expert_ffn_hidden_size"),
     (32, "moe_shared_expert_intermediate_size shared_intermediate_size mamba_intermediate_size"),
+    (32, "shared_experts_intermediate_size"),
     (8, "qk_rope_head_dim mamba_n_heads mamba_num_heads index_topk"),
     (1, "n_group topk_group n_shared_experts first_k_dense_replace mamba_n_groups n_groups num_shared_experts"),
     (0, "num_nextn_predict_layers mtp_num_hidden_layers"),
@@ -45,6 +46,11 @@ SIZES: dict[str, Any] = {name: value for value, names in _NAMES for name in name
 }
 
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
+_SHARED = {  # the last two layers read the keys and values of the first two
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_group": 1, "n_group": 1},
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3], **_MAMBA},
@@ -56,15 +62,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 128, **_MAMBA},
-    "gemma3n_text": {
-        "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
-        "activation_sparsity_pattern": 0.0,
-    },
+    "gemma3n_text": _SHARED | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
+    "gemma4_text": _SHARED,
+    "gemma4_unified_text": _SHARED,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"num_hidden_layers": 4, "layer_types": ["mamba", "full_attention"] * 2, **_MAMBA},
     "hunyuan_v1_dense": {"head_dim": 16, "num_key_value_heads": 2},

@@ -25,6 +25,7 @@ ROW_OPS = (
     ATEN.dropout,
     ATEN.contiguous,
     ATEN.clone,
+    ATEN.copy_,
     ATEN.silu,
     ATEN.gelu,
     ATEN.addmm,
@@ -34,13 +35,19 @@ ROW_OPS = (
 SHAPE_OPS = (
     ATEN.reshape,
     ATEN.view,
+    ATEN.view_as,
+    ATEN.reshape_as,
     ATEN.transpose,
     ATEN.permute,
     ATEN.unsqueeze,
     ATEN.squeeze,
+    ATEN.stack,
     ATEN.expand,
     ATEN.add,
     ATEN.mul,
+    ATEN.multiply,
+    ATEN.divide,
+    ATEN.subtract,
     ATEN.pow,
     ATEN.rsqrt,
 )
@@ -70,9 +77,15 @@ def keeps_rows(node: fx.Node, columns: object) -> bool:
         return False
     if POINTWISE_TAGS in getattr(node.target, "tags", ()) or is_op(node, *ROW_OPS):
         return True
-    reduction, cut, chunks = Reduction.match(node), Slice.match(node), Chunks.match(node)
+    reduction, cut, chunks, one = (view.match(node) for view in (Reduction, Slice, Chunks, Select))
     if reduction is not None:
-        return reduction.dim in (-1, [-1], (-1,)) and not _holds(value(reduction.input).shape[-1], columns)
+        dims = reduction.dim if isinstance(reduction.dim, (list, tuple)) else [reduction.dim]
+        shape = value(reduction.input).shape
+        return all(isinstance(dim, int) and not _holds(shape[dim], columns) for dim in dims)
+    if is_op(node, ATEN.repeat):
+        return any(is_size(dim, columns) for dim in node.meta["val"].shape)
+    if one is not None:
+        return not _holds(value(one.input).shape[one.dim], columns)
     if chunks is not None:
         return not _holds(value(chunks.input).shape[chunks.dim], columns)
     joined = Cat.match(node)
