@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import check_gradients, check_ids, check_prompt
+from specpass.cache.states import tell_widest
 from specpass.errors import CacheStateError, PositionsError
 from specpass.sizes import Span
 
@@ -61,6 +62,7 @@ class Call:
             cache.padded, cache.exact = self.packed, bool(self.refusal)
             for index, span in self.spans.items():
                 cache.layers[index].found, cache.layers[index].biased = span, index in self.biased
+            tell_widest(cache.budgeted)
         else:
             cache.appended += self._query_length(args)
             if "attention_mask" in self.places and not cache.exact and self._hides_tokens(cache, args):

@@ -17,6 +17,7 @@ from specpass.cache.states import recurrent_layer, why_unheld
 from specpass.capture.model import untraceable
 from specpass.capture.rope import following
 from specpass.errors import (
+    CacheStateError,
     NoAttentionSiteError,
     PartialGraphError,
     SpecpassError,
@@ -121,7 +122,10 @@ class Uncompiled:
             raise
         except Exception as error:
             if started:
-                raise
+                raise CacheStateError(
+                    f"the prompt was pruned, and no token can follow it ({first_line(error)}): call "
+                    "specpass.restore(model)."
+                ) from error
             backend.report.refuse(str(error) if isinstance(error, Refusal) else first_line(error))
             return call.whole()  # what is the model's own mistake comes again
         if record is not None:

@@ -156,6 +156,11 @@ class BudgetLayer(Storage, CacheLayerMixin):
         self.reset()
 
     @property
+    def kept(self) -> int:
+        """Slots that a prompt fills: as its graph found, where a mask said more than the config."""
+        return self.found.positions if self.found is not None and self.found.positions else self.budget
+
+    @property
     def is_compileable(self) -> bool:
         # True once the prefill is over: generate then makes a mask of fixed shape for each decode step.
         return self.is_initialized and not self.cache.exact and self.cache.columns is None

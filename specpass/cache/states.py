@@ -162,7 +162,7 @@ def tell_widest(layers: list[BudgetLayer]) -> None:
     """Full layers and sliding ones each get one mask of the model's, as wide as the widest of them."""
     for sliding in (False, True):
         alike = [layer for layer in layers if layer.is_sliding == sliding]
-        if len({layer.budget for layer in alike}) > 1:
-            widest = max(alike, key=lambda layer: layer.budget).index
+        if len({layer.kept for layer in alike}) > 1:
+            widest = max(alike, key=lambda layer: layer.kept).index
             for layer in alike:
                 layer.widest = widest

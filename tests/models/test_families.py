@@ -44,8 +44,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mask before scale (codegen)": ("CodeGen", _GPT),
     "mask as a buffer (gpt_neo)": (
         "GPTNeo",
-        {"hidden_size": 64, "num_heads": 4, "num_layers": 2, "attention_types": [[["global"], 2]]}
-        | {"max_position_embeddings": 2048},
+        {"hidden_size": 64, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]]}
+        | {"max_position_embeddings": 2048, "window_size": 16},  # one mask for layers of unlike slots
     ),
     "latents (deepseek_v3)": ("DeepseekV3", _MLA),
     "two attentions (diffllama)": ("DiffLlama", {**_ROTARY, "head_dim": 16}),

@@ -53,12 +53,14 @@ class Plain:
             raise UnusableError("logits that are not finite")
         if not hasattr(long.cache, "layers"):
             raise UnusableError("no KV cache of transformers")
+        layers = [_layer(layer, LONG) for layer in long.cache.layers]
+        if not any(layer.bytes + layer.other for layer in layers):
+            raise UnusableError("it puts nothing into its cache")
         apart = difference(answer(model, prompt(LONG), use_cache=False), long)
         if apart:
             raise UnusableError(f"the cache changes its answer ({apart})")
         both = answer(model, *padded([prompt(length) for length in ROWS]))
         batches = not any(difference(both.row(row), answers[length]) for row, length in enumerate(ROWS))
-        layers = [_layer(layer, LONG) for layer in long.cache.layers]
         return cls(answers, layers, batches)
 
 

@@ -90,6 +90,10 @@ class Probe:
         """The long prompt: which layers keep C slots, and the bytes of the cache."""
         found = answer(self.model, prompt(LONG))
         pairs = list(zip(self.plain.layers, found.cache.layers, strict=True))
+        for theirs, ours in pairs:
+            if theirs.kind == "full" and window_of(ours):  # by its mask; the plain cache holds everything all the same
+                self._count("full", -1)
+                self._count("sliding", 1)
         self.record["pruned"] = pruned = sum(theirs.kind == "full" and is_pruned(ours) for theirs, ours in pairs)
         ours, due = cache_bytes(found.cache), sum(bytes_due(*pair) for pair in pairs) + 8 * L
         if not isinstance(found.cache, specpass.BudgetCache):  # the model's own kind
@@ -100,6 +104,9 @@ class Probe:
         if not pruned and (apart := difference(found, self.plain.answers[LONG])):
             return f"nothing is pruned, and {apart}"
         return "" if abs(ours - due) <= TOLERANCE * due else f"{ours:,} bytes where {due:,} are due"
+
+    def _count(self, kind: str, by: int) -> None:
+        self.record["layers"][kind] = self.record["layers"].get(kind, 0) + by
 
     def batch(self) -> str:
         """A padded batch of prompts that are pruned is answered like its rows alone."""
@@ -137,6 +144,12 @@ def is_pruned(layer: Any) -> bool:
     return positions is not None and int((positions >= 0).sum(-1).max()) == C
 
 
+def window_of(layer: Any) -> int:
+    """Positions that a layer's attention reads by its mask; 0 where it reads all."""
+    found = getattr(layer, "found", None)
+    return 0 if found is None else found.positions
+
+
 def bytes_due(theirs: Layer, ours: Any) -> int:
     """Bytes of a layer of our cache: float32 K/V in its slots, int64 positions and lengths.
 
@@ -146,7 +159,7 @@ def bytes_due(theirs: Layer, ours: Any) -> int:
     if getattr(ours, "positions", None) is None:
         return theirs.bytes + theirs.other
     exact = ours.exact or ours.cache.exact
-    kept = C if is_pruned(ours) else LONG if exact else theirs.window or LONG
+    kept = C if is_pruned(ours) else LONG if exact else theirs.window or window_of(ours) or LONG
     slots = kept + (NEW - 1 if exact else round_room(NEW))
     return 4 * theirs.heads * slots * theirs.size + theirs.other + 8 * theirs.heads * (kept + 1)
 
