@@ -66,6 +66,20 @@ def test_torchao() -> None:
     check_draft(torchao(seed=3))
 
 
+def test_torchao_int4_through_graphs() -> None:
+    """Its int4 linears for a CPU hold plain tensors; Int4WeightOnlyConfig has no form that a CPU runs (0.18)."""
+    quantization = pytest.importorskip("torchao.quantization")
+
+    def packed() -> Any:
+        return quantization.Int8DynActInt4WeightQuantizer(groupsize=32).quantize(tiny(**WIDE))
+
+    model = compile_eager(packed(), SNAP)
+    assert run(model, prompt(C)).tokens == run(packed(), prompt(C)).tokens
+    found = run(model, prompt(60))
+    assert all((layer.positions >= 0).sum() == 2 * C for layer in found.cache.layers)
+    assert not specpass.report(model).interpreted
+
+
 @pytest.mark.parametrize("kind", ["int8", "nf4", "quanto"])
 def test_quantised_by_transformers(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("optimum.quanto" if kind == "quanto" else "bitsandbytes")
