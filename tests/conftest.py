@@ -37,10 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     """No graph of one module serves another."""
-    torch._dynamo.reset()
     yield
     torch._dynamo.reset()
     gc.collect()
+    gc.freeze()  # what stays is torch's own; looking at it again took five seconds a module, and more while tracing
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else nanobind takes Triton's functions for leaks
 
 
 @pytest.fixture(autouse=True)

@@ -43,13 +43,18 @@ def untraceable(model: nn.Module) -> str:
 
 
 def asks_for_length(model: nn.Module) -> bool:
-    """Whether attention itself asks the cache for its length, as a number (MPT, to cut its bias).
+    """Whether attention alone asks the cache for its length, as a number (MPT, to cut its bias).
 
     A graph has that length as a tensor alone; slots, which masks count, are a number. Where positions are made of the
-    length, it is asked for outside of the layers.
+    length, it is asked for outside of the layers too (Llama 4).
     """
-    forwards = {inspect.unwrap(type(module).forward) for module in model.modules() if hasattr(module, "layer_idx")}
-    return any("get_seq_length" in forward.__code__.co_names for forward in forwards)
+    asking = {hasattr(module, "layer_idx") for module in model.modules() if _asks(type(module))}
+    return asking == {True}
+
+
+def _asks(kind: type[nn.Module]) -> bool:
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    return code is not None and "get_seq_length" in code.co_names
 
 
 class ModelTrace:

@@ -18,8 +18,9 @@ from torch import fx
 
 from specpass.dialect.define import SPEC
 from specpass.dialect.rows import TakePositions
+from specpass.graph.aten import Copy
 from specpass.graph.edit import Editor
-from specpass.graph.walk import ATEN, behind, is_op, output_of, value
+from specpass.graph.walk import behind, output_of, value
 from specpass.passes.facts import Drafted, Inputs, Rows, Weights
 from specpass.passes.rows.experts import take_in_front_of_blocks
 from specpass.passes.rows.rows import RowIndices, has_rows, is_rows, keeps_rows, last_only
@@ -49,7 +50,8 @@ class TakeLast(Pass):
         rows = {hidden, *tail}
         for node in [n for n in gm.graph.nodes if n in tail]:
             if node is output or node in done or keeps_rows(node, columns):
-                if is_op(node, ATEN.copy_) and node.args[0] not in rows:  # read by who knows what, and not behind it
+                copy = Copy.match(node)
+                if copy is not None and copy.input not in rows:  # read by who knows what, and not behind it
                     raise Refusal("aten.copy_ puts rows in front of the last attention site")
                 continue
             for source in [n for n in node.all_input_nodes if n in rows - done and has_rows(n, columns)]:

@@ -42,7 +42,8 @@ def test_data_of_a_pair_without_its_weights(pair: tuple[Path, Path], monkeypatch
     found = json.loads(result.stdout)
     assert found["method"] == specpass.SpecKV(24, window=8, lookahead=4).key
     assert {graph["kind"]: len(graph["sites"]) for graph in found["graphs"]} == {"prefill": 3, "decode": 3}
-    assert found["graphs"][0]["sites"][2] == {"module": "model.layers.2.self_attn", "budget": 24, "exact": ""}
+    site = {"module": "model.layers.2.self_attn", "budget": 24, "exact": "", "reads": ""}
+    assert found["graphs"][0]["sites"][2] == site
     assert found["graphs"][0]["seconds"] > 0
     costs = found["costs"]
     assert costs["numbers"]["4096"]["kv_bytes"]["full"] == 2 * 3 * 2 * 16 * 4096 * 4  # of the real sizes
