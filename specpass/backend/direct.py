@@ -23,7 +23,7 @@ from specpass.backend.pieces import piece_of_prompt
 from specpass.backend.positions import number, number_step, take_one_axis
 from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncaptured, why_uncompiled
 from specpass.cache.budget import BudgetCache
-from specpass.cache.prompt import positions_of, tokens_of
+from specpass.cache.prompt import tokens_of
 from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
 from specpass.capture.model import asks_for_length
@@ -108,12 +108,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         leave_out_kinds(kwargs)
         if not uncompiled.reason:
             prepared = dict(kwargs)
-            if numbered and not cache.filled:  # the frequencies follow them, and are the prompt's without its lookahead
-                number(prepared)
-            prepare(cache, prepared)
-            for name, value in prepared.items():
-                if isinstance(value, torch.Tensor):
-                    prepared[name] = value.contiguous()  # graphs differ by strides: generate hands over slices too
+            prepare(cache, prepared, numbered)
             try:
                 with (
                     raised_limit(specialize_float=True),
@@ -164,17 +159,33 @@ def collector_rests_while_compiling() -> Iterator[None]:
         gc.enable()
 
 
-def prepare(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
-    """Bring a call into the form with the fewest graphs: no mask where none is needed, room for the new tokens."""
+def prepare(cache: BudgetCache, kwargs: dict[str, Any], numbered: bool) -> None:
+    """Bring a call into the form with the fewest graphs: no mask where none is needed, room for the new tokens.
+
+    Args: numbered: prompts are told their positions (rotary frequencies follow them, and not the lookahead's).
+    """
+    if cache.filled:
+        prepare_step(cache, kwargs)
+    else:
+        prepare_prompt(kwargs, numbered)
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor):
+            kwargs[name] = value.contiguous()  # graphs differ by strides: generate hands over slices too
+
+
+def prepare_prompt(kwargs: dict[str, Any], numbered: bool) -> None:
     mask = kwargs.get("attention_mask")
-    if not cache.filled:
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            if bool(mask.all()):  # reads the mask once, before anything is queued
-                del kwargs["attention_mask"]
-            elif kwargs.get("position_ids") is None:
-                kwargs["position_ids"] = positions_of(mask)
-        return
-    tokens = tokens_of(kwargs)
+    if numbered:
+        number(kwargs)
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        if bool(mask.all()):  # reads the mask once, before anything is queued
+            del kwargs["attention_mask"]
+        else:
+            number(kwargs)
+
+
+def prepare_step(cache: BudgetCache, kwargs: dict[str, Any]) -> None:
+    mask, tokens = kwargs.get("attention_mask"), tokens_of(kwargs)
     count = tokens.shape[1] if isinstance(tokens, torch.Tensor) else 1
     cache.reserve(count)
     if not cache.exact and isinstance(kwargs.pop("attention_mask", None), torch.Tensor):

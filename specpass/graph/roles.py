@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
@@ -37,22 +37,19 @@ def role_of(name: str, order: Sequence[str] = ROLES) -> str | None:
     return None
 
 
+def inputs_of(gm: fx.GraphModule, order: Sequence[str]) -> Iterator[tuple[str, fx.Node, int]]:
+    """Inputs that have a role, with it and their number of axes; 0 axes where they are no tensor."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        role, val = role_of(node.meta.get("specpass_source", ""), order), node.meta.get("val")
+        if role:
+            yield role, node, val.dim() if isinstance(val, torch.Tensor) else 0
+
+
 def named_inputs(gm: fx.GraphModule, order: Sequence[str] = ROLES) -> dict[str, fx.Node]:
     """Prompt inputs [B, S] by role; a mask that is not 2-D has no role. Args: order: as for `role_of`."""
-    found: dict[str, fx.Node] = {}
-    for node in gm.graph.find_nodes(op="placeholder"):
-        role = role_of(node.meta.get("specpass_source", ""), order)
-        val = node.meta.get("val")
-        if role == "inputs_embeds" or (role and isinstance(val, torch.Tensor) and val.dim() == 2):
-            found[role] = node
-    return found
+    return {role: node for role, node, axes in inputs_of(gm, order) if role == "inputs_embeds" or axes == 2}
 
 
 def has_axes(gm: fx.GraphModule, order: Sequence[str] = ROLES) -> bool:
     """Whether position ids come as [P, B, S], one for each of several axes. Args: order: as for `role_of`."""
-    found = [
-        node.meta.get("val")
-        for node in gm.graph.find_nodes(op="placeholder")
-        if role_of(node.meta.get("specpass_source", ""), order) == "position_ids"
-    ]
-    return any(isinstance(val, torch.Tensor) and val.dim() == 3 for val in found)
+    return any(role == "position_ids" and axes == 3 for role, _, axes in inputs_of(gm, order))

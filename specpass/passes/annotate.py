@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -49,7 +48,7 @@ class Annotate(Pass):
         reader = Reader({key_of(write): write for write in writes}, facts)
         attentions = [view for node in gm.graph.nodes if (view := Sdpa.match(node) or ModifiedAttention.match(node))]
         sites: list[Site] = []
-        refused: list[Refusal] = []
+        refused: Refusal | None = None  # the first
         for attention in attentions:
             try:
                 site = reader.read(attention)
@@ -57,39 +56,37 @@ class Annotate(Pass):
                 if site is not None:
                     sites.append(site if owner is None else shared(site, owner))
             except Refusal as refusal:
-                refused.append(refusal)
-        if not refused:
-            refused += self._missed(gm, writes, sites, reader)
-        if refused and any(site.is_full for site in sites):  # these need not stay exact because of others
-            raise Unspliced(refused[0].reason, refused[0].module)
-        if refused:
-            raise refused[0]
+                refused = refused or refusal
+        refused = refused or self._missed(gm, writes, sites, reader)
+        if refused is not None and any(site.is_full for site in sites):  # these need not stay exact because of others
+            raise Unspliced(refused.reason, refused.module)
+        if refused is not None:
+            raise refused
         found = Sites(tuple(sites))
         if self.layers not in (None, len(found.owners)):
             raise Refusal(f"the model has {self.layers} layers and {len(found.owners)} recognised attention sites")
         facts.add(found)
 
     @staticmethod
-    def _missed(gm: fx.GraphModule, writes: list[Write], sites: list[Site], reader: Reader) -> Iterator[Refusal]:
-        """Why layers have no site.
+    def _missed(gm: fx.GraphModule, writes: list[Write], sites: list[Site], reader: Reader) -> Refusal | None:
+        """Why layers have no site; None where all have one.
 
         Raises: NoAttentionSiteError: none has.
         """
         served = {site.cache for site in sites}
         missed = [write.node for write in writes if write.node not in served]
         if not missed:
-            return
+            return None
         for softmax in Softmax.find(gm.graph):
             changed = changed_logits(softmax.node, reader.owners)
             if changed is not None:
-                yield Refusal(changed, module_path(softmax.node))
-                return
+                return Refusal(changed, module_path(softmax.node))
         if not sites:
             raise NoAttentionSiteError(
                 "no attention site was found in the traced graph: load the model with attn_implementation='sdpa' (or "
                 "'eager'); other attention functions are not recognised."
             )
-        yield Refusal("no attention was recognised that reads this layer's cache", module_path(missed[0]))
+        return Refusal("no attention was recognised that reads this layer's cache", module_path(missed[0]))
 
 
 def shared(site: Site, owner: Site) -> Site:

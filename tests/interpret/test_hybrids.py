@@ -7,35 +7,16 @@ from typing import Any
 import pytest
 import torch
 from hybrids import HYBRIDS, hybrid, states_of
-from support import call, compile_eager, padded, run
-from tiny import prompt
+from support import call, run
+from three_methods import COVERING, PROMPTS, SNAP, SPEC, C, Models, W, check_rows_alone, new_cache
 from transformers import DynamicCache
 
 import specpass
 
-W, C, L = 8, 24, 5
-PROMPTS = [prompt(60), prompt(44, seed=1)]
-AHEAD = prompt(L, batch=2, seed=7)  # a draft's tokens: who writes them is no matter here
-COVERING = specpass.SpecKV(budget=128, window=W, lookahead_ids=AHEAD[:1])
-SNAP, SPEC = specpass.SnapKV(budget=C, window=W), specpass.SpecKV(budget=C, window=W, lookahead_ids=AHEAD[:1])
-
-
-class Models:
-    """One family: the plain model, and the same under three methods."""
-
-    def __init__(self, family: str) -> None:
-        self.family, self.plain = family, hybrid(family)
-        self.compiled = {method: compile_eager(hybrid(family), method) for method in (COVERING, SNAP, SPEC)}
-
 
 @pytest.fixture(scope="module", params=HYBRIDS)
 def models(request: pytest.FixtureRequest) -> Models:
-    return Models(request.param)
-
-
-def new_cache(method: Any, model: Any, rows: torch.Tensor = AHEAD[:1], **kwargs: Any) -> specpass.BudgetCache:
-    given = {"lookahead_ids": rows} if method.drafts else {}
-    return specpass.BudgetCache(model.config, method, 8, **given, **kwargs)
+    return Models(hybrid, request.param)
 
 
 @pytest.mark.parametrize("early_exit", [True, False])
@@ -66,14 +47,7 @@ def test_states_are_those_behind_the_prompt(models: Models, method: Any) -> None
 
 @pytest.mark.parametrize("method", [SNAP, SPEC], ids=["snapkv", "speckv"])
 def test_padded_batch_equals_rows(models: Models, method: Any) -> None:
-    model = models.compiled[method]
-    ids, mask = padded(PROMPTS)
-    batch = run(model, ids, mask=mask, past_key_values=new_cache(method, model, AHEAD))
-    for row, own in enumerate(PROMPTS):
-        alone = run(model, own, past_key_values=new_cache(method, model, AHEAD[row : row + 1]))
-        assert batch.tokens[row] == alone.tokens[0]
-        for layer, single in zip(batch.cache.budgeted, alone.cache.budgeted, strict=True):
-            assert torch.equal(layer.positions[row], single.positions[0])
+    check_rows_alone(models, method)
 
 
 def test_report(models: Models) -> None:

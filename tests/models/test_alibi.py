@@ -54,14 +54,15 @@ class Dropping(TorchFunctionMode):
 
 
 @torch.no_grad()
-def dropped(twin: Any, ids: Tensor, tokens: list[int], positions: list[Tensor], first: bool = False) -> Tensor:
-    """Logits [1, n, V] of the plain model that chose `tokens`, if it reads what is kept of the prompt `ids` alone.
+def dropped(
+    twin: Any, ids: Tensor, tokens: list[int], positions: list[Tensor], size: int = S, first: bool = False
+) -> Tensor:
+    """Logits [1, n, V] of the plain model that chose `tokens`, if it reads what is kept of the prompt alone.
 
-    Args: first: while the prompt is read, too.
+    Args: ids: the prompt of `size` tokens, and more; first: while it is read, too.
     """
     cache: Any = DynamicCache(config=twin.config)
-    drop = Dropping(positions, S)
-    head, tail = (ids, ids[:, :0]) if ids.shape[1] <= S else (ids[:, :S], ids[:, S:])
+    drop, head, tail = Dropping(positions, size), ids[:, :size], ids[:, size:]
     steps = [*([tail] if tail.shape[1] else []), *(torch.tensor([[token]]) for token in tokens[:-1])]
     with drop if first else torch.no_grad():
         logits = [twin(head, past_key_values=cache, use_cache=True).logits[:, -1]]
@@ -172,19 +173,8 @@ def test_positions_are_those_that_the_target_was_told(family: str, method: Any) 
         theirs = dropped(twin, ids, ours.tokens[0], positions, first=True)
     else:
         told = [torch.searchsorted(read, own) for own in positions]
-        theirs = renumbered(twin, ids[:, read], ours.tokens[0], told)
+        theirs = dropped(twin, ids[:, read], ours.tokens[0], told, size=len(read))
     close(ours.logits, theirs)
-
-
-@torch.no_grad()
-def renumbered(twin: Any, ids: Tensor, tokens: list[int], positions: list[Tensor]) -> Tensor:
-    """`dropped` of the tokens that were read, as a prompt of their own."""
-    cache: Any = DynamicCache(config=twin.config)
-    logits = [twin(ids, past_key_values=cache, use_cache=True).logits[:, -1]]
-    for token in tokens[:-1]:
-        with Dropping(positions, ids.shape[1]):
-            logits.append(twin(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[:, -1])
-    return torch.stack(logits, 1)
 
 
 def test_the_plain_door_says_what_to_use() -> None:

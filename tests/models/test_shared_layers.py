@@ -6,18 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import call, compile_eager, padded, run
+from support import call, padded, run
+from three_methods import AHEAD, COVERING, PROMPTS, SNAP, SPEC, C, Models, check_rows_alone, new_cache
 from tiny import prompt
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import specpass
 
-W, C, L, WINDOW = 8, 24, 5, 16
-PROMPTS = [prompt(60), prompt(44, seed=1)]
-AHEAD = prompt(L, batch=2, seed=7)
-COVERING = specpass.SpecKV(budget=128, window=W, lookahead_ids=AHEAD[:1])
-SNAP, SPEC = specpass.SnapKV(budget=C, window=W), specpass.SpecKV(budget=C, window=W, lookahead_ids=AHEAD[:1])
-
+WINDOW = 16
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "vocab_size_per_layer_input": 128,
@@ -49,28 +45,15 @@ def shared(family: str) -> Any:
         return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-class Models:
-    """One family: the plain model, and the same under three methods."""
-
-    def __init__(self, family: str) -> None:
-        self.family, self.plain = family, shared(family)
-        self.compiled = {method: compile_eager(shared(family), method) for method in (COVERING, SNAP, SPEC)}
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def models(request: pytest.FixtureRequest) -> Models:
-    return Models(request.param)
+    return Models(shared, request.param)
 
 
 @pytest.fixture(scope="module")
 def gemma4() -> Models:
     """Without padding in graphs, with it the second way."""
-    return Models("gemma4_text")
-
-
-def new_cache(method: Any, model: Any, rows: torch.Tensor = AHEAD[:1], **kwargs: Any) -> specpass.BudgetCache:
-    given = {"lookahead_ids": rows} if method.drafts else {}
-    return specpass.BudgetCache(model.config, method, 8, **given, **kwargs)
+    return Models(shared, "gemma4_text")
 
 
 def test_covering_budget_is_exact(models: Models) -> None:
@@ -104,13 +87,7 @@ def test_every_reader_attends_to_the_kept_slots(gemma4: Models) -> None:
 
 def test_padded_batch_equals_rows(gemma4: Models) -> None:
     """Kept positions and tokens; the owner's queries choose, of the lookahead's as well."""
-    model, (ids, mask) = gemma4.compiled[SPEC], padded(PROMPTS)
-    batch = run(model, ids, mask=mask, past_key_values=new_cache(SPEC, model, AHEAD))
-    for row, own in enumerate(PROMPTS):
-        alone = run(model, own, past_key_values=new_cache(SPEC, model, AHEAD[row : row + 1]))
-        assert batch.tokens[row] == alone.tokens[0]
-        for layer, single in zip(batch.cache.budgeted, alone.cache.budgeted, strict=True):
-            assert torch.equal(layer.positions[row], single.positions[0])
+    check_rows_alone(gemma4, SPEC)
 
 
 def test_padding_in_a_second_turn(models: Models) -> None:
