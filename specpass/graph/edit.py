@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
@@ -21,9 +22,13 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
 
 @contextlib.contextmanager
 def quiet(mode: FakeTensorMode) -> Iterator[None]:
-    """Run fake operators without adding guards to the shape environment that Dynamo will check on each call."""
+    """Run fake operators without adding guards to the shape environment that Dynamo will check on each call.
+
+    Composite operators go by Python's decompositions: those in C++ ask CUDA tensors for sizes that are numbers.
+    """
     env = mode.shape_env
-    with mode, torch.no_grad(), env.suppress_guards() if env is not None else contextlib.nullcontext():
+    unguarded = env.suppress_guards() if env is not None else contextlib.nullcontext()
+    with enable_python_dispatcher(), mode, torch.no_grad(), unguarded:
         yield
 
 

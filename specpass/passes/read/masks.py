@@ -6,6 +6,8 @@ with the masks that specpass understands: causal, and within it a sliding window
 A window of 4,096 would show at prompts beyond it only. So numbers that positions are compared with or divided by are
 made small while the subgraph runs (4,096 becomes 2, say), and what is found is named by the number that stood there.
 
+All of it happens on the CPU, wherever the model lives: what a mask means does not depend on it.
+
 A mask may add a bias of the keys besides (ALiBi, read in alibi.py): then it must be that bias and a mask.
 """
 
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map
 
 from specpass.graph.roles import role_of
 from specpass.graph.walk import ATEN, ancestors, is_op, value
@@ -90,7 +93,7 @@ class _Subgraph:
         named = {inputs.ids, inputs.mask, inputs.positions, inputs.embeds}
         tensors = {} if weights is None else weights.tensors
         own = [node for node in self.needed if node in tensors and node not in named and not is_argument(node)]
-        self.known = {node: tensors[node] for node in own if tensors[node].dtype == torch.bool}
+        self.known = {node: tensors[node].cpu() for node in own if tensors[node].dtype == torch.bool}
         self.free = [n for n in self.needed if n.op == "placeholder" and n not in named and n not in self.known]
         self.shape = value(inputs.tokens).shape[:2]
         given = [value(node).shape[:2] for node in (inputs.mask, inputs.positions) if node is not None]
@@ -145,9 +148,9 @@ class _Subgraph:
             env[self.inputs.mask] = real.to(value(self.inputs.mask).dtype)
         for node in self.needed:
             if node.op == "get_attr":
-                env[node] = getattr(node.graph.owning_module, str(node.target))
+                env[node] = getattr(node.graph.owning_module, str(node.target)).cpu()
             elif node not in env:
-                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
+                args, kwargs = fx.map_arg(tree_map(on_cpu, (node.args, dict(node.kwargs))), lambda n: env[n])
                 if is_op(node, *COMPARED):
                     args = tuple(made_small(arg, small) for arg in args)
                 env[node] = node.target(*args, **kwargs)
@@ -157,6 +160,11 @@ class _Subgraph:
 def is_argument(node: fx.Node) -> bool:
     """Whether an input is one of the call's, in whatever shape, and no buffer of the model."""
     return role_of(node.meta.get("specpass_source", "")) is not None
+
+
+def on_cpu(argument: Any) -> Any:
+    """An operator's argument, or the CPU in a device's place."""
+    return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
 
 def made_small(arg: Any, small: Mapping[int, int]) -> Any:
