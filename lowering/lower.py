@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -56,6 +57,7 @@ def lower(
     fingerprint: str = "",
     skip: Iterable[str] = (),
     observers: Iterable[Observer] = (),
+    note: Callable[[str], None] = warnings.warn,
 ) -> Lowered:
     """`lowering="eager"` runs the operators one by one; "inductor" compiles the decoder layers' regions.
 
@@ -65,6 +67,7 @@ def lower(
         fingerprint: of the pipeline that made the graph; it goes into the keys of Inductor's caches.
         skip: names of fusion passes to leave out.
         observers: of the fusion passes.
+        note: takes what there is to say of later calls.
     """
     start = time.perf_counter()
     graphed = cudagraphs and request.kind == "decode" and on_cuda(gm)
@@ -76,7 +79,7 @@ def lower(
         from specpass.lowering.inductor import lower_regions, tagged
 
         with tagged(fingerprint):
-            regions, distinct = lower_regions(gm)
+            regions, distinct = lower_regions(gm, note)
     gm.recompile()
     seconds = time.perf_counter() - start
     run = GraphedStep(gm.forward, moving) if graphed else gm.forward

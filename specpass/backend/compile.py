@@ -179,6 +179,7 @@ class Backend:
             fingerprint=fingerprint(self.skip_passes),
             skip=self.skip_passes,
             observers=self.observers,
+            note=self.report.note,
         )
         record.add(lowered)
         return Call(
