@@ -13,7 +13,6 @@ import functools
 import hashlib
 import operator
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -110,7 +109,7 @@ def extract(gm: fx.GraphModule, region: Region) -> fx.GraphModule:
 
 
 def compile_region(
-    gm: fx.GraphModule, region: Region, hints: Hints | None = None, note: Callable[[str], None] = warnings.warn
+    gm: fx.GraphModule, region: Region, hints: Hints | None = None, note: Callable[[str], None] = lambda text: None
 ) -> Callable[..., Any]:
     """Inductor's code for one region, for the symbolic sizes of its inputs.
 
