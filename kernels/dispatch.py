@@ -82,6 +82,9 @@ def _refuse_device(index: int) -> str | None:
 def _aten_reason(operator: str, operands: Operands) -> str:
     if operator == "prefill_attention" and operands["softcap"]:
         return "flash attention knows no soft cap: products of 256 query rows at a time"
+    flash = operator == "prefill_attention" and returns_lse(*(operands[name] for name in ("query", "key", "value")))
+    if flash and operands["sliding"] and operands.get("bias") is None:
+        return "torch's flash attention, with a window"
     if operator == "prefill_attention" and (operands["sliding"] or operands["chunk"]):
         return "flash attention of 256 query rows at a time, over what they read"
     if operator == "prefill_attention" and operands.get("bias") is not None:
