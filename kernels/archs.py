@@ -39,6 +39,15 @@ class Arch:
         """Older than sm_80: neither kernels here nor torch's flash attention are made for it."""
         return self.backend == "cuda" and int(self.capability) < 80
 
+    @property
+    def kind(self) -> str:
+        """What tuned tiles go by: its name, with the number of processors where the card of ARCHS has another.
+
+        How many splits fill a card depends on them.
+        """
+        sheet = ARCHS.get(self.name)
+        return self.name if sheet is not None and sheet.units == self.units else f"{self.name}x{self.units}"
+
 
 KIB = 1024
 ARCHS: dict[str, Arch] = {

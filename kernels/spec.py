@@ -186,5 +186,5 @@ def find_tile(kernel: Kernel, shapes: Shapes, device: torch.device) -> Tile:
 
 @functools.lru_cache(maxsize=1024)
 def _find_tile(kernel: Kernel, shapes: Shapes, arch: Arch | None) -> Tile:
-    tuned = None if arch is None else store.lookup(kernel, shapes, arch.name)
+    tuned = None if arch is None else store.lookup(kernel, shapes, arch.kind)
     return tuned or kernel.default_tile(shapes, arch or ARCHS["sm_90"])

@@ -31,7 +31,7 @@ class Job:
 
     @property
     def key(self) -> Key:
-        return Key.of(self.kernel, self.shapes, self.arch.name)
+        return Key.of(self.kernel, self.shapes, self.arch.kind)
 
     @property
     def refused(self) -> str | None:
@@ -75,9 +75,9 @@ def measure_trial(job: Job, trial: Trial) -> Trial:
 
 
 def can_measure(arch: Arch) -> bool:
-    """Whether the GPU here is of this architecture."""
+    """Whether the GPU here is of this kind."""
     here = device_arch()
-    return here is not None and here.name == arch.name
+    return here is not None and here.kind == arch.kind
 
 
 def pick(job: Job, trials: tuple[Trial, ...]) -> Trial | None:

@@ -148,7 +148,7 @@ def plan(
     aten = [
         {
             "kernel": operator,
-            "arch": chosen.name,
+            "arch": chosen.kind,
             "dtype": dtype,
             "shapes": None,
             "config": None,

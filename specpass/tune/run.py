@@ -35,7 +35,7 @@ def run(work: list[Job], count: int, processes: int) -> list[Entry]:
         console.print(f"{len(found)} of {len(work)} kernels are in the store")
     if not measure:
         console.print(
-            f"no {todo[0].arch.name} GPU here: tiles are compiled, ranked by the cost model, not measured, and "
+            f"no {todo[0].arch.kind} GPU here: tiles are compiled, ranked by the cost model, not measured, and "
             "their numbers are not checked on a device"
         )
     lists = {job: cost.shortlist(job.kernel, job.shapes, job.arch, count) for job in todo}

@@ -59,6 +59,15 @@ def test_a_slower_card_of_a_kind_gets_its_own_number_of_splits() -> None:
     few, many = (decode.default_tile(LLAMA, arch_of(CARDS[name][0], hip=False)).splits for name in ("Orin", "4090"))
     assert few == 4  # two programs for each of 16 processors, of 8 heads
     assert many == 20
+    kinds = {name: arch_of(device, hip=False).kind for name, (device, _) in CARDS.items()}  # what tuned tiles go by
+    assert kinds == {
+        "A10": "sm_86",
+        "4090": "sm_89",
+        "L4": "sm_89x58",
+        "B300": "sm_103",
+        "5090": "sm_120",
+        "Orin": "sm_87x16",
+    }
 
 
 def test_a_build_that_says_less_takes_the_nearest_ones_figures() -> None:
