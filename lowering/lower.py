@@ -11,7 +11,7 @@ from torch import fx
 
 from specpass.kernels.dispatch import Choice
 from specpass.lowering.choose import choose_sites
-from specpass.lowering.cuda_graph import GraphedStep, moving_inputs, on_cuda
+from specpass.lowering.cuda_graph import GraphedModule, GraphedStep, input_kinds, on_cuda, operand_kinds
 from specpass.lowering.fuse import fuse
 from specpass.rewrite import Observer, Request
 
@@ -52,23 +52,25 @@ def lower(
     lowering: str,
     request: Request,
     *,
-    cudagraphs: bool = False,
+    cudagraphs: bool = True,
     fingerprint: str = "",
     skip: Iterable[str] = (),
     observers: Iterable[Observer] = (),
+    note: Callable[[str], None] = lambda text: None,
 ) -> Lowered:
     """`lowering="eager"` runs the operators one by one; "inductor" compiles the decoder layers' regions.
 
     Args:
         request: what the graph does, and for which method.
-        cudagraphs: replay decode steps on CUDA as one CUDA graph.
+        cudagraphs: on CUDA, replay decode steps, and a draft's, as one CUDA graph each.
         fingerprint: of the pipeline that made the graph; it goes into the keys of Inductor's caches.
         skip: names of fusion passes to leave out.
         observers: of the fusion passes.
+        note: told what turns out only when the graph runs.
     """
     start = time.perf_counter()
-    graphed = cudagraphs and request.kind == "decode" and on_cuda(gm)
-    moving = moving_inputs(gm)
+    graphs = cudagraphs and on_cuda(gm)
+    kinds = input_kinds(gm)
     pass_seconds = fuse(gm, request, skip, observers)
     choices = tuple(choose_sites(gm))
     regions = distinct = 0
@@ -77,8 +79,38 @@ def lower(
 
         with tagged(fingerprint):
             regions, distinct = lower_regions(gm)
+    notes: list[str] = []
+    if graphs and graph_subgraphs(gm, note):
+        notes.append("the draft's steps are replayed as one CUDA graph")
     gm.recompile()
+    run: Callable[..., Any] = gm.forward
+    if graphs and request.kind == "decode":
+        run = GraphedStep(gm.forward, kinds, refused=refusal("decode steps", note))
+        notes.append("decode steps are replayed as one CUDA graph")
     seconds = time.perf_counter() - start
-    run = GraphedStep(gm.forward, moving) if graphed else gm.forward
-    notes = ("decode steps are replayed as one CUDA graph",) if graphed else ()
-    return Lowered(run, choices, regions, distinct, notes, pass_seconds, seconds)
+    return Lowered(run, choices, regions, distinct, tuple(notes), pass_seconds, seconds)
+
+
+def graph_subgraphs(gm: fx.GraphModule, note: Callable[[str], None]) -> bool:
+    """Let each subgraph that is called again and again (a draft's step) record itself; False where there is none.
+
+    Graphs that share a subgraph share its recordings.
+    """
+    calls: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.find_nodes(op="call_module"):
+        calls.setdefault(str(node.target), []).append(node)
+    graphed = False
+    for name, nodes in calls.items():
+        step = gm.get_submodule(name)
+        if len(nodes) == 1 or not isinstance(step, fx.GraphModule):
+            continue
+        if "specpass_graphed" not in step.meta:
+            own = GraphedStep(step.forward, operand_kinds(nodes[0]), keeps=False, refused=refusal("draft steps", note))
+            step.meta["specpass_graphed"] = GraphedModule(own)
+        setattr(gm, name, step.meta["specpass_graphed"])
+        graphed = True
+    return graphed
+
+
+def refusal(steps: str, note: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda why: note(f"{steps} cannot be recorded as a CUDA graph ({why}): they run operator by operator")

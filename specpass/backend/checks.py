@@ -36,7 +36,7 @@ def check_lowering(lowering: str) -> None:
         raise UnsupportedCallError(f"lowering={lowering!r}: expected 'inductor' or 'eager'.")
 
 
-def check_cudagraphs(cudagraphs: bool) -> None:
+def check_cudagraphs(cudagraphs: bool | None) -> None:
     if cudagraphs and not torch.cuda.is_available():
         raise NoCudaError(
             "cudagraphs=True needs a CUDA device and a CUDA build of torch, and there is none here: leave it out."

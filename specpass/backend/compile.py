@@ -46,7 +46,8 @@ class Backend:
         draft: a Hugging Face decoder with the target's tokenizer; None for methods without one.
         method: e.g. SpecKV(budget=1024).
         lowering: "inductor" compiles each distinct decoder layer once; "eager" runs the same passes uncompiled.
-        cudagraphs: replay each decode step as one CUDA graph.
+        cudagraphs: replay decode steps, and the draft's, as one CUDA graph each. None: wherever there is CUDA and they
+            can be recorded (the report says where not); True: an error without CUDA.
         lookahead_ids: [B, L] token ids in place of the draft's.
         skip_passes: names of passes to leave out, for experiments.
         full_verify: propagate fake values through the whole graph after each pass.
@@ -66,7 +67,7 @@ class Backend:
         method: Method | None = None,
         *,
         lowering: str = "inductor",
-        cudagraphs: bool = False,
+        cudagraphs: bool | None = None,
         lookahead_ids: Any = None,
         skip_passes: Iterable[str] = (),
         full_verify: bool = False,
@@ -79,7 +80,7 @@ class Backend:
         checks.check_draft(draft, method)
         checks.check_lowering(lowering)
         checks.check_cudagraphs(cudagraphs)
-        self.draft, self.method, self.lowering, self.cudagraphs = draft, method, lowering, cudagraphs
+        self.draft, self.method, self.lowering, self.cudagraphs = draft, method, lowering, cudagraphs is not False
         self.skip_passes, self.full_verify = tuple(skip_passes), full_verify
         check_names(self.skip_passes, (*PASSES, *FUSION))  # unknown names are an error now, not at the first call
         self.observers = () if observe is None else (observe,)
@@ -179,6 +180,7 @@ class Backend:
             fingerprint=fingerprint(self.skip_passes),
             skip=self.skip_passes,
             observers=self.observers,
+            note=self.report.note,
         )
         record.add(lowered)
         return Call(
