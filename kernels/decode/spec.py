@@ -77,7 +77,9 @@ class Decode(Kernel):
         block_n = 64 if wide <= 128 and not small else 32
         if wide > 256:
             block_n = 16
-        warps, stages = 8 if wide > 256 else 4, 2 if small or wide > 256 else 3
+        # Three stages of two programs of a processor, which splits_for counts on, take 140 KiB, AMD's more.
+        roomy = arch.shared > 140 * KIB and arch.backend == "cuda"
+        warps, stages = 8 if wide > 256 else 4, 3 if roomy and wide <= 256 else 2
         return Tile(block_n, splits=splits_for(shapes, arch, block_n), warps=warps, stages=stages)
 
     def choices(self, shapes: Shapes, arch: Arch) -> Iterable[Tile]:
