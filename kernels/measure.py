@@ -94,9 +94,11 @@ def time_us(
     except RuntimeError as error:
         warnings.warn(f"specpass: timed by events around Python: no CUDA graph holds the call ({error})", stacklevel=2)
         return clock.span_us(call, ahead, repeats)
-    # Behind a replay a graph starts when the device is free, not when the launch has arrived.
-    whole_us, rest_us = (0.0 if graph is None else clock.span_us(graph, replay, repeats) for graph in (replay, alone))
-    return (whole_us - rest_us) / calls
+    whole_us = clock.span_us(replay, nothing, repeats)
+    if alone is None:
+        return whole_us / calls
+    # Behind a replay it starts when the device is free, not when its launch has arrived; which one long call outlasts.
+    return (whole_us - clock.span_us(alone, replay if calls > 1 else nothing, repeats)) / calls
 
 
 def _each(run: Callable[[], object], times: int) -> None:

@@ -79,7 +79,7 @@ def test_the_time_is_the_calls_own(stand: Stand, cold: bool, rewinds: bool, us: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = measure.time_us(lambda: stand.launch("call", us), "cuda", cold=cold, before=before)
-    assert found == pytest.approx(us)  # by events a call of 3 us takes 93
+    assert found == pytest.approx(us, rel=2e-3)  # by events a call of 3 us takes 93
     ahead = ["flush"] * cold + ["back"] * rewinds
     whole, *alone = stand.graphs
     calls = whole.count("call")
