@@ -1,13 +1,17 @@
-"""Everything about a GPU in one command: `python bench/gpu.py`; JSON to bench/results/.
+"""Everything about a GPU: `python bench/gpu.py --part tokens`, then `kernels`, then `models`; JSON to bench/results/.
 
-1. Every kernel on the device against a float64 reference, on fresh random inputs.
-2. Every kernel against its floor (the larger of bytes over the measured copy bandwidth and FLOPs over the measured
-   matmul rate), second-level cache flushed, at 512k slots and more; and against its peers in the same run.
-3. End to end, random weights in the shapes of Llama-3.1-8B with a Llama-3.2-1B draft: time to first token, decode
-   tokens/s, peak memory, for full KV and pruned.
+tokens: does the device write what it must? Tiny models of random weights in float32: every method against
+    transformers (a covering budget), kernels against aten, CUDA graphs on and off, Inductor against eager, padded
+    batches, generations in a row, a batch beyond the reach of 32-bit indices.
+kernels: every kernel against a float64 reference, on fresh random inputs; against its floor (the larger of bytes over
+    the measured copy bandwidth and FLOPs over the measured matmul rate), second-level cache flushed; decode attention
+    against other libraries' at three budgets and batches; importance and select at 32k and 128k.
+models: random weights in the shapes of Llama-3.1-8B with a Llama-3.2-1B draft: first token, decode tokens/s, peak
+    memory, and where the time goes, for full KV (static cache, compiled) and pruned, each compiled once.
 
-`--device cpu --tiny` runs every line of the script with small sizes on any machine; its times mean nothing.
-Results are written after each step, and steps that the time limit leaves out are named.
+Without --part all three run. Each ends within ten minutes; results are written after each step, and steps that the
+time limit leaves out are named. `--device cpu --tiny` runs every line with small sizes on any machine; its times mean
+nothing. The exit code is 1 if a token or a kernel was wrong.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench import gpu_kernels, gpu_models
+from bench import gpu_kernels, gpu_models, gpu_tables, gpu_tokens
 from bench.common import RESULTS, machine, versions, write_json
 
 
@@ -50,33 +56,58 @@ class Run:
             try:
                 steps[name] = call()
             except Exception as error:  # one kernel's failure, or a model that does not fit, is a result
-                steps[name] = {"error": f"{type(error).__name__}: {error}"[:400]}
+                steps[name] = {
+                    "error": f"{type(error).__name__}: {error}"[:400],
+                    "trace": traceback.format_exc()[-1500:],
+                }
             gpu_kernels.free(self.device)
             print(f"{section}, {name}: {time.monotonic() - start:.1f} s  {steps[name]}", flush=True)
         write_json(self.path, self.document)
         return steps[name]
 
+    def wrong(self) -> list[str]:
+        """Steps that were to be right and were not, for whatever reason."""
+        kernels, tokens = (self.document.get(section, {}) for section in ("correctness", "tokens"))
+        return [name for name, found in kernels.items() if not found.get("error_share", 2.0) <= 1.0] + [
+            name for name, found in tokens.items() if found.get("right") is not True
+        ]
+
+
+PARTS: dict[str, tuple[Callable[[Run], None], ...]] = {
+    "tokens": (gpu_tokens.correctness,),
+    "kernels": (
+        gpu_kernels.correctness,
+        gpu_kernels.floors,
+        gpu_tables.decode_table,
+        gpu_tables.selection,
+        gpu_tables.prefill_table,
+        gpu_kernels.full_kv,
+    ),
+    "models": (gpu_kernels.measure_rates, gpu_models.end_to_end),
+}
+
 
 def main() -> int:
-    """Run everything; exit code 1 if a kernel was wrong."""
+    """Run the parts; exit code 1 if something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, action="append", help="repeatable; all where left out")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small sizes, any machine")
-    parser.add_argument("--minutes", type=float, default=7.5, help="time limit")
-    parser.add_argument("--skip-models", action="store_true", help="kernels alone")
-    parser.add_argument("--out", type=Path, default=None, help="result file")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of each part")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files gpu_PART.json")
     options = parser.parse_args()
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --device cpu --tiny proves the script anywhere")
-    path = options.out or RESULTS / f"gpu{'_tiny' if options.tiny else ''}.json"
-    run = Run(path, options.device, options.tiny, options.minutes)
-    gpu_kernels.correctness(run)
-    gpu_kernels.floors(run)
-    gpu_kernels.full_kv(run)
-    if not options.skip_models:
-        gpu_models.end_to_end(run)
-    wrong = [name for name, found in run.document["correctness"].items() if not found.get("error_share", 2.0) <= 1.0]
-    print(f"wrote {path}" + (f"; WRONG: {', '.join(wrong)}" if wrong else ""))
+    wrong = []
+    for part in options.part or PARTS:
+        path = options.out / f"gpu_{part}{'_tiny' if options.tiny else ''}.json"
+        run = Run(path, options.device, options.tiny, options.minutes)
+        for section in PARTS[part]:
+            section(run)
+        wrong += run.wrong()
+        print(f"wrote {path}")
+    if wrong:
+        print(f"WRONG: {'; '.join(wrong)}")
     return int(bool(wrong))
 
 

@@ -98,9 +98,13 @@ def rates(run: Run) -> dict[str, float]:
     return {"copy_bytes_s": 2e6 * size / copy, "matmul_flop_s": 2e6 * side**3 / matmul}
 
 
+def measure_rates(run: Run) -> dict[str, float]:
+    return run.step("rates", "device", lambda: rates(run))
+
+
 def floors(run: Run) -> None:
     """Each kernel cold and warm, its floor, and what else does the same on this device."""
-    measured = run.step("rates", "device", lambda: rates(run))
+    measured = measure_rates(run)
     if "copy_bytes_s" not in measured:
         return
     for kernel in REGISTRY.values():
@@ -127,11 +131,11 @@ def against_floor(run: Run, kernel: Kernel, measured: dict[str, float]) -> dict[
         "slots": shapes.heads * (shapes.columns if kernel.work == "columns" else shapes.slots),
         "tile": str(tile),
     }
-    found["peers_us"] = {name: _time(call, run.device, back) for name, call in peers(case).items()}
+    found["peers_us"] = {name: time_or_why(call, run.device, back) for name, call in peers(case).items()}
     return found
 
 
-def _time(call: Callable[[], Any], device: str, before: Callable[[], None]) -> float | str:
+def time_or_why(call: Callable[[], Any], device: str, before: Callable[[], None]) -> float | str:
     try:
         return measure.time_us(call, device, cold=True, before=before, repeats=15)
     except Exception as error:  # a peer that does not run here is no failure of ours

@@ -139,6 +139,9 @@ def test_results_are_the_callers_and_old_recordings_go() -> None:
         graphed(torch.ones(3), other)
     assert len(graphed.recordings) == KEPT
     assert all(other[0] == 1 for other in keep)
+    graphed(torch.ones(3), keep[-2])  # not the first recording of its shapes
+    assert keep[-2][0] == 2
+    assert len(graphed.recordings) == KEPT
 
 
 def test_a_recording_that_keeps_nothing_lets_the_state_die() -> None:
