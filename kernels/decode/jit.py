@@ -10,6 +10,7 @@ Glossary
     SPLIT_UP    whether there are several splits, which `combine_splits` then makes one result of
     BLOCK_G     rows of a tile of queries: G rounded up to 16, the least that tensor cores take
     BLOCK_N     slots read at a time
+    LSE         the log-sum-exp of the softmax is returned besides: scores of the same token need it
     WRITE       the new token's K/V goes into its slot in the same launch, and `lengths` is advanced by one
     SOFTCAP, SINKS, UPCAST, PRECISION: as in importance/jit.py
 """
@@ -121,15 +122,18 @@ def combine_splits(
     lse,
     lengths,
     out,
+    natural,
     splits,
     G: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     WRITE: tl.constexpr,
+    LSE: tl.constexpr,
 ):
     """out [B, H, DV]: the splits' results, each weighted by its share of the softmax; grid (B * K, G).
 
+    natural [B, H] float32: where LSE, the log-sum-exp of the whole softmax, in natural logits as everywhere outside.
     BLOCK_S is at least `splits`: one tile holds them all.
     `lengths` advances here where WRITE: in the first launch another split might still have read it.
     """
@@ -145,5 +149,7 @@ def combine_splits(
     total = tl.sum(weights, 0)
     result = tl.sum(rows * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + (head * G + g) * DV + dv, result.to(out.dtype.element_ty), mask=dv < DV)
+    if LSE:
+        tl.store(natural + head * G + g, (best + tl.log2(tl.maximum(total, 1e-37))) * 0.6931471805599453)
     if WRITE and g == 0:
         tl.store(lengths + head, tl.load(lengths + head) + 1)

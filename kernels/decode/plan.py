@@ -13,8 +13,11 @@ def cut(shapes: Shapes, tile: Tile) -> tuple[int, int]:
     return -(-shapes.slots // (steps * tile.block_n)), steps
 
 
-def launches(shapes: Shapes, tile: Tile, write: bool) -> tuple[Launch, ...]:
-    """One, or two where splits are combined; `write`: the new token's K/V is written, and `lengths` advances.
+def launches(shapes: Shapes, tile: Tile, write: bool, returns_lse: bool = False) -> tuple[Launch, ...]:
+    """One, or two where splits are combined.
+
+    Args: write: the new token's K/V is written, and `lengths` advances. returns_lse: the second launch, which there
+    always is then, writes the log-sum-exp.
 
     Nothing here but the power of two that holds all splits follows the number of slots: it differs from prompt to
     prompt where a draft keeps its whole prompt, and a launch is compiled for its constants.
@@ -41,7 +44,7 @@ def launches(shapes: Shapes, tile: Tile, write: bool) -> tuple[Launch, ...]:
         "G": shapes.group,
         "D": shapes.dim,
         "DV": shapes.value_dim,
-        "SPLIT_UP": int(splits > 1),
+        "SPLIT_UP": int(splits > 1 or returns_lse),
         "BLOCK_G": 16,
         "BLOCK_N": tile.block_n,
         "BLOCK_D": block_of(shapes.dim),
@@ -53,7 +56,7 @@ def launches(shapes: Shapes, tile: Tile, write: bool) -> tuple[Launch, ...]:
         "PRECISION": tile.precision,
     }
     attend = Launch("attend_slots", arguments, constants, tile.warps, tile.stages, True, ("stride", "steps"))
-    if splits == 1:
+    if splits == 1 and not returns_lse:
         return (attend,)
     combine = {
         "G": shapes.group,
@@ -61,6 +64,7 @@ def launches(shapes: Shapes, tile: Tile, write: bool) -> tuple[Launch, ...]:
         "BLOCK_S": power_of_two(splits),
         "BLOCK_DV": block_of(shapes.value_dim),
         "WRITE": int(write),
+        "LSE": int(returns_lse),
     }
-    read = {"partial": "*fp32", "lse": "*fp32", "lengths": "*i64", "out": x, "splits": "i32"}
+    read = {"partial": "*fp32", "lse": "*fp32", "lengths": "*i64", "out": x, "natural": "*fp32", "splits": "i32"}
     return attend, Launch("combine_splits", read, combine, 4, 1, unaligned=("splits",))

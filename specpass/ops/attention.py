@@ -265,3 +265,4 @@ bind(dialect.PrefillAttention, prefill_attention, onnx=prefill_attention_onnx, f
 bind(dialect.PrefillAttentionLse, prefill_attention_lse, flops=attention_flops)
 bind(dialect.Attend, reference.attend, onnx=attend_onnx, flops=attention_flops)
 bind(dialect.AppendAttend, reference.append_attend, flops=append_flops)
+bind(dialect.AppendAttendLse, reference.append_attend_lse, flops=append_flops)

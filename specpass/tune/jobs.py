@@ -66,6 +66,11 @@ class Layer:
         new, storage = self._empty(self.kv_heads, 1), self._empty(self.kv_heads, slots).flatten(1, 2)
         return self.attend(slots) | {"keys": storage, "values": storage, "key": new, "value": new}
 
+    def append_attend_lse(self, slots: int) -> dict[str, Any]:
+        """Operands of `append_attend_lse`."""
+        operands = self.append_attend(slots)
+        return {name: operand for name, operand in operands.items() if name not in ("softcap", "sinks")}
+
     def _empty(self, heads: int, count: int) -> torch.Tensor:
         """[B, heads, count, D]"""
         return _empty(self.dtype, self.batch, heads, count, self.dim)
@@ -116,6 +121,7 @@ def draft_jobs(layer: Layer, method: Method, arch: Arch, prompt: int, lookahead:
         for operands in layer.importance(how.window, prompt, 0, reduce, weighted=True):
             jobs += jobs_of("importance", operands, arch)
         if lookahead > 1:
-            step, _ = layer.importance(1, slots, 0, reduce)
-            jobs += jobs_of("importance", step, arch)
+            jobs += jobs_of("append_attend_lse", layer.append_attend_lse(slots), arch)
+            for operands in layer.importance(1, slots, 0, reduce):  # with a cap or sinks, attention's is not theirs
+                jobs += jobs_of("importance", operands, arch)
     return jobs

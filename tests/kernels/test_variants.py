@@ -27,6 +27,7 @@ def importance(layer: Layer, length: int, given: int) -> dict[str, Any]:
 CALLS: dict[str, tuple[Callable[[Layer, int], dict[str, Any]], int]] = {
     "decode": (lambda layer, length: layer.attend(length), 3),
     "decode_append": (lambda layer, length: layer.append_attend(length), 3),
+    "decode_append_lse": (lambda layer, length: layer.append_attend_lse(length), 3),
     "importance": (lambda layer, length: importance(layer, length, 0), 1),
     "importance_given_lse": (lambda layer, length: importance(layer, length, 1), 1),
     "gather": (lambda layer, length: layer.gather_kv(length, 1024, 256), 1),

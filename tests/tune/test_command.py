@@ -64,7 +64,8 @@ def test_tune_writes_winners_and_the_next_run_finds_them(target: str, tmp_path: 
     assert "not measured" in " ".join(first.stderr.split())
     rows = json.loads(out.read_text())
     assert all(row.keys() >= FIELDS and row["measured"] is False for row in rows)
-    assert {row["kernel"] for row in rows if row["config"]} == set(REGISTRY)
+    # A draft's step that scores is SpecPC's.
+    assert {row["kernel"] for row in rows if row["config"]} == set(REGISTRY) - {"decode_append_lse"}
     assert {row["kernel"] for row in rows if not row["config"]} == {
         "select",
         "prefill_attention",
