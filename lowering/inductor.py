@@ -128,8 +128,10 @@ def compile_region(
 def called_with(gm: fx.GraphModule, name: str, hints: Hints | None) -> Hints:
     """The sizes that the graph's first call of its subgraph `name` hands over, by the subgraph's symbols."""
     found: dict[sympy.Symbol, int] = {}
-    call = next(node for node in gm.graph.nodes if node.op == "call_module" and node.target == name)
-    for inside, outside in zip(gm.get_submodule(name).graph.find_nodes(op="placeholder"), call.args, strict=True):
+    calls = gm.graph.find_nodes(op="call_module", target=name)
+    if not calls:
+        return found
+    for inside, outside in zip(gm.get_submodule(name).graph.find_nodes(op="placeholder"), calls[0].args, strict=True):
         for own, given in zip(*(_numbers(value(item)) for item in (inside, outside)), strict=True):
             if isinstance(own, torch.SymInt) and own.node.expr.is_Symbol:
                 found[own.node.expr] = hint_of(given, hints or {}) if isinstance(given, torch.SymInt) else int(given)
