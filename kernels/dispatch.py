@@ -26,7 +26,8 @@ from typing import Any
 
 from torch import Tensor
 
-from specpass.kernels.archs import device_arch
+from specpass.kernels.aot import refused
+from specpass.kernels.archs import ARCHS, Arch, device_arch
 from specpass.kernels.registry import REGISTRY, kernels_of
 from specpass.kernels.shapes import DTYPES, dtype_of
 from specpass.kernels.spec import Operands, device_of
@@ -74,9 +75,14 @@ def _refuse_device(index: int) -> str | None:
     if not triton_installed():
         return "Triton is not installed: pip install triton"
     arch = device_arch(index)
-    if arch is not None and arch.startswith("sm_") and int(arch[3:]) < 80:
-        return f"{arch} is older than sm_80"
-    return None
+    return None if arch is None else refuse_arch(arch)
+
+
+def refuse_arch(arch: Arch) -> str | None:
+    """Why no kernel is compiled for an architecture, or None."""
+    if arch.name in ARCHS:
+        return None
+    return f"{arch.name} is older than sm_80" if arch.too_old else refused(arch)
 
 
 def _aten_reason(operator: str, operands: Operands) -> str:
@@ -116,8 +122,8 @@ def returns_lse(query: Tensor, key: Tensor, value: Tensor) -> bool:
     dtype, dim = dtype_of(query), query.shape[3]
     if value.shape[3] != dim or dtype not in DTYPES or any(states.stride(3) != 1 for states in (query, key, value)):
         return False
-    if query.device.type == "cpu":
-        return True
-    arch = device_arch(query.device.index or 0) if query.device.type == "cuda" else "none"
-    flash = arch is None or (arch.startswith("sm_") and int(arch[3:]) >= 80)  # None: a faked device
+    if query.device.type != "cuda":
+        return query.device.type == "cpu"
+    arch = device_arch(query.device.index or 0)
+    flash = arch is None or (arch.backend == "cuda" and not arch.too_old)  # None: a faked device
     return flash and dtype != "float32" and dim % 8 == 0 and dim <= 256

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specpass.kernels.archs import KIB, Arch
 from specpass.kernels.decode import case
-from specpass.kernels.decode.plan import launches
+from specpass.kernels.decode.plan import cut, launches
 from specpass.kernels.decode.reference import append_attend, attend
 from specpass.kernels.launch import Launch, start
 from specpass.kernels.shapes import Shapes, block_of, constant, dtype_of, power_of_two
@@ -77,7 +77,9 @@ class Decode(Kernel):
         block_n = 64 if wide <= 128 and not small else 32
         if wide > 256:
             block_n = 16
-        warps, stages = 8 if wide > 256 else 4, 2 if small or wide > 256 else 3
+        # Three stages of two programs of a processor, which splits_for counts on, take 140 KiB, AMD's more.
+        roomy = arch.shared > 140 * KIB and arch.backend == "cuda"
+        warps, stages = 8 if wide > 256 else 4, 3 if roomy and wide <= 256 else 2
         return Tile(block_n, splits=splits_for(shapes, arch, block_n), warps=warps, stages=stages)
 
     def choices(self, shapes: Shapes, arch: Arch) -> Iterable[Tile]:
@@ -106,15 +108,15 @@ class Decode(Kernel):
         query = operands["query"].contiguous()
         new = (operands[name].contiguous() for name in ("key", "value")) if self.write else (query, query)
         out = query.new_empty(*query.shape[:3], shapes.value_dim)
-        splits, partial, lse = plan[0].constants["SPLITS"], out, out
+        (splits, steps), partial, lse = cut(shapes, tile), out, out
         if splits > 1:
             partial = out.new_empty(shapes.heads, splits, shapes.group, shapes.value_dim, dtype=torch.float32)
             lse = out.new_empty(shapes.heads, splits, shapes.group, dtype=torch.float32)
         read = (query, keys, values, lengths, *new, lse if sinks is None else sinks.float())
-        sizes = (self.storage(operands)[1], operands["scale"])
+        sizes = (self.storage(operands)[1], steps, operands["scale"])
         start(self.code, plan[0], (shapes.heads, splits), *read, out, partial, lse, *sizes)
         if splits > 1:
-            start(self.code, plan[1], (shapes.heads, shapes.group), partial, lse, lengths, out)
+            start(self.code, plan[1], (shapes.heads, shapes.group), partial, lse, lengths, out, splits)
         return out
 
     def make(self, shapes: Shapes, device: str, seed: int) -> dict[str, Any]:

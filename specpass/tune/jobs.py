@@ -13,6 +13,7 @@ from specpass.methods.base import Method
 if TYPE_CHECKING:
     import torch
 
+    from specpass.kernels.archs import Arch
     from specpass.kernels.tuner import Job
 
 
@@ -76,7 +77,7 @@ def _empty(dtype: str, *sizes: int) -> torch.Tensor:
     return torch.empty(*sizes, dtype=getattr(torch, dtype), device="meta")
 
 
-def jobs_of(operator: str, operands: dict[str, Any], arch: str) -> list[Job]:
+def jobs_of(operator: str, operands: dict[str, Any], arch: Arch) -> list[Job]:
     """One for each kernel of the operator that such a call means."""
     from specpass.kernels.registry import kernels_of
     from specpass.kernels.tuner import Job
@@ -86,7 +87,7 @@ def jobs_of(operator: str, operands: dict[str, Any], arch: str) -> list[Job]:
 
 
 def target_jobs(
-    layer: Layer, layers: int, method: Method, arch: str, prompt: int, lookahead: int, room: int
+    layer: Layer, layers: int, method: Method, arch: Arch, prompt: int, lookahead: int, room: int
 ) -> list[Job]:
     """The target's own: importance where the method scores, gather and decode attention of each budget."""
     read = prompt if method.prompt is None else min(prompt, int(method.prompt.budget))
@@ -102,7 +103,7 @@ def target_jobs(
     return jobs
 
 
-def draft_jobs(layer: Layer, method: Method, arch: str, prompt: int, lookahead: int) -> list[Job]:
+def draft_jobs(layer: Layer, method: Method, arch: Arch, prompt: int, lookahead: int) -> list[Job]:
     """The draft's: attention of its steps over the whole prompt, and the scores of prompt tokens (SpecPC)."""
     if not method.drafts:
         return []
