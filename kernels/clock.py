@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from specpass.kernels.recording import record
+
 FLUSH_BYTES = 256 * 2**20  # more than any second-level cache holds
 
 
@@ -44,9 +46,4 @@ class Clock:
 
         Raises: RuntimeError: it does what a graph cannot hold, such as waiting for the device.
         """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                run()
-        return graph.replay
+        return record(run, torch.device(self.device))[1]

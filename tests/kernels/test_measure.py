@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import statistics
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from specpass.kernels import clock, measure, tuner
+from specpass.kernels import clock, measure, recording, tuner
 from specpass.kernels.archs import ARCHS
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
@@ -122,20 +122,32 @@ def test_only_what_moves_on_is_put_back() -> None:
         assert all(torch.equal(case.operands[name], start) for name, start in starts.items())
 
 
-def test_a_recording_is_the_devices_and_leaves_other_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recording_is_the_devices_and_ends_where_the_call_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     @contextlib.contextmanager
-    def context(*args: Any, **options: Any) -> Any:
-        seen.append((args, options))
+    def context(entered: Any) -> Iterator[None]:
+        seen.append(entered)
         yield
+        seen.append(f"leaves {entered}")
 
-    graph = SimpleNamespace(replay=lambda: None)
+    def begin(**options: str) -> None:
+        seen.append(options)
+
+    graph = SimpleNamespace(capture_begin=begin, capture_end=lambda: seen.append("end"), replay=lambda: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: "own stream")
-    for name in ("device", "graph"):
+    monkeypatch.setattr(recording, "capture_stream", lambda device: f"stream of {device}")
+    for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, context)
-    ran: list[int] = []
-    assert clock.Clock("cuda:1").record(lambda: ran.append(1)) is graph.replay
-    assert ran == [1]
-    assert seen == [(("cuda:1",), {}), ((graph,), {"stream": "own stream", "capture_error_mode": "thread_local"})]
+    assert clock.Clock("cuda:1").record(lambda: seen.append("run")) is graph.replay
+    others_go_on = {"capture_error_mode": "thread_local"}
+    entered = [torch.device("cuda:1"), "stream of cuda:1", others_go_on]
+    assert seen == [*entered, "run", "end", "leaves stream of cuda:1", "leaves cuda:1"]
+    del seen[:]
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        clock.Clock("cuda:1").record(fail)
+    assert seen == [*entered, "end"]  # these contexts leave nothing to see behind an error
