@@ -130,3 +130,14 @@ def returns_lse(query: Tensor, key: Tensor, value: Tensor) -> bool:
     arch = device_arch(query.device.index or 0)
     flash = arch is None or (arch.backend == "cuda" and not arch.too_old)  # None: a faked device
     return flash and dtype != "float32" and dim % 8 == 0 and dim <= 256
+
+
+def shares_lse(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether importance should be given attention's log-sum-exp: flash attention's costs nothing.
+
+    From sm_90 on torch attends by cuDNN, which hands none over and is faster by more than importance's first pass.
+    """
+    if not returns_lse(query, key, value):
+        return False
+    arch = device_arch(query.device.index or 0) if query.device.type == "cuda" else None
+    return arch is None or int(arch.capability) < 90
