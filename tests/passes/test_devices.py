@@ -14,8 +14,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from traces import prompt_graph, step_graph
 
 import specpass
+from specpass.dialect.attention import AppendAttend, AppendAttendLse
+from specpass.dialect.cache import AppendKv
+from specpass.dialect.define import OPERATORS
 from specpass.graph.edit import Editor, copy_module, fake_mode_of, quiet
 from specpass.graph.walk import behind
+from specpass.lowering.lower import lower
 from specpass.lowering.regions import layer_of
 from specpass.methods.base import Method
 from specpass.passes.draft import DraftGraphs
@@ -124,6 +128,22 @@ def test_what_masks_mean_is_found_wherever_they_are_made(family: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_steps(method: str, kind: Kind) -> None:
     check(step_graph(METHODS[method], kind=kind, shift=method == "specpc"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_lowered_for_a_gpu_runs_as_kernels(method: str) -> None:
+    """Of a draft too, which is lowered inside the prompt's graph."""
+    for traced in (prompt_graph(METHODS[method]), step_graph(METHODS[method], shift=method == "specpc")):
+        gm = rewritten(traced, on_gpu)
+        lowered = lower(gm, "eager", traced.request, cudagraphs=False)
+        kernels = {choice.operator for _, choice in lowered.choices if choice.kernel}
+        found = {name for name in ("importance", "gather_kv", "append_attend") if OPERATORS[name].find(gm.graph)}
+        assert found
+        assert found <= kernels
+        for step in (child for name, child in gm.named_children() if name == "draft_step"):
+            own = AppendAttendLse if method == "specpc" else AppendAttend
+            assert own.find(step.graph)
+            assert not AppendKv.find(step.graph)
 
 
 def check_spread(traced: Traced) -> None:
