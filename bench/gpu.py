@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from bench import gpu_kernels, gpu_models, gpu_tables, gpu_tokens
-from bench.common import RESULTS, machine, versions, write_json
+from bench.common import RESULTS, ROOT, machine, versions, write_json
 
 
 class Run:
@@ -58,7 +58,7 @@ class Run:
             except Exception as error:  # one kernel's failure, or a model that does not fit, is a result
                 steps[name] = {
                     "error": f"{type(error).__name__}: {error}"[:400],
-                    "trace": traceback.format_exc()[-1500:],
+                    "trace": traceback.format_exc()[-1500:].replace(f"{ROOT}/", ""),
                 }
             gpu_kernels.free(self.device)
             print(f"{section}, {name}: {time.monotonic() - start:.1f} s  {steps[name]}", flush=True)
