@@ -4,8 +4,8 @@ Kernels say themselves what they serve (spec.py). What stays with torch's own op
 (T columns, head dimension D, 16-bit K and V):
 - select: a stable sort is what promises ties to the lower position. On a CPU select takes 1.2 % of importance's time
   (2.2 % where the log-sum-exp is given) at 8k, 32k and 128k columns; torch.topk and two others are timed beside it in
-  bench/results/select.json. On an H200 it takes 152 us at 32k columns and 215 us at 128k (gpu_kernels.json there), 1 % of
-  a layer's prefill attention at 32k.
+  bench/results/select.json. On an H200 it takes 152 us at 32k columns and 215 us at 128k (gpu_kernels.json there), 1 %
+  of a layer's prefill attention at 32k.
 - prefill attention: torch's cuDNN or flash attention; compute-bound, and nothing here is particular to a budget. On an
   H200 cuDNN's takes 0.89 ms at 8k and 14.8 ms at 32k where flash takes 1.71 and 25.3 (same file): more than the 0.04
   and 0.14 ms that flash's log-sum-exp saves importance, so from sm_90 on it is not asked for (`shares_lse`).
