@@ -157,7 +157,7 @@ class Play:
     def _view(self, cache: Any) -> oracle.View:
         """What rows behind the prompt see of it; the cache's rows of one prompt are neighbours, and alike."""
         subject, count = self.subject, len(self.prompts.ids)
-        repeats = cache.layers[subject.full[0]].positions.shape[0] // count
+        repeats = len(next(layer.lengths for layer in cache.layers if hasattr(layer, "lengths"))) // count
         ahead = None if cache.lookahead_ids is None else cache.lookahead_ids[::repeats]
         if cache.prompt_positions is not None:
             rows = cache.prompt_positions[::repeats]
@@ -219,7 +219,7 @@ class Play:
             self._check_ahead(row, ahead[row])
             ids = torch.cat([ids, ahead[[row]]], 1)
         weights: dict[int, Tensor] = {}
-        if method.scored and min(counts) < length:
+        if method.scored and min(counts, default=length) < length:
             weights = oracle.probabilities(self.subject.twin, ids, method.window + ids.shape[1] - length)
         how = {name: getattr(method, name) for name in ("window", "reduce", "pool", "kernel")}
         for (layer, positions), count in zip(kept.items(), counts, strict=True):
