@@ -103,6 +103,7 @@ def test_a_rerun_tries_what_was_wrong_again(tmp_path: Path, monkeypatch: pytest.
 def test_cases_are_the_same_for_a_seed_and_cover_every_option() -> None:
     drawn = cases.grouped(3, 400)
     assert drawn == cases.grouped(3, 400)
+    assert not any(case.stop and case.mode == "assisted" for case in drawn)  # which no plain model answers
     for field in dataclasses.fields(cases.Case):
         assert len(collections.Counter(getattr(case, field.name) for case in drawn)) > 1, field.name
 
