@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from bench import gpu_kernels, gpu_models, gpu_tokens
+from bench import gpu_kernels, gpu_models, gpu_tables, gpu_tokens
 from bench.common import RESULTS, machine, versions, write_json
 
 
@@ -78,8 +78,9 @@ PARTS: dict[str, tuple[Callable[[Run], None], ...]] = {
     "kernels": (
         gpu_kernels.correctness,
         gpu_kernels.floors,
-        gpu_kernels.decode_table,
-        gpu_kernels.selection,
+        gpu_tables.decode_table,
+        gpu_tables.selection,
+        gpu_tables.prefill_table,
         gpu_kernels.full_kv,
     ),
     "models": (gpu_kernels.measure_rates, gpu_models.end_to_end),

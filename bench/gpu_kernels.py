@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import itertools
 import platform
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-import specpass.ops  # noqa: F401  (binds the operators)
 from bench.gpu_peers import peers
-from specpass.dialect.define import SPEC
 from specpass.kernels import cost, measure
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.shapes import Shapes
@@ -134,59 +131,15 @@ def against_floor(run: Run, kernel: Kernel, measured: dict[str, float]) -> dict[
         "slots": shapes.heads * (shapes.columns if kernel.work == "columns" else shapes.slots),
         "tile": str(tile),
     }
-    found["peers_us"] = {name: _time(call, run.device, back) for name, call in peers(case).items()}
+    found["peers_us"] = {name: time_or_why(call, run.device, back) for name, call in peers(case).items()}
     return found
 
 
-def _time(call: Callable[[], Any], device: str, before: Callable[[], None]) -> float | str:
+def time_or_why(call: Callable[[], Any], device: str, before: Callable[[], None]) -> float | str:
     try:
         return measure.time_us(call, device, cold=True, before=before, repeats=15)
     except Exception as error:  # a peer that does not run here is no failure of ours
         return f"{type(error).__name__}: {error}"[:200]
-
-
-def decode_table(run: Run) -> None:
-    """Decode attention at three budgets and batches, beside what other libraries have."""
-    rate = run.document["rates"]["device"].get("copy_bytes_s")
-    for budget, batch in itertools.product((256, 1024, 4096), (1, 8, 64)):
-        shapes = SMALL if run.tiny else dataclasses.replace(LARGE, budget=budget, batch=batch, room=64)
-
-        def compare(shapes: Shapes = shapes) -> dict[str, Any]:
-            case = measure.make_case(REGISTRY["decode"], shapes, run.device)
-            ours = measure.time_us(lambda: measure.run(case), run.device, cold=True)
-            moved = 2 * shapes.heads * shapes.slots * shapes.dim * shapes.itemsize
-            others = {
-                name: _time(call, run.device, lambda: None) for name, call in peers(case).items() if name != "aten"
-            }
-            share = None if rate is None else 1e6 * moved / rate / ours
-            return {"ours_us": ours, "peers_us": others, "bandwidth_share": share}
-
-        run.step("decode", f"C {budget}, batch {batch}", compare)
-
-
-def selection(run: Run) -> None:
-    """Importance with the log-sum-exp given, and select, of one layer: bytes over time against the copy's."""
-    rate = run.document["rates"]["device"].get("copy_bytes_s")
-    for columns in (64,) if run.tiny else (32768, 131072):
-        shapes = SMALL if run.tiny else dataclasses.replace(LARGE, batch=1, columns=columns)
-
-        def score(shapes: Shapes = shapes) -> dict[str, Any]:
-            case = measure.make_case(REGISTRY["importance_given_lse"], shapes, run.device)
-            moved = shapes.heads * shapes.columns * (shapes.dim * shapes.itemsize + 4)
-            return timed(lambda: measure.run(case), moved)
-
-        def choose(shapes: Shapes = shapes) -> dict[str, Any]:
-            scores = torch.rand(shapes.batch, shapes.kv_heads, shapes.columns, device=run.device)
-            lengths = torch.full((shapes.batch,), shapes.columns, device=run.device)
-            sizes = (shapes.budget, shapes.window, 7, "max")
-            return timed(lambda: SPEC.select(scores, lengths, *sizes), 4 * scores.numel())
-
-        def timed(call: Callable[[], Any], moved: int) -> dict[str, Any]:
-            spent = measure.time_us(call, run.device, cold=True)
-            return {"us": spent, "bandwidth_share": None if rate is None else 1e6 * moved / rate / spent}
-
-        run.step("selection", f"importance_given_lse, T {shapes.columns}", score)
-        run.step("selection", f"select, T {shapes.columns}", choose)
 
 
 def full_kv(run: Run) -> None:

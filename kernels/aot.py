@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from specpass.kernels import store
 from specpass.kernels.archs import Arch
 from specpass.kernels.launch import Launch
 from specpass.kernels.shapes import Shapes
@@ -18,6 +22,7 @@ from specpass.kernels.tiles import Tile
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _CDNA = {"regs": re.compile(r"\.vgpr_count:\s+(\d+)"), "spills": re.compile(r"\.vgpr_spill_count:\s+(\d+)")}
+_FATAL = re.compile(r"\bLLVM ERROR\b|\bfatal\b")  # what LLVM and ptxas say of a name that they do not know
 _MATMUL = re.compile(r"\bmma\.sync|\bwgmma\.|\btcgen05\.mma|\bv_mfma_")
 
 
@@ -59,6 +64,37 @@ def build(kernel: Kernel, shapes: Shapes, tile: Tile, arch: Arch) -> tuple[Built
     """Compile all launches of a kernel and say what they use."""
     code = kernel.code
     return tuple(inspect(compile_launch(code, launch, arch), launch) for launch in kernel.plan(shapes, tile))
+
+
+@functools.cache
+def refused(arch: Arch) -> str | None:
+    """Why Triton cannot compile for an architecture, or None.
+
+    A process of its own tries: LLVM ends the one that asks for an architecture that it does not know.
+    """
+    code = "import sys; from specpass.kernels.aot import probe; probe(sys.argv[1])"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(arch))]
+    run = subprocess.run(
+        command, env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True
+    )
+    if run.returncode == 0:
+        return None
+    lines = run.stderr.splitlines() or [f"exit status {run.returncode}"]
+    said = next(filter(_FATAL.search, lines), lines[-1]).strip()
+    return f"Triton {store.triton_version()} does not compile for {arch.name} ({said[:200]})"
+
+
+def probe(arch: str) -> None:
+    """Compile a small kernel with tensor-core dots; raises, or ends the process, where Triton cannot.
+
+    Args: arch: an Arch's fields, as JSON.
+    """
+    from specpass.kernels.registry import REGISTRY
+
+    kernel, known = REGISTRY["decode"], Arch(**json.loads(arch))
+    shapes = Shapes("bfloat16", 1, 1, 1, 64, 64, budget=256)
+    build(kernel, shapes, kernel.default_tile(shapes, known), known)
 
 
 def inspect(compiled: Any, launch: Launch) -> Built:

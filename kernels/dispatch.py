@@ -11,8 +11,8 @@ Kernels say themselves what they serve (spec.py). What stays with torch's own op
 - append of several tokens: a second turn, once. A single token is written in attention's own launch (`append_attend`):
   aten's append is five launches, and at C = 1024 (8 KV heads, D = 128, H100 bandwidth) attention's bytes take 1.6 us.
 
-Operators that the lowering makes of two (`prefill_attention_lse`, `append_attend`) are asked for by `returns_lse` and
-`choose`; not measured on a GPU.
+Operators that the lowering makes of two (`prefill_attention_lse`, `append_attend`, `append_attend_lse`) are asked for
+by `returns_lse` and `choose`; not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any
 
 from torch import Tensor
 
-from specpass.kernels.archs import device_arch
+from specpass.kernels.aot import refused
+from specpass.kernels.archs import ARCHS, Arch, device_arch
 from specpass.kernels.registry import REGISTRY, kernels_of
 from specpass.kernels.shapes import DTYPES, dtype_of
 from specpass.kernels.spec import Operands, device_of
@@ -74,14 +75,22 @@ def _refuse_device(index: int) -> str | None:
     if not triton_installed():
         return "Triton is not installed: pip install triton"
     arch = device_arch(index)
-    if arch is not None and arch.startswith("sm_") and int(arch[3:]) < 80:
-        return f"{arch} is older than sm_80"
-    return None
+    return None if arch is None else refuse_arch(arch)
+
+
+def refuse_arch(arch: Arch) -> str | None:
+    """Why no kernel is compiled for an architecture, or None."""
+    if arch.name in ARCHS:
+        return None
+    return f"{arch.name} is older than sm_80" if arch.too_old else refused(arch)
 
 
 def _aten_reason(operator: str, operands: Operands) -> str:
     if operator == "prefill_attention" and operands["softcap"]:
         return "flash attention knows no soft cap: products of 256 query rows at a time"
+    flash = operator == "prefill_attention" and returns_lse(*(operands[name] for name in ("query", "key", "value")))
+    if flash and operands["sliding"] and operands.get("bias") is None:
+        return "torch's flash attention, with a window"
     if operator == "prefill_attention" and (operands["sliding"] or operands["chunk"]):
         return "flash attention of 256 query rows at a time, over what they read"
     if operator == "prefill_attention" and operands.get("bias") is not None:
@@ -116,8 +125,19 @@ def returns_lse(query: Tensor, key: Tensor, value: Tensor) -> bool:
     dtype, dim = dtype_of(query), query.shape[3]
     if value.shape[3] != dim or dtype not in DTYPES or any(states.stride(3) != 1 for states in (query, key, value)):
         return False
-    if query.device.type == "cpu":
-        return True
-    arch = device_arch(query.device.index or 0) if query.device.type == "cuda" else "none"
-    flash = arch is None or (arch.startswith("sm_") and int(arch[3:]) >= 80)  # None: a faked device
+    if query.device.type != "cuda":
+        return query.device.type == "cpu"
+    arch = device_arch(query.device.index or 0)
+    flash = arch is None or (arch.backend == "cuda" and not arch.too_old)  # None: a faked device
     return flash and dtype != "float32" and dim % 8 == 0 and dim <= 256
+
+
+def shares_lse(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether importance should be given attention's log-sum-exp: flash attention's costs nothing.
+
+    From sm_90 on torch attends by cuDNN, which hands none over and is faster by more than importance's first pass.
+    """
+    if not returns_lse(query, key, value):
+        return False
+    arch = device_arch(query.device.index or 0) if query.device.type == "cuda" else None
+    return arch is None or int(arch.capability) < 90

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
+from specpass.kernels.clock import Clock
 from specpass.kernels.shapes import Shapes
 from specpass.kernels.spec import Kernel, device_of
 from specpass.kernels.tiles import Tile
 
-FLUSH_BYTES = 256 * 2**20  # more than any second-level cache holds
+GRAPH_US, MOST_CALLS = 2000, 50  # of a recording: long enough to outlast its own launch, short enough to repeat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +47,14 @@ def check(case: Case, tile: Tile | None = None) -> float:
     return case.kernel.error(case.operands, found, case.shapes)
 
 
+def nothing() -> None:
+    """Runs before a call that leaves things as they were."""
+
+
 def rewind(case: Case) -> Callable[[], None]:
     """What puts a case back to its start: a kernel that writes a token would run out of slots."""
+    if not case.kernel.advances:
+        return nothing
     starts = {name: case.operands[name].clone() for name in case.kernel.advances}
 
     def back() -> None:
@@ -59,31 +65,53 @@ def rewind(case: Case) -> Callable[[], None]:
 
 
 def time_us(
-    call: Callable[[], Any], device: str, *, cold: bool, before: Callable[[], None] = lambda: None, repeats: int = 25
+    call: Callable[[], Any], device: str, *, cold: bool, before: Callable[[], None] = nothing, repeats: int = 25
 ) -> float:
     """Median microseconds of a call, the GPU's second-level cache flushed before each where `cold`.
 
-    `before` runs ahead of each call, outside the time.
+    `before` runs ahead of each call, outside the time. On a GPU several calls are replayed as one CUDA graph, less what
+    the same graph takes without them. What no graph can hold is timed by events around Python, with a warning: launches
+    count then.
     """
-    for _ in range(3):
-        before()
-        call()
     if not device.startswith("cuda"):
-        spans = []
-        for _ in range(repeats):
-            before()
-            start = time.perf_counter()
-            call()
-            spans.append((time.perf_counter() - start) * 1e6)
-        return statistics.median(spans)
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if cold else None
-    pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
-    for start_event, end_event in pairs:
-        if flush is not None:
-            flush.zero_()
+        return _wall_us(call, before, repeats)
+    clock = Clock(device)
+
+    def ahead() -> None:
+        if cold:
+            clock.flush()
         before()
-        start_event.record()
+
+    def whole() -> None:
+        ahead()
         call()
-        end_event.record()
-    torch.cuda.synchronize()
-    return statistics.median(start_event.elapsed_time(end_event) * 1e3 for start_event, end_event in pairs)
+
+    clock.span_us(whole, nothing, 3)  # compiles and loads what is compiled and loaded on first use
+    calls = max(1, min(MOST_CALLS, int(GRAPH_US / max(1.0, clock.span_us(whole, nothing, 3)))))
+    try:
+        replay = clock.record(lambda: _each(whole, calls))
+        alone = clock.record(lambda: _each(ahead, calls)) if cold or before is not nothing else None
+    except RuntimeError as error:
+        warnings.warn(f"specpass: timed by events around Python: no CUDA graph holds the call ({error})", stacklevel=2)
+        return clock.span_us(call, ahead, repeats)
+    whole_us = clock.span_us(replay, nothing, repeats)
+    if alone is None:
+        return whole_us / calls
+    # Behind a replay it starts when the device is free, not when its launch has arrived; which one long call outlasts.
+    return (whole_us - clock.span_us(alone, replay if calls > 1 else nothing, repeats)) / calls
+
+
+def _each(run: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        run()
+
+
+def _wall_us(call: Callable[[], Any], before: Callable[[], None], repeats: int) -> float:
+    spans = []
+    for turn in range(-3, repeats):  # three to warm up
+        before()
+        start = time.perf_counter()
+        call()
+        if turn >= 0:
+            spans.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(spans)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from specpass.kernels import store
-from specpass.kernels.archs import Arch, device_arch, nearest
+from specpass.kernels.archs import ARCHS, Arch, device_arch
 from specpass.kernels.launch import Launch
 from specpass.kernels.shapes import DTYPES, Shapes
 from specpass.kernels.tiles import Tile, precision_for
@@ -180,11 +180,11 @@ def device_of(operands: Operands) -> torch.device:
 
 
 def find_tile(kernel: Kernel, shapes: Shapes, device: torch.device) -> Tile:
-    """The tuned tile for the device's architecture, or the table's."""
+    """The tuned tile for the device's architecture, or the table's for this very device."""
     return _find_tile(kernel, shapes, device_arch(device.index or 0) if device.type == "cuda" else None)
 
 
 @functools.lru_cache(maxsize=1024)
-def _find_tile(kernel: Kernel, shapes: Shapes, arch: str | None) -> Tile:
-    tuned = None if arch is None else store.lookup(kernel, shapes, arch)
-    return tuned or kernel.default_tile(shapes, nearest(arch))
+def _find_tile(kernel: Kernel, shapes: Shapes, arch: Arch | None) -> Tile:
+    tuned = None if arch is None else store.lookup(kernel, shapes, arch.kind)
+    return tuned or kernel.default_tile(shapes, arch or ARCHS["sm_90"])

@@ -63,7 +63,10 @@ def triton_version() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a tuned tile depends on. `fingerprint` is of the kernel's sources; budget and dtype are in `shapes`."""
+    """What a tuned tile depends on.
+
+    `arch` is Arch.kind, `fingerprint` of the kernel's sources; budget and dtype are in `shapes`.
+    """
 
     kernel: str
     shapes: Shapes

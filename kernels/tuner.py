@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, as_completed
 
 from specpass.kernels import cost, store
-from specpass.kernels.archs import ARCHS, device_arch
+from specpass.kernels.archs import Arch, device_arch
 from specpass.kernels.shapes import Shapes
 from specpass.kernels.spec import Kernel
 from specpass.kernels.store import Entry, Key, Trial
@@ -27,11 +27,11 @@ class Job:
 
     kernel: Kernel
     shapes: Shapes
-    arch: str
+    arch: Arch
 
     @property
     def key(self) -> Key:
-        return Key.of(self.kernel, self.shapes, self.arch)
+        return Key.of(self.kernel, self.shapes, self.arch.kind)
 
     @property
     def refused(self) -> str | None:
@@ -42,18 +42,17 @@ def compile_trial(job: Job, tile: Tile) -> Trial:
     """Compile one tile; runs in a worker process. Resources are those of the hungriest launch."""
     from specpass.kernels.aot import build
 
-    arch = ARCHS[job.arch]
-    predicted = cost.seconds(job.kernel, job.shapes, tile, arch)
+    predicted = cost.seconds(job.kernel, job.shapes, tile, job.arch)
     try:
-        built = build(job.kernel, job.shapes, tile, arch)
+        built = build(job.kernel, job.shapes, tile, job.arch)
     except Exception as error:  # a compiler's crash on one tile is one candidate less
         return Trial(tile, 0, 0, 0, predicted, error=f"{type(error).__name__}: {error}"[:200])
     regs, spills, shared = (max(getattr(part, name) for part in built) for name in ("regs", "spills", "shared_bytes"))
     unfit = None
     if spills:
         unfit = f"{spills} spilled loads and stores"
-    elif shared > arch.shared:
-        unfit = f"{shared} of {arch.shared} bytes of shared memory"
+    elif shared > job.arch.shared:
+        unfit = f"{shared} of {job.arch.shared} bytes of shared memory"
     return Trial(tile, regs, spills, shared, predicted, error=unfit)
 
 
@@ -75,9 +74,10 @@ def measure_trial(job: Job, trial: Trial) -> Trial:
     return dataclasses.replace(trial, time_us=cold, warm_us=warm)
 
 
-def can_measure(arch: str) -> bool:
-    """Whether the GPU here is of this architecture."""
-    return device_arch() == arch
+def can_measure(arch: Arch) -> bool:
+    """Whether the GPU here is of this kind."""
+    here = device_arch()
+    return here is not None and here.kind == arch.kind
 
 
 def pick(job: Job, trials: tuple[Trial, ...]) -> Trial | None:
@@ -89,7 +89,7 @@ def pick(job: Job, trials: tuple[Trial, ...]) -> Trial | None:
     if not fit:
         return None
     best = min(fit, key=lambda trial: trial.predicted_s)
-    default = next((t for t in fit if t.tile == job.kernel.default_tile(job.shapes, ARCHS[job.arch])), best)
+    default = next((t for t in fit if t.tile == job.kernel.default_tile(job.shapes, job.arch)), best)
     return best if best.predicted_s < CLEAR_GAIN * default.predicted_s else default
 
 

@@ -15,11 +15,8 @@ same addresses. Recording runs nothing, so no token is written twice.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import gc
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -28,6 +25,7 @@ from torch.utils._pytree import tree_map
 
 from specpass.graph.operands import GetItem
 from specpass.graph.roles import role_of
+from specpass.kernels.recording import record
 
 KEPT = 4  # recordings of one graph: each holds its buffers
 Kind: TypeAlias = Literal["moving", "fixed", "state", "unread"]
@@ -42,33 +40,7 @@ class Recorder(Protocol):
 def record_cuda(run: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Callable[[], None]]:
     """Record on the device of the step's tensors; other threads may go on using it."""
     device = next(arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.stream(capture_stream(device)), collector_rests():
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            outputs = run(*args)
-        finally:
-            graph.capture_end()
-    return outputs, graph.replay
-
-
-@functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for each device: cuBLAS has a workspace for every stream that it saw."""
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def collector_rests() -> Iterator[None]:
-    """What the garbage collector destroys may be CUDA's, and that would end a recording."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+    return record(lambda: run(*args), device)
 
 
 @dataclasses.dataclass(eq=False)

@@ -13,26 +13,21 @@ import functools
 import hashlib
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext, tracing
-from torch._inductor import config
-from torch._inductor.compile_fx import compile_fx
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from specpass.graph.edit import copy_module
-from specpass.lowering.regions import Region, close, find_regions
-
-Size: TypeAlias = int | torch.SymInt
+from specpass.graph.walk import value
+from specpass.lowering.regions import Region, close, find_regions, layer_of
+from specpass.lowering.restate import Hints, Size, hint_of, symbolic_sizes
+from specpass.lowering.variants import Variants
 
 
 class CompiledRegion(nn.Module):
@@ -68,9 +63,10 @@ def tagged(fingerprint: str) -> AbstractContextManager[None]:
     return torch.compiler.config.patch(cache_key_tag=f"{tag} specpass {fingerprint} {own}".strip())
 
 
-def lower_regions(gm: fx.GraphModule) -> tuple[int, int]:
+def lower_regions(gm: fx.GraphModule, note: Callable[[str], None], hints: Hints | None = None) -> tuple[int, int]:
     """Replace each decoder layer by a call of its compiled region, in place; subgraphs (the draft) too.
 
+    Args: note, hints: see compile_region.
     Returns: how many regions there were, and how many of them are distinct.
     """
     compiler_probe().join()
@@ -81,7 +77,7 @@ def lower_regions(gm: fx.GraphModule) -> tuple[int, int]:
             lowered = child.meta.get("specpass_lowered")
             if lowered is None:
                 lowered = copy_module(child)
-                inside = lower_regions(lowered)
+                inside = lower_regions(lowered, note, called_with(gm, name, hints))
                 count, distinct = count + inside[0], distinct + inside[1]
                 lowered.recompile()
                 child.meta["specpass_lowered"] = lowered
@@ -93,7 +89,7 @@ def lower_regions(gm: fx.GraphModule) -> tuple[int, int]:
         key = region.key()
         if key not in compiled:
             compiled[key] = f"region_{len(compiled)}"
-            gm.add_submodule(compiled[key], CompiledRegion(compile_region(gm, region)))
+            gm.add_submodule(compiled[key], CompiledRegion(compile_region(gm, region, hints, note)))
         stitch(gm, region, compiled[key])
     gm.graph.lint()
     return count + len(regions), distinct + len(compiled)
@@ -112,51 +108,39 @@ def extract(gm: fx.GraphModule, region: Region) -> fx.GraphModule:
     return fx.GraphModule(gm, graph)
 
 
-def compile_region(gm: fx.GraphModule, region: Region) -> Callable[..., Any]:
-    """Inductor's code for one region, for the symbolic sizes of its inputs."""
-    sub = extract(gm, region)
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    inputs = restate([node.meta["val"] for node in region.inputs], mode)
-    # A fused kernel keeps float32 between operators where the model rounds to bfloat16; it must not: the answers are to
-    # be the uncompiled model's, and a draft's near-tie would go the other way.
-    with tracing(TracingContext(mode)), torch.no_grad(), config.patch(emulate_precision_casts=True):
-        return compile_fx(sub, inputs)
+def compile_region(
+    gm: fx.GraphModule, region: Region, hints: Hints | None = None, note: Callable[[str], None] = lambda text: None
+) -> Callable[..., Any]:
+    """Inductor's code for one region, for the symbolic sizes of its inputs.
 
-
-def restate(values: Sequence[Size | Tensor], mode: FakeTensorMode) -> list[Size | Tensor]:
-    """The same fake inputs in a shape environment of their own: one fresh symbol for each distinct symbolic size.
-
-    So the region's code does not depend on which graph it was met in, and what Inductor learns about sizes stays out
-    of the guards that Dynamo checks on each call.
+    Args:
+        hints: sizes of the call that is compiled for, where the graph is called by another with sizes of its own;
+            None for a graph of Dynamo's, whose symbols are at least 2 (Dynamo checks that on each call).
+        note: see Variants.
     """
-    env = mode.shape_env
-    known: dict[sympy.Expr, torch.SymInt] = {}
+    values = [node.meta["val"] for node in region.inputs]
+    expected = [hint_of(size, hints or {}) for size, _ in symbolic_sizes(values)]
+    layer = layer_of(region.nodes[0]) or "a region"
+    name = layer if hints is None else f"the draft's {layer}"
+    return Variants(extract(gm, region), values, expected, 2 if hints is None else 1, name, note).callable()
 
-    def size(dim: Size) -> Size:
-        if not isinstance(dim, torch.SymInt) or not dim.node.expr.free_symbols:
-            return int(dim)
-        expr = dim.node.expr
-        if expr not in known:
-            source = ConstantSource(f"size_{len(known)}")
-            symbol = env.create_symbol(dim.node.hint, source, DimDynamic.DYNAMIC)
-            known[expr] = env.create_symintnode(symbol, hint=dim.node.hint, source=source)
-        return known[expr]
 
-    def tensor(val: Tensor) -> Tensor:
-        shape = [size(dim) for dim in val.shape]
-        order = sorted(range(val.dim()), key=lambda axis: val.stride(axis))
-        stride: list[Size] = [0] * val.dim()
-        step: Size = 1
-        if any(isinstance(dim, torch.SymInt) for dim in val.stride()):
-            for axis in order:  # dense in the order of the original strides
-                stride[axis] = step
-                step = step * shape[axis]
-        else:
-            stride = list(val.stride())
-        return torch.empty_strided(shape, stride, dtype=val.dtype, device=val.device)
+def called_with(gm: fx.GraphModule, name: str, hints: Hints | None) -> Hints:
+    """The sizes that the graph's first call of its subgraph `name` hands over, by the subgraph's symbols."""
+    found: dict[sympy.Symbol, int] = {}
+    calls = gm.graph.find_nodes(op="call_module", target=name)
+    if not calls:
+        return found
+    for inside, outside in zip(gm.get_submodule(name).graph.find_nodes(op="placeholder"), calls[0].args, strict=True):
+        for own, given in zip(*(_numbers(value(item)) for item in (inside, outside)), strict=True):
+            if isinstance(own, torch.SymInt) and own.node.expr.is_Symbol:
+                found[own.node.expr] = hint_of(given, hints or {}) if isinstance(given, torch.SymInt) else int(given)
+    return found
 
-    with mode, torch.no_grad():
-        return [tensor(val) if isinstance(val, Tensor) else size(val) for val in values]
+
+def _numbers(val: Any) -> tuple[Size, ...]:
+    """The sizes of a tensor, or a number."""
+    return tuple(val.shape) if isinstance(val, Tensor) else (val,)
 
 
 def stitch(gm: fx.GraphModule, region: Region, name: str) -> None:

@@ -78,7 +78,7 @@ def lower(
         from specpass.lowering.inductor import lower_regions, tagged
 
         with tagged(fingerprint):
-            regions, distinct = lower_regions(gm)
+            regions, distinct = lower_regions(gm, note)
     notes: list[str] = []
     if graphs and graph_subgraphs(gm, note):
         notes.append("the draft's steps are replayed as one CUDA graph")

@@ -17,7 +17,7 @@ from specpass.dialect.rows import TakeRows
 from specpass.dialect.select import Importance
 from specpass.graph.edit import Editor
 from specpass.graph.walk import value
-from specpass.kernels.dispatch import returns_lse
+from specpass.kernels.dispatch import shares_lse
 from specpass.rewrite import Facts, Kind, Pass, Request
 from specpass.rewrite.base import PROMPTS
 
@@ -35,7 +35,7 @@ class ShareLse(Pass):
             if attention is None:
                 continue
             tensors = (attention.query, attention.key, attention.value)
-            if not returns_lse(*map(value, tensors)):
+            if not shares_lse(*map(value, tensors)):
                 continue
             node = attention.node
             operands = (*tensors, importance.rows, importance.scale)

@@ -42,6 +42,10 @@ class DeviceMismatchError(SpecpassError, ValueError):
     """Draft and target live on different devices."""
 
 
+class SeveralDevicesError(SpecpassError, ValueError):
+    """A model is spread over several devices."""
+
+
 class DtypeMismatchError(SpecpassError, ValueError):
     """A model in a dtype that an export cannot be made in."""
 

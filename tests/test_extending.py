@@ -194,12 +194,12 @@ def test_the_table_chooses_a_kernel(kernel: Kernel) -> None:
 
 def test_a_kernel_is_tuned_compiled_and_emitted(kernel: Kernel) -> None:
     pytest.importorskip("triton")
-    for arch in ("sm_90", "gfx942"):
+    for arch in (ARCHS["sm_90"], ARCHS["gfx942"]):
         job = Job(kernel, kernel.shapes_of(operands("meta", columns=4000, dim=128)), arch)
-        tiles = cost.shortlist(kernel, job.shapes, ARCHS[arch], 4)
+        tiles = cost.shortlist(kernel, job.shapes, arch, 4)
         assert len(tiles) == 4
-        assert kernel.default_tile(job.shapes, ARCHS[arch]) in tiles
-        assert [built.spills for built in build(kernel, job.shapes, tiles[0], ARCHS[arch])] == [0]
+        assert kernel.default_tile(job.shapes, arch) in tiles
+        assert [built.spills for built in build(kernel, job.shapes, tiles[0], arch)] == [0]
     text = emit(kernel, LARGE, tiles[0])
     assert "def weigh_columns(scores, value, weighed, T, value_b, value_k, value_t):" in text
     assert "DV = tl.constexpr(128)" in text

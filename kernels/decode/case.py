@@ -58,14 +58,26 @@ def error(operands: Operands, found: Tensor, shapes: Shapes) -> float:
     return float((found.double() - attention(operands, shapes)).abs().max()) / TOLERANCE[shapes.dtype]
 
 
+def error_lse(operands: Operands, found: tuple[Tensor, Tensor], shapes: Shapes) -> float:
+    """Of `append_attend_lse`; its log-sum-exp is float32 whatever the dtype."""
+    out, lse = found
+    expected = logits_of(operands, shapes).logsumexp(-1).view(lse.shape)
+    own = float((lse.double() - expected).abs().max()) / TOLERANCE["float32"]
+    return max(own, error({"softcap": 0.0, "sinks": None, **operands}, out, shapes))
+
+
+def logits_of(operands: Operands, shapes: Shapes) -> Tensor:
+    """[B, K, G, P] float64 of what the storage holds now, without a cap."""
+    keys = operands["keys"].view(shapes.batch, shapes.kv_heads, shapes.slots, -1).double()
+    folded = operands["query"].double().view(shapes.batch, shapes.kv_heads, -1, shapes.dim)
+    return folded @ keys.transpose(2, 3) * operands["scale"]
+
+
 def attention(operands: Operands, shapes: Shapes) -> Tensor:
     """[B, H, 1, Dv] float64 of what the storage holds now."""
-    query, sinks = operands["query"], operands["sinks"]
-    keys, values = (
-        operands[name].view(shapes.batch, shapes.kv_heads, shapes.slots, -1).double() for name in ("keys", "values")
-    )
-    folded = query.double().view(shapes.batch, shapes.kv_heads, -1, shapes.dim)
-    logits = soft_capped(folded @ keys.transpose(2, 3) * operands["scale"], operands["softcap"])
+    sinks = operands["sinks"]
+    values = operands["values"].view(shapes.batch, shapes.kv_heads, shapes.slots, -1).double()
+    logits = soft_capped(logits_of(operands, shapes), operands["softcap"])
     if sinks is not None:  # a column of a value that is zero
         column = sinks.double().view(1, shapes.kv_heads, -1, 1).expand(shapes.batch, -1, -1, -1)
         logits = torch.cat([logits, column], -1)

@@ -3,12 +3,14 @@
 Glossary
     B, K, G     batch, key/value heads, query heads of a KV head (1 .. 16; H = K * G)
     D, DV       head dimension of keys and of values
-    P           a bound on the slots of each KV head, C + N rounded up; a constant, and how many are in use is read from
-                the device. `stride` is the exact number: a draft that keeps its whole prompt has another one for each
-                prompt, and must not compile anew for it
-    SPLITS      programs that share a KV head's slots, SPLIT slots each; few heads would leave most of a GPU idle
+    stride      slots of each KV head, P = C + N; how many are in use is read from the device
+    splits      programs that share a KV head's slots, `steps` of BLOCK_N slots each; few heads would leave most of a
+                GPU idle. As stride, run-time numbers: a draft that keeps its whole prompt has others for each, and
+                must not compile anew for it
+    SPLIT_UP    whether there are several splits, which `combine_splits` then makes one result of
     BLOCK_G     rows of a tile of queries: G rounded up to 16, the least that tensor cores take
     BLOCK_N     slots read at a time
+    LSE         the log-sum-exp of the softmax is returned besides: scores of the same token need it
     WRITE       the new token's K/V goes into its slot in the same launch, and `lengths` is advanced by one
     SOFTCAP, SINKS, UPCAST, PRECISION: as in importance/jit.py
 """
@@ -21,7 +23,7 @@ import triton.language as tl
 from specpass.kernels.logits import add_sink, base2_logits
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit(do_not_specialize=["stride", "steps"])
 def attend_slots(
     query,
     keys,
@@ -34,14 +36,13 @@ def attend_slots(
     partial,
     lse,
     stride,
+    steps,
     scale,
     K: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
-    P: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT_UP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -52,19 +53,18 @@ def attend_slots(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One split of one KV head; grid (B * K, SPLITS).
+    """One split of one KV head; grid (B * K, splits), where splits * steps * BLOCK_N is at least the slots.
 
     query [B, H, D]; keys [B, K, stride, D], values [B, K, stride, DV]; lengths [B, K] int64; key [B, K, D] and
     value [B, K, DV]: the new token's, read where WRITE, and then lengths does not count it yet; sinks [H] float32,
     natural logits, read where SINKS.
-    SPLITS = 1 writes out [B, H, DV]; more write partial [B * K, SPLITS, G, DV] and lse [B * K, SPLITS, G] float32.
+    Writes out [B, H, DV]; where SPLIT_UP partial [B * K, splits, G, DV] and lse [B * K, splits, G] float32.
     """
     tl.static_assert(BLOCK_G >= G, "a tile holds the whole group")
     tl.static_assert(BLOCK_D >= D, "a tile holds whole keys")
     tl.static_assert(BLOCK_DV >= DV, "a tile holds whole values")
-    tl.static_assert(SPLITS * SPLIT >= P, "the splits cover all slots")
-    tl.static_assert(SPLIT % BLOCK_N == 0, "no slot is read by two splits")
     head, split = tl.program_id(0), tl.program_id(1)
+    size = steps * BLOCK_N  # slots of a split: whole steps, so that no slot is read by two
     g, d, dv = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q = tl.load(query + (head * G + g)[:, None] * D + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
     if UPCAST:
@@ -74,7 +74,7 @@ def attend_slots(
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
     slots = head.to(tl.int64) * stride
-    if WRITE and split == used // SPLIT:  # the new token's slot is this split's; it is attended from registers
+    if WRITE and split == used // size:  # the new token's slot is this split's; it is attended from registers
         new_k = tl.load(key + head * D + d, mask=d < D, other=0.0)
         new_v = tl.load(value + head * DV + dv, mask=dv < DV, other=0.0)
         tl.store(keys + (slots + used) * D + d, new_k, mask=d < D)
@@ -86,8 +86,8 @@ def attend_slots(
         new, total = add_sink(best, total, sinks, head, g, g < G, K, G)
         acc = acc * tl.exp2(best - new)[:, None]
         best = new
-    end = tl.minimum(split * SPLIT + SPLIT, used)
-    for start in tl.range(split * SPLIT, end, BLOCK_N):
+    end = tl.minimum(split * size + size, used)
+    for start in tl.range(split * size, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         inside = n < end
         k = tl.load(keys + (slots + n)[None, :] * D + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
@@ -104,48 +104,52 @@ def attend_slots(
         total = total * shrink + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         best = new
-    if SPLITS == 1:
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if SPLIT_UP:
+        where = (head * tl.num_programs(1) + split) * G + g
+        tl.store(lse + where, tl.where(total > 0, best + tl.log2(tl.maximum(total, 1e-37)), float("-inf")), mask=g < G)
+        tl.store(partial + where[:, None] * DV + dv[None, :], result, mask=(g < G)[:, None] & (dv < DV)[None, :])
+    else:
         rows = out + (head * G + g)[:, None] * DV + dv[None, :]
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(rows, result.to(out.dtype.element_ty), mask=(g < G)[:, None] & (dv < DV)[None, :])
         if WRITE:
             tl.store(lengths + head, (used + 1).to(tl.int64))
-    else:
-        where = (head * SPLITS + split) * G + g
-        tl.store(lse + where, tl.where(total > 0, best + tl.log2(tl.maximum(total, 1e-37)), float("-inf")), mask=g < G)
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(partial + where[:, None] * DV + dv[None, :], result, mask=(g < G)[:, None] & (dv < DV)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine_splits(
     partial,
     lse,
     lengths,
     out,
+    natural,
+    splits,
     G: tl.constexpr,
     DV: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     WRITE: tl.constexpr,
+    LSE: tl.constexpr,
 ):
     """out [B, H, DV]: the splits' results, each weighted by its share of the softmax; grid (B * K, G).
 
+    natural [B, H] float32: where LSE, the log-sum-exp of the whole softmax, in natural logits as everywhere outside.
+    BLOCK_S is at least `splits`: one tile holds them all.
     `lengths` advances here where WRITE: in the first launch another split might still have read it.
     """
-    tl.static_assert(BLOCK_S >= SPLITS, "one tile holds all splits")
     head, g = tl.program_id(0), tl.program_id(1)
     split, dv = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
-    where = (head * SPLITS + split) * G + g
-    part = tl.load(lse + where, mask=split < SPLITS, other=float("-inf"))  # [BLOCK_S], base 2
+    where = (head * splits + split) * G + g
+    part = tl.load(lse + where, mask=split < splits, other=float("-inf"))  # [BLOCK_S], base 2
     best = tl.max(part, 0)
     weights = tl.exp2(part - tl.where(best == float("-inf"), 0.0, best))
     rows = tl.load(
-        partial + where[:, None] * DV + dv[None, :], mask=(split < SPLITS)[:, None] & (dv < DV)[None, :], other=0.0
+        partial + where[:, None] * DV + dv[None, :], mask=(split < splits)[:, None] & (dv < DV)[None, :], other=0.0
     )  # [BLOCK_S, BLOCK_DV]
     total = tl.sum(weights, 0)
     result = tl.sum(rows * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + (head * G + g) * DV + dv, result.to(out.dtype.element_ty), mask=dv < DV)
+    if LSE:
+        tl.store(natural + head * G + g, (best + tl.log2(tl.maximum(total, 1e-37))) * 0.6931471805599453)
     if WRITE and g == 0:
         tl.store(lengths + head, tl.load(lengths + head) + 1)

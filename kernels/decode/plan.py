@@ -7,12 +7,23 @@ from specpass.kernels.shapes import Shapes, block_of, power_of_two
 from specpass.kernels.tiles import Tile
 
 
-def launches(shapes: Shapes, tile: Tile, write: bool) -> tuple[Launch, ...]:
-    """One, or two where splits are combined; `write`: the new token's K/V is written, and `lengths` advances."""
+def cut(shapes: Shapes, tile: Tile) -> tuple[int, int]:
+    """Splits of a KV head's slots, and the steps of block_n slots that each of them takes."""
+    steps = -(-shapes.slots // (tile.splits * tile.block_n))
+    return -(-shapes.slots // (steps * tile.block_n)), steps
+
+
+def launches(shapes: Shapes, tile: Tile, write: bool, returns_lse: bool = False) -> tuple[Launch, ...]:
+    """One, or two where splits are combined.
+
+    Args: write: the new token's K/V is written, and `lengths` advances. returns_lse: the second launch, which there
+    always is then, writes the log-sum-exp.
+
+    Nothing here but the power of two that holds all splits follows the number of slots: it differs from prompt to
+    prompt where a draft keeps its whole prompt, and a launch is compiled for its constants.
+    """
     x = f"*{shapes.triton_dtype}"
-    step = tile.splits * tile.block_n
-    split = -(-shapes.slots // step) * tile.block_n  # a multiple of block_n, so that no slot is read twice
-    splits = -(-shapes.slots // split)
+    splits, _ = cut(shapes, tile)
     arguments = {
         "query": x,
         "keys": x,
@@ -25,6 +36,7 @@ def launches(shapes: Shapes, tile: Tile, write: bool) -> tuple[Launch, ...]:
         "partial": "*fp32",
         "lse": "*fp32",
         "stride": "i32",
+        "steps": "i32",
         "scale": "fp32",
     }
     constants = {
@@ -32,9 +44,7 @@ def launches(shapes: Shapes, tile: Tile, write: bool) -> tuple[Launch, ...]:
         "G": shapes.group,
         "D": shapes.dim,
         "DV": shapes.value_dim,
-        "P": shapes.slots,
-        "SPLITS": splits,
-        "SPLIT": split,
+        "SPLIT_UP": int(splits > 1 or returns_lse),
         "BLOCK_G": 16,
         "BLOCK_N": tile.block_n,
         "BLOCK_D": block_of(shapes.dim),
@@ -45,17 +55,16 @@ def launches(shapes: Shapes, tile: Tile, write: bool) -> tuple[Launch, ...]:
         "UPCAST": 0,
         "PRECISION": tile.precision,
     }
-    attend = Launch("attend_slots", arguments, constants, tile.warps, tile.stages, True, ("stride",))
-    if splits == 1:
+    attend = Launch("attend_slots", arguments, constants, tile.warps, tile.stages, True, ("stride", "steps"))
+    if splits == 1 and not returns_lse:
         return (attend,)
     combine = {
         "G": shapes.group,
         "DV": shapes.value_dim,
-        "SPLITS": splits,
         "BLOCK_S": power_of_two(splits),
         "BLOCK_DV": block_of(shapes.value_dim),
         "WRITE": int(write),
+        "LSE": int(returns_lse),
     }
-    return attend, Launch(
-        "combine_splits", {"partial": "*fp32", "lse": "*fp32", "lengths": "*i64", "out": x}, combine, 4, 1
-    )
+    read = {"partial": "*fp32", "lse": "*fp32", "lengths": "*i64", "out": x, "natural": "*fp32", "splits": "i32"}
+    return attend, Launch("combine_splits", read, combine, 4, 1, unaligned=("splits",))

@@ -96,3 +96,15 @@ def append_attend(
     append_kv(keys, values, lengths, key, value)
     keys, values = (states.unflatten(1, (key.shape[1], -1)) for states in (keys, values))
     return attend(query, keys, values, lengths, scale, softcap, sinks, sliding, chunk)
+
+
+def append_attend_lse(
+    keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`append_attend`, and the natural log-sum-exp [B, H, 1] float32 of the new token's row over the slots in use."""
+    out = append_attend(keys, values, lengths, query, key, value, scale)
+    stored = keys.unflatten(1, (key.shape[1], -1)).float()
+    folded = query.float().reshape(*key.shape[:2], -1, key.shape[3])  # [B, K, G, D]
+    logits = torch.matmul(folded, stored.transpose(2, 3)) * scale
+    unread = ~slots_read(lengths, 1, stored.shape[2], folded.shape[2])
+    return out, logits.masked_fill(unread, float("-inf")).logsumexp(-1).view(query.shape[:3])

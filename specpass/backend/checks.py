@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from specpass.errors import (
     GradientsError,
     MissingDraftError,
     NoCudaError,
+    SeveralDevicesError,
     TokenizerMismatchError,
     UnsupportedCallError,
 )
@@ -93,12 +95,35 @@ def check_pair(config: Any, device: torch.device, draft: nn.Module | None) -> No
     """
     if draft is None:
         return
+    check_one_device("draft", devices_of(draft))
     theirs = device_of(draft)
     if device != theirs:
         raise DeviceMismatchError(
             f"the target is on {device} and the draft on {theirs}: move the draft with draft.to('{device}')."
         )
     check_tokenizers(config, draft.config)
+
+
+def check_one_device(name: str, devices: Iterable[torch.device]) -> None:
+    """Weights that wait on the CPU or on disk are offloaded to one device's memory, and no second device.
+
+    Raises: SeveralDevicesError.
+    """
+    found = sorted({f"{device.type}:{device.index or 0}" for device in devices if device.type not in ("cpu", "meta")})
+    if len(found) > 1:
+        raise SeveralDevicesError(
+            f"the {name} is spread over {' and '.join(found)}, and specpass prunes on one device: load it with "
+            f"device_map={{'': '{found[0]}'}}, quantised or with a part of it offloaded to the CPU if it does not fit."
+        )
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Where each of a model's weights lies, and where accelerate has each of its modules compute."""
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    told = [getattr(hook, "execution_device", None) for each in hooks for hook in (each, *getattr(each, "hooks", ()))]
+    return [torch.device(device) for device in told if device is not None] + [
+        weight.device for weight in model.parameters()
+    ]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -127,6 +127,7 @@ class Backend:
         traced = Traced.read(graph, example_inputs)
         self.report.saw(traced.cache.config)
         self.check_cache(traced.cache)
+        checks.check_one_device("target", (weight.device for weight in traced.weights.tensors.values()))
         if traced.embedding is not None and self.method.drafts and not self._graphs:
             checks.check_pair(traced.cache.config, traced.embedding.device, self.draft)
         record = GraphRecord(traced.kind, trace_seconds=trace_seconds)

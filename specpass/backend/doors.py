@@ -79,11 +79,12 @@ def compile(
 
     Raises:
         SpecpassError: before anything is changed, with a message that names the fix: BudgetError, MissingDraftError,
-            TokenizerMismatchError, DeviceMismatchError, GradientsError, EncoderDecoderError.
+            TokenizerMismatchError, DeviceMismatchError, SeveralDevicesError, GradientsError, EncoderDecoderError.
     """
     checks.check_method(method)
     checks.check_decoder(target, "target")
     backend = Backend(draft, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
+    checks.check_one_device("target", checks.devices_of(target))
     checks.check_pair(target.config, checks.device_of(target), draft)
     _install(base_of(target), backend)
     return target

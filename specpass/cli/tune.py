@@ -15,6 +15,7 @@ from specpass.methods.base import Method
 from specpass.methods.registry import make_method
 
 if TYPE_CHECKING:
+    from specpass.kernels.archs import Arch
     from specpass.kernels.tuner import Job
 
 
@@ -34,7 +35,7 @@ def tune(
     ] = "",
     method: MethodName = "speckv",
     budget: Annotated[str, typer.Option("--budget", "-b", help="Budgets C, separated by commas.")] = "256,512,1024",
-    arch: Annotated[str, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; default: the GPU here, or sm_90.")] = "",
+    arch: Annotated[str, typer.Option(help="sm_80, sm_89, sm_90, gfx942, ...; default: the GPU here, or sm_90.")] = "",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     prompt: Annotated[int, typer.Option(min=1, help="Prompt length in tokens: its order of magnitude.")] = 32_000,
@@ -95,6 +96,29 @@ def counts(budget: str) -> list[int]:
     return sorted(set(map(int, parts)))
 
 
+def choose_arch(name: str) -> Arch:
+    """The architecture of this name, or the GPU here, which its own properties describe; sm_90 without either.
+
+    Raises: UnknownArchError: no GPU here and no data sheet says what it is, or Triton does not compile for it.
+    """
+    from specpass.kernels.archs import ARCHS, device_arch
+    from specpass.kernels.dispatch import refuse_arch
+
+    here = device_arch()
+    known = ARCHS if here is None else {**ARCHS, here.name: here}
+    arch = known.get(name) if name else here or ARCHS["sm_90"]
+    if arch is None:
+        raise UnknownArchError(
+            f"arch={name!r}: expected one of {', '.join(known)}. For another GPU run tune where it is, without --arch: "
+            "its own properties describe it."
+        )
+    reason = refuse_arch(arch)
+    if reason is not None:
+        fix = "" if arch.too_old else " Update Triton to tune for it."
+        raise UnknownArchError(f"arch={arch.name!r}: {reason}; models run with torch's operators there.{fix}")
+    return arch
+
+
 def plan(
     target: str, draft: str, methods: list[Method], arch: str, dtype: str, batch: int, prompt: int, max_new_tokens: int
 ) -> tuple[list[Job], list[dict[str, Any]]]:
@@ -103,16 +127,13 @@ def plan(
 
     from specpass.cache.layer import room_of
     from specpass.hub import model_path
-    from specpass.kernels.archs import ARCHS, device_arch
     from specpass.kernels.dispatch import ATEN_OPERATORS, triton_installed
     from specpass.kernels.shapes import DTYPES
     from specpass.tune.jobs import Layer, draft_jobs, target_jobs
 
     if not triton_installed():
         raise TritonMissingError("tune compiles with Triton, which is not installed: pip install 'specpass[triton]'.")
-    name = arch or device_arch() or "sm_90"
-    if name not in ARCHS:
-        raise UnknownArchError(f"arch={name!r}: expected one of {', '.join(ARCHS)}.")
+    chosen = choose_arch(arch)
     if dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     config = AutoConfig.from_pretrained(model_path(target)).get_text_config(decoder=True)
@@ -121,13 +142,13 @@ def plan(
     jobs = []
     for method in methods:
         lookahead = method.look_ahead(max_new_tokens)
-        jobs += target_jobs(own, config.num_hidden_layers, method, name, prompt, lookahead, room_of(max_new_tokens))
+        jobs += target_jobs(own, config.num_hidden_layers, method, chosen, prompt, lookahead, room_of(max_new_tokens))
         if drafts is not None:
-            jobs += draft_jobs(drafts, method, name, prompt, lookahead)
+            jobs += draft_jobs(drafts, method, chosen, prompt, lookahead)
     aten = [
         {
             "kernel": operator,
-            "arch": name,
+            "arch": chosen.kind,
             "dtype": dtype,
             "shapes": None,
             "config": None,

@@ -125,6 +125,27 @@ class AppendAttend(
         return query.new_empty(*query.shape[:3], value.shape[3])
 
 
+class AppendAttendLse(
+    Operator,
+    schema="append_attend_lse(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor query, Tensor key, "
+    "Tensor value, float scale) -> (Tensor, Tensor)",
+    since="LOWERED",
+):
+    """append_attend, and the natural log-sum-exp [B, H, 1] float32 of the new token's row over the slots in use."""
+
+    keys: fx.Node  # [B, K * P, D]
+    values: fx.Node  # [B, K * P, Dv]
+    lengths: fx.Node  # [B, K]
+    query: fx.Node  # [B, H, 1, D]
+    key: fx.Node  # [B, K, 1, D]
+    value: fx.Node
+    scale: float
+
+    @staticmethod
+    def fake(keys, values, lengths, query, key, value, scale):
+        return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
 def rows_in_place(query, value):
     """[B, H, T, Dv] in the memory format of [B, T, H, Dv], which o_proj reads in place."""
     batch, heads, columns, _ = query.shape

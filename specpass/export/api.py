@@ -78,6 +78,7 @@ def export_onnx(
     if method is not None:
         checks.check_method(method)
     checks.check_decoder(target, "target")
+    checks.check_one_device("target", checks.devices_of(target))
     check_method(method)
     if method is None or not method.drafts:
         draft = None

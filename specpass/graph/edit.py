@@ -39,6 +39,7 @@ class Editor:
         self.gm = gm
         self.graph = gm.graph
         self.mode = fake_mode_of(gm)
+        self.copies: dict[tuple[fx.Node, torch.device], fx.Node] = {}
 
     def call(self, target: Any, *args: Any, before: fx.Node, like: fx.Node | None = None) -> fx.Node:
         """`target(*args)` as a node in front of `before`."""
@@ -75,6 +76,18 @@ class Editor:
         if "nn_module_stack" in node.meta:
             out.meta["nn_module_stack"] = node.meta["nn_module_stack"]
         return out
+
+    def beside(self, node: fx.Node, other: fx.Node, before: fx.Node) -> fx.Node:
+        """`node` on the device of `other`: itself where it is there, else a copy, one for each device."""
+        device = other.meta["val"].device
+        if node.meta["val"].device == device:
+            return node
+        copy = self.copies.get((node, device))
+        if copy is None or not copy < before:
+            with self.graph.inserting_before(before):
+                copy = self.graph.call_function(torch.ops.aten._to_copy.default, (node,), {"device": device})
+            self.copies[node, device] = self.refresh(copy)
+        return copy
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let the users of `old` read `new`, and erase `old`."""

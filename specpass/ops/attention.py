@@ -32,12 +32,20 @@ def prefill_attention(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of packed rows: [B, H, T, D] x [B, K, T, D] -> [B, H, T, Dv]; needs no mask."""
-    plain = not (softcap or sliding or chunk) and bias is None
-    if sinks is not None and plain and returns_lse(query, key, value):
-        return rows_in_place(prefill_with_sinks(query, key, value, scale, sinks))
-    if sinks is not None or not plain:  # flash attention knows no cap, no window and no bias
+    flash = returns_lse(query, key, value) and (on_cuda(query) or not sliding)  # a CPU's knows no window
+    plain = not (softcap or chunk) and bias is None and (flash or not sliding)
+    if not plain or (sinks is not None and not flash):
         return rows_in_place(prefill_in_blocks(query, key, value, scale, softcap, sinks, sliding, chunk, bias))
+    if sinks is not None:
+        return rows_in_place(prefill_with_sinks(query, key, value, scale, sinks, sliding))
+    if sliding:
+        return rows_in_place(flash_on_cuda(query, key, value, scale, sliding)[0])
     return rows_in_place(prefill_flash(query, key, value, scale))
+
+
+def on_cuda(states: Tensor) -> bool:
+    """Whether CUDA computes this: flash attention of 16-bit groups (see returns_lse), masks of a group in one call."""
+    return states.is_cuda
 
 
 def rows_in_place(out: Tensor) -> Tensor:
@@ -46,14 +54,16 @@ def rows_in_place(out: Tensor) -> Tensor:
 
 
 def prefill_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """`prefill_attention` without a cap or sinks.
+    """`prefill_attention` without a cap or sinks: K and V are never repeated to H heads.
 
-    One call per member of the GQA group, each on views, so that K and V are never repeated to H heads.
+    CUDA's flash and cuDNN attention read those of a group once. Elsewhere one call per member of the group, each on
+    views: with enable_gqa a CPU takes 2.5 times as long, and what is left of CUDA (float32) repeats K and V.
     """
     batch, heads, columns = query.shape[:3]
     group = heads // key.shape[1]
-    if group == 1:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    if group == 1 or (on_cuda(query) and returns_lse(query, key, value)):
+        how = {"is_causal": True, "scale": scale, "enable_gqa": group > 1}
+        return F.scaled_dot_product_attention(query, key, value, **how)
     out = query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
     attention_of_groups(query, key, value, out, is_causal=True, scale=scale)
     return out
@@ -95,9 +105,14 @@ def attention_of_groups(
 ) -> None:
     """Attention into `out` [B, H, q, Dv]: one call for each member of the GQA group, on views, K and V never repeated.
 
+    On CUDA masked rows are one call: the group lies in the query's rows, where each row has a mask of its own.
+
     Args: attn_mask [1, 1, q, T] or [B or 1, H, q, T]; how: further arguments of scaled_dot_product_attention.
     """
     group = query.shape[1] // key.shape[1]
+    if on_cuda(query) and attn_mask is not None and group > 1:
+        out.copy_(attention_folded(query, key, value, attn_mask, **how))
+        return
     for member in range(group):
         own = attn_mask if attn_mask is None or attn_mask.shape[1] == 1 else attn_mask[:, member::group]
         out[:, member::group] = F.scaled_dot_product_attention(
@@ -105,10 +120,39 @@ def attention_of_groups(
         )
 
 
-def prefill_with_sinks(query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor) -> Tensor:
+def attention_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **how: Any) -> Tensor:
+    """[B, H, q, Dv] of queries [B, H, q, D], asked as [B, K, G * q, D]; mask [1, 1, q, T] or [B or 1, H, q, T]."""
+    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    by_member = mask[:, :, None].expand(-1, -1, group, -1, -1) if mask.shape[1] == 1 else mask.unflatten(1, (-1, group))
+    folded = query.unflatten(1, (kv_heads, group)).flatten(2, 3)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=by_member.flatten(2, 3), **how)
+    return out.unflatten(2, (group, -1)).flatten(1, 2)
+
+
+def flash_on_cuda(query: Tensor, key: Tensor, value: Tensor, scale: float, sliding: int = 0) -> tuple[Tensor, Tensor]:
+    """`prefill_attention` of 16-bit tensors, with a window too: [B, H, T, D], and its log-sum-exp [B, H, T] float32.
+
+    It reads K and V of a group once, without repeating them, and of a window no columns outside.
+    """
+    if not sliding:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)[:2]
+    columns, rows = query.shape[2], (states.transpose(1, 2) for states in (query, key, value))
+    window = {"window_size_left": sliding - 1, "window_size_right": 0}
+    out, lse = torch.ops.aten._flash_attention_forward(
+        *rows, None, None, columns, columns, 0.0, True, False, scale=scale, **window
+    )[:2]
+    return out.transpose(1, 2), lse
+
+
+def prefill_with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor, sliding: int = 0
+) -> Tensor:
     """`prefill_attention` with sinks [H]: flash attention, each row scaled by the share that its sink leaves."""
-    every = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
-    out, lse = flash_with_lse(query, key, value, every, scale)
+    if on_cuda(query):
+        out, lse = flash_on_cuda(query, key, value, scale, sliding)
+    else:
+        every = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
+        out, lse = flash_with_lse(query, key, value, every, scale)
     return out * torch.sigmoid(lse - sinks.float()[:, None])[..., None].to(out.dtype)
 
 
@@ -120,8 +164,8 @@ def flash_with_lse(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, scal
     """
     batch, heads, columns = query.shape[:3]
     group, index = heads // key.shape[1], rows.clamp(min=0)[:, None]
-    if query.device.type != "cpu":  # reads K and V of a group once, without repeating them
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)[:2]
+    if on_cuda(query):
+        out, lse = flash_on_cuda(query, key, value, scale)
         return out, lse.gather(2, index.expand(-1, heads, -1))
     out = query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
     lse = query.new_empty(batch, heads, rows.shape[1], dtype=torch.float32)
@@ -221,3 +265,4 @@ bind(dialect.PrefillAttention, prefill_attention, onnx=prefill_attention_onnx, f
 bind(dialect.PrefillAttentionLse, prefill_attention_lse, flops=attention_flops)
 bind(dialect.Attend, reference.attend, onnx=attend_onnx, flops=attention_flops)
 bind(dialect.AppendAttend, reference.append_attend, flops=append_flops)
+bind(dialect.AppendAttendLse, reference.append_attend_lse, flops=append_flops)

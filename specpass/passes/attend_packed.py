@@ -45,4 +45,5 @@ class AttendPacked(Pass):
 
 def key_bias(editor: Editor, alibi: Alibi, positions: fx.Node, before: fx.Node) -> fx.Node:
     """[B or 1, H, T] at positions [B or 1, K or 1, T]."""
-    return editor.call(SPEC.key_bias, alibi.slopes, positions, alibi.dtype, alibi.factor, before=before, like=before)
+    slopes = editor.beside(alibi.slopes, positions, before)
+    return editor.call(SPEC.key_bias, slopes, positions, alibi.dtype, alibi.factor, before=before, like=before)

@@ -53,12 +53,14 @@ class GatherPrune(Pass):
             # Of a padded batch, rows that fit C keep everything.
             if not alike and site.is_full and facts[Rows].order is not None:
                 whole = request.pruning.budget
-                positions = editor.call(SPEC.keep_short_rows, positions, facts[Rows].lengths, whole, before=before)
+                lengths = editor.beside(facts[Rows].lengths, site.key, before)
+                positions = editor.call(SPEC.keep_short_rows, positions, lengths, whole, before=before)
             fill = Fill.of(site.cache)
             tensors = (fill.key, fill.value, positions, fill.room)
             kept = editor.call(SPEC.gather_kv, *tensors, before=before, like=like)
             if read is not None:  # numbered by the caller's prompt, of which the target read a part
-                positions = editor.call(SPEC.map_positions, positions, read.positions, before=before, like=like)
+                prompt = editor.beside(read.positions, site.key, before)
+                positions = editor.call(SPEC.map_positions, positions, prompt, before=before, like=like)
             self._replace(editor, site.cache, kept, positions, before)
             rewritten.append(dataclasses.replace(site, cache=kept))
         facts.add(Sites(tuple(rewritten)))
@@ -83,7 +85,7 @@ class GatherPrune(Pass):
         like: fx.Node | None,
     ) -> fx.Node:
         """[B, K, C] positions that a site keeps, of the tokens that the target reads."""
-        method, lengths = request.pruning, facts[Rows].lengths
+        method, lengths = request.pruning, editor.beside(facts[Rows].lengths, site.key, before)
         call = functools.partial(editor.call, before=before, like=like)
         if site.span.sliding:
             return call(SPEC.select_recent, lengths, site.kv_heads, site.budget, 0)

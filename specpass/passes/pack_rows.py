@@ -37,6 +37,7 @@ class PackRows(Pass):
         ids, mask = inputs.tokens, inputs.mask
         for size in Size.find(gm.graph):  # the cache's logical length: the caller's columns
             size.update(x=ids, dim=1)
+            editor.refresh(size.node)
         first = first_call(gm.graph)
         if mask is None:
             facts.add(Rows(editor.call(SPEC.full_lengths, ids, before=first), full=True))

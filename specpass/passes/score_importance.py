@@ -41,24 +41,25 @@ class ScoreImportance(Pass):
         ahead = None if drafted is None else drafted.ids
         anchor = (lengths if ahead is None else max(ahead, lengths)).next  # behind both
         rows = editor.call(SPEC.score_rows, lengths, ahead, method.window, list(request.eos_ids), before=anchor)
-        own = OwnScores(editor, request, rows, lengths)
+        own = OwnScores(editor, request)
         scores: list[fx.Node | None] = []
         for site in facts[Sites].sites:
             if not site.is_full or site.reads:  # an owner's queries choose for all who read its cache
                 scores.append(None)
                 continue
             before, like = site.attention.next, site.attention
-            taken = editor.call(SPEC.take_rows, site.query, rows, before=before, like=like)
+            at, until = (editor.beside(node, site.query, before) for node in (rows, lengths))
+            taken = editor.call(SPEC.take_rows, site.query, at, before=before, like=like)
             if method.score is not None:
-                scores.append(own(site, taken, before))
+                scores.append(own(site, (taken, site.key, site.value, at, until), before))
                 continue
             changes = (None, None, *site.changes) if site.changes else ()  # no weights, no log-sum-exp yet
             own_scores = editor.call(
                 SPEC.importance,
                 taken,
                 site.key,
-                rows,
-                lengths,
+                at,
+                until,
                 method.window,
                 site.scale,
                 method.reduce,
@@ -82,14 +83,14 @@ def shared(editor: Editor, scores: fx.Node, site: Site, reduce: str) -> fx.Node:
 class OwnScores:
     """The nodes of a method's own `score` at each site."""
 
-    def __init__(self, editor: Editor, request: Request, rows: fx.Node, lengths: fx.Node) -> None:
-        self.editor, self.method, self.rows, self.lengths = editor, request.pruning, rows, lengths
+    def __init__(self, editor: Editor, request: Request) -> None:
+        self.editor, self.method = editor, request.pruning
         self.name = f"{self.method.name}.score"
         self.score = self.method.score
         self.inlines: dict[float, Inline] = {}  # by scale, which is a constant of the site
 
-    def __call__(self, site: Site, taken: fx.Node, before: fx.Node) -> fx.Node:
-        """Scores [B, K, T] of the queries `taken` [B, H, R, D]."""
+    def __call__(self, site: Site, tensors: tuple[fx.Node, ...], before: fx.Node) -> fx.Node:
+        """Scores [B, K, T] of the queries that score [B, H, R, D], the site's keys and values, rows and lengths."""
         if not site.heads_apart:
             raise Refusal(f"{self.name} scores KV heads, and this layer's keys are made of one latent", site.module)
         if site.changes:
@@ -98,7 +99,6 @@ class OwnScores:
         if site.scale not in self.inlines:
             function = functools.partial(self.score, scale=site.scale)
             self.inlines[site.scale] = Inline(self.editor, function, self.name)
-        tensors = (taken, site.key, site.value, self.rows, self.lengths)
         scores = self.inlines[site.scale](*tensors, before=before, like=site.attention)
         shape = tuple(value(site.key).shape[:3])
         return check_result(scores, shape, torch.float32, self.name, "scores [B, K, T]")

@@ -51,14 +51,17 @@ class SkipPadding(Pass):
         sites = tuple(skip(editor, site, order, place) for site in facts[Sites].sites)
         for last in {site.cache: site for site in sites}.values():  # behind all who read the cache
             answer = next(iter(last.attention.users))
-            place = {"before": answer.next, "like": last.attention}
-            editor.call(SPEC.take_back, AppendKv.of(last.cache).lengths, padding, **place)
+            lengths, behind = AppendKv.of(last.cache).lengths, answer.next
+            masked = editor.beside(padding, lengths, behind)
+            editor.call(SPEC.take_back, lengths, masked, before=behind, like=last.attention)
         facts.add(Sites(sites))
 
 
 def skip(editor: Editor, site: Site, order: fx.Node, place: fx.Node) -> Site:
     """Pack what a site appends and asks by `order`, unpack what it answers by `place`."""
     append, attend = AppendKv.of(site.cache), Attend.of(site.attention)
+    first = append.node if append.node < attend.node else attend.node
+    order, place = (editor.beside(node, site.query, first) for node in (order, place))
     if not site.reads:
         key, value = (
             editor.call(SPEC.take_rows, node, order, before=append.node, like=append.node)

@@ -57,7 +57,7 @@ class TakeLast(Pass):
             for source in [n for n in node.all_input_nodes if n in rows - done and has_rows(n, columns)]:
                 done |= behind(take(editor, indices, node, source, columns))
         for source in [n for n in output.all_input_nodes if n in tail - done and has_rows(n, columns)]:
-            index = indices.every(output)
+            index = editor.beside(indices.every(output), source, output)
             new = editor.call(SPEC.take_positions, source, index, before=output, like=source)
             output.replace_input_with(source, new)
         take_beside(editor, hidden, columns)
@@ -68,7 +68,7 @@ def take(editor: Editor, indices: RowIndices, node: fx.Node, source: fx.Node, co
     if value(source).dim() != 3 or value(source).shape[1] != columns:
         raise Refusal(f"{node.target} mixes positions behind the last attention site")
     index = indices.last(node) if last_only(node) else indices.every(node)
-    new = editor.call(SPEC.take_positions, source, index, before=node, like=node)
+    new = editor.call(SPEC.take_positions, source, editor.beside(index, source, node), before=node, like=node)
     node.replace_input_with(source, new)
     if "val" in node.meta:
         editor.refresh(node)
@@ -94,5 +94,6 @@ def take_beside(editor: Editor, hidden: fx.Node, columns: object) -> None:
                 raise Refusal(f"{node.target} reads rows from in front of the last attention site")
             key = (source, *indices)
             if key not in taken:
-                taken[key] = editor.call(SPEC.take_positions, *key, before=node, like=node)
+                index = editor.beside(next(iter(indices)), source, node)
+                taken[key] = editor.call(SPEC.take_positions, source, index, before=node, like=node)
             node.replace_input_with(source, taken[key])

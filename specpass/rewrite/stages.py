@@ -40,6 +40,7 @@ def _stage(name: str, prompts: tuple[Choice, ...], steps: tuple[Choice, ...]) ->
 
 _PREFILLS, _STORES = (cache.Fill, cache.KeepKv), (cache.GatherKv, cache.KeepKv)
 _STORING = {operator.name for operator in (cache.Fill, cache.GatherKv, cache.KeepKv, cache.AppendKv)}
+_BOTH = (attention.AppendAttend, attention.AppendAttendLse)
 _FLASH = (attention.PrefillAttention, attention.PrefillAttentionLse)
 
 STAGES: dict[str, Stage] = {
@@ -48,11 +49,7 @@ STAGES: dict[str, Stage] = {
         _stage("TRACED", (_PREFILLS,), ((cache.AppendKv,),)),
         _stage("DRAFTED", (_PREFILLS, _FLASH), ((cache.AppendKv,),)),
         _stage("PRUNED", (_STORES, _FLASH), ((cache.AppendKv,), (attention.Attend,))),
-        _stage(
-            "LOWERED",
-            (_STORES, _FLASH),
-            ((cache.AppendKv, attention.AppendAttend), (attention.Attend, attention.AppendAttend)),
-        ),
+        _stage("LOWERED", (_STORES, _FLASH), ((cache.AppendKv, *_BOTH), (attention.Attend, *_BOTH))),
     )
 }
 

@@ -13,6 +13,7 @@ from specpass.methods.base import Method
 if TYPE_CHECKING:
     import torch
 
+    from specpass.kernels.archs import Arch
     from specpass.kernels.tuner import Job
 
 
@@ -65,6 +66,11 @@ class Layer:
         new, storage = self._empty(self.kv_heads, 1), self._empty(self.kv_heads, slots).flatten(1, 2)
         return self.attend(slots) | {"keys": storage, "values": storage, "key": new, "value": new}
 
+    def append_attend_lse(self, slots: int) -> dict[str, Any]:
+        """Operands of `append_attend_lse`."""
+        operands = self.append_attend(slots)
+        return {name: operand for name, operand in operands.items() if name not in ("softcap", "sinks")}
+
     def _empty(self, heads: int, count: int) -> torch.Tensor:
         """[B, heads, count, D]"""
         return _empty(self.dtype, self.batch, heads, count, self.dim)
@@ -76,7 +82,7 @@ def _empty(dtype: str, *sizes: int) -> torch.Tensor:
     return torch.empty(*sizes, dtype=getattr(torch, dtype), device="meta")
 
 
-def jobs_of(operator: str, operands: dict[str, Any], arch: str) -> list[Job]:
+def jobs_of(operator: str, operands: dict[str, Any], arch: Arch) -> list[Job]:
     """One for each kernel of the operator that such a call means."""
     from specpass.kernels.registry import kernels_of
     from specpass.kernels.tuner import Job
@@ -86,7 +92,7 @@ def jobs_of(operator: str, operands: dict[str, Any], arch: str) -> list[Job]:
 
 
 def target_jobs(
-    layer: Layer, layers: int, method: Method, arch: str, prompt: int, lookahead: int, room: int
+    layer: Layer, layers: int, method: Method, arch: Arch, prompt: int, lookahead: int, room: int
 ) -> list[Job]:
     """The target's own: importance where the method scores, gather and decode attention of each budget."""
     read = prompt if method.prompt is None else min(prompt, int(method.prompt.budget))
@@ -102,7 +108,7 @@ def target_jobs(
     return jobs
 
 
-def draft_jobs(layer: Layer, method: Method, arch: str, prompt: int, lookahead: int) -> list[Job]:
+def draft_jobs(layer: Layer, method: Method, arch: Arch, prompt: int, lookahead: int) -> list[Job]:
     """The draft's: attention of its steps over the whole prompt, and the scores of prompt tokens (SpecPC)."""
     if not method.drafts:
         return []
@@ -115,6 +121,7 @@ def draft_jobs(layer: Layer, method: Method, arch: str, prompt: int, lookahead: 
         for operands in layer.importance(how.window, prompt, 0, reduce, weighted=True):
             jobs += jobs_of("importance", operands, arch)
         if lookahead > 1:
-            step, _ = layer.importance(1, slots, 0, reduce)
-            jobs += jobs_of("importance", step, arch)
+            jobs += jobs_of("append_attend_lse", layer.append_attend_lse(slots), arch)
+            for operands in layer.importance(1, slots, 0, reduce):  # with a cap or sinks, attention's is not theirs
+                jobs += jobs_of("importance", operands, arch)
     return jobs

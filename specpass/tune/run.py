@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from specpass.kernels import cost, tuner
-from specpass.kernels.archs import ARCHS
 from specpass.kernels.store import Entry
 from specpass.kernels.tuner import Job
 
@@ -36,10 +35,10 @@ def run(work: list[Job], count: int, processes: int) -> list[Entry]:
         console.print(f"{len(found)} of {len(work)} kernels are in the store")
     if not measure:
         console.print(
-            f"no {todo[0].arch} GPU here: tiles are compiled, ranked by the cost model, not measured, and "
+            f"no {todo[0].arch.kind} GPU here: tiles are compiled, ranked by the cost model, not measured, and "
             "their numbers are not checked on a device"
         )
-    lists = {job: cost.shortlist(job.kernel, job.shapes, ARCHS[job.arch], count) for job in todo}
+    lists = {job: cost.shortlist(job.kernel, job.shapes, job.arch, count) for job in todo}
     with workers(processes) as pool, _progress() as progress:
         bar = progress.add_task("", total=sum(map(len, lists.values())))
         for job, tiles in lists.items():

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import specpass
 from specpass import errors, hub
+from specpass.backend import checks
 from specpass.hub import weights
 
 C, W, L = 24, 8, 4
@@ -142,6 +144,23 @@ def test_pairs_that_cannot_work(what: str, door: str, tmp_path: Path) -> None:
         error, texts = errors.DeviceMismatchError, ["cpu", "meta"]
     with refused(target, error, *texts):
         enter(door, target, draft)
+
+
+@pytest.mark.parametrize("which", ["target", "draft"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_models_on_several_devices(which: str, nested: bool) -> None:
+    """As device_map="auto" leaves them: accelerate's hooks say where each module computes."""
+    pair = {"target": tiny(), "draft": tiny(seed=1)}
+    for device, layer in enumerate(pair[which].model.layers):
+        hook = SimpleNamespace(execution_device=f"cuda:{device}")
+        layer._hf_hook = SimpleNamespace(hooks=(hook,)) if nested else hook
+    with refused(pair["target"], errors.SeveralDevicesError, which, "cuda:0 and cuda:1", "device_map={'': 'cuda:0'}"):
+        compile_eager(pair["target"], METHOD, pair["draft"])
+
+
+def test_devices_of_offloaded_weights_are_one() -> None:
+    waiting = map(torch.device, ("cpu", "meta", "cuda", "cuda:0"))
+    checks.check_one_device("target", waiting)
 
 
 def test_one_tokenizer_with_padded_vocabularies_is_no_error(tmp_path: Path) -> None:

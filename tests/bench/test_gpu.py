@@ -59,6 +59,7 @@ def test_kernels(found: dict[str, dict[str, Any]]) -> None:
     assert len(document["decode"]) == 9
     assert all(step["ours_us"] > 0 and step["peers_us"]["sdpa"] > 0 for step in document["decode"].values())
     assert all(step["us"] > 0 for step in document["selection"].values())
+    assert all(min(step["us"][way] for way in ("specpass", "importance")) > 0 for step in document["prefill"].values())
     assert document["full_kv"]["decode attention"]["times_faster"] > 0
 
 

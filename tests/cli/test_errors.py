@@ -23,6 +23,7 @@ TEXT = " ".join(f"w{index % 90}" for index in range(60))
 NOT_HERE = {
     errors.SpecpassError: "the base class",
     errors.DeviceMismatchError: "both models go to --device",
+    errors.SeveralDevicesError: "both models go to --device",
     errors.DtypeMismatchError: "both models get --dtype",
     errors.UnsplicedGraphError: "the call goes on the second way",
     errors.GradientsError: "models are loaded in eval mode, without gradients",

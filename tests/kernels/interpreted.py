@@ -169,6 +169,22 @@ def test_decode_attention_and_its_writing_variant(
 
 
 @pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_attention_that_returns_its_log_sum_exp(dtype: torch.dtype, splits: int) -> None:
+    kernel, slots = REGISTRY["decode_append_lse"], 90
+    torch.manual_seed(splits)
+    operands = {name: torch.randn(2, 2 * slots, 24).to(dtype) for name in ("keys", "values")}
+    operands |= {"lengths": torch.tensor([[0, 7], [60, slots - 1]]), "query": torch.randn(2, 6, 1, 24).to(dtype)}
+    operands |= {name: torch.randn(2, 2, 1, 24).to(dtype) for name in ("key", "value")}
+    twin: dict[str, Any] = {name: tensor.clone() for name, tensor in operands.items()}
+    found = kernel.launch({**operands, "scale": 0.3}, Tile(16, splits=splits))
+    out, lse = kernel.reference(**twin, scale=0.3)
+    torch.testing.assert_close(found[0], out, atol=OUTPUT[dtype], rtol=2 * OUTPUT[dtype])
+    torch.testing.assert_close(found[1], lse, atol=2e-6, rtol=2e-5)
+    assert all(torch.equal(operands[name], twin[name]) for name in twin)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
 def test_an_empty_head_attends_to_nothing(splits: int) -> None:
     keys, values = (torch.full((1, 2, 48, 16), float("nan")) for _ in range(2))
     keys[:, 1], values[:, 1] = 1.0, 2.0

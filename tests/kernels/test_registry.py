@@ -129,7 +129,7 @@ def test_a_launch_takes_the_tables_tile_or_the_given_one(toy: Kernel) -> None:
 
 
 def test_the_tuner_ranks_and_names_it(toy: Kernel) -> None:
-    job = Job(toy, toy.shapes_of(operands("cpu")), "sm_90")
+    job = Job(toy, toy.shapes_of(operands("cpu")), ARCHS["sm_90"])
     assert job.refused is None
     assert [tile.block_n for tile in cost.shortlist(toy, job.shapes, ARCHS["sm_90"], 5)] == [16, 32, 64]
     assert json.loads(json.dumps(job.key.kernel)) == "toy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from specpass.dialect.attention import PrefillAttentionLse
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import copy_module
 from specpass.kernels import dispatch
+from specpass.kernels.archs import ARCHS
 from specpass.lowering import share_lse
 from specpass.lowering.choose import choose_sites
 from specpass.lowering.share_lse import ShareLse
@@ -62,7 +64,7 @@ importance(take_rows, key_1, rows_1, lengths_1, 4, 0.1, max, None, prefill_atten
 
 
 def test_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(share_lse, "returns_lse", lambda *tensors: True)
+    monkeypatch.setattr(share_lse, "shares_lse", lambda *tensors: True)
     state = prompt_graph(SNAPKV, layers=2).after("specialize").apply(ShareLse())
     check_count(state.gm, ["prefill_attention"], prefill_attention_lse=2, importance=2, take_rows=2)
 
@@ -75,7 +77,7 @@ def test_shapes_of_the_results() -> None:
 
 
 def test_numbers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(share_lse, "returns_lse", lambda *tensors: True)
+    monkeypatch.setattr(share_lse, "shares_lse", lambda *tensors: True)
     state, given = traced(device="cpu", dtype=torch.float32), inputs(torch.float32)
     expected = state.gm(*given)
     gm = fused(state)
@@ -120,7 +122,8 @@ def test_leaves_importance_of_something_else(function: Callable[..., Any]) -> No
 
 def test_leaves_attention_that_aten_does_not_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     check_count(fused(traced(dtype=torch.float32)), ["prefill_attention_lse"], prefill_attention=1)
-    for arch, flash in (("sm_75", False), ("gfx942", False), ("sm_90", True)):
+    old = dataclasses.replace(ARCHS["sm_80"], name="sm_75", capability=75)
+    for arch, flash in ((old, False), (ARCHS["gfx942"], False), (ARCHS["sm_90"], False), (ARCHS["sm_80"], True)):
         monkeypatch.setattr(dispatch, "device_arch", lambda index, arch=arch: arch)
         assert bool(PrefillAttentionLse.find(fused(traced()).graph)) == flash
 

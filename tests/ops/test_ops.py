@@ -97,6 +97,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3, *last)
             for last in ((), (2.0, sinks))
         ],
+        "append_attend_lse": [(keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3)],
         "read_prompt": [(key,)],
         "widen": [(keys, K, C + N), (keys, K, C + N + 3)],
         "advance": [(torch.tensor(5), None, 2), (torch.tensor(5), lengths, 2)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from specpass import cli
-from specpass.kernels import cost, tuner
+from specpass.cli.tune import choose_arch
+from specpass.errors import UnknownArchError
+from specpass.kernels import archs, cost, dispatch, tuner
 from specpass.kernels.archs import ARCHS
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.store import Trial
@@ -47,7 +50,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Tile]:
 
     def fake(job: Job, tile: Tile) -> Trial:
         seen.append(tile)
-        return Trial(tile, 40, 0, 2048, cost.seconds(job.kernel, job.shapes, tile, ARCHS[job.arch]))
+        return Trial(tile, 40, 0, 2048, cost.seconds(job.kernel, job.shapes, tile, job.arch))
 
     monkeypatch.setattr(tuner, "compile_trial", fake)
     monkeypatch.setattr("specpass.kernels.dispatch.triton_installed", lambda: True)
@@ -61,7 +64,8 @@ def test_tune_writes_winners_and_the_next_run_finds_them(target: str, tmp_path: 
     assert "not measured" in " ".join(first.stderr.split())
     rows = json.loads(out.read_text())
     assert all(row.keys() >= FIELDS and row["measured"] is False for row in rows)
-    assert {row["kernel"] for row in rows if row["config"]} == set(REGISTRY)
+    # A draft's step that scores is SpecPC's.
+    assert {row["kernel"] for row in rows if row["config"]} == set(REGISTRY) - {"decode_append_lse"}
     assert {row["kernel"] for row in rows if not row["config"]} == {
         "select",
         "prefill_attention",
@@ -101,7 +105,35 @@ def test_a_run_that_is_cut_off_goes_on_where_it_was(
     assert len(compiled) == 16  # nothing twice
 
 
-MISTAKES = [(["--arch", "sm_1"], "sm_80, sm_90"), (["--budget", "lots"], "256,512,1024"), (["--budget", "8"], "window")]
+def test_the_gpu_here_is_tuned_for_whatever_it_is(
+    target: str, tmp_path: Path, compiled: list[Tile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Orin is on no data sheet here, a 4090 is, and an L4 is one of its kind with fewer processors."""
+    orin = dataclasses.replace(ARCHS["sm_86"], name="sm_87", capability=87, units=16)
+    monkeypatch.setattr(dispatch, "refused", lambda arch: None)
+    monkeypatch.setattr(tuner, "measure_trial", lambda job, trial: dataclasses.replace(trial, time_us=1.0))
+    for device in (orin, dataclasses.replace(ARCHS["sm_89"], units=58)):
+        for module in (archs, tuner):
+            monkeypatch.setattr(module, "device_arch", lambda index=0, device=device: device)
+        assert choose_arch("") is choose_arch(device.name) is device
+        run = CliRunner().invoke(
+            cli.app, ["tune", "-t", target, "-b", "64", "--jobs", "1", "--json", str(tmp_path / "f")]
+        )
+        assert run.exit_code == 0, run.output
+        rows = [row for row in json.loads((tmp_path / "f").read_text()) if row["config"]]
+        assert {(row["arch"], row["measured"]) for row in rows} == {(device.kind, True)}
+    monkeypatch.setattr(dispatch, "refused", lambda arch: f"Triton 3.6.0 does not compile for {arch.name}")
+    monkeypatch.setattr(archs, "device_arch", lambda index=0: orin)
+    with pytest.raises(UnknownArchError, match=r"Triton 3\.6\.0 does not compile for sm_87.* Update Triton"):
+        choose_arch("")
+    assert choose_arch("sm_103") is ARCHS["sm_103"]
+
+
+MISTAKES = [
+    (["--arch", "sm_1"], "sm_80, sm_86, sm_89, sm_90"),
+    (["--budget", "lots"], "256,512,1024"),
+    (["--budget", "8"], "window"),
+]
 
 
 @pytest.mark.parametrize(("more", "fix"), MISTAKES)
