@@ -15,7 +15,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=5000, help="cases 0 .. N - 1 of the seed (default 5000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", type=Path, default=RESULTS / "fuzz.json", help="file to write, and to go on from")
+    parser.add_argument(
+        "--resume", type=Path, default=RESULTS / "fuzz.json", help="file to go on from: what is wrong is tried again"
+    )
     parser.add_argument("--restart", action="store_true", help="forget what the file holds")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no group of cases after so many")
     arguments = parser.parse_args()

@@ -94,7 +94,7 @@ def draw(seed: int, index: int, families: tuple[str, ...] = FAMILIES, methods: t
         mode=mode,
         early_exit=dice.random() < 0.7 or method == "pyramidkv",  # else its deep layers keep less than all
         eos=dice.random() < 0.15,
-        stop=dice.random() < 0.1,
+        stop=dice.random() < 0.1 and mode != "assisted",  # transformers gives the assistant no tokenizer to stop by
     )
     if mode == "greedy" and dice.random() < 0.3 and case.new > 1 and not case.eos and not case.stop:
         crops = (0, 0, 1, case.new - 1) if family not in RECURRENT else (0,)

@@ -157,7 +157,7 @@ class Play:
     def _view(self, cache: Any) -> oracle.View:
         """What rows behind the prompt see of it; the cache's rows of one prompt are neighbours, and alike."""
         subject, count = self.subject, len(self.prompts.ids)
-        repeats = cache.layers[subject.full[0]].positions.shape[0] // count
+        repeats = len(next(layer.lengths for layer in cache.layers if hasattr(layer, "lengths"))) // count
         ahead = None if cache.lookahead_ids is None else cache.lookahead_ids[::repeats]
         if cache.prompt_positions is not None:
             rows = cache.prompt_positions[::repeats]
@@ -189,19 +189,22 @@ class Play:
 
     def _check_read(self, ahead: Tensor | None) -> None:
         """SpecPC: the tokens read are those that the draft's attention chooses."""
-        how, subject = self.subject.resolved(self.case).prompt, self.subject
+        method, subject = self.subject.resolved(self.case), self.subject
+        names = ("budget", "window", "kernel", "neighbours", "first_layer")  # SpecKV-PC has some of its own beside them
+        how = {name: getattr(method, f"prompt_{name}", getattr(method, name)) for name in names}
         for row, read in enumerate(self.prompts.read):
             ids = self.prompts.row(row)
-            if how.budget >= ids.shape[1] or subject.refusals:
+            if how["budget"] >= ids.shape[1] or subject.refusals:
                 if len(read) != ids.shape[1]:
                     raise WrongError(f"row {row}: {len(read)} of {ids.shape[1]} tokens read")
                 continue
-            written = ids[:, :0] if ahead is None else ahead[[row], : how.lookahead - 1]
-            tokens = torch.cat([ids, written], 1)
-            weights = oracle.probabilities(subject.draft, tokens, how.window + written.shape[1])
-            fields = {name: getattr(how, name) for name in ("window", "kernel", "neighbours", "first_layer")}
-            scores = formulas.token_scores([weights[layer] for layer in sorted(weights)], ids.shape[1], fields)
-            wanted = formulas.read_tokens(scores, how.budget, fields)
+            if ahead is None or ahead.shape[1] != method.lookahead:
+                raise WrongError(f"row {row}: the draft writes {ahead}, due are {method.lookahead} tokens")
+            self._check_ahead(row, ahead[row])
+            tokens = torch.cat([ids, ahead[[row], :-1]], 1)  # nothing follows the last token: it has no row
+            weights = oracle.probabilities(subject.draft, tokens, how["window"] + method.lookahead - 1)
+            scores = formulas.token_scores([weights[layer] for layer in sorted(weights)], ids.shape[1], how)
+            wanted = formulas.read_tokens(scores, how["budget"], how)
             if read.tolist() != wanted:
                 raise WrongError(f"row {row}: reads {read.tolist()}, due are {wanted}")
 
@@ -216,7 +219,7 @@ class Play:
             self._check_ahead(row, ahead[row])
             ids = torch.cat([ids, ahead[[row]]], 1)
         weights: dict[int, Tensor] = {}
-        if method.scored and min(counts) < length:
+        if method.scored and min(counts, default=length) < length:
             weights = oracle.probabilities(self.subject.twin, ids, method.window + ids.shape[1] - length)
         how = {name: getattr(method, name) for name in ("window", "reduce", "pool", "kernel")}
         for (layer, positions), count in zip(kept.items(), counts, strict=True):

@@ -31,6 +31,7 @@ class View:
         prompt: S. kept: layer -> positions [prompts, K, C], -1 where unused; layers that are missing see everything.
         mask: [prompts, columns so far] 0 where padding stands; none of what is generated is.
         rows: probabilities of the last so many rows are noted in `found`, layer -> [B, H, rows, T].
+        windows: layer -> columns that a row reads, None where it reads all: noted of each layer that has attention.
     """
 
     starts: Tensor
@@ -39,6 +40,7 @@ class View:
     rows: int = 0
     mask: Tensor | None = None
     found: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    windows: dict[int, int | None] = dataclasses.field(default_factory=dict)
 
     def allowed(self, batch: int, heads: int, tokens: int, layer: int, window: int | None) -> Tensor:
         """[B, H, T, T]: whether row i reads column j."""
@@ -79,6 +81,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of query [B, H, T, D] over key and value [B, K, T, D], all in float32."""
     view = _views[-1]
+    view.windows[module.layer_idx] = sliding_window
     batch, heads, tokens, size = query.shape
     key, value = (states.repeat_interleave(heads // states.shape[1], 1) for states in (key, value))
     scores = query.float() @ key.float().transpose(-1, -2) * (size**-0.5 if scaling is None else scaling)
@@ -110,6 +113,14 @@ def generate(model: Any, ids: Tensor, view: View, **options: Any) -> Any:
     """transformers' generate of `ids` [B, S'] without a cache; the result with what `options` ask for."""
     with seen_by(view):
         return model.generate(input_ids=ids, attention_mask=view.mask, use_cache=False, **options)
+
+
+@torch.no_grad()
+def windows(model: Any) -> dict[int, int | None]:
+    """`View.windows` of a model: what its layers tell their attention, whatever its config calls them."""
+    with seen_by(View(torch.zeros(1, dtype=torch.int64), 1)) as view:
+        model(input_ids=torch.ones(1, 1, dtype=torch.int64), use_cache=False)
+    return view.windows
 
 
 @torch.no_grad()

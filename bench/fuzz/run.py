@@ -39,7 +39,7 @@ class Outcome:
 
     @property
     def record(self) -> dict[str, Any]:
-        return {"subject": "/".join(map(str, self.subject)), **dataclasses.asdict(self)}
+        return dataclasses.asdict(self) | {"subject": "/".join(map(str, self.subject))}
 
 
 def verdict(case: Case, subject: Subject) -> tuple[str, str]:
@@ -69,14 +69,15 @@ def try_cases(key: tuple[str, str, float], cases: list[Case], progress: Progress
 
 
 def run(path: Path, seed: int, count: int, minutes: float, restart: bool = False) -> results.Store:
-    """Try cases 0 .. count - 1 of a seed until `minutes` are over; what the file holds is not tried again."""
+    """Try cases 0 .. count - 1 of a seed until `minutes` are over; what the file holds as right is not tried again."""
     store = results.Store(path, {"seed": seed, "cases": count}, ("subject",), restart, summary)
     end = time.perf_counter() + 60 * minutes
     groups = [(key, list(cases)) for key, cases in itertools.groupby(grouped(seed, count), lambda case: case.subject)]
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
         progress.add_task("cases", total=count)
         for key, cases in groups:
-            if ("/".join(map(str, key)),) in store:
+            done = ("/".join(map(str, key)),)
+            if done in store and not store[done]["counts"].get("wrong"):
                 progress.advance(progress.task_ids[0], len(cases))
             elif time.perf_counter() < end:
                 outcome = try_cases(key, cases, progress)

@@ -23,9 +23,7 @@ class Subject:
         draft = tiny_model("llama", 1) if self.method.drafts else None
         specpass.compile(self.model, draft=draft, method=self.method, lowering="eager")
         self.assistant = tiny_model("llama", 1)
-        kinds = getattr(self.twin.config, "layer_types", None)
-        layers = range(self.twin.config.num_hidden_layers)
-        self.full = [index for index in layers if not kinds or kinds[index] == "full_attention"]
+        self.full = [layer for layer, window in oracle.windows(self.twin).items() if window is None]
 
     def cache(self, case: Case) -> Any:
         method, longest = self.resolved(case), max(case.lengths)

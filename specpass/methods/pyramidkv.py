@@ -24,10 +24,12 @@ class PyramidKV(SnapKV):
 
     def layer_budgets(self, num_layers: int) -> tuple[int, ...]:
         """Falling budgets whose sum is num_layers * C."""
-        (mean, *_), window = super().layer_budgets(num_layers), self.window
-        free = mean - window
+        even = super().layer_budgets(num_layers)
+        if num_layers < 2:  # none where all of a model's layers have windows
+            return even
+        window, free = self.window, even[0] - self.window
         least = max(free / self.beta, 1.0)
-        step = 2 * (free - least) / max(num_layers - 1, 1)
-        ideal = [2 * free - least - index * step for index in range(num_layers)] if num_layers > 1 else [free]
+        step = 2 * (free - least) / (num_layers - 1)
+        ideal = [2 * free - least - index * step for index in range(num_layers)]
         ends = [round(sum(ideal[: index + 1])) for index in range(num_layers)]  # rounding never drifts
         return tuple(window + end - start for start, end in zip([0, *ends], ends, strict=False))

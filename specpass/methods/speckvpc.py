@@ -51,12 +51,16 @@ class SpecKVPC(SpecKV):
 
     @property
     def prompt(self) -> SpecPC:
+        """The first step: the draft's one run is its too, so that all L lookahead tokens score."""
         return SpecPC(
             budget=self.prompt_budget,
             window=self.prompt_window,
+            lookahead=self.look_ahead(),
             kernel=self.prompt_kernel,
             neighbours=self.neighbours,
             first_layer=self.first_layer,
             reduce=self.reduce,
             positions=self.positions,
+            temperature=self.temperature,
+            seed=self.seed,
         )

@@ -22,7 +22,7 @@ class SpecPC(Method):
         kernel: width of the pooling along the sequence.
         pool: "max" or "avg".
         neighbours: tokens taken around each peak, itself included.
-        first_layer: draft layers from this one on score; None is min(8, layers // 3).
+        first_layer: draft layers from this one on score, those with windows left out; None is min(8, layers // 3).
         reduce: over heads and rows, then layers, then steps: "max", or "mean" (a plain sum).
         positions: "renumber" counts the tokens read 0 .. C - 1; "original" keeps the prompt's numbers.
         temperature: as in SpecKV.

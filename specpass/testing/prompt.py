@@ -35,6 +35,8 @@ def prompt_scores(draft: PreTrainedModel, ids: torch.Tensor, how: PromptScoring)
     """Scores [S] of the prompt `ids` [1, S] before pooling."""
     length, layers = ids.shape[1], draft.config.num_hidden_layers
     first = min(8, layers // 3) if how.first_layer is None else how.first_layer
+    kinds = getattr(draft.config, "layer_types", None) or ["full_attention"] * layers  # windows do not score
+    scoring = [layer for layer in range(first, layers) if kinds[layer] == "full_attention"]
     stops, ended = eager.eos_ids_of(draft), False
     cache, before = DynamicCache(), draft.config._attn_implementation
     draft.set_attn_implementation("eager")
@@ -44,7 +46,7 @@ def prompt_scores(draft: PreTrainedModel, ids: torch.Tensor, how: PromptScoring)
             out = draft(input_ids=tokens, past_key_values=cache, output_attentions=True, logits_to_keep=1)
             if not ended or step == 0:
                 rows = how.window if step == 0 else 1
-                attention = torch.stack(out.attentions[first:])[:, 0, :, -rows:, :length].float()
+                attention = torch.stack([out.attentions[layer] for layer in scoring])[:, 0, :, -rows:, :length].float()
                 steps.append(_reduce(_weighted(attention, how.window if step == 0 else 1), how.reduce))
             if step > 0 and int(tokens) in stops:
                 ended = True

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench.fuzz import cases, check, formulas, oracle
+from bench.fuzz import cases, check, formulas, oracle, run
 from bench.fuzz.run import try_cases
 from bench.fuzz.subject import Subject, plain
 
-# Few models, since each is compiled: a plain one and a hybrid, a method that selects slots and one that selects tokens.
+# Few models, since each is compiled: a plain one and a hybrid, methods that select slots, tokens, and slots of tokens.
+SUBJECTS = {("llama", "speckv", 24), ("llama", "specpc", 24), ("llama", "speckv-pc", 24), ("lfm2", "speckv", 24)}
 FIXED = [
     case
-    for case in cases.grouped(1, 600, families=("llama", "lfm2"), methods=("speckv", "specpc"))
-    if case.budget == 24 and case.subject != ("lfm2", "specpc", 24)
+    for case in cases.grouped(1, 800, families=("llama", "lfm2"), methods=("speckv", "specpc", "speckv-pc"))
+    if case.subject in SUBJECTS
 ]
 FIXED = sorted(FIXED, key=lambda case: case.index)[:200]
+
+
+FULL = "full_attention"
 
 
 @pytest.mark.parametrize("subject", sorted({case.subject for case in FIXED}), ids=lambda key: "-".join(map(str, key)))
@@ -69,9 +74,36 @@ def test_the_oracle_is_the_model_where_everything_is_kept(subject: Subject) -> N
         torch.testing.assert_close(ours, twin(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_a_family_has_the_layers_that_it_is_drawn_for(family: str) -> None:
+    model = plain(family)
+    found = oracle.windows(model)
+    layers = set(range(model.config.num_hidden_layers))
+    assert (layers > set(found)) if family in cases.RECURRENT else (layers == set(found))
+    kinds = getattr(model.config, "layer_types", ["sliding_attention" if family == "mistral" else FULL] * len(layers))
+    assert [layer for layer, window in found.items() if window is None] == [
+        layer for layer, kind in enumerate(kinds) if kind == FULL
+    ]
+
+
+def test_a_rerun_tries_what_was_wrong_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, tried = {"wrong": 1}, []
+
+    def outcome(key: tuple[str, str, float], *_: object) -> run.Outcome:
+        tried.append(key)
+        return run.Outcome(key, [], counts, [])
+
+    monkeypatch.setattr(run, "try_cases", outcome)
+    for counts in ({"wrong": 1}, {"right": 1}, {"right": 1}):
+        store = run.run(tmp_path / "fuzz.json", 0, 1, 1.0)
+        assert store.parts["summary"]["wrong"] == counts.get("wrong", 0)
+    assert len(tried) == 2
+
+
 def test_cases_are_the_same_for_a_seed_and_cover_every_option() -> None:
     drawn = cases.grouped(3, 400)
     assert drawn == cases.grouped(3, 400)
+    assert not any(case.stop and case.mode == "assisted" for case in drawn)  # which no plain model answers
     for field in dataclasses.fields(cases.Case):
         assert len(collections.Counter(getattr(case, field.name) for case in drawn)) > 1, field.name
 

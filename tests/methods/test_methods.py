@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specpass import SnapKV, SpecKV, StreamingLLM
+from specpass import PyramidKV, SnapKV, SpecKV, SpecKVPC, SpecPC, StreamingLLM
 from specpass.errors import BudgetError, LookaheadError
 
 EXAMPLES = [
@@ -130,6 +130,22 @@ def test_resolving_changes_the_budget_alone() -> None:
         SpecKV(budget=0.5).resolve(None)
     with pytest.raises(BudgetError, match=r"budget=0\.5.*resolve"):
         SpecKV(budget=0.5).layer_budgets(2)
+
+
+@pytest.mark.parametrize("kind", [SpecKV, SnapKV, StreamingLLM, PyramidKV, SpecPC, SpecKVPC])
+def test_every_number_of_layers_has_its_budgets(kind: Any) -> None:
+    """None, too: where all layers have windows."""
+    for layers in range(4):
+        assert len(kind(budget=100).layer_budgets(layers)) == layers
+
+
+def test_speckv_pcs_first_step_says_what_the_whole_does() -> None:
+    named = {"lookahead": 3, "neighbours": 5, "first_layer": 1, "reduce": "mean", "positions": "original"}
+    named |= {"temperature": 0.5, "seed": 7}
+    first = SpecKVPC(budget=256, prompt_budget=512, prompt_window=48, prompt_kernel=9, **named).prompt
+    assert first == SpecPC(budget=512, window=48, kernel=9, **named)
+    own = {"budget", "window", "kernel", "pool"}  # which the second step has for itself
+    assert {field.name for field in dataclasses.fields(SpecPC)} == {*named, *own}
 
 
 @pytest.mark.parametrize("ids", [torch.tensor([[1, 2], [3, 4]]), [[1, 2], [3, 4]], ((1, 2), (3, 4))])

@@ -96,6 +96,20 @@ def test_every_reduction_weight_and_neighbour_rule(
     check_pc_answer(ours, twin, ids, positions)
 
 
+@pytest.mark.parametrize(("family", "kind"), [("gemma3", "sliding_attention"), ("llama4", "chunked_attention")])
+def test_layers_of_the_draft_with_windows_do_not_score(family: str, kind: str, twin: Any) -> None:
+    """Tokens out of their reach would lose to the last ones, whatever they are."""
+    torch._dynamo.reset()
+    draft = tiny(family, seed=5, layers=4, layer_types=["full_attention", kind, "full_attention", kind])
+    model = compile_eager(tiny(), spec_pc(), draft=draft)
+    for length in (C + 1, 90):
+        ids = prompt(length, seed=length)
+        ours = run(model, ids, 2)
+        check_read(ours, draft, ids, HOW)
+        check_pc_answer(ours, twin, ids)
+    assert not specpass.report(model).refusals
+
+
 @pytest.mark.parametrize("early_exit", [True, False])
 def test_a_budget_that_holds_the_prompt_is_exact(model: Any, twin: Any, early_exit: bool) -> None:
     for length in (C, 23):

@@ -28,7 +28,7 @@ _NAMES: tuple[tuple[Any, str], ...] = (
     (16, "head_dim kv_lora_rank qk_nope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head"),
     (16, "mamba_d_state mamba_head_dim ssm_state_size state_size rope_head_dim index_head_dim kv_channels d_kv"),
     (16, "hidden_size_per_layer_input mamba_chunk_size chunk_size global_head_dim swa_head_dim swa_v_head_dim"),
-    (WINDOW, "sliding_window attention_chunk_size attention_window_size window_size"),
+    (WINDOW, "sliding_window attention_chunk_size attention_window_size window_size sliding_window_size"),
     (32, "moe_intermediate_size shared_expert_intermediate_size q_lora_rank expert_ffn_hidden_size"),
     (32, "moe_shared_expert_intermediate_size shared_intermediate_size mamba_intermediate_size"),
     (32, "shared_experts_intermediate_size"),
@@ -51,6 +51,10 @@ _SHARED = {  # the last two layers read the keys and values of the first two
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2,
 }
+_WINDOWS = {  # whose default config has none, as released ones do
+    "num_hidden_layers": 3,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_group": 1, "n_group": 1},
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3], **_MAMBA},
@@ -63,7 +67,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots1": _WINDOWS | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 128, **_MAMBA},
     "gemma3n_text": _SHARED | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
@@ -74,12 +78,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16, "num_key_value_heads": 2},
     "hunyuan_v1_moe": {"head_dim": 16, "num_key_value_heads": 2, "moe_topk": 2},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "laguna": _WINDOWS,
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "mellum": _WINDOWS,
     "ministral": {"head_dim": 16, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "mpt": {"use_cache": True, "max_seq_len": 2048},  # longer than the sizes that a draft is traced at
     "nemotron": {"num_key_value_heads": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "zamba2": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
