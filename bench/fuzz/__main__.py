@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-import warnings
 from pathlib import Path
 
 from bench.common import RESULTS
@@ -20,12 +18,13 @@ def main() -> int:
     )
     parser.add_argument("--restart", action="store_true", help="forget what the file holds")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no group of cases after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    from bench.fuzz.run import run
+    from bench.fuzz.run import quietly, run
 
-    store = run(arguments.resume, arguments.seed, arguments.cases, arguments.minutes, arguments.restart)
+    quietly()
+    how = (arguments.minutes, arguments.restart, arguments.jobs)
+    store = run(arguments.resume, arguments.seed, arguments.cases, *how)
     store.save()
     print(f"wrote {arguments.resume}: {store.parts['summary']}")
     return int(store.parts["summary"]["wrong"] > 0)

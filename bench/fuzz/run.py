@@ -6,9 +6,14 @@ import collections
 import dataclasses
 import gc
 import itertools
+import logging
+import multiprocessing
 import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
@@ -19,6 +24,7 @@ from bench.fuzz.check import check
 from bench.fuzz.subject import Subject
 from specpass.benchmarks import results
 
+Group: TypeAlias = tuple[tuple[str, str, float], list[Case]]  # a subject and its cases
 COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -68,23 +74,57 @@ def try_cases(key: tuple[str, str, float], cases: list[Case], progress: Progress
     return Outcome(key, subject.refusals, dict(sorted(counts.items())), list(failures.values()))
 
 
-def run(path: Path, seed: int, count: int, minutes: float, restart: bool = False) -> results.Store:
-    """Try cases 0 .. count - 1 of a seed until `minutes` are over; what the file holds as right is not tried again."""
+def run(path: Path, seed: int, count: int, minutes: float, restart: bool = False, jobs: int = 1) -> results.Store:
+    """Try cases 0 .. count - 1 of a seed until `minutes` are over; what the file holds as right is not tried again.
+
+    Args: jobs: processes, each with one group of cases at a time.
+    """
     store = results.Store(path, {"seed": seed, "cases": count}, ("subject",), restart, summary)
     end = time.perf_counter() + 60 * minutes
     groups = [(key, list(cases)) for key, cases in itertools.groupby(grouped(seed, count), lambda case: case.subject)]
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
         progress.add_task("cases", total=count)
+        due = []
         for key, cases in groups:
             done = ("/".join(map(str, key)),)
             if done in store and not store[done]["counts"].get("wrong"):
                 progress.advance(progress.task_ids[0], len(cases))
-            elif time.perf_counter() < end:
-                outcome = try_cases(key, cases, progress)
-                store.add(outcome.record)
-                for failure in outcome.failures:
-                    progress.console.print(f"{failure['case']}\n  {failure['what']}", markup=False)
+            else:
+                due.append((key, cases))
+        for outcome in outcomes(due, end, jobs, progress):
+            store.add(outcome.record)
+            for failure in outcome.failures:
+                progress.console.print(f"{failure['case']}\n  {failure['what']}", markup=False)
     return store
+
+
+def outcomes(due: list[Group], end: float, jobs: int, progress: Progress) -> Iterator[Outcome]:
+    """Of each group that is begun before `end`, as they come."""
+    if jobs == 1:
+        for key, cases in due:
+            if time.perf_counter() < end:
+                yield try_cases(key, cases, progress)
+        return
+    # A process serves a few groups and goes: what a compiled model leaves behind goes with it.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), quietly, max_tasks_per_child=8) as pool:
+        waiting: set[Future[Outcome]] = set()
+        groups = iter(due)
+        while True:
+            while len(waiting) < jobs and time.perf_counter() < end and (group := next(groups, None)) is not None:
+                waiting.add(pool.submit(try_cases, *group))
+            if not waiting:
+                return
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                outcome = future.result()
+                progress.advance(progress.task_ids[0], sum(outcome.counts.values()))
+                yield outcome
+
+
+def quietly() -> None:
+    """Calls that warn are among the cases."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
 
 
 def summary(records: Any) -> dict[str, int]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from rich.progress import Progress
 
 from bench.fuzz import cases, check, formulas, oracle, run
 from bench.fuzz.run import try_cases
@@ -98,6 +100,15 @@ def test_a_rerun_tries_what_was_wrong_again(tmp_path: Path, monkeypatch: pytest.
         store = run.run(tmp_path / "fuzz.json", 0, 1, 1.0)
         assert store.parts["summary"]["wrong"] == counts.get("wrong", 0)
     assert len(tried) == 2
+
+
+def test_several_processes_try_every_group_once() -> None:
+    keys = [("llama", method, 24) for method in ("snapkv", "streamingllm", "speckv")]
+    with Progress(disable=True) as progress:
+        progress.add_task("cases")
+        found = list(run.outcomes([(key, []) for key in keys], math.inf, 2, progress))
+        assert list(run.outcomes([(keys[0], [])], 0.0, 2, progress)) == []
+    assert sorted(outcome.subject for outcome in found) == sorted(keys)
 
 
 def test_cases_are_the_same_for_a_seed_and_cover_every_option() -> None:
