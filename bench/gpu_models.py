@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx, nn
 from torch.profiler import ProfilerActivity, profile
 
 import specpass
+from specpass.lowering.cuda_graph import GraphedModule
 from specpass.observe.streaming import Clock
 
 if TYPE_CHECKING:
@@ -156,7 +158,44 @@ def breakdown(run: Run, model: Any, method: Any, length: int, batch: int) -> dic
             "launches": (steps["launches"] - first["launches"]) / TRACED,
             "kernels_ms": largest(each),
         },
+        "draft_step_ms": draft_step_ms(run, lambda: seconds(1)),
     }
+
+
+def draft_step_ms(run: Run, call: Callable[[], Any]) -> float | None:
+    """Median milliseconds of a draft's step on the device: a subgraph that one prompt calls again and again."""
+    cuda = run.device.startswith("cuda")
+    begun: dict[nn.Module, Any] = {}
+    spans: dict[nn.Module, list[tuple[Any, Any]]] = {}
+
+    def now() -> Any:
+        if not cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if isinstance(module, (GraphedModule, fx.GraphModule)):
+            begun[module] = now()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if module in begun:
+            spans.setdefault(module, []).append((begun.pop(module), now()))
+
+    hooks = nn.modules.module
+    handles = [hooks.register_module_forward_pre_hook(enter), hooks.register_module_forward_hook(leave)]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if cuda:
+        torch.cuda.synchronize()
+    steps = [pair for pairs in spans.values() if len(pairs) > 1 for pair in pairs]
+    if not steps:
+        return None
+    return statistics.median(a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in steps)
 
 
 def traced(run: Run, call: Callable[[], Any]) -> dict[str, Any]:

@@ -67,7 +67,10 @@ def test_models(found: dict[str, dict[str, Any]]) -> None:
     steps = found["models"]["end_to_end"]
     assert len(steps) == 4
     assert all(step["first_token_s"] > 0 and step["bound_tokens_s"] > 0 for step in steps.values())
-    assert all(step["first_token"]["busy_ms"] > 0 for step in found["models"]["breakdown"].values())
+    breakdown = found["models"]["breakdown"]
+    assert all(step["first_token"]["busy_ms"] > 0 for step in breakdown.values())
+    assert breakdown["SpecKV"]["draft_step_ms"] > 0
+    assert breakdown["full KV"]["draft_step_ms"] is None
 
 
 def test_steps_beyond_the_time_limit_are_named(tmp_path: Path) -> None:
