@@ -12,8 +12,9 @@ Kernels say themselves what they serve (spec.py). What stays with torch's own op
 - append of several tokens: a second turn, once. A single token is written in attention's own launch (`append_attend`):
   aten's append is five launches, and at C = 1024 (8 KV heads, D = 128, H100 bandwidth) attention's bytes take 1.6 us.
 
-Operators that the lowering makes of two (`prefill_attention_lse`, `append_attend`, `append_attend_lse`) are asked for
-by `returns_lse` and `choose`; not measured on a GPU.
+Operators that the lowering makes of two are asked for by `shares_lse` (`prefill_attention_lse`) and `choose`. On an
+H200 at 655,360 slots `append_attend` takes 88 us where append and decode take 104, and `append_attend_lse` 91 (same
+file).
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ class Recorder(Protocol):
 
 def record_cuda(run: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Callable[[], None]]:
     """Record on the device of the step's tensors; other threads may go on using it."""
-    device = next(arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda)
+    device = _device(args)
+    assert device is not None, "a step on CUDA"
     return record(lambda: run(*args), device)
 
 
@@ -156,8 +157,12 @@ class GraphedModule(nn.Module):
         return self.step(*args)
 
 
+def _device(args: tuple[Any, ...]) -> torch.device | None:
+    return next((arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda), None)
+
+
 def _stream(args: tuple[Any, ...]) -> int:
-    device = next((arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda), None)
+    device = _device(args)
     return 0 if device is None else torch.cuda.current_stream(device).cuda_stream
 
 

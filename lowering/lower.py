@@ -70,7 +70,6 @@ def lower(
     """
     start = time.perf_counter()
     graphs = cudagraphs and on_cuda(gm)
-    kinds = input_kinds(gm)
     pass_seconds = fuse(gm, request, skip, observers)
     choices = tuple(choose_sites(gm))
     regions = distinct = 0
@@ -85,7 +84,7 @@ def lower(
     gm.recompile()
     run: Callable[..., Any] = gm.forward
     if graphs and request.kind == "decode":
-        run = GraphedStep(gm.forward, kinds, refused=refusal("decode steps", note))
+        run = GraphedStep(gm.forward, input_kinds(gm), refused=refusal("decode steps", note))
         notes.append("decode steps are replayed as one CUDA graph")
     seconds = time.perf_counter() - start
     return Lowered(run, choices, regions, distinct, tuple(notes), pass_seconds, seconds)

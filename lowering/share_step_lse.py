@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from specpass.dialect.attention import AppendAttend
+from specpass.dialect.attention import AppendAttend, AppendAttendLse
 from specpass.dialect.define import SPEC
 from specpass.dialect.select import Importance
 from specpass.graph.edit import Editor
@@ -39,15 +39,7 @@ class ShareStepLse(Pass):
             attention = appending_attention(importance)
             if attention is None:
                 continue
-            operands = {
-                "keys": attention.keys,
-                "values": attention.values,
-                "lengths": attention.lengths,
-                "query": attention.query,
-                "key": attention.key,
-                "value": attention.value,
-                "scale": attention.scale,
-            }
+            operands = {name: each for name, each in attention.operands().items() if name in AppendAttendLse.names}
             fakes = {name: value(operand) for name, operand in operands.items()}
             if choose("append_attend_lse", fakes).kernel is None:
                 continue
