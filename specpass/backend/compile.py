@@ -24,11 +24,12 @@ from specpass.capture.rope import following
 from specpass.dialect.cache import Advance, ExtendKv, Fill
 from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError, UnsplicedGraphError
 from specpass.graph.edit import copy_module
+from specpass.graph.operands import results_of
 from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import Method
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.facts import Drafted, Spans
+from specpass.passes.facts import Ahead, Drafted, Spans
 from specpass.passes.pipeline import PASSES, fingerprint
 from specpass.reports.record import GraphRecord, SiteRecord
 from specpass.reports.report import Report
@@ -172,6 +173,10 @@ class Backend:
         record.sites = [] if sites is None else [SiteRecord.of(site) for site in sites.sites]
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
         alike = len({site.budget for site in record.sites if not site.exact}) <= 1
+        ahead = facts.get(Ahead)
+        if ahead is not None and ahead.why:
+            record.notes.append(f"no verified lookahead: {ahead.why}")
+        results = results_of(graph.graph)
         static = static_outputs(graph)
         lowered = lower(
             graph,
@@ -199,6 +204,9 @@ class Backend:
             spans={} if sites is None else {site.layer: site.span for site in sites.sites},
             biased=frozenset(() if sites is None else (site.layer for site in sites.sites if site.alibi is not None)),
             counts=counts,
+            ahead=request.eos_ids if ahead is not None and ahead.tokens else None,
+            replays=request.kind == "decode" and "attention_mask" not in traced.places and len(results) == 1,
+            came_free=self.report.came_free,
         )
 
     def _request(self, traced: Traced) -> tuple[Request, Facts]:
@@ -220,7 +228,7 @@ class Backend:
             return Request(kind, cache.method), facts
         if cache.lookahead and cache.given_ids is None:
             facts.add(self.draft_graphs(cache))
-        return Request(kind, cache.method, cache.lookahead, self.eos_ids(cache)), facts
+        return Request(kind, cache.method, cache.lookahead, self.eos_ids(cache), cache.method.verify), facts
 
     def _keep_stage(self, request: Request, name: str, gm: fx.GraphModule) -> None:
         """An observer: the prefill's graph as the last pass of each wanted stage leaves it."""

@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.cache_utils import LinearAttentionCacheLayerMixin as Recurrent
 
 from specpass.cache.layer import Storage
+from specpass.cache.replay import REPLAYS
 from specpass.dialect.define import SPEC
 from specpass.errors import CacheStateError
 from specpass.methods.base import Method
@@ -97,6 +98,7 @@ class CacheProtocol(Cache):
                 f"crop({tokens_to_remove}): some of these tokens were masked and stand in no slot, in some rows: "
                 f"remove at most {self.appended - self.uneven}, or call reset() to prune a prompt anew."
             )
+        REPLAYS.pop(self, None)
         for layer in self.budgeted:
             layer.crop(tokens_to_remove)
         if self.columns is not None:
@@ -122,6 +124,8 @@ class CacheProtocol(Cache):
         for name in ("lookahead_ids", "prompt_positions", "shift", "read_mask"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
+        if self in REPLAYS:
+            REPLAYS[self].map_rows(change)
 
 
 def renumbered(positions: Tensor, read: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ class SpecKV(Scored):
         temperature: 0.0 drafts greedily; above, the draft samples from a counter-based generator.
         seed: of that generator.
         lookahead_ids: [B, L] token ids that take the draft's place; no draft is needed then.
+        verify: while the answer is the lookahead, its logits are those that the target's prefill computed there, with
+            all KV, and cost nothing; False: each token is decoded from the pruned cache.
 
     Source: arXiv 2506.08373, Algorithm 1.
     """
@@ -32,6 +34,7 @@ class SpecKV(Scored):
     temperature: float = 0.0
     seed: int = 0
     lookahead_ids: tuple[tuple[int, ...], ...] | None = None
+    verify: bool = True
 
     drafts: ClassVar[bool] = True
     appends: ClassVar[bool] = True

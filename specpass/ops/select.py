@@ -87,6 +87,14 @@ def importance_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> 
     return 2 * batch * heads * rows * key[2] * dim
 
 
+def add_lookahead(positions: Tensor, index: Tensor) -> Tensor:
+    """Positions [B, K, C] and, behind the last one in use, the columns index [B, L]: [B, K, C + L], unused -1."""
+    lookahead = index.shape[1]
+    slot = (positions >= 0).sum(-1, keepdim=True) + torch.arange(lookahead, device=positions.device)
+    columns = index[:, None].expand(-1, positions.shape[1], -1)
+    return F.pad(positions, (0, lookahead), value=-1).scatter(2, slot, columns)
+
+
 bind(dialect.Importance, importance, flops=importance_flops)
 bind(dialect.Select, select)
 bind(dialect.SelectRecent, select_recent)
@@ -94,3 +102,4 @@ bind(dialect.SelectChunk, select_chunk)
 bind(dialect.KeepAll, keep_all)
 bind(dialect.KeepShortRows, keep_short_rows)
 bind(dialect.MapPositions, map_positions)
+bind(dialect.AddLookahead, add_lookahead)

@@ -83,6 +83,17 @@ class Drafted:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ahead:
+    """Verified lookahead: the graph's last result are the logits [B, L, V] behind each of `tokens` = L tokens.
+
+    `why`: the reason where there is none (tokens 0).
+    """
+
+    tokens: int = 0
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class ReadPositions:
     """positions: [B, C] prompt tokens that the target reads (SpecPC), ascending, -1 unused."""
 

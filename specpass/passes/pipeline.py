@@ -21,6 +21,7 @@ from specpass.passes.score_importance import ScoreImportance
 from specpass.passes.shift_positions import ShiftPositions
 from specpass.passes.skip_padding import SkipPadding
 from specpass.passes.specialize import Specialize
+from specpass.passes.take_ahead import TakeAhead
 from specpass.passes.take_last import TakeLast
 from specpass.rewrite import Pass
 
@@ -33,6 +34,7 @@ PASSES: tuple[Pass, ...] = (
     GatherPrompt(),  # needs the draft's scores; from here on lengths count the tokens that the target reads
     KeepPrompt(),  # the same for a prompt that fits
     TakeLast(),  # the logits of the last position; needs the sequence axis to be a symbol still
+    TakeAhead(),  # the logits behind the lookahead, by the rows that take_last takes
     ResizePrompt(),  # S becomes the constant C (+ L) where the prompt is compressed
     ScoreImportance(),  # needs the lookahead's rows
     GatherPrune(),  # needs the scores

@@ -91,6 +91,7 @@ class BackendRecord:
         interpreted: why the model's own forward runs uncompiled and is pruned around it; "" where graphs serve.
         prompts: what became of prompts then, each outcome once.
         notes: what else there is to say of calls.
+        replayed: tokens that came free: the answer followed the lookahead (verified lookahead).
     """
 
     pruned_by: Method
@@ -102,6 +103,7 @@ class BackendRecord:
     interpreted: str = ""
     prompts: list[PromptRecord] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    replayed: int = 0
     draft_seconds: float = 0.0
     target_configs: list[Any] = dataclasses.field(default_factory=list, repr=False)
     decoders: tuple[Decoder | None, Decoder | None] | None = dataclasses.field(default=None, repr=False)
@@ -126,6 +128,10 @@ class BackendRecord:
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+    def came_free(self, tokens: int) -> None:
+        """So many tokens were not computed."""
+        self.replayed += tokens
 
     def read(self, prompt: PromptRecord) -> None:
         """Remember what became of a prompt, if it is new."""

@@ -21,6 +21,8 @@ def text(record: BackendRecord) -> str:
         lines.append(f"draft captured in {record.draft_seconds:.1f} s")
     for graph in record.graphs:
         lines += graph_lines(graph)
+    if record.replayed:
+        lines.append(f"verified lookahead: {record.replayed:,} tokens of answers came free")
     lines += interpreted_lines(record)
     lines += [f"refused: {reason} (the model runs exactly)" for reason in record.refusals]
     if record.foreign:

@@ -1,0 +1,117 @@
+"""Verified lookahead: the answer's first tokens by logits that the prompt's prefill has computed already.
+
+A prefill of S + L tokens holds the target's own logits at S .. S + L - 1, with all KV, each for the case that the answer
+is the lookahead up to there. Its keys and values lie in the free slots behind what was kept (see gather_prune). While
+the tokens that are fed follow the lookahead, a step is these logits and one slot more in use; a row that leaves it once
+has left it for good. Exact for greedy decoding and sampling alike: nothing is assumed of how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from specpass.cache.budget import BudgetCache
+
+
+@dataclasses.dataclass
+class Replay:
+    """What is known of an answer's first tokens.
+
+    Args:
+        logits: [R, L, V] behind each lookahead token, in the model's dtype, on its device.
+        eos_ids: end what the draft writes.
+    Attributes:
+        rows: of each row of the batch, the row of `logits` that is its own (beams are reordered).
+        follows: whether that row is still the lookahead.
+        ids: its lookahead tokens, once they were looked at.
+        used: tokens that were followed.
+    """
+
+    logits: Tensor
+    eos_ids: tuple[int, ...]
+    rows: list[int] = dataclasses.field(default_factory=list)
+    follows: list[bool] = dataclasses.field(default_factory=list)
+    ids: list[list[int]] = dataclasses.field(default_factory=list)
+    used: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            self.rows, self.follows = list(range(len(self.logits))), [True] * len(self.logits)
+
+    def take(self, tokens: Tensor, lookahead_ids: Tensor) -> list[int]:
+        """Rows of the batch whose next token [B, 1] is the lookahead's [B, L]; the others have left it from now on."""
+        if not self.ids:
+            self.ids = lookahead_ids.tolist()
+        fed, at = tokens[:, 0].tolist(), self.used
+        self.follows = [
+            follows and row[at] == token for follows, row, token in zip(self.follows, self.ids, fed, strict=True)
+        ]
+        self.used += 1
+        return [index for index, follows in enumerate(self.follows) if follows]
+
+    def free(self) -> int:
+        """Rows that took their last token from the lookahead and had not ended before it."""
+        return sum(follows and self.end(row) >= self.used for follows, row in zip(self.follows, self.ids, strict=True))
+
+    def end(self, row: list[int]) -> int:
+        """Tokens of a row that an answer can be fed: behind an EOS nothing is asked for."""
+        return next((index for index, token in enumerate(row) if token in self.eos_ids), len(row))
+
+    def known(self, rows: Sequence[int]) -> Tensor:
+        """Logits [len(rows), 1, V] behind the last token taken, of rows of the batch."""
+        source = [self.rows[row] for row in rows]
+        last = self.logits[:, self.used - 1 : self.used]
+        return last.clone() if source == list(range(len(last))) else last[source]
+
+    @property
+    def over(self) -> bool:
+        """Whether no row can follow further: then the logits are of no more use."""
+        return not any(
+            follows and self.end(row) > self.used for follows, row in zip(self.follows, self.ids, strict=True)
+        )
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """The batch is another one: `change` makes it of tensors [B, ...]."""
+        order = change(torch.arange(len(self.rows), device=self.logits.device)).tolist()
+        self.rows, self.follows = [self.rows[i] for i in order], [self.follows[i] for i in order]
+        self.ids = [self.ids[i] for i in order] if self.ids else []
+
+    def copy(self) -> Replay:
+        """Another that is used up by itself; both read the same logits."""
+        return dataclasses.replace(self)
+
+
+# Beside the caches, not in them: what a cache holds is its budget, and this is gone after a few tokens.
+REPLAYS: weakref.WeakKeyDictionary[BudgetCache, Replay] = weakref.WeakKeyDictionary()
+
+
+def follow(cache: BudgetCache) -> None:
+    """One token more of each row, whose keys and values lie in the next slot."""
+    for layer in cache.budgeted:
+        layer.lengths.add_(1)
+    cache.seen.add_(1)
+
+
+def hold(cache: BudgetCache, rows: Sequence[int]) -> Callable[[], None]:
+    """Before a step that writes every row's next slot; the function returned puts back what lay there in `rows`.
+
+    The slots of `rows` hold the lookahead's keys and values, which the prefill computed with all KV.
+    """
+    held: list[tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]] = []
+    for layer in cache.budgeted:
+        chosen = torch.tensor(rows, device=layer.lengths.device)[:, None]
+        place = (chosen, torch.arange(layer.kv_heads, device=chosen.device)[None], layer.lengths[chosen[:, 0]])
+        held += [(view, place, view[place]) for view in (layer.keys, layer.values) if view is not None]
+
+    def put_back() -> None:
+        for view, place, states in held:
+            view[place] = states
+
+    return put_back
