@@ -86,16 +86,20 @@ class Call:
                 *out, logits = out
                 REPLAYS[cache] = Replay(logits, self.ahead)
             return out
-        replay = REPLAYS.pop(cache, None)
-        tokens = args[self.places["input_ids"]] if "input_ids" in self.places else None
-        if replay is None or not self.replays or tokens is None or len(tokens) != len(replay.rows):
+        replay = REPLAYS.get(cache)
+        if replay is None or self.kind == "append":  # what is appended may be taken back (assisted decoding)
             return self.run(*args, *self.lifted)
-        assert cache.lookahead_ids is not None
-        rows = replay.take(tokens, cache.lookahead_ids)
+        del REPLAYS[cache]
+        tokens = args[self.places["input_ids"]] if "input_ids" in self.places else None
+        rows = []
+        if self.replays and tokens is not None and cache.appended == replay.used and len(tokens) == len(replay.rows):
+            assert cache.lookahead_ids is not None
+            rows = replay.take(tokens, cache.lookahead_ids)
         if not rows:
             return self.run(*args, *self.lifted)
         if not replay.over:
             REPLAYS[cache] = replay
+        assert tokens is not None, "some row follows"
         self.came_free(replay.free())
         if len(rows) == len(tokens):
             follow(cache)

@@ -19,7 +19,7 @@ from specpass.backend import checks
 from specpass.backend.cold import form_of, one_at_a_time
 from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
-from specpass.backend.pieces import piece_of_prompt
+from specpass.backend.pieces import piece_of_lookahead, piece_of_prompt
 from specpass.backend.positions import number, number_step, take_one_axis
 from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncaptured, why_uncompiled
 from specpass.cache.budget import BudgetCache
@@ -98,6 +98,9 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
             cache.look_ahead(given)
         if cache.padded and "position_ids" in names:
             number_step(target, cache, kwargs)
+        piece = piece_of_lookahead(cache, kwargs, call)
+        if piece is not None:
+            return piece
         if isinstance(cache.seen, torch.Tensor) and cache.columns is not None:
             return uncompiled(target, cache, kwargs)  # goes on as its prompt was read
         what = why_uncaptured(target, cache, kwargs)

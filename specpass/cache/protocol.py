@@ -98,7 +98,6 @@ class CacheProtocol(Cache):
                 f"crop({tokens_to_remove}): some of these tokens were masked and stand in no slot, in some rows: "
                 f"remove at most {self.appended - self.uneven}, or call reset() to prune a prompt anew."
             )
-        REPLAYS.pop(self, None)
         for layer in self.budgeted:
             layer.crop(tokens_to_remove)
         if self.columns is not None:
@@ -106,6 +105,9 @@ class CacheProtocol(Cache):
             self.read_mask = None if self.read_mask is None else self.read_mask[:, :-tokens_to_remove]
         self.seen.sub_(tokens_to_remove)
         self.appended -= tokens_to_remove
+        replay = REPLAYS.get(self)
+        if replay is not None and self.appended < replay.used and not replay.take_back(self.appended):
+            del REPLAYS[self]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

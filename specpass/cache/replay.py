@@ -31,7 +31,7 @@ class Replay:
         rows: of each row of the batch, the row of `logits` that is its own (beams are reordered).
         follows: whether that row is still the lookahead.
         ids: its lookahead tokens, once they were looked at.
-        used: tokens that were followed.
+        used: tokens that were followed: a cache that holds another number behind its prompt has left the lookahead.
     """
 
     logits: Tensor
@@ -55,6 +55,12 @@ class Replay:
         ]
         self.used += 1
         return [index for index, follows in enumerate(self.follows) if follows]
+
+    def follows_next(self, tokens: Tensor, lookahead_ids: Tensor) -> bool:
+        """Whether every row has followed so far, and does with the first of its tokens [B, q]."""
+        if len(tokens) != len(self.rows) or not all(self.follows) or self.used == lookahead_ids.shape[1]:
+            return False
+        return torch.equal(tokens[:, 0], lookahead_ids[:, self.used])
 
     def free(self) -> int:
         """Rows that took their last token from the lookahead and had not ended before it."""
@@ -82,6 +88,11 @@ class Replay:
         order = change(torch.arange(len(self.rows), device=self.logits.device)).tolist()
         self.rows, self.follows = [self.rows[i] for i in order], [self.follows[i] for i in order]
         self.ids = [self.ids[i] for i in order] if self.ids else []
+
+    def take_back(self, tokens: int) -> bool:
+        """That many tokens of an answer are left, at most as many as were followed; False: some row had gone on alone."""
+        self.used = tokens
+        return all(self.follows)
 
     def copy(self) -> Replay:
         """Another that is used up by itself; both read the same logits."""
