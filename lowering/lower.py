@@ -90,6 +90,33 @@ def lower(
     return Lowered(run, choices, regions, distinct, tuple(notes), pass_seconds, seconds)
 
 
+def lower_draft(
+    gm: fx.GraphModule,
+    lowering: str,
+    sizes: Iterable[Any],
+    *,
+    cudagraphs: bool = True,
+    fingerprint: str = "",
+    skip: Iterable[str] = (),
+    note: Callable[[str], None] = lambda text: None,
+) -> Callable[..., Any]:
+    """A graph of the draft's own tokens (see passes/propose.py), compiled for calls of such `sizes`.
+
+    Args: sizes: of the first call, one for each input: a tensor.
+    """
+    graphs = cudagraphs and on_cuda(gm)
+    fuse(gm, Request("append", model="draft"), skip)
+    if lowering == "inductor":
+        from specpass.lowering.inductor import hints_of, lower_regions, tagged
+
+        with tagged(fingerprint):
+            lower_regions(gm, note, hints_of(gm, sizes))
+    if graphs:
+        graph_subgraphs(gm, note)
+    gm.recompile()
+    return gm.forward
+
+
 def graph_subgraphs(gm: fx.GraphModule, note: Callable[[str], None]) -> bool:
     """Let each subgraph that is called again and again (a draft's step) record itself; False where there is none.
 

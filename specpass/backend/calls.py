@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
+from specpass.cache.drafting import start_draft
 from specpass.cache.replay import REPLAYS, Replay, follow, hold
 from specpass.cache.prompt import check_gradients, check_ids, check_prompt
 from specpass.cache.states import tell_widest
@@ -35,7 +36,8 @@ class Call:
         vocab: tokens that the draft knows where the target knows more, or None.
         ahead: EOS ids, where the last result of `run` are the logits behind the lookahead; else None.
         replays: whether logits are the only result, so that known ones can stand for a step.
-        came_free: told how many tokens a step did not compute.
+        came_free: told how many tokens a step did not compute, and whether a speculator had proposed them.
+        drafts: how many results behind the model's own are the draft's caches, from which it goes on.
     """
 
     run: Callable[..., Any]
@@ -54,7 +56,8 @@ class Call:
     counts: bool = True  # whether a step takes its positions from the cache's length, where no position_ids are given
     ahead: tuple[int, ...] | None = None
     replays: bool = False
-    came_free: Callable[[int], None] = lambda tokens: None
+    came_free: Callable[[int, bool], None] = lambda tokens, proposed: None
+    drafts: int = 0
     refusal: str = ""  # why this graph runs exactly; "" where it was rewritten
 
     def __call__(self, *args: Any) -> Any:
@@ -85,6 +88,10 @@ class Call:
             if self.ahead is not None:
                 *out, logits = out
                 REPLAYS[cache] = Replay(logits, self.ahead)
+            if self.drafts:
+                own, caches = out[: -self.drafts], out[-self.drafts :]
+                start_draft(cache, caches, args[self.places["input_ids"]], self.lookahead)
+                return own
             return out
         replay = REPLAYS.get(cache)
         if replay is None or self.kind == "append":  # what is appended may be taken back (assisted decoding)
@@ -92,15 +99,14 @@ class Call:
         del REPLAYS[cache]
         tokens = args[self.places["input_ids"]] if "input_ids" in self.places else None
         rows = []
-        if self.replays and tokens is not None and cache.appended == replay.used and len(tokens) == len(replay.rows):
-            assert cache.lookahead_ids is not None
-            rows = replay.take(tokens, cache.lookahead_ids)
+        if self.replays and tokens is not None and replay.fits(cache, tokens):
+            rows = replay.take(tokens)
         if not rows:
             return self.run(*args, *self.lifted)
         if not replay.over:
             REPLAYS[cache] = replay
         assert tokens is not None, "some row follows"
-        self.came_free(replay.free())
+        self.came_free(replay.free(), replay.proposed)
         if len(rows) == len(tokens):
             follow(cache)
             return [replay.known(rows)]

@@ -33,6 +33,7 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
             backend.method,
             max_new_tokens=new_tokens(generation_config, model_kwargs),
             prompt_length=prompt,
+            early_exit=not backend.speculate,  # the draft of a speculator reads every prompt
         )
         announce(model_kwargs["past_key_values"], prompt)
         generation_config.disable_compile = True  # generate would compile the call a second time on a GPU

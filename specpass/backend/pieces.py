@@ -62,10 +62,9 @@ def piece_of_prompt(cache: BudgetCache, kwargs: dict[str, Any], call: Callable[.
 def piece_of_lookahead(cache: BudgetCache, kwargs: dict[str, Any], call: Callable[..., Any]) -> Any | None:
     """What the model returns where the first of several tokens follows the lookahead; None where it does not."""
     replay, ids = REPLAYS.get(cache), kwargs.get("input_ids")
-    if replay is None or not isinstance(ids, torch.Tensor) or ids.shape[1] == 1 or replay.used != cache.appended:
+    if replay is None or not isinstance(ids, torch.Tensor) or ids.shape[1] == 1:
         return None
-    assert cache.lookahead_ids is not None
-    if not replay.follows_next(ids, cache.lookahead_ids):
+    if not replay.fits(cache, ids) or not all(replay.matching(ids)):
         return None
     return with_candidates(kwargs, "input_ids", 1, call)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
+from specpass.cache.drafting import DRAFTS
 from specpass.cache.layer import first_room, grown_room, round_room
 from specpass.cache.protocol import BudgetLayer, CacheProtocol, is_traced
 from specpass.cache.replay import REPLAYS
@@ -102,6 +103,7 @@ class BudgetCache(CacheProtocol):
 
     def _clear(self) -> None:
         REPLAYS.pop(self, None)
+        DRAFTS.pop(self, None)
         self.seen: Any = 0  # a 0-d tensor after the prefill; logical length: tokens that generate counts
         self.lookahead_ids: Tensor | None = None
         self.prompt_positions: Tensor | None = None

@@ -16,6 +16,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.cache_utils import LinearAttentionCacheLayerMixin as Recurrent
 
+from specpass.cache.drafting import DRAFTS
 from specpass.cache.layer import Storage
 from specpass.cache.replay import REPLAYS
 from specpass.dialect.define import SPEC
@@ -106,7 +107,7 @@ class CacheProtocol(Cache):
         self.seen.sub_(tokens_to_remove)
         self.appended -= tokens_to_remove
         replay = REPLAYS.get(self)
-        if replay is not None and self.appended < replay.used and not replay.take_back(self.appended):
+        if replay is not None and self.appended < replay.start + replay.used and not replay.take_back(self.appended):
             del REPLAYS[self]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -128,6 +129,7 @@ class CacheProtocol(Cache):
                 setattr(self, name, change(getattr(self, name)))
         if self in REPLAYS:
             REPLAYS[self].map_rows(change)
+        DRAFTS.pop(self, None)  # a prompt's keys and values in the draft are not moved from row to row at each token
 
 
 def renumbered(positions: Tensor, read: Tensor) -> Tensor:

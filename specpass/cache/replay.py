@@ -32,10 +32,13 @@ class Replay:
         follows: whether that row is still the lookahead.
         ids: its lookahead tokens, once they were looked at.
         used: tokens that were followed: a cache that holds another number behind its prompt has left the lookahead.
+        start: tokens of the answer in front of them; proposed: they are a speculator's, verified by the pruned target.
     """
 
     logits: Tensor
-    eos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...] = ()
+    start: int = 0
+    proposed: bool = False
     rows: list[int] = dataclasses.field(default_factory=list)
     follows: list[bool] = dataclasses.field(default_factory=list)
     ids: list[list[int]] = dataclasses.field(default_factory=list)
@@ -45,22 +48,26 @@ class Replay:
         if not self.rows:
             self.rows, self.follows = list(range(len(self.logits))), [True] * len(self.logits)
 
-    def take(self, tokens: Tensor, lookahead_ids: Tensor) -> list[int]:
-        """Rows of the batch whose next token [B, 1] is the lookahead's [B, L]; the others have left it from now on."""
+    def fits(self, cache: BudgetCache, tokens: Tensor) -> bool:
+        """Whether tokens [B, q] behind the cache could follow; the lookahead is looked at for the first time."""
         if not self.ids:
-            self.ids = lookahead_ids.tolist()
-        fed, at = tokens[:, 0].tolist(), self.used
-        self.follows = [
-            follows and row[at] == token for follows, row, token in zip(self.follows, self.ids, fed, strict=True)
+            assert cache.lookahead_ids is not None
+            self.ids = cache.lookahead_ids.tolist()
+        return cache.appended == self.start + self.used and len(tokens) == len(self.rows)
+
+    def matching(self, tokens: Tensor) -> list[bool]:
+        """Of each row of the batch, whether it has followed so far, and does with the first of its tokens [B, q]."""
+        at, fed = self.used, tokens[:, 0].tolist()
+        return [
+            follows and at < len(row) and row[at] == token
+            for follows, row, token in zip(self.follows, self.ids, fed, strict=True)
         ]
+
+    def take(self, tokens: Tensor) -> list[int]:
+        """Rows of the batch whose next token [B, 1] follows; the others have left from now on."""
+        self.follows = self.matching(tokens)
         self.used += 1
         return [index for index, follows in enumerate(self.follows) if follows]
-
-    def follows_next(self, tokens: Tensor, lookahead_ids: Tensor) -> bool:
-        """Whether every row has followed so far, and does with the first of its tokens [B, q]."""
-        if len(tokens) != len(self.rows) or not all(self.follows) or self.used == lookahead_ids.shape[1]:
-            return False
-        return torch.equal(tokens[:, 0], lookahead_ids[:, self.used])
 
     def free(self) -> int:
         """Rows that took their last token from the lookahead and had not ended before it."""
@@ -90,9 +97,9 @@ class Replay:
         self.ids = [self.ids[i] for i in order] if self.ids else []
 
     def take_back(self, tokens: int) -> bool:
-        """That many tokens of an answer are left, at most as many as were followed; False: some row had gone on alone."""
-        self.used = tokens
-        return all(self.follows)
+        """So many tokens of an answer are left, less than were followed; False: these are not known any more."""
+        self.used = tokens - self.start
+        return self.used >= 0 and all(self.follows)
 
     def copy(self) -> Replay:
         """Another that is used up by itself; both read the same logits."""

@@ -24,6 +24,8 @@ def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[
         "prompts": [dataclasses.asdict(prompt) for prompt in record.prompts],
         "notes": list(record.notes),
         "replayed": record.replayed,
+        "proposed": record.proposed,
+        "accepted": record.accepted,
         "refusals": list(record.refusals),
         "foreign": record.foreign,
         "costs": None if costs is None else cost_data(costs, new_tokens, lengths),

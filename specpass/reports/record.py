@@ -92,6 +92,7 @@ class BackendRecord:
         prompts: what became of prompts then, each outcome once.
         notes: what else there is to say of calls.
         replayed: tokens that came free: the answer followed the lookahead (verified lookahead).
+        proposed, accepted: tokens that the draft proposed behind its lookahead, and those that the answer took.
     """
 
     pruned_by: Method
@@ -104,6 +105,8 @@ class BackendRecord:
     prompts: list[PromptRecord] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     replayed: int = 0
+    proposed: int = 0
+    accepted: int = 0
     draft_seconds: float = 0.0
     target_configs: list[Any] = dataclasses.field(default_factory=list, repr=False)
     decoders: tuple[Decoder | None, Decoder | None] | None = dataclasses.field(default=None, repr=False)
@@ -129,9 +132,12 @@ class BackendRecord:
         if text not in self.notes:
             self.notes.append(text)
 
-    def came_free(self, tokens: int) -> None:
-        """So many tokens were not computed."""
-        self.replayed += tokens
+    def came_free(self, tokens: int, proposed: bool) -> None:
+        """So many tokens were not computed one by one."""
+        if proposed:
+            self.accepted += tokens
+        else:
+            self.replayed += tokens
 
     def read(self, prompt: PromptRecord) -> None:
         """Remember what became of a prompt, if it is new."""

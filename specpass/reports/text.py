@@ -23,6 +23,8 @@ def text(record: BackendRecord) -> str:
         lines += graph_lines(graph)
     if record.replayed:
         lines.append(f"verified lookahead: {record.replayed:,} tokens of answers came free")
+    if record.proposed:
+        lines.append(f"speculation: {record.accepted:,} of {record.proposed:,} proposed tokens were taken")
     lines += interpreted_lines(record)
     lines += [f"refused: {reason} (the model runs exactly)" for reason in record.refusals]
     if record.foreign:
