@@ -69,7 +69,6 @@ class View:
             seen = seen & (held[:, :, None] | (row < whole))
         return seen | (row == column)  # rows of padding read themselves, which nobody reads
 
-
     def follow(self, ids: Tensor) -> None:
         """Count, of ids [B, T], the tokens behind the prompt that are the lookahead's."""
         if self.ahead is None:

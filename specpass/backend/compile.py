@@ -231,9 +231,7 @@ class Backend:
         if cache.lookahead and cache.given_ids is None:
             facts.add(self.draft_graphs(cache))
         goes_on = self.speculate > 0 and DraftGraphs in facts
-        return Request(
-            kind, cache.method, cache.lookahead, self.eos_ids(cache), cache.method.verify, goes_on
-        ), facts
+        return Request(kind, cache.method, cache.lookahead, self.eos_ids(cache), cache.method.verify, goes_on), facts
 
     def _keep_stage(self, request: Request, name: str, gm: fx.GraphModule) -> None:
         """An observer: the prefill's graph as the last pass of each wanted stage leaves it."""

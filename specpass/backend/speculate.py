@@ -1,9 +1,9 @@
 """Speculative decoding with the draft that has looked ahead: it proposes k tokens, the pruned target verifies them.
 
-A step of one token t becomes one of k + 1: the draft reads what it has not read yet and writes k tokens, the target takes
-t and these behind its slots in one call, and what it says of them is known for the steps to come (cache/replay.py). So
-whoever chooses tokens gets the pruned target's own logits for each: greedy answers are its own, and samples are drawn
-from its distribution. Source: arXiv 2211.17192, with a draft that proposes greedily.
+A step of one token t becomes one of k + 1: the draft reads what it has not read yet and writes k tokens, the target
+takes t and these behind its slots in one call, and what it says of them is known for the steps to come
+(cache/replay.py). So whoever chooses tokens gets the pruned target's own logits for each: greedy answers are its own,
+and samples are drawn from its distribution. Source: arXiv 2211.17192, with a draft that proposes greedily.
 """
 
 from __future__ import annotations

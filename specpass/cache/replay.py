@@ -1,9 +1,9 @@
 """Verified lookahead: the answer's first tokens by logits that the prompt's prefill has computed already.
 
-A prefill of S + L tokens holds the target's own logits at S .. S + L - 1, with all KV, each for the case that the answer
-is the lookahead up to there. Its keys and values lie in the free slots behind what was kept (see gather_prune). While
-the tokens that are fed follow the lookahead, a step is these logits and one slot more in use; a row that leaves it once
-has left it for good. Exact for greedy decoding and sampling alike: nothing is assumed of how tokens are chosen.
+A prefill of S + L tokens holds the target's own logits at S .. S + L - 1, with all KV, each for the case that the
+answer is the lookahead up to there. Its keys and values lie in the free slots behind what was kept (see gather_prune).
+While the tokens that are fed follow the lookahead, a step is these logits and one slot more in use; a row that leaves
+it once has left it for good. Exact for greedy decoding and sampling alike: nothing is assumed of how tokens are chosen.
 """
 
 from __future__ import annotations

@@ -86,7 +86,9 @@ def capture_draft(draft: nn.Module, prompt: SpecPC | None = None, goes_on: bool 
     if goes_on:
         further = capture.extend(), step if prompt is None else capture.step(None)
     vocab = int(value(results_of(step.graph)[0]).shape[-1])
-    return DraftGraphs(prefill, step, capture.model.params, layers, vocab, ends, pad_id(config), 0.0, 0, None, prompt, *further)
+    return DraftGraphs(
+        prefill, step, capture.model.params, layers, vocab, ends, pad_id(config), 0.0, 0, None, prompt, *further
+    )
 
 
 class _Capture:
@@ -141,7 +143,7 @@ class _Capture:
         return gm
 
     def extend(self) -> fx.GraphModule:
-        """extend(ids [B, q], position [B, q], *caches, *params) -> logits [B, 1, V] behind the last of q >= 2 tokens."""
+        """extend(ids [B, q], position [B, q], *caches, *params) -> logits [B, 1, V] behind the last of q > 1 tokens."""
         ids, position = (self.model.dynamic((BATCH, COUNT), torch.int64, (0, 1)) for _ in range(2))
         gm = self._behind(ids, position, [])
         self._rewrite(gm, draft_step_passes(self.layers, None), "append", Facts(self.spans))

@@ -106,9 +106,7 @@ class KeepShortRows(
         return positions.new_empty(*positions.shape[:2], max(positions.shape[2], budget))
 
 
-class AddLookahead(
-    Operator, schema="add_lookahead(Tensor positions, Tensor index) -> Tensor", since="PRUNED"
-):
+class AddLookahead(Operator, schema="add_lookahead(Tensor positions, Tensor index) -> Tensor", since="PRUNED"):
     """Kept positions and right behind each head's last one the L columns of the lookahead: [B, K, C + L]."""
 
     positions: fx.Node  # [B, K, C]

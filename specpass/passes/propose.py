@@ -1,9 +1,9 @@
 """propose: what a draft writes next behind tokens that it has not read, as one graph.
 
-    logits = extend(ids [B, q], position [B, q], *caches, *params)           the q tokens that it has not read
-    token = next_token(logits)
-    token = next_token(plain_step(token, position + i, *caches, *params))     k - 1 times, one subgraph
-    -> ids [B, k]
+logits = extend(ids [B, q], position [B, q], *caches, *params)           the q tokens that it has not read
+token = next_token(logits)
+token = next_token(plain_step(token, position + i, *caches, *params))     k - 1 times, one subgraph
+-> ids [B, k]
 """
 
 from __future__ import annotations

@@ -60,9 +60,7 @@ class TakeAhead(Pass):
         facts.add(Ahead(request.lookahead))
 
 
-def logits_of(
-    gm: fx.GraphModule, attention: fx.Node, others: tuple[fx.Node, ...]
-) -> tuple[fx.Node | None, str]:
+def logits_of(gm: fx.GraphModule, attention: fx.Node, others: tuple[fx.Node, ...]) -> tuple[fx.Node | None, str]:
     """The graph's one result of the model's own that has rows, or None and why a step could not be given another."""
     own = [node for node in results_of(gm.graph) if is_rows(node) and node not in others]
     if len(own) != 1 or own[0] not in behind(attention):

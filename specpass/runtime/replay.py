@@ -1,7 +1,7 @@
 """Verified lookahead without torch: the answer's first tokens by logits that the prompt's prefill has computed.
 
-As in a compiled model (specpass/cache/replay.py): the lookahead's keys and values wait behind the slots in use, and while
-the tokens follow it a step is known logits and one slot more.
+As in a compiled model (specpass/cache/replay.py): the lookahead's keys and values wait behind the slots in use, and
+while the tokens follow it a step is known logits and one slot more.
 """
 
 from __future__ import annotations

@@ -176,7 +176,9 @@ class Runtime:
         ids, mask = self._pad(prompts)
         out = dict(zip(self._outputs, self._prefill.run(None, {"input_ids": ids, "attention_mask": mask}), strict=True))
         ahead = out.pop(LOOKAHEAD_LOGITS, None)
-        waiting = 0 if ahead is None else ahead.shape[1]  # of the free slots, those with the lookahead's keys and values
+        waiting = (
+            0 if ahead is None else ahead.shape[1]
+        )  # of the free slots, those with the lookahead's keys and values
         free = -(-max(room, waiting) // ROOM_STEP) * ROOM_STEP
         arrays = {}
         for name in [name for name in out if name.startswith("present.")]:

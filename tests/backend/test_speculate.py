@@ -25,10 +25,7 @@ METHODS = {
 
 def both(how: Any, seed: int = 0) -> tuple[Any, Any]:
     """The same pair without and with speculation; seed 0 drafts as the target does with all KV."""
-    return (
-        compile_eager(tiny(), how, tiny(seed=seed)),
-        compile_eager(tiny(), how, tiny(seed=seed), speculate=3),
-    )
+    return (compile_eager(tiny(), how, tiny(seed=seed)), compile_eager(tiny(), how, tiny(seed=seed), speculate=3))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
