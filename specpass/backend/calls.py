@@ -11,8 +11,8 @@ from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
 from specpass.cache.drafting import start_draft
-from specpass.cache.replay import REPLAYS, Replay, follow, hold
 from specpass.cache.prompt import check_gradients, check_ids, check_prompt
+from specpass.cache.replay import REPLAYS, Replay, follow, hold
 from specpass.cache.states import tell_widest
 from specpass.errors import CacheStateError, PositionsError
 from specpass.rewrite.base import PROMPTS

@@ -63,7 +63,7 @@ class DraftGraphs:
         lengths: fx.Node,
         params: list[fx.Node],
         anchor: fx.Node,
-        room: Any,
+        room: Any = 0,
     ) -> fx.Node:
         """The call of the draft's prefill: logits, caches, and scores where there is a `prompt`."""
         editor.gm.add_submodule("draft_prefill", self.prefill)

@@ -235,7 +235,8 @@ class Runtime:
         slots = min(value.shape()[2] for value in state.storage.values())
         if state.lengths.max() >= slots:
             raise PromptError(f"the cache's {slots} slots are full: call prefill with a larger room.")
-        follows, known = np.zeros(len(tokens), dtype=bool), None
+        follows = np.zeros(len(tokens), dtype=bool)
+        known = state.logits
         if state.replay is not None:
             follows, known = state.replay.take(tokens), state.replay.known
             state.free_tokens += int(follows.sum())
@@ -243,10 +244,8 @@ class Runtime:
                 state.replay = None
         if follows.all():
             state.logits = known
-        elif not follows.any():
-            self._compute(state, tokens)
         else:
-            places = {name: self._next_slots(state.lengths, name, follows) for name in state.arrays}
+            places = {name: self._next_slots(state.lengths, name, follows) for name in state.arrays if follows.any()}
             held = {name: state.arrays[name][place] for name, place in places.items()}
             self._compute(state, tokens)
             for name, place in places.items():  # the lookahead's keys and values, computed with all KV

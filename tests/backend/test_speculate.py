@@ -111,11 +111,14 @@ def test_an_assistant_answers_as_generate_does() -> None:
             assert torch.equal(model.generate(ids, max_new_tokens=16, do_sample=False, assistant_model=helper), due)
 
 
-@pytest.mark.parametrize(
-    ("count", "how", "draft"),
-    [(-1, METHODS["speckv"], True), (2.5, METHODS["speckv"], True), (True, METHODS["speckv"], True)]
-    + [(4, specpass.SnapKV(budget=C, window=W), True), (4, specpass.SpecKV(budget=C, lookahead_ids=[[1]]), False)],
-)
+WRONG = [
+    *((count, METHODS["speckv"], True) for count in (-1, 2.5, True)),
+    (4, specpass.SnapKV(budget=C, window=W), True),
+    (4, specpass.SpecKV(budget=C, lookahead_ids=[[1]]), False),
+]
+
+
+@pytest.mark.parametrize(("count", "how", "draft"), WRONG)
 def test_what_cannot_speculate_is_an_error_before_anything_is_changed(count: Any, how: Any, draft: bool) -> None:
     model = tiny()
     with pytest.raises(SpeculationError, match=f"speculate={count}"):
