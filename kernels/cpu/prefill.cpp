@@ -8,6 +8,9 @@
 // across lanes, and the products are S = K Q^T and O^T = V^T P^T. K and V are brought into tiles once for each KV head.
 // One item of work is G heads times R queries of a KV head; threads take items by turns, those with most keys first.
 //
+// Sparse: a query reads the last `window` positions, and of those in front of them the ones chosen for its KV head,
+// whose keys and values are brought into tiles a second time, in order. Queries in `exact` read all.
+//
 // The maximum that weights are relative to follows only where a score passes it by more than SLACK powers of two:
 // weights stay finite, and most blocks rescale nothing. Weights are cut to bfloat16, and outputs divided by the sum of
 // the cut weights, so that cutting has no bias; the log-sum-exp is of the uncut ones.
@@ -25,6 +28,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <vector>
 
 namespace {
 
@@ -46,7 +50,18 @@ struct Call {
   int64_t B, H, K, T, D, Dv, query_strides[3], key_strides[3], value_strides[3];  // strides of B, heads, T
   float scale;                      // above 0
   int64_t window;                   // a query reads that many positions, its own included; 0: all
-  int64_t G, R, columns;            // R queries an item; columns: T in whole blocks
+  const int64_t *chosen, *exact;    // sparse: [B, K, V] positions, ascending, -1 last; [B, 2] first exact query and end
+  bf16 *chosen_keys, *chosen_values;  // room for those in tiles: B * K * V in whole blocks * D, and * Dv
+  int64_t V;
+  int64_t G, R, columns, far;       // R queries an item; columns, far: T and V in whole blocks
+};
+
+struct Item {
+  int64_t b, head, first, end, window;  // queries first .. end - 1 of the G heads of a KV head
+  bool sparse;
+  int64_t cost(int64_t V) const {
+    return (end - first) * (window ? std::min(end, window + (sparse ? V : 0)) : end);
+  }
 };
 
 struct Free { void operator()(void *at) const { std::free(at); } };
@@ -66,17 +81,21 @@ inline __m512 power(__m512 y) {
   return _mm512_scalef_ps(p, y);  // p * 2^floor(y)
 }
 
-// A block of K -> [D / 32][2][16 keys][32]; rows behind `count` are 0.
-void pack_key(const bf16 *key, int64_t stride, int64_t count, int64_t D, bf16 *tiles) {
-  for (int64_t d = 0; d < D; d += 32)
-    for (int64_t row = 0; row < STRIP; row++, tiles += 32)
-      _mm512_storeu_si512(tiles, row < count ? _mm512_loadu_si512(key + row * stride + d) : _mm512_setzero_si512());
+// A block of K -> [D / 32][2][16 keys][32]. `at(row)`: the address of a key, or null, which is a row of zeros.
+template <class At> void pack_key(At at, int64_t D, bf16 *tiles) {
+  for (int64_t row = 0; row < STRIP; row++) {
+    const bf16 *from = at(row);
+    for (int64_t d = 0; d < D; d += 32)
+      _mm512_storeu_si512(tiles + (d + row) * 32, from ? _mm512_loadu_si512(from + d) : _mm512_setzero_si512());
+  }
 }
 
 // A block of V -> [Dv / 16][16][32 keys].
-void pack_value(const bf16 *value, int64_t stride, int64_t count, int64_t Dv, bf16 *tiles) {
-  for (int64_t d = 0; d < Dv; d++)
-    for (int64_t row = 0; row < STRIP; row++) *tiles++ = row < count ? value[row * stride + d] : 0;
+template <class At> void pack_value(At at, int64_t Dv, bf16 *tiles) {
+  for (int64_t row = 0; row < STRIP; row++) {
+    const bf16 *from = at(row);
+    for (int64_t d = 0; d < Dv; d++) tiles[d * 32 + row] = from ? from[d] : 0;
+  }
 }
 
 // A strip of Q -> [D / 32][2][16 pairs of d][16 queries][2].
@@ -122,14 +141,15 @@ void add_values(const bf16 *values, const bf16 *weights, int64_t first, int64_t 
   }
 }
 
-// Scores of keys that a query does not read become -inf. `ahead`: the block's first key less the strip's first query.
-void hide(float *scores, int64_t ahead, int64_t window) {
+// Scores of keys that a query does not read become -inf. A key is read from the lane `from(key)` of its strip on, by
+// `count` queries.
+template <class From> void hide(float *scores, From from, int64_t count) {
   const __m512 none = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   const auto below = [](int64_t lane) { return (1u << std::clamp<int64_t>(lane, 0, 16)) - 1; };
   for (int64_t key = 0; key < STRIP; key++)
     for (int64_t half = 0; half < 2; half++) {
-      const int64_t own = ahead + key - half * 16;  // the lane whose position is the key's
-      const __mmask16 seen = (window ? below(own + window) : 0xffff) & ~below(own);
+      const int64_t first = from(key) - half * 16;
+      const __mmask16 seen = below(first + count) & ~below(first);
       float *at = scores + (key / 16 * 2 + half) * 256 + key % 16 * 16;
       _mm512_store_ps(at, _mm512_mask_mov_ps(none, seen, _mm512_load_ps(at)));
     }
@@ -184,41 +204,74 @@ class Worker {
         out(room<float>(c.G * c.R * c.Dv)), sums(room<Sums>(c.G * c.R / 16)), scores(room<float>(2 * 1024)),
         weights(room<bf16>(MANY * 2 * TILE)) {}
 
-  // Queries first .. first + R - 1 of the G heads of a KV head.
-  void item(int64_t b, int64_t head, int64_t first) {
-    const int64_t count = std::min(c.R, c.T - first), end = first + (count + 31) / 32 * 32;
+  void item(const Item &i) {
     const Sums none = {_mm512_set1_ps(LEAST), _mm512_setzero_ps(), _mm512_setzero_ps()};
     std::fill_n(sums.get(), c.G * c.R / 16, none);
     std::memset(out.get(), 0, c.G * c.R * c.Dv * sizeof(float));
+    const int64_t *q = c.query_strides;
+    each_strip(i, [&](int64_t g, int64_t row, int64_t slot) {
+      pack_query(c.query + i.b * q[0] + (i.head * c.G + g) * q[1] + row * q[2], q[2], c.T - row, c.D,
+                 queries.get() + slot * c.D);
+    });
+    if (i.sparse) read_chosen(i);
+    read_columns(i);
     for (int64_t g = 0; g < c.G; g++)
-      for (int64_t row = first; row < end; row += STRIP)
-        pack_query(c.query + b * c.query_strides[0] + (head * c.G + g) * c.query_strides[1] + row * c.query_strides[2],
-                   c.query_strides[2], c.T - row, c.D, queries.get() + (g * c.R + row - first) * c.D);
-    const int64_t read = c.window ? std::max<int64_t>(0, first - c.window + 1) / STRIP * STRIP : 0;
-    for (int64_t column = read; column < end; column += MANY * STRIP)
-      for (int64_t g = 0; g < c.G; g++)
-        for (int64_t row = first; row < end; row += STRIP)
-          strip(row, column, (b * c.K + head) * c.columns + column, g * c.R + row - first);
-    for (int64_t g = 0; g < c.G; g++)
-      for (int64_t row = 0; row < count; row++) write(b, head * c.G + g, first + row, g * c.R + row);
+      for (int64_t row = i.first; row < i.end; row++) write(i.b, i.head * c.G + g, row, g * c.R + row - i.first);
   }
 
  private:
-  // A strip over MANY blocks from `column` on, whose tiles begin at `packed`. The next block's scores are asked for
-  // before this one's are weighed.
-  void strip(int64_t row, int64_t column, int64_t packed, int64_t slot) {
-    const int64_t end = row < column ? 0 : std::min(MANY, (row - column) / STRIP + 1);
-    const int64_t begin = c.window ? std::max<int64_t>(0, row - c.window + 1 - column) / STRIP : 0;
+  template <class Do> void each_strip(const Item &i, Do act) {
+    for (int64_t g = 0; g < c.G; g++)
+      for (int64_t row = i.first; row < i.end; row += STRIP) act(g, row, g * c.R + row - i.first);
+  }
+
+  // The window's positions, or all up to a query's own.
+  void read_columns(const Item &i) {
+    const int64_t w = i.window, tiles = (i.b * c.K + i.head) * c.columns;
+    const int64_t read = w ? std::max<int64_t>(0, i.first - w + 1) / STRIP * STRIP : 0;
+    for (int64_t column = read; column < i.end; column += MANY * STRIP)
+      each_strip(i, [&](int64_t, int64_t row, int64_t slot) {
+        const int64_t end = std::min(row / STRIP * STRIP + (row % STRIP ? 2 : 1) * STRIP, c.columns) - column;
+        const int64_t begin = w ? std::max<int64_t>(0, row - w + 1 - column) / STRIP : 0;
+        add(slot, c.keys + (tiles + column) * c.D, c.values + (tiles + column) * c.Dv, begin,
+            std::min(MANY, end / STRIP), [&](int64_t block, float *found) {
+              const int64_t ahead = column + block * STRIP - row;
+              if (ahead > -STRIP || (w && ahead < STRIP - w))
+                hide(found, [ahead](int64_t key) { return ahead + key; }, w ? w : c.T);
+            });
+      });
+  }
+
+  // Chosen positions in front of the window.
+  void read_chosen(const Item &i) {
+    const int64_t tiles = (i.b * c.K + i.head) * c.far, *position = c.chosen + (i.b * c.K + i.head) * c.V;
+    const auto at = [&](int64_t key) { return key < c.V && position[key] >= 0 ? position[key] : c.T; };
+    for (int64_t block = 0; block < c.far / STRIP && at(block * STRIP) <= i.end - i.window; block += MANY)
+      each_strip(i, [&](int64_t, int64_t row, int64_t slot) {
+        const int64_t far = row - i.window;  // the strip's first query reads chosen positions up to this one
+        int64_t end = 0;
+        while (end < MANY && block + end < c.far / STRIP && at((block + end) * STRIP) < far + STRIP) end++;
+        const int64_t first = tiles + block * STRIP;
+        add(slot, c.chosen_keys + first * c.D, c.chosen_values + first * c.Dv, 0, end, [&](int64_t one, float *found) {
+          const int64_t key = (block + one) * STRIP;
+          if (at(key + STRIP - 1) > far) hide(found, [&](int64_t j) { return at(key + j) - far; }, c.T);
+        });
+      });
+  }
+
+  // A strip over the blocks begin .. end - 1 (of MANY) of a group. The next block's scores are asked for before this
+  // one's are weighed. `mask(block, scores)` hides what is not read.
+  template <class Mask>
+  void add(int64_t slot, const bf16 *key, const bf16 *value, int64_t begin, int64_t end, Mask mask) {
     if (begin >= end) return;
-    const bf16 *key = c.keys + packed * c.D, *value = c.values + packed * c.Dv, *query = queries.get() + slot * c.D;
+    const bf16 *query = queries.get() + slot * c.D;
     float *sum = out.get() + slot * c.Dv;
     const auto at = [this](int64_t block) { return scores.get() + (block & 1) * 1024; };
     int64_t added = begin;
     score(key + begin * STRIP * c.D, query, c.D, at(begin));
     for (int64_t block = begin; block < end; block++) {
       if (block + 1 < end) score(key + (block + 1) * STRIP * c.D, query, c.D, at(block + 1));
-      const int64_t ahead = column + block * STRIP - row;
-      if (ahead > -STRIP || (c.window && ahead < STRIP - c.window)) hide(at(block), ahead, c.window);
+      mask(block, at(block));
       for (int64_t half = 0; half < 2; half++) {
         Sums &own = sums[slot / 16 + half];
         const __m512 top = _mm512_mul_ps(largest(at(block) + half * 256), scale);
@@ -265,6 +318,38 @@ int64_t queries_of_an_item(const Call &c) {
   return R;
 }
 
+// All queries, in items; those that cost most first.
+std::vector<Item> items_of(const Call &c) {
+  std::vector<Item> items;
+  for (int64_t b = 0; b < c.B; b++)
+    for (int64_t head = 0; head < c.K; head++) {
+      const auto cut = [&](int64_t first, int64_t end, int64_t window, bool sparse) {
+        for (; first < end; first += c.R) items.push_back({b, head, first, std::min(first + c.R, end), window, sparse});
+      };
+      const int64_t begin = c.chosen ? c.exact[b * 2] : 0, end = c.chosen ? c.exact[b * 2 + 1] : c.T;
+      cut(0, begin, c.window, true);
+      cut(begin, end, c.chosen ? 0 : c.window, false);
+      cut(end, c.T, c.window, true);
+    }
+  std::stable_sort(items.begin(), items.end(),
+                   [&](const Item &one, const Item &other) { return one.cost(c.V) > other.cost(c.V); });
+  return items;
+}
+
+// The block of keys and values from `row` on, for a KV head and its tiles at `to`; `position(row)` is -1 for none.
+template <class Position>
+void pack(const Call &c, int64_t head, int64_t to, bf16 *keys, bf16 *values, Position position) {
+  const int64_t b = head / c.K, *k = c.key_strides, *v = c.value_strides;
+  const auto in = [&](const bf16 *from, const int64_t *strides) {
+    return [=](int64_t row) {
+      const int64_t at = position(row);
+      return at < 0 ? nullptr : from + b * strides[0] + head % c.K * strides[1] + at * strides[2];
+    };
+  };
+  pack_key(in(c.key, k), c.D, keys + to * c.D);
+  pack_value(in(c.value, v), c.Dv, values + to * c.Dv);
+}
+
 }  // namespace
 
 // Ask the system for tiles, for all threads of the process. Returns 0 where it gives them.
@@ -272,23 +357,28 @@ extern "C" int allow() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP
 
 extern "C" void prefill(const Call *given) {
   Call c = *given;
-  c.G = c.H / c.K, c.R = queries_of_an_item(c), c.columns = (c.T + 31) / 32 * 32;
-  const int64_t heads = c.B * c.K, blocks = c.columns / STRIP, items = (c.T + c.R - 1) / c.R;
-  std::atomic<int64_t> next{0};
+  c.G = c.H / c.K, c.R = queries_of_an_item(c);
+  c.columns = (c.T + 31) / 32 * 32, c.far = (c.V + 31) / 32 * 32;
+  const int64_t heads = c.B * c.K, blocks = c.columns / STRIP, far = c.far / STRIP;
+  const std::vector<Item> items = items_of(c);
+  std::atomic<size_t> next{0};
 #pragma omp parallel
   {
 #pragma omp for
-    for (int64_t i = 0; i < heads * blocks; i++) {
-      const int64_t b = i / blocks / c.K, head = i / blocks % c.K, row = i % blocks * STRIP;
-      const int64_t at = i / blocks * c.columns + row, *k = c.key_strides, *v = c.value_strides;
-      pack_key(c.key + b * k[0] + head * k[1] + row * k[2], k[2], c.T - row, c.D, c.keys + at * c.D);
-      pack_value(c.value + b * v[0] + head * v[1] + row * v[2], v[2], c.T - row, c.Dv, c.values + at * c.Dv);
+    for (int64_t i = 0; i < heads * (blocks + far); i++) {
+      const int64_t head = i / (blocks + far), block = i % (blocks + far), row = block * STRIP;
+      const int64_t from = row - c.columns, *chosen = c.chosen + head * c.V;
+      if (block < blocks)
+        pack(c, head, head * c.columns + row, c.keys, c.values,
+             [&](int64_t j) { return row + j < c.T ? row + j : -1; });
+      else
+        pack(c, head, head * c.far + from, c.chosen_keys, c.chosen_values,
+             [&](int64_t j) { return from + j < c.V ? chosen[from + j] : -1; });
     }
     const TileConfig config;
     _tile_loadconfig(&config);
     Worker worker(c);
-    for (int64_t i; (i = next++) < heads * items;)
-      worker.item(i % heads / c.K, i % heads % c.K, (items - 1 - i / heads) * c.R);
+    for (size_t i; (i = next++) < items.size();) worker.item(items[i]);
     _tile_release();
   }
 }

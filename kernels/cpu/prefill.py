@@ -6,6 +6,7 @@ Torch's flash attention for CPUs spends most of its time around its products: be
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -28,7 +29,9 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("B", "H", "K", "T", "D", "Dv")),
         *((name, _Strides) for name in ("query_strides", "key_strides", "value_strides")),
         ("scale", ctypes.c_float),
-        *((name, ctypes.c_int64) for name in ("window", "G", "R", "columns")),
+        ("window", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("chosen", "exact", "chosen_keys", "chosen_values")),
+        *((name, ctypes.c_int64) for name in ("V", "G", "R", "columns", "far")),
     )
 
 
@@ -55,10 +58,24 @@ def refuse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> str | Non
     return str(library) if isinstance(library, Unbuilt) else None
 
 
-def prefill(query: Tensor, key: Tensor, value: Tensor, scale: float, sliding: int = 0) -> tuple[Tensor, Tensor]:
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """Which positions a query reads in front of its last ones, and which queries read all.
+
+    Args: columns [B, K, V] int64, ascending, -1 last; exact [B, 2] int64: the first query that reads all, and the end.
+    """
+
+    columns: Tensor
+    exact: Tensor
+
+
+def prefill(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, sliding: int = 0, sparse: Sparse | None = None
+) -> tuple[Tensor, Tensor]:
     """Causal attention of tensors that `refuse` lets through.
 
-    Args: query [B, H, T, D], key [B, K, T, D], value [B, K, T, Dv]; sliding: positions that a query reads, 0 for all.
+    Args: query [B, H, T, D], key [B, K, T, D], value [B, K, T, Dv]; sliding: positions that a query reads, 0 for all;
+    sparse: what it reads besides, if `sliding` is not 0.
     Returns: [B, H, T, Dv], lying in memory as [B, T, H, Dv]; its natural log-sum-exp [B, H, T] float32.
     """
     library = _library()
@@ -67,9 +84,18 @@ def prefill(query: Tensor, key: Tensor, value: Tensor, scale: float, sliding: in
     kv_heads, value_dim = key.shape[1], value.shape[3]
     out = query.new_empty(batch, columns, heads, value_dim)
     lse = query.new_empty(batch, heads, columns, dtype=torch.float32)
-    tiles = [query.new_empty(batch * kv_heads * -(-columns // 32) * 32 * size) for size in (dim, value_dim)]
+    count = 0 if sparse is None else sparse.columns.shape[2]
+    tiles, chosen_tiles = (
+        [query.new_empty(batch * kv_heads * -(-rows // 32) * 32 * size) for size in (dim, value_dim)]
+        for rows in (columns, count)
+    )
+    chosen = () if sparse is None else (sparse.columns.contiguous(), sparse.exact.contiguous())
     addresses = (tensor.data_ptr() for tensor in (query, key, value, out, lse, *tiles))
     strides = (_Strides(*states.stride()[:3]) for states in (query, key, value))
+    call = _Call(*addresses, batch, heads, kv_heads, columns, dim, value_dim, *strides, scale, sliding)
+    if sparse is not None:
+        call.chosen, call.exact, call.chosen_keys, call.chosen_values = (t.data_ptr() for t in (*chosen, *chosen_tiles))
+        call.V = count
     torch.get_num_threads()  # sets OpenMP's number in a thread of Python's that has not run torch yet
-    library.prefill(_Call(*addresses, batch, heads, kv_heads, columns, dim, value_dim, *strides, scale, sliding))
+    library.prefill(ctypes.byref(call))
     return out.transpose(1, 2), lse
