@@ -34,7 +34,7 @@ from torch import Tensor
 
 from specpass.kernels.aot import refused
 from specpass.kernels.archs import ARCHS, Arch, device_arch
-from specpass.kernels.cpu import prefill
+from specpass.kernels.cpu import importance, prefill
 from specpass.kernels.registry import REGISTRY, kernels_of
 from specpass.kernels.shapes import DTYPES, dtype_of
 from specpass.kernels.spec import Operands, device_of
@@ -45,6 +45,15 @@ ATEN_OPERATORS = {
     "prefill_attention_lse": "torch's flash attention, whose log-sum-exp saves importance its first pass over K",
     "prefill_attention_sparse": "chosen columns and the last ones, 256 query rows at a time",
     "append_kv": "several tokens at once; one alone is written by the kernel that attends to it",
+}
+
+
+_STATES = ("query", "key", "value")
+CPU_KERNELS: dict[str, tuple[str, Callable[..., str | None], tuple[str, ...]]] = {  # name, what it refuses, its tensors
+    "prefill_attention": ("prefill_amx", prefill.refuse, _STATES),
+    "prefill_attention_lse": ("prefill_amx", prefill.refuse, _STATES),
+    "prefill_attention_sparse": ("prefill_amx", prefill.refuse, _STATES),
+    "importance": ("importance_amx", importance.refuse, ("query", "key")),
 }
 
 
@@ -63,8 +72,8 @@ class Choice:
 def choose(operator: str, operands: Operands) -> Choice:
     """The table's answer for an operator with these operands: all of its schema's, tensors real or fake."""
     device = device_of(operands)
-    if device.type == "cpu" and operator.startswith("prefill_attention"):
-        return _choose_prefill_on_cpu(operator, operands)
+    if device.type == "cpu" and operator in CPU_KERNELS:
+        return _choose_on_cpu(operator, operands)
     if device.type != "cuda":
         return Choice(operator, None, f"{device.type} tensors")
     reason = None
@@ -81,11 +90,13 @@ def choose(operator: str, operands: Operands) -> Choice:
     return Choice(operator, None, reason or _aten_reason(operator, operands))
 
 
-def _choose_prefill_on_cpu(operator: str, operands: Operands) -> Choice:
-    if any(operands.get(name) for name in ("softcap", "chunk")) or operands.get("bias") is not None:
+def _choose_on_cpu(operator: str, operands: Operands) -> Choice:
+    changed = any(operands.get(name) for name in ("softcap", "chunk"))
+    if changed or operands.get("bias") is not None or (operator == "importance" and operands.get("sinks") is not None):
         return Choice(operator, None, _aten_reason(operator, operands))
-    refused = prefill.refuse(*(operands[name] for name in ("query", "key", "value", "scale")))
-    return Choice(operator, None if refused else "prefill_amx", refused or "bfloat16 on a CPU with AMX")
+    name, refuse, tensors = CPU_KERNELS[operator]
+    refused = refuse(*(operands[tensor] for tensor in tensors), operands["scale"])
+    return Choice(operator, None if refused else name, refused or "bfloat16 on a CPU with AMX")
 
 
 def _refuse_device(index: int) -> str | None:
@@ -132,7 +143,9 @@ def kernel_or(operator: str, reference: Callable[..., Any]) -> Callable[..., Any
             return reference(*args, **kwargs)
         operands = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
         kernel = choose(operator, operands).kernel
-        return reference(*args, **kwargs) if kernel is None else REGISTRY[kernel].launch(operands)
+        if kernel is None or kernel not in REGISTRY:  # aten, or a CPU's own, which the implementation itself calls
+            return reference(*args, **kwargs)
+        return REGISTRY[kernel].launch(operands)
 
     return run
 

@@ -88,7 +88,8 @@ def _check_machine(source: Source) -> None:
 def _place(source: Source) -> Path:
     if _folder is None:
         raise Unbuilt("nobody said where libraries are kept: call specpass.kernels.cpu.build.use first")
-    made_of = (source.path.read_text(), *FLAGS, *source.flags, platform.system(), platform.machine())
+    headers = [header.read_text() for header in sorted(FOLDER.glob("*.h"))]
+    made_of = (source.path.read_text(), *headers, *FLAGS, *source.flags, platform.system(), platform.machine())
     return _folder() / f"{source.name}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]}.so"
 
 

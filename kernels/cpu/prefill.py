@@ -11,14 +11,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from specpass.kernels.cpu.build import Source, Unbuilt, load
-
-SOURCE = Source(
-    "prefill",
-    needs=("amx_tile", "amx_bf16", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16"),
-    flags=("-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
-)
-_Strides = ctypes.c_int64 * 3
+from specpass.kernels.cpu.amx import Strides, library, refuse_tensors, strides
+from specpass.kernels.cpu.build import Unbuilt
 
 
 class _Call(ctypes.Structure):
@@ -27,7 +21,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "lse", "keys", "values")),
         *((name, ctypes.c_int64) for name in ("B", "H", "K", "T", "D", "Dv")),
-        *((name, _Strides) for name in ("query_strides", "key_strides", "value_strides")),
+        *((name, Strides) for name in ("query_strides", "key_strides", "value_strides")),
         ("scale", ctypes.c_float),
         ("window", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("chosen", "exact", "chosen_keys", "chosen_values")),
@@ -35,27 +29,13 @@ class _Call(ctypes.Structure):
     )
 
 
-def _library() -> ctypes.CDLL | Unbuilt:
-    library = load(SOURCE)
-    if isinstance(library, Unbuilt):
-        return library
-    library.prefill.argtypes, library.prefill.restype = (ctypes.POINTER(_Call),), None
-    return Unbuilt("the system gives this process no AMX tiles") if library.allow() else library  # asking twice is free
-
-
 def refuse(query: Tensor, key: Tensor, value: Tensor, scale: float) -> str | None:
     """Why `prefill` does not serve these tensors (fake ones are read too), or None. May compile prefill.cpp."""
-    if query.device.type != "cpu":
-        return f"{query.device.type} tensors"
-    if any(states.dtype != torch.bfloat16 for states in (query, key, value)):
-        return f"{str(query.dtype).removeprefix('torch.')}, where AMX multiplies bfloat16"
-    for dim in (query.shape[3], value.shape[3]):
-        if dim % 32 or dim > 512:
-            return f"head dimension {dim}: at most 512 and a multiple of 32"
-    if any(states.stride(3) != 1 for states in (query, key, value)) or not scale > 0:
-        return "rows that are not contiguous, or a scale that is not above 0"
-    library = _library()
-    return str(library) if isinstance(library, Unbuilt) else None
+    refused = refuse_tensors(scale, query, key, value)
+    if refused is not None:
+        return refused
+    found = library("prefill")
+    return str(found) if isinstance(found, Unbuilt) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +58,8 @@ def prefill(
     sparse: what it reads besides, if `sliding` is not 0.
     Returns: [B, H, T, Dv], lying in memory as [B, T, H, Dv]; its natural log-sum-exp [B, H, T] float32.
     """
-    library = _library()
-    assert isinstance(library, ctypes.CDLL)
+    found = library("prefill")
+    assert isinstance(found, ctypes.CDLL)
     batch, heads, columns, dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
     out = query.new_empty(batch, columns, heads, value_dim)
@@ -91,11 +71,11 @@ def prefill(
     )
     chosen = () if sparse is None else (sparse.columns.contiguous(), sparse.exact.contiguous())
     addresses = (tensor.data_ptr() for tensor in (query, key, value, out, lse, *tiles))
-    strides = (_Strides(*states.stride()[:3]) for states in (query, key, value))
-    call = _Call(*addresses, batch, heads, kv_heads, columns, dim, value_dim, *strides, scale, sliding)
+    steps = map(strides, (query, key, value))
+    call = _Call(*addresses, batch, heads, kv_heads, columns, dim, value_dim, *steps, scale, sliding)
     if sparse is not None:
         call.chosen, call.exact, call.chosen_keys, call.chosen_values = (t.data_ptr() for t in (*chosen, *chosen_tiles))
         call.V = count
     torch.get_num_threads()  # sets OpenMP's number in a thread of Python's that has not run torch yet
-    library.prefill(ctypes.byref(call))
+    found.prefill(ctypes.byref(call))
     return out.transpose(1, 2), lse
