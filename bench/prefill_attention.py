@@ -1,9 +1,11 @@
 """Attention of a prompt on this CPU: the library's own against torch's flash attention, for one layer, by turns.
 
 Shapes are those of the Qwen2.5 pair, causal, bfloat16, one prompt; torch's runs once for each member of the GQA group,
-on views, which is the fastest way to call it. The floor is the FLOPs of both products (half of T^2 columns) over the
-rate of a large matrix product, the better of one before and one after, which knows no softmax. `error` is the root mean
-square against float64 over that of torch's, at the shortest length.
+on views, which is the fastest way to call it. Beside it the scores of the target's 64 rows, given their log-sum-exp, by
+the library's own and in aten, and sparse attention (V = 2,048), whose columns such scores choose. The floor is the
+FLOPs of both products (half of T^2 columns) over the rate of a large matrix product, the better of one before and one
+after, which knows no softmax. `error` is the root mean square against float64 over that of torch's, at the shortest
+length.
 
     python -m bench.prefill_attention
     python -m bench.prefill_attention --lengths 2048 --rounds 3
@@ -22,10 +24,14 @@ from torch import Tensor
 
 from bench.common import RESULTS, median, save_results
 from specpass.benchmarks.speed.rates import matmul_rate
-from specpass.kernels.cpu import prefill
+from specpass.kernels.cpu import importance, prefill
+from specpass.kernels.importance import reference
 from specpass.ops.attention import prefill_flash
+from specpass.ops.select import select
+from specpass.ops.sparse import prefill_attention_sparse
 
-SHAPES = {"target": (12, 2, 128, 32), "draft": (14, 2, 64, 0)}  # H, K, D, lookahead tokens behind the prompt
+WINDOW, LOOKAHEAD, CHOSEN = 32, 32, 2_048
+SHAPES = {"target": (12, 2, 128, LOOKAHEAD), "draft": (14, 2, 64, 0)}  # H, K, D, lookahead tokens behind the prompt
 LENGTHS = (1_024, 2_048, 4_096, 8_192, 16_384, 32_768)
 ROUNDS = 7
 
@@ -52,23 +58,43 @@ def by_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
     return spans
 
 
+def scoring(given: tuple[Tensor, Tensor, Tensor], scale: float) -> dict[str, Callable[[], Any]]:
+    """Calls that score a prompt, and that attend by the scores where it is long enough."""
+    query, key, _ = given
+    columns = query.shape[2]
+    lengths = torch.tensor([columns - LOOKAHEAD])
+    rows = torch.arange(columns - WINDOW - LOOKAHEAD, columns)[None]
+    lse = prefill.prefill(*given, scale)[1][:, :, rows[0]].contiguous()
+    operands = (query[:, :, rows[0]].contiguous(), key, rows, lengths, WINDOW, scale, "max", None, lse)
+    chosen = select(reference.importance(*operands), lengths, CHOSEN, 0, 1, "max")
+    ways: dict[str, Callable[[], Any]] = {
+        "scores": lambda: importance.importance(*operands),
+        "scores_aten": lambda: reference.importance(*operands),
+    }
+    if columns > 2 * CHOSEN:
+        sizes = (scale, WINDOW, LOOKAHEAD, CHOSEN)
+        ways["sparse"] = lambda: prefill_attention_sparse(*given, chosen, lengths, *sizes)
+    return ways
+
+
 def measure(model: str, length: int, rounds: int) -> dict[str, Any]:
-    """One shape and length."""
+    """One shape and length: medians in milliseconds."""
     heads, kv_heads, dim, lookahead = SHAPES[model]
     columns = length + lookahead
     given = states(heads, kv_heads, dim, columns)
     scale = dim**-0.5
-    spans = by_turns(
-        {"flash": lambda: prefill_flash(*given, scale), "ours": lambda: prefill.prefill(*given, scale)}, rounds
-    )
+    ways: dict[str, Callable[[], Any]] = {
+        "flash": lambda: prefill_flash(*given, scale),
+        "ours": lambda: prefill.prefill(*given, scale),
+    }
+    spans = by_turns(ways | (scoring(given, scale) if lookahead else {}), rounds)
     flops = 2 * heads * columns * (columns + 1) * dim
     medians = {name: median(times, 2) for name, times in spans.items()}
     return {
         "model": model,
         "columns": columns,
         "flops": flops,
-        "flash_ms": medians["flash"],
-        "ours_ms": medians["ours"],
+        **{f"{name}_ms": value for name, value in medians.items()},
         "flash_least_ms": round(min(spans["flash"]), 2),
         "ours_least_ms": round(min(spans["ours"]), 2),
         "ratio": round(medians["ours"] / medians["flash"], 3),

@@ -13,8 +13,9 @@ Kernels say themselves what they serve (spec.py). What stays with torch's own op
 - append of several tokens: a second turn, once. A single token is written in attention's own launch (`append_attend`):
   aten's append is five launches, and at C = 1024 (8 KV heads, D = 128, H100 bandwidth) attention's bytes take 1.6 us.
 
-Prefill attention on a CPU is cpu/prefill.cpp's where the CPU multiplies bfloat16 in tiles (AMX) and a compiler is
-there: it takes less than half as long as torch's (bench/results/prefill_attention.json).
+On a CPU that multiplies bfloat16 in tiles (AMX), where there is a compiler, prefill attention and importance are
+cpu/prefill.cpp's and cpu/importance.cpp's (CPU_KERNELS): they take less than half and a tenth of the time of torch's
+operators (bench/results/prefill_attention.json).
 
 Operators that the lowering makes of two are asked for by `shares_lse` (`prefill_attention_lse`) and `choose`. On an
 H200 at 655,360 slots `append_attend` takes 88 us where append and decode take 104, and `append_attend_lse` 91 (same
