@@ -52,7 +52,7 @@ class GatherPrune(Pass):
                 rewritten.append(dataclasses.replace(site, cache=owner.cache))
                 continue
             own = None if scores is None else scores.nodes[index]
-            before = (site.attention if own is None else own).next
+            before = (site.attention if own is None else max(site.attention, own)).next
             # A layer's own budget would make its region unlike the others': these nodes then stand outside of it.
             like = site.attention if alike or not site.is_full else None
             positions = self._positions(editor, request, facts, site, own, before, like)

@@ -10,6 +10,7 @@ from specpass.methods.specpc import SpecPC
 from specpass.passes.annotate import Annotate
 from specpass.passes.attend_packed import AttendPacked
 from specpass.passes.attend_slots import AttendSlots
+from specpass.passes.attend_sparsely import AttendSparsely
 from specpass.passes.canonicalize import Canonicalize
 from specpass.passes.gather_prompt import GatherPrompt, KeepPrompt
 from specpass.passes.gather_prune import GatherPrune
@@ -37,6 +38,7 @@ PASSES: tuple[Pass, ...] = (
     TakeAhead(),  # the logits behind the lookahead, by the rows that take_last takes
     ResizePrompt(),  # S becomes the constant C (+ L) where the prompt is compressed
     ScoreImportance(),  # needs the lookahead's rows
+    AttendSparsely(),  # needs the scores, which importance finds by itself then
     GatherPrune(),  # needs the scores
     ShiftPositions(),  # decode: what generate counts becomes what the target was told
     AttendSlots(),  # decode: the masks die

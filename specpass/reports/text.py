@@ -34,6 +34,8 @@ def text(record: BackendRecord) -> str:
     costs = record.costs()
     if costs is not None and not record.refusals:
         lines += cost_lines(costs)
+        if record.pruned_by.sparse_prefill:
+            lines.append("FLOPs are those of exact attention: sparse_prefill takes fewer on long prompts")
     return "\n".join(lines)
 
 
@@ -44,6 +46,8 @@ def interpreted_lines(record: BackendRecord) -> list[str]:
         lines.append(
             f"interpreted: {record.interpreted}; the model's own forward runs, and its layers are pruned around it"
         )
+    if record.prompts and record.pruned_by.sparse_prefill:
+        lines.append("sparse_prefill: not in these prompts, whose attention is the model's own and exact")
     for prompt in record.prompts:
         lines += prompt_lines(prompt)
     return lines + [f"note: {note}" for note in record.notes]

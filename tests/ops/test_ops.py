@@ -93,6 +93,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             for mask in (None, torch.zeros(B, 1, S + L, S + L))
         ],
         "prefill_attention_lse": [(states, key, key, rows, 0.3) for states in (query, query[:, :K])],
+        "prefill_attention_sparse": [(query, key, value, positions, lengths, 0.3, W, L, C)],
         "append_attend": [
             (keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3, *last)
             for last in ((), (2.0, sinks))

@@ -70,6 +70,7 @@ def test_tune_writes_winners_and_the_next_run_finds_them(target: str, tmp_path: 
         "select",
         "prefill_attention",
         "prefill_attention_lse",
+        "prefill_attention_sparse",
         "append_kv",
     }
     assert len(compiled) == 2 * (2 + 2 * 3)  # importance does not depend on the budget
