@@ -6,11 +6,15 @@ Kernels say themselves what they serve (spec.py). What stays with torch's own op
   (2.2 % where the log-sum-exp is given) at 8k, 32k and 128k columns; torch.topk and two others are timed beside it in
   bench/results/select.json. On an H200 it takes 152 us at 32k columns and 215 us at 128k (gpu_kernels.json there), 1 %
   of a layer's prefill attention at 32k.
-- prefill attention: torch's cuDNN or flash attention; compute-bound, and nothing here is particular to a budget. On an
-  H200 cuDNN's takes 0.89 ms at 8k and 14.8 ms at 32k where flash takes 1.71 and 25.3 (same file): more than the 0.04
-  and 0.14 ms that flash's log-sum-exp saves importance, so from sm_90 on it is not asked for (`shares_lse`).
+- prefill attention on a GPU: torch's cuDNN or flash attention; compute-bound, and nothing here is particular to a
+  budget. On an H200 cuDNN's takes 0.89 ms at 8k and 14.8 ms at 32k where flash takes 1.71 and 25.3 (same file): more
+  than the 0.04 and 0.14 ms that flash's log-sum-exp saves importance, so from sm_90 on it is not asked for
+  (`shares_lse`).
 - append of several tokens: a second turn, once. A single token is written in attention's own launch (`append_attend`):
   aten's append is five launches, and at C = 1024 (8 KV heads, D = 128, H100 bandwidth) attention's bytes take 1.6 us.
+
+Prefill attention on a CPU is cpu/prefill.cpp's where the CPU multiplies bfloat16 in tiles (AMX) and a compiler is
+there: it takes less than half as long as torch's (bench/results/prefill_attention.json).
 
 Operators that the lowering makes of two are asked for by `shares_lse` (`prefill_attention_lse`) and `choose`. On an
 H200 at 655,360 slots `append_attend` takes 88 us where append and decode take 104, and `append_attend_lse` 91 (same
@@ -30,6 +34,7 @@ from torch import Tensor
 
 from specpass.kernels.aot import refused
 from specpass.kernels.archs import ARCHS, Arch, device_arch
+from specpass.kernels.cpu import prefill
 from specpass.kernels.registry import REGISTRY, kernels_of
 from specpass.kernels.shapes import DTYPES, dtype_of
 from specpass.kernels.spec import Operands, device_of
@@ -57,6 +62,8 @@ class Choice:
 def choose(operator: str, operands: Operands) -> Choice:
     """The table's answer for an operator with these operands: all of its schema's, tensors real or fake."""
     device = device_of(operands)
+    if device.type == "cpu" and operator.startswith("prefill_attention"):
+        return _choose_prefill_on_cpu(operator, operands)
     if device.type != "cuda":
         return Choice(operator, None, f"{device.type} tensors")
     reason = None
@@ -71,6 +78,13 @@ def choose(operator: str, operands: Operands) -> Choice:
                 return Choice(operator, kernel.name, "shapes are supported")
             reason = reason or refused
     return Choice(operator, None, reason or _aten_reason(operator, operands))
+
+
+def _choose_prefill_on_cpu(operator: str, operands: Operands) -> Choice:
+    if any(operands.get(name) for name in ("softcap", "chunk")) or operands.get("bias") is not None:
+        return Choice(operator, None, _aten_reason(operator, operands))
+    refused = prefill.refuse(*(operands[name] for name in ("query", "key", "value", "scale")))
+    return Choice(operator, None if refused else "prefill_amx", refused or "bfloat16 on a CPU with AMX")
 
 
 def _refuse_device(index: int) -> str | None:
