@@ -1,9 +1,7 @@
 """Linear layers of few rows by linear.cpp: weights in bfloat16, read once, as they lie, at the rate of memory.
 
-GB/s of weights, [8960, 1536] and [1536, 8960], more than a GB of them by turns, two threads of a Xeon with AMX where a
-plain read takes 30: at 1 row 30 and 32 (F.linear 20 and 20, oneDNN with packed weights 25 and 23), at 4 rows 30 and 31
-(19 and 24; 25 and 24), at 32 rows 26 and 30 (17 and 20). Dot products of AVX-512 take as much at 4 rows or fewer, and
-less than F.linear from 16 on. One call for q, k, v and one for gate and up save 2 % of a layer's.
+Torch reads them at half to three quarters of it, oneDNN with packed weights (a second copy) in between:
+bench/results/step_kernels.json. Dot products of AVX-512 are as fast as AMX up to 4 rows, then slower.
 """
 
 from __future__ import annotations
@@ -85,5 +83,6 @@ def multiply(rows: Rows, x: Tensor, weights: Sequence[Tensor], biases: Sequence[
             weight.shape[0],
         )
     ]
+    torch.get_num_threads()  # sets OpenMP's number in a thread of Python's that has not run torch yet
     rows.run((ctypes.c_int64 * len(parts))(*parts), len(outs), x.data_ptr(), x.numel() // inner, inner)
     return outs
