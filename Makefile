@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-wide test-real demo lint docs bench clean
+.PHONY: help venv test test-fast test-real demo lint docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,10 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 test: test-fast test-real  ## all tests: the fast suite, then real models (fetched once)
 
 test-fast: $(STAMP)  ## tests that need no real weights
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not wide" -n auto --maxprocesses 4 --dist loadfile
-
-test-wide: $(STAMP)  ## eight families by every way that generate() is called
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m wide -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real" -n auto --maxprocesses 4 --dist loadfile
 
 test-real: $(STAMP)  ## tests on real models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real -n auto --maxprocesses 2 --dist loadgroup

@@ -83,10 +83,16 @@ def serve(model: Any, index: int, choice: random.Random) -> None:
     out = model.generate(
         ids, attention_mask=mask, max_new_tokens=choice.randint(33, 90), return_dict_in_generate=True, **options
     )
-    if (index < len(forms) or index % 3 == 0) and not padded and "num_beams" not in options:  # a second turn
-        new = torch.randint(1, 128, (out.sequences.shape[0], choice.randint(2, 30)))
+    if (index < len(forms) or index % 3 == 0) and "num_beams" not in options:  # a second turn
+        rows = out.sequences.shape[0]
+        new = torch.randint(1, 128, (rows, choice.randint(2, 30)))
         turn = torch.cat([out.sequences, new], 1)
-        model.generate(turn, past_key_values=out.past_key_values, max_new_tokens=choice.randint(2, 9))
+        # Given, not left to generate(), which takes an answer's zeros for padding.
+        seen = torch.ones_like(turn)
+        seen[:, :length] = mask.repeat_interleave(rows // batch, 0)
+        model.generate(
+            turn, attention_mask=seen, past_key_values=out.past_key_values, max_new_tokens=choice.randint(2, 9)
+        )
 
 
 def steady(settings: argparse.Namespace) -> dict[str, Any]:

@@ -135,7 +135,6 @@ def outcome(way: Way, model: Any) -> Any:
         return error
 
 
-@pytest.mark.wide
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("family", "way"), CASES)
 def test_as_without_specpass(family: str, way: str) -> None:
