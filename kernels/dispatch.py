@@ -35,7 +35,7 @@ from torch import Tensor
 
 from specpass.kernels.aot import refused
 from specpass.kernels.archs import ARCHS, Arch, device_arch
-from specpass.kernels.cpu import importance, prefill
+from specpass.kernels.cpu import decode, importance, prefill
 from specpass.kernels.registry import REGISTRY, kernels_of
 from specpass.kernels.shapes import DTYPES, dtype_of
 from specpass.kernels.spec import Operands, device_of
@@ -75,6 +75,9 @@ def choose(operator: str, operands: Operands) -> Choice:
     device = device_of(operands)
     if device.type == "cpu" and operator in CPU_KERNELS:
         return _choose_on_cpu(operator, operands)
+    if device.type == "cpu" and operator in ("append_attend", "append_attend_lse"):
+        refused = decode.refuse(operands)
+        return Choice(operator, None if refused else "decode_avx512", refused or "bfloat16 on a CPU with AVX-512")
     if device.type != "cuda":
         return Choice(operator, None, f"{device.type} tensors")
     reason = None
@@ -143,10 +146,9 @@ def kernel_or(operator: str, reference: Callable[..., Any]) -> Callable[..., Any
         if not kernels_of(operator):
             return reference(*args, **kwargs)
         operands = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-        kernel = choose(operator, operands).kernel
-        if kernel is None or kernel not in REGISTRY:  # aten, or a CPU's own, which the implementation itself calls
-            return reference(*args, **kwargs)
-        return REGISTRY[kernel].launch(operands)
+        # C++ for a CPU is called by the operator itself, which also knows when aten is left
+        kernel = None if device_of(operands).type == "cpu" else choose(operator, operands).kernel
+        return reference(*args, **kwargs) if kernel is None else REGISTRY[kernel].launch(operands)
 
     return run
 

@@ -12,8 +12,10 @@ from torch import fx
 from specpass.kernels.dispatch import Choice
 from specpass.lowering.choose import choose_sites
 from specpass.lowering.cuda_graph import GraphedModule, GraphedStep, input_kinds, on_cuda, operand_kinds
+from specpass.lowering.few_rows import linear_notes
 from specpass.lowering.fuse import fuse
 from specpass.rewrite import Observer, Request
+from specpass.rewrite.base import STEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +74,13 @@ def lower(
     graphs = cudagraphs and on_cuda(gm)
     pass_seconds = fuse(gm, request, skip, observers)
     choices = tuple(choose_sites(gm))
+    notes = linear_notes(gm) if request.kind in STEPS else []
     regions = distinct = 0
     if lowering == "inductor":
         from specpass.lowering.inductor import lower_regions, tagged
 
         with tagged(fingerprint):
             regions, distinct = lower_regions(gm, note)
-    notes: list[str] = []
     if graphs and graph_subgraphs(gm, note):
         notes.append("the draft's steps are replayed as one CUDA graph")
     gm.recompile()

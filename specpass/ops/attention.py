@@ -13,9 +13,9 @@ from torch import Tensor
 
 from specpass.dialect import attention as dialect
 from specpass.kernels.attention import biased, first_read, modified_attention
-from specpass.kernels.cpu import prefill
+from specpass.kernels.cpu import decode, prefill
 from specpass.kernels.decode import reference
-from specpass.kernels.dispatch import returns_lse
+from specpass.kernels.dispatch import choose, returns_lse
 from specpass.ops.bind import bind
 
 ROWS = 256  # query rows whose logits are held at once where no flash attention serves
@@ -209,6 +209,34 @@ def prefill_attention_onnx(
     return outs[0] if len(outs) == 1 else torch.stack(outs, 2).flatten(1, 2)
 
 
+def append_attend(
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    sliding: int = 0,
+    chunk: int = 0,
+) -> Tensor:
+    """As the reference."""
+    if choose("append_attend", dict(locals())).kernel == "decode_avx512":
+        return decode.append_attend(keys, values, lengths, query, key, value, scale, sliding)[0]
+    return reference.append_attend(keys, values, lengths, query, key, value, scale, softcap, sinks, sliding, chunk)
+
+
+def append_attend_lse(
+    keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    if choose("append_attend_lse", dict(locals())).kernel == "decode_avx512":
+        return decode.append_attend(keys, values, lengths, query, key, value, scale)
+    return reference.append_attend_lse(keys, values, lengths, query, key, value, scale)
+
+
 def attend_onnx(
     query: Tensor,
     keys: Tensor,
@@ -261,5 +289,5 @@ bind(dialect.ModifiedAttention, modified_attention, flops=attention_flops)
 bind(dialect.PrefillAttention, prefill_attention, onnx=prefill_attention_onnx, flops=attention_flops)
 bind(dialect.PrefillAttentionLse, prefill_attention_lse, flops=attention_flops)
 bind(dialect.Attend, reference.attend, onnx=attend_onnx, flops=attention_flops)
-bind(dialect.AppendAttend, reference.append_attend, flops=append_flops)
-bind(dialect.AppendAttendLse, reference.append_attend_lse, flops=append_flops)
+bind(dialect.AppendAttend, append_attend, flops=append_flops)
+bind(dialect.AppendAttendLse, append_attend_lse, flops=append_flops)
