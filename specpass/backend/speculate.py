@@ -22,6 +22,7 @@ from specpass.cache.replay import REPLAYS, Replay
 from specpass.lowering.lower import lower_draft
 from specpass.passes.pipeline import fingerprint
 from specpass.passes.propose import proposal_graph
+from specpass.sizes import context_length
 
 
 @dataclasses.dataclass
@@ -45,6 +46,9 @@ class Speculator:
         if ids.shape[1] > 1 or self.follows(cache, ids):
             return None
         REPLAYS.pop(cache, None)
+        if not self.reaches(drafting):
+            del DRAFTS[cache]
+            return None
         proposed = self.propose(cache, drafting)
         self.backend.report.proposed += proposed.numel()
         out = call(**self.longer(kwargs, proposed))
@@ -60,6 +64,15 @@ class Speculator:
     def goes_on(kwargs: dict[str, Any]) -> bool:
         """Whether a call asks for logits alone: of more a step to come would know nothing."""
         return not kwargs.get("output_hidden_states") and kwargs.get("return_dict") is not False
+
+    def reaches(self, drafting: Drafting) -> bool:
+        """Whether the draft has positions for what it would write."""
+        assert self.backend.draft is not None
+        context = context_length(self.backend.draft.config)
+        reaches = context is None or drafting.columns + drafting.told.shape[1] + self.count <= context
+        if not reaches:
+            self.backend.report.note(f"speculation ends where the draft's context of {context:,} tokens does")
+        return reaches
 
     @staticmethod
     def follows(cache: BudgetCache, ids: Tensor) -> bool:
