@@ -146,9 +146,10 @@ def kernel_or(operator: str, reference: Callable[..., Any]) -> Callable[..., Any
         if not kernels_of(operator):
             return reference(*args, **kwargs)
         operands = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-        # C++ for a CPU is called by the operator itself, which also knows when aten is left
-        kernel = None if device_of(operands).type == "cpu" else choose(operator, operands).kernel
-        return reference(*args, **kwargs) if kernel is None else REGISTRY[kernel].launch(operands)
+        kernel = choose(operator, operands).kernel
+        if kernel is None or kernel not in REGISTRY:  # aten, or a CPU's own, which the implementation itself calls
+            return reference(*args, **kwargs)
+        return REGISTRY[kernel].launch(operands)
 
     return run
 
