@@ -82,10 +82,7 @@ def main() -> None:
     flops["speckv"] = flops["speckv_sparse"] = read + prefill_flops(full, args.tokens + 32)
 
     compiled = {}
-    for (
-        name,
-        engine,
-    ) in engines.items():  # graphs serve every longer prompt
+    for name, engine in engines.items():  # graphs serve every longer prompt
         since = time.perf_counter()
         first_token(engine, max(args.budget, 2 * args.columns) + 64, 0)
         compiled[name] = round(time.perf_counter() - since, 2)
