@@ -64,13 +64,12 @@ def test_tune_writes_winners_and_the_next_run_finds_them(target: str, tmp_path: 
     assert "not measured" in " ".join(first.stderr.split())
     rows = json.loads(out.read_text())
     assert all(row.keys() >= FIELDS and row["measured"] is False for row in rows)
-    # A draft's step that scores is SpecPC's.
-    assert {row["kernel"] for row in rows if row["config"]} == set(REGISTRY) - {"decode_append_lse"}
+    # A draft's step that scores is SpecPC's, and attention is sparse where a method says so.
+    assert {row["kernel"] for row in rows if row["config"]} == set(REGISTRY) - {"decode_append_lse", "sparse_prefill"}
     assert {row["kernel"] for row in rows if not row["config"]} == {
         "select",
         "prefill_attention",
         "prefill_attention_lse",
-        "prefill_attention_sparse",
         "append_kv",
     }
     assert len(compiled) == 2 * (2 + 2 * 3)  # importance does not depend on the budget
