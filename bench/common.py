@@ -5,6 +5,7 @@ Run the scripts as modules from the repository's root: `python -m bench.multikey
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 from collections.abc import Iterable
@@ -63,6 +64,11 @@ def load_model(name: str, dtype: str = "bfloat16") -> Any:
         model_folder(name), dtype=getattr(torch, dtype), attn_implementation="sdpa"
     )
     return model.eval().requires_grad_(False)
+
+
+def twin(model: Any) -> Any:
+    """The model once more, with the same weights in memory: each engine compiles one of its own."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def load_tokenizer(name: str) -> Any:

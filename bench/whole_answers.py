@@ -11,7 +11,6 @@ came free (the answer followed the lookahead) and proposals that were taken.
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,16 +37,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def twin(model: Any) -> Any:
-    """The model once more, with the same weights in memory: each engine compiles one of its own."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-
-
 def engine(name: str, args: argparse.Namespace, target: Any, draft: Any) -> Any:
     """The target as the engine calls it."""
     import specpass
 
-    target = twin(target)
+    target = common.twin(target)
     kv = {"budget": args.budget, "window": 32, "lookahead": 32}
     methods = {
         "speckv": specpass.SpecKV(**kv),
