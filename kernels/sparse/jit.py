@@ -157,8 +157,8 @@ def attend_sparsely(
     for start in tl.range(0, used, BLOCK_N):
         index = start + tl.arange(0, BLOCK_N)
         chosen = tl.load(columns + index, mask=index < used, other=0).to(tl.int32)
-        column = tl.where(short, index, chosen)
-        allowed = (index < used)[None, :] & (column[None, :] <= reach[:, None])
+        column = tl.where(index < used, tl.where(short, index, chosen), T)  # T: no row reaches so far
+        allowed = column[None, :] <= reach[:, None]
         best, total, acc = attend_columns(
             q,
             key,

@@ -66,16 +66,22 @@ class SparsePrefill(Kernel):
         )
 
     def table(self, shapes: Shapes, arch: Arch) -> Tile:
-        wide = block_of(max(shapes.dim, shapes.value_dim)) * shapes.itemsize // 2
-        small = arch.shared <= 64 * KIB
+        dim = max(shapes.dim, shapes.value_dim)
+        wide = block_of(dim) * shapes.itemsize // 2
+        amd = arch.backend == "hip"
         if shapes.itemsize == 4:  # each operand is split in three: anything larger spills
-            return Tile(32, 32, warps=8, stages=1 if wide > 128 else 2)
+            return Tile(16, 32, warps=8, stages=1) if wide > 128 else Tile(32, 32, warps=8, stages=2)
         if wide > 128:
-            return Tile(16 if small else 32, 64, warps=8, stages=2)
-        return Tile(32, 128, warps=8, stages=1) if small else Tile(64, 128, warps=8, stages=3)
+            return Tile(16 if amd else 32, 64, warps=8, stages=2)
+        if amd:
+            return Tile(32, 128, warps=8, stages=1)
+        # Before sm_90, and on sm_120, operands of dots lie in registers, and masks of padded dimensions besides.
+        if arch.shared <= 163 * KIB and dim != block_of(dim):
+            return Tile(16, 128, warps=8, stages=3)
+        return Tile(64, 128, warps=8, stages=3)
 
     def choices(self, shapes: Shapes, arch: Arch) -> Iterable[Tile]:
-        sizes = itertools.product((32, 64, 128), (64, 128), (4, 8), (2, 3, 4))
+        sizes = itertools.product((16, 32, 64, 128), (64, 128), (4, 8), (2, 3, 4))
         return (Tile(n, m, warps=warps, stages=stages) for n, m, warps, stages in sizes)
 
     @property

@@ -118,8 +118,9 @@ def target_jobs(
     if 0 < 2 * method.sparse_prefill < columns:
         sizes = (method.sparse_prefill, method.window, columns - read)
         jobs += jobs_of("prefill_attention_sparse", layer.prefill_attention_sparse(columns, *sizes), arch)
+    followed = columns - read if method.verify else 0  # tokens of the lookahead, kept for an answer that follows it
     for budget in sorted(set(method.layer_budgets(layers))):
-        jobs += jobs_of("gather_kv", layer.gather_kv(columns, budget, room), arch)
+        jobs += jobs_of("gather_kv", layer.gather_kv(columns, budget + followed, room - followed), arch)
         jobs += jobs_of("attend", layer.attend(budget + room), arch)
         jobs += jobs_of("append_attend", layer.append_attend(budget + room), arch)
     return jobs
