@@ -1,4 +1,4 @@
-"""Attention of a prompt that reads a part of it, as a Triton kernel: one launch, no mask and no copy of K or V in memory.
+"""Attention of a prompt that reads a part of it, as a Triton kernel: one launch, no mask or copy of K or V in memory.
 
 Glossary
     B, K, G     batch, key/value heads, query heads of a KV head (H = K * G)

@@ -114,11 +114,11 @@ class SparsePrefill(Kernel):
 
     def run(self, operands: Operands, shapes: Shapes, tile: Tile, plan: tuple[Launch, ...]) -> Tensor:
         """[B, H, T, Dv], lying in memory as [B, T, H, Dv]."""
-        query, key, value = states = [rows_contiguous(operands[name]) for name in ("query", "key", "value")]
+        states = [rows_contiguous(operands[name]) for name in ("query", "key", "value")]
         columns, lengths = (operands[name].contiguous() for name in ("columns", "lengths"))
-        batch, heads, count = query.shape[:3]
-        out = query.new_empty(batch, count, heads, shapes.value_dim)
-        grid = (-(-count // (tile.block_m // shapes.group)) * key.shape[0] * key.shape[1],)
+        batch, heads, count = states[0].shape[:3]
+        out = states[0].new_empty(batch, count, heads, shapes.value_dim)
+        grid = (-(-count // (tile.block_m // shapes.group)) * batch * shapes.kv_heads,)
         sizes = (count, *(operands[name] for name in ("window", "ahead", "recent")))
         strides = (step for each in states for step in each.stride()[:3])
         start(self.code, plan[0], grid, *states, columns, lengths, out, *sizes, *strides, operands["scale"])

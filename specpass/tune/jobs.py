@@ -107,8 +107,8 @@ def jobs_of(operator: str, operands: dict[str, Any], arch: Arch) -> list[Job]:
 def target_jobs(
     layer: Layer, layers: int, method: Method, arch: Arch, prompt: int, lookahead: int, room: int
 ) -> list[Job]:
-    """The target's own: importance where the method scores, attention where a prompt is read sparsely, gather and decode
-    attention of each budget."""
+    """The target's own: importance where the method scores, attention where it reads a prompt sparsely, gather and
+    decode attention of each budget."""
     read = prompt if method.prompt is None else min(prompt, int(method.prompt.budget))
     columns = read + (lookahead if method.appends else 0)
     jobs = []

@@ -10,7 +10,7 @@ from support import compile_eager, run
 from tiny import prompt, tiny
 
 import specpass
-import specpass.lowering.lower  # noqa: F401  (imported later, it would ask for graphs what `met` counts)
+import specpass.lowering.lower  # imported later, it would ask for its graphs what `met` counts
 from specpass.cache.layer import round_room
 from specpass.kernels import dispatch
 from specpass.kernels.archs import ARCHS
@@ -62,7 +62,9 @@ def met(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, Shapes]]:
     return found
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.name}{'_sparse' * bool(method.sparse_prefill)}")
+@pytest.mark.parametrize(
+    "method", METHODS, ids=lambda method: f"{method.name}{'_sparse' * bool(method.sparse_prefill)}"
+)
 def test_a_generation_launches_what_is_tuned(method: Any, met: set[tuple[str, Shapes]]) -> None:
     torch._dynamo.reset()
     target, draft = tiny(), tiny(num_key_value_heads=4, seed=1000, layers=1)
