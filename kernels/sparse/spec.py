@@ -19,7 +19,7 @@ from specpass.kernels.tiles import Tile
 if TYPE_CHECKING:
     from specpass.kernels.cost import Cost
 
-GROUP = 32  # query heads of a KV head at most: the smallest tile holds one position of them
+GROUP = 16  # query heads of a KV head at most: the smallest tile holds one position of them
 
 
 class SparsePrefill(Kernel):
@@ -70,7 +70,7 @@ class SparsePrefill(Kernel):
         wide = block_of(dim) * shapes.itemsize // 2
         amd = arch.backend == "hip"
         if shapes.itemsize == 4:  # each operand is split in three: anything larger spills
-            return Tile(16, 32, warps=8, stages=1) if wide > 128 else Tile(32, 32, warps=8, stages=2)
+            return Tile(16, 16, stages=1) if wide > 128 else Tile(32, 32, warps=8, stages=2)
         if wide > 128:
             return Tile(16 if amd else 32, 64, warps=8, stages=2)
         if amd:

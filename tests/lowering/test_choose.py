@@ -126,7 +126,7 @@ def test_sparse_prefill_is_a_kernels_where_the_prompt_is_not_read_whole() -> Non
     with FakeTensorMode():
         assert "kernel sparse_prefill" in reason()
         assert "aten (a prompt that is read whole" in reason(read=T // 2)
-        assert "aten (group of 33 query heads: at most 32" in reason(group=33)
+        assert "aten (group of 17 query heads: at most 16" in reason(group=17)
         assert "free of spills" in reason(torch.float32, dim=256)
         assert "kernel sparse_prefill" in reason(torch.float32)
     symbolic = FakeTensorMode(shape_env=ShapeEnv())
