@@ -5,6 +5,7 @@ Run the scripts as modules from the repository's root: `python -m bench.multikey
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 from collections.abc import Iterable
@@ -65,8 +66,21 @@ def load_model(name: str, dtype: str = "bfloat16") -> Any:
     return model.eval().requires_grad_(False)
 
 
+def twin(model: Any) -> Any:
+    """The model once more, with the same weights in memory: each engine compiles one of its own."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def load_tokenizer(name: str) -> Any:
     """The named model's tokenizer, chat template included."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_folder(name))
+
+
+def own_text(tokenizer: Any, count: int, length: int) -> list[list[int]]:
+    """`count` prompts of `length` tokens: windows of this repository's own text and code, one after another."""
+    files = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("specpass/**/*.py")])
+    ids = [token for file in files for token in tokenizer(file.read_text(), add_special_tokens=False).input_ids]
+    stride = (len(ids) - length) // count
+    return [ids[index * stride : index * stride + length] for index in range(count)]

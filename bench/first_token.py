@@ -1,8 +1,8 @@
-"""Time to the first token of a long prompt: SpecPC against the full prefill of the uncompiled model, in one run.
+"""Time to the first token of a long prompt: each method against the full prefill of the uncompiled model, in one run.
 
-Full prefills and compiled ones alternate on fresh random prompts, so that a busy machine slows both. Beside the
-medians stands the floor: FLOPs of the models' own products (the draft reads the prompt, the target what is left) over
-a measured matmul rate.
+Full prefills and compiled ones alternate on fresh random prompts, so that a busy machine slows all. Beside the
+medians stands the floor: FLOPs of the models' own products over a measured matmul rate. SpecPC: the draft reads the
+prompt, the target what is left. SpecKV: both read all; its sparse form is held to the same floor.
 
     python -m bench.first_token
     python -m bench.first_token --target smollm2-135m --draft smollm2-135m --tokens 2000
@@ -23,7 +23,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", default="qwen2.5-coder-1.5b", help="name or folder")
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b", help="name or folder")
     parser.add_argument("--tokens", type=int, default=8192, help="prompt length")
-    parser.add_argument("--budget", type=int, default=1024, help="tokens that the target reads")
+    parser.add_argument("--budget", type=int, default=1024, help="tokens that SpecPC's target reads")
+    parser.add_argument("--slots", type=int, default=256, help="that SpecKV keeps")
+    parser.add_argument("--columns", type=int, default=2048, help="that SpecKV's sparse prefill reads")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=common.RESULTS / "first_token.json")
     return parser.parse_args()
@@ -64,20 +66,26 @@ def main() -> None:
     import specpass
     from specpass.benchmarks.speed.rates import matmul_rate
 
-    full, target, draft = (common.load_model(name) for name in (args.target, args.target, args.draft))
-    method = specpass.SpecPC(budget=args.budget)
-    model = specpass.compile(target, draft=draft, method=method)
-    rate = matmul_rate("cpu", "bfloat16")
-    flops = {
-        "full": prefill_flops(full, args.tokens),
-        "specpc": prefill_flops(draft, args.tokens) + prefill_flops(full, args.budget),
+    full, draft = (common.load_model(name) for name in (args.target, args.draft))
+    methods = {
+        "specpc": specpass.SpecPC(budget=args.budget),
+        "speckv": specpass.SpecKV(budget=args.slots, lookahead=32),
+        "speckv_sparse": specpass.SpecKV(budget=args.slots, lookahead=32, sparse_prefill=args.columns),
     }
+    engines = {"full": full}
+    for name, method in methods.items():
+        engines[name] = specpass.compile(common.twin(full), draft=draft, method=method)
+    rate = matmul_rate("cpu", "bfloat16")
+    flops = {"full": prefill_flops(full, args.tokens)}
+    read = prefill_flops(draft, args.tokens)
+    flops["specpc"] = read + prefill_flops(full, args.budget)
+    flops["speckv"] = flops["speckv_sparse"] = read + prefill_flops(full, args.tokens + 32)
 
-    engines = {"full": full, "specpc": model}
-    since = time.perf_counter()
-    first_token(model, args.budget + 64, 0)  # graphs serve every length beyond the budget
-    compiled = time.perf_counter() - since
-    first_token(full, args.budget, 0)
+    compiled = {}
+    for name, engine in engines.items():  # graphs serve every longer prompt
+        since = time.perf_counter()
+        first_token(engine, max(args.budget, 2 * args.columns) + 64, 0)
+        compiled[name] = round(time.perf_counter() - since, 2)
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for seed in range(args.rounds):
         for name, engine in engines.items():
@@ -91,19 +99,19 @@ def main() -> None:
         "dtype": "bfloat16",
         "tokens": args.tokens,
         "rounds": args.rounds,
-        "method": method.key,
+        "methods": {name: method.key for name, method in methods.items()},
     }
     common.save_results(
         args.out,
         settings,
         seconds=seconds,
         median_s=medians,
-        ratio=round(medians["specpc"] / medians["full"], 4),
+        ratio={name: round(median / medians["full"], 4) for name, median in medians.items()},
         flops=flops,
-        flop_ratio=round(flops["specpc"] / flops["full"], 4),
+        flop_ratio={name: round(count / flops["full"], 4) for name, count in flops.items()},
         matmul_flops_per_second=round(rate),
         floor_s={name: round(count / rate, 3) for name, count in flops.items()},
-        first_call_s=round(compiled, 2),
+        first_call_s=compiled,
     )
 
 

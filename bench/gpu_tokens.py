@@ -53,6 +53,9 @@ def correctness(run: Run) -> None:
             method = methods[name]
             run.step("tokens", f"{name}, graphs on and off", lambda m=method: graphs(run, m, draft))
             run.step("tokens", f"{name}, Inductor against eager", lambda m=method: compiled(run, m, draft))
+        run.step("tokens", "SpecKV, verified lookahead", lambda: followed(run))
+        run.step("tokens", "SpecKV, speculation", lambda: speculated(run))
+        run.step("tokens", "SpecKV, sparse prefill", lambda: sparse(run, draft))
         run.step("tokens", "SnapKV, more elements than 32 bits count", lambda: beyond_int32(run))
     torch._dynamo.reset()
 
@@ -161,6 +164,37 @@ def compiled(run: Run, method: Any, draft: Any) -> dict[str, Any]:
     plain = compile_(run, method, draft, lowering="eager", cudagraphs=False)
     lowering = "eager" if run.tiny else "inductor"  # a tiny run is to be short
     return verdict(calls(run, compile_(run, method, draft, lowering=lowering)), calls(run, plain))
+
+
+def followed(run: Run) -> dict[str, Any]:
+    """The target's twin drafts: answers follow the lookahead, and are transformers' own while they do."""
+    model = compile_(run, METHODS["SpecKV"], _target(run), lowering="eager")
+    ours, theirs = (calls(run, each, L + 1) for each in (model, _target(run)))
+    free = specpass.report(model).replayed
+    found = verdict(ours, theirs)
+    return found | {"replayed": free, "right": found["right"] and free == L * len(ours)}
+
+
+def speculated(run: Run) -> dict[str, Any]:
+    """The pruned target's own tokens, behind a draft that is often right; graphs of its steps, too."""
+    method = METHODS["SpecKV"]
+    model = compile_(run, method, _target(run), lowering="eager", speculate=4)
+    plain = compile_(run, method, _target(run), lowering="eager", cudagraphs=False)
+    new = NEW if run.tiny else GROWS
+    found = verdict(calls(run, model, new), calls(run, plain, new))
+    accepted = specpass.report(model).accepted
+    return found | {"accepted": accepted, "right": found["right"] and accepted > 0}
+
+
+def sparse(run: Run, draft: Any) -> dict[str, Any]:
+    """As many columns as tokens are exact attention; fewer answer alike by the kernel and by aten in blocks of rows."""
+    exact = dataclasses.replace(METHODS["SpecKV"], sparse_prefill=PROMPT)
+    found = verdict(*(calls(run, compile_(run, each, draft, lowering="eager")) for each in (exact, METHODS["SpecKV"])))
+    few = dataclasses.replace(METHODS["SpecKV"], sparse_prefill=C)
+    ours = calls(run, compile_(run, few, draft, lowering="eager" if run.tiny else "inductor"))
+    with aten_alone():
+        plain = calls(run, compile_(run, few, draft, lowering="eager", cudagraphs=False))
+    return found if not found["right"] else verdict(ours, plain)
 
 
 def beyond_int32(run: Run) -> dict[str, Any]:

@@ -6,11 +6,17 @@ Kernels say themselves what they serve (spec.py). What stays with torch's own op
   (2.2 % where the log-sum-exp is given) at 8k, 32k and 128k columns; torch.topk and two others are timed beside it in
   bench/results/select.json. On an H200 it takes 152 us at 32k columns and 215 us at 128k (gpu_kernels.json there), 1 %
   of a layer's prefill attention at 32k.
-- prefill attention: torch's cuDNN or flash attention; compute-bound, and nothing here is particular to a budget. On an
-  H200 cuDNN's takes 0.89 ms at 8k and 14.8 ms at 32k where flash takes 1.71 and 25.3 (same file): more than the 0.04
-  and 0.14 ms that flash's log-sum-exp saves importance, so from sm_90 on it is not asked for (`shares_lse`).
+- prefill attention on a GPU: torch's cuDNN or flash attention; compute-bound, and nothing here is particular to a
+  budget. On an H200 cuDNN's takes 0.89 ms at 8k and 14.8 ms at 32k where flash takes 1.71 and 25.3 (same file): more
+  than the 0.04 and 0.14 ms that flash's log-sum-exp saves importance, so from sm_90 on it is not asked for
+  (`shares_lse`).
+- sparse prefill of a prompt that is short enough to be read whole: the same, by `prefill_attention`.
 - append of several tokens: a second turn, once. A single token is written in attention's own launch (`append_attend`):
   aten's append is five launches, and at C = 1024 (8 KV heads, D = 128, H100 bandwidth) attention's bytes take 1.6 us.
+
+On a CPU that multiplies bfloat16 in tiles (AMX), where there is a compiler, prefill attention and importance are
+cpu/prefill.cpp's and cpu/importance.cpp's (CPU_KERNELS): they take less than half and a tenth of the time of torch's
+operators (bench/results/prefill_attention.json).
 
 Operators that the lowering makes of two are asked for by `shares_lse` (`prefill_attention_lse`) and `choose`. On an
 H200 at 655,360 slots `append_attend` takes 88 us where append and decode take 104, and `append_attend_lse` 91 (same
@@ -30,6 +36,7 @@ from torch import Tensor
 
 from specpass.kernels.aot import refused
 from specpass.kernels.archs import ARCHS, Arch, device_arch
+from specpass.kernels.cpu import decode, importance, prefill
 from specpass.kernels.registry import REGISTRY, kernels_of
 from specpass.kernels.shapes import DTYPES, dtype_of
 from specpass.kernels.spec import Operands, device_of
@@ -39,6 +46,15 @@ ATEN_OPERATORS = {
     "prefill_attention": "torch's flash attention",
     "prefill_attention_lse": "torch's flash attention, whose log-sum-exp saves importance its first pass over K",
     "append_kv": "several tokens at once; one alone is written by the kernel that attends to it",
+}
+
+
+_STATES = ("query", "key", "value")
+CPU_KERNELS: dict[str, tuple[str, Callable[..., str | None], tuple[str, ...]]] = {  # name, what it refuses, its tensors
+    "prefill_attention": ("prefill_amx", prefill.refuse, _STATES),
+    "prefill_attention_lse": ("prefill_amx", prefill.refuse, _STATES),
+    "prefill_attention_sparse": ("prefill_amx", prefill.refuse, _STATES),
+    "importance": ("importance_amx", importance.refuse, ("query", "key")),
 }
 
 
@@ -57,6 +73,11 @@ class Choice:
 def choose(operator: str, operands: Operands) -> Choice:
     """The table's answer for an operator with these operands: all of its schema's, tensors real or fake."""
     device = device_of(operands)
+    if device.type == "cpu" and operator in CPU_KERNELS:
+        return _choose_on_cpu(operator, operands)
+    if device.type == "cpu" and operator in ("append_attend", "append_attend_lse"):
+        refused = decode.refuse(operands)
+        return Choice(operator, None if refused else "decode_avx512", refused or "bfloat16 on a CPU with AVX-512")
     if device.type != "cuda":
         return Choice(operator, None, f"{device.type} tensors")
     reason = None
@@ -71,6 +92,15 @@ def choose(operator: str, operands: Operands) -> Choice:
                 return Choice(operator, kernel.name, "shapes are supported")
             reason = reason or refused
     return Choice(operator, None, reason or _aten_reason(operator, operands))
+
+
+def _choose_on_cpu(operator: str, operands: Operands) -> Choice:
+    changed = any(operands.get(name) for name in ("softcap", "chunk"))
+    if changed or operands.get("bias") is not None or (operator == "importance" and operands.get("sinks") is not None):
+        return Choice(operator, None, _aten_reason(operator, operands))
+    name, refuse, tensors = CPU_KERNELS[operator]
+    refused = refuse(*(operands[tensor] for tensor in tensors), operands["scale"])
+    return Choice(operator, None if refused else name, refused or "bfloat16 on a CPU with AMX")
 
 
 def _refuse_device(index: int) -> str | None:
@@ -117,7 +147,9 @@ def kernel_or(operator: str, reference: Callable[..., Any]) -> Callable[..., Any
             return reference(*args, **kwargs)
         operands = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
         kernel = choose(operator, operands).kernel
-        return reference(*args, **kwargs) if kernel is None else REGISTRY[kernel].launch(operands)
+        if kernel is None or kernel not in REGISTRY:  # aten, or a CPU's own, which the implementation itself calls
+            return reference(*args, **kwargs)
+        return REGISTRY[kernel].launch(operands)
 
     return run
 

@@ -40,7 +40,7 @@ def operators() -> tuple[str, ...]:
 
 def _scan() -> None:
     for found in pkgutil.iter_modules([str(FOLDER)]):
-        if found.ispkg:
+        if found.ispkg and (FOLDER / found.name / "spec.py").exists():
             for kernel in importlib.import_module(f"specpass.kernels.{found.name}.spec").KERNELS:
                 register(kernel)
 

@@ -8,12 +8,13 @@ from torch import fx
 
 from specpass.dialect.cache import AppendKv
 from specpass.graph.edit import copy_module
+from specpass.lowering.few_rows import FewRows
 from specpass.lowering.fuse_append import FuseAppend
 from specpass.lowering.share_lse import ShareLse
 from specpass.lowering.share_step_lse import ShareStepLse
 from specpass.rewrite import Facts, Kind, Observer, Pass, Pipeline, Request
 
-FUSION: tuple[Pass, ...] = (ShareLse(), FuseAppend(), ShareStepLse())
+FUSION: tuple[Pass, ...] = (ShareLse(), FuseAppend(), ShareStepLse(), FewRows())
 
 
 def fuse(

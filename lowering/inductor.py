@@ -13,7 +13,7 @@ import functools
 import hashlib
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,15 @@ def compile_region(
 
 def called_with(gm: fx.GraphModule, name: str, hints: Hints | None) -> Hints:
     """The sizes that the graph's first call of its subgraph `name` hands over, by the subgraph's symbols."""
-    found: dict[sympy.Symbol, int] = {}
     calls = gm.graph.find_nodes(op="call_module", target=name)
-    if not calls:
-        return found
-    for inside, outside in zip(gm.get_submodule(name).graph.find_nodes(op="placeholder"), calls[0].args, strict=True):
-        for own, given in zip(*(_numbers(value(item)) for item in (inside, outside)), strict=True):
+    return hints_of(gm.get_submodule(name), [value(given) for given in calls[0].args], hints) if calls else {}
+
+
+def hints_of(gm: fx.GraphModule, given_values: Iterable[Any], hints: Hints | None = None) -> Hints:
+    """Sizes by the graph's own symbols, where it is called with such values: tensors, or counts."""
+    found: dict[sympy.Symbol, int] = {}
+    for inside, outside in zip(gm.graph.find_nodes(op="placeholder"), given_values, strict=True):
+        for own, given in zip(_numbers(value(inside)), _numbers(outside), strict=True):
             if isinstance(own, torch.SymInt) and own.node.expr.is_Symbol:
                 found[own.node.expr] = hint_of(given, hints or {}) if isinstance(given, torch.SymInt) else int(given)
     return found

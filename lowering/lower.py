@@ -12,8 +12,10 @@ from torch import fx
 from specpass.kernels.dispatch import Choice
 from specpass.lowering.choose import choose_sites
 from specpass.lowering.cuda_graph import GraphedModule, GraphedStep, input_kinds, on_cuda, operand_kinds
+from specpass.lowering.few_rows import linear_notes
 from specpass.lowering.fuse import fuse
 from specpass.rewrite import Observer, Request
+from specpass.rewrite.base import STEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +74,13 @@ def lower(
     graphs = cudagraphs and on_cuda(gm)
     pass_seconds = fuse(gm, request, skip, observers)
     choices = tuple(choose_sites(gm))
+    notes = linear_notes(gm) if request.kind in STEPS else []
     regions = distinct = 0
     if lowering == "inductor":
         from specpass.lowering.inductor import lower_regions, tagged
 
         with tagged(fingerprint):
             regions, distinct = lower_regions(gm, note)
-    notes: list[str] = []
     if graphs and graph_subgraphs(gm, note):
         notes.append("the draft's steps are replayed as one CUDA graph")
     gm.recompile()
@@ -88,6 +90,33 @@ def lower(
         notes.append("decode steps are replayed as one CUDA graph")
     seconds = time.perf_counter() - start
     return Lowered(run, choices, regions, distinct, tuple(notes), pass_seconds, seconds)
+
+
+def lower_draft(
+    gm: fx.GraphModule,
+    lowering: str,
+    sizes: Iterable[Any],
+    *,
+    cudagraphs: bool = True,
+    fingerprint: str = "",
+    skip: Iterable[str] = (),
+    note: Callable[[str], None] = lambda text: None,
+) -> Callable[..., Any]:
+    """A graph of the draft's own tokens (see passes/propose.py), compiled for calls of such `sizes`.
+
+    Args: sizes: of the first call, one for each input: a tensor.
+    """
+    graphs = cudagraphs and on_cuda(gm)
+    fuse(gm, Request("append", model="draft"), skip)
+    if lowering == "inductor":
+        from specpass.lowering.inductor import hints_of, lower_regions, tagged
+
+        with tagged(fingerprint):
+            lower_regions(gm, note, hints_of(gm, sizes))
+    if graphs:
+        graph_subgraphs(gm, note)
+    gm.recompile()
+    return gm.forward
 
 
 def graph_subgraphs(gm: fx.GraphModule, note: Callable[[str], None]) -> bool:

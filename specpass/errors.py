@@ -30,6 +30,10 @@ class MissingDraftError(SpecpassError, ValueError):
     """The method needs a draft model (or lookahead ids) and has none."""
 
 
+class SpeculationError(SpecpassError, ValueError):
+    """The draft cannot go on as a speculator, or not by so many tokens."""
+
+
 class TokenizerMismatchError(SpecpassError, ValueError):
     """Draft and target read different tokens."""
 

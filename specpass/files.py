@@ -56,3 +56,8 @@ def cache_dir() -> Path:
 def tiles_dir() -> Path:
     """The folder of tuned tiles."""
     return cache_dir() / "tune"
+
+
+def libraries_dir() -> Path:
+    """The folder of compiled C++."""
+    return cache_dir() / "libraries"

@@ -25,6 +25,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         {"window": 6, "lookahead": 3, "prompt_budget": 30, "prompt_window": 8, "prompt_kernel": 5, "neighbours": 3},
     ),
 }
+OWN_DRAFT = ("speckv-mean",)  # their draft is the target's twin, whose lookahead the answer follows
 BUDGETS = (24, 24, 72, 0.5)  # prompts of up to 64 tokens, padding included, are kept by a ratio; and 72 keeps all
 LENGTHS = (2, 5, 9, 23, 24, 25, 26, 31, 40, 47, 60, 71)
 LONGEST_ANSWER = 70  # beyond the 64 slots of room

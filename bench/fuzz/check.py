@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import specpass
 from bench.fuzz import formulas, oracle
 from bench.fuzz.cases import Case
 from bench.fuzz.subject import Subject, tokenizer
@@ -91,14 +92,18 @@ class Play:
         view: oracle.View | None = None
         for crop, fresh in ((0, 0), *self.case.turns):
             if view is not None:
+                view.limit = min(view.limit, ids.shape[1] - self.prompts.ids.shape[1] - 1 - crop)
                 if crop:
                     self.cache.crop(crop)
                     ids, mask = ids[:, : -1 - crop], mask[:, : -1 - crop]
                 more = padded([self._draw(max(fresh - row * self.case.ragged, 1)) for row in range(len(ids))])
                 ids, mask = torch.cat([ids, more.ids], 1), torch.cat([mask, more.mask], 1)
+            before = specpass.report(self.subject.model).replayed
             ours = self._generate(self.subject.model, ids, mask)
             if view is None:
                 view = self._view(ours.past_key_values)
+                if self._candidates():  # several tokens come at once, and what they follow is not looked at
+                    view.limit = specpass.report(self.subject.model).replayed - before
             seen = self.prompts.as_read()
             behind, shown = (own[:, self.prompts.ids.shape[1] :] for own in (ids, mask))
             view.mask = torch.cat([seen.mask, shown], 1)
@@ -175,7 +180,10 @@ class Play:
                 )
         for row in range(count):
             self._check_kept(seen, row, kept, ahead)
-        return oracle.View(seen.ids.shape[1] - seen.mask.sum(1), seen.ids.shape[1], kept)
+        view = oracle.View(seen.ids.shape[1] - seen.mask.sum(1), seen.ids.shape[1], kept)
+        if subject.verifies and ahead is not None:
+            view.ahead, view.limit = ahead, ahead.shape[1]
+        return view
 
     def _check_ahead(self, row: int, ahead: Tensor) -> None:
         """The lookahead [L] is what the draft writes."""

@@ -2,7 +2,7 @@
 
 It imports nothing of specpass. Every step reads the whole sequence anew; a row behind the prompt sees of the prompt
 only the positions that it is told were kept, and everything behind the prompt. Prompt rows see what the model lets
-them see.
+them see, and so do an answer's first tokens, as long as they are the lookahead's (verified lookahead).
 
 Symbols: B rows (beams and returned sequences included), T columns, S prompt columns (padding included), H query heads,
 K KV heads, D head size, W + L rows that score.
@@ -31,6 +31,8 @@ class View:
         prompt: S. kept: layer -> positions [prompts, K, C], -1 where unused; layers that are missing see everything.
         mask: [prompts, columns so far] 0 where padding stands; none of what is generated is.
         rows: probabilities of the last so many rows are noted in `found`, layer -> [B, H, rows, T].
+        ahead: [prompts, L] lookahead tokens, which an answer follows for `limit` tokens at most.
+        followed: [B] tokens of each row that are, of the call that runs.
         windows: layer -> columns that a row reads, None where it reads all: noted of each layer that has attention.
     """
 
@@ -39,6 +41,9 @@ class View:
     kept: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     rows: int = 0
     mask: Tensor | None = None
+    ahead: Tensor | None = None
+    limit: int = 0
+    followed: Tensor | None = None
     found: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     windows: dict[int, int | None] = dataclasses.field(default_factory=dict)
 
@@ -60,8 +65,17 @@ class View:
             held.scatter_(2, place, True)
             held = torch.nn.functional.pad(held[:, :, :-1], (0, tokens - self.prompt), value=True)
             held = held.repeat_interleave(batch // len(kept), 0).repeat_interleave(heads // kept.shape[1], 1)
-            seen = seen & (held[:, :, None] | (row < self.prompt))
+            whole = self.prompt if self.followed is None else self.prompt + self.followed[:, None, None, None]
+            seen = seen & (held[:, :, None] | (row < whole))
         return seen | (row == column)  # rows of padding read themselves, which nobody reads
+
+    def follow(self, ids: Tensor) -> None:
+        """Count, of ids [B, T], the tokens behind the prompt that are the lookahead's."""
+        if self.ahead is None:
+            return
+        ahead = self.ahead.repeat_interleave(len(ids) // len(self.ahead), 0)
+        answer = ids[:, self.prompt :][:, : min(self.limit, ahead.shape[1])]
+        self.followed = (answer == ahead[:, : answer.shape[1]]).long().cumprod(1).sum(1)
 
 
 _views: list[View] = []
@@ -111,8 +125,12 @@ def seen_by(view: View) -> Iterator[View]:
 
 def generate(model: Any, ids: Tensor, view: View, **options: Any) -> Any:
     """transformers' generate of `ids` [B, S'] without a cache; the result with what `options` ask for."""
-    with seen_by(view):
-        return model.generate(input_ids=ids, attention_mask=view.mask, use_cache=False, **options)
+    hook = model.register_forward_pre_hook(lambda _, args, call: view.follow(call["input_ids"]), with_kwargs=True)
+    try:
+        with seen_by(view):
+            return model.generate(input_ids=ids, attention_mask=view.mask, use_cache=False, **options)
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

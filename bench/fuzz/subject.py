@@ -7,7 +7,7 @@ from typing import Any
 
 import specpass
 from bench.fuzz import oracle
-from bench.fuzz.cases import METHODS, Case
+from bench.fuzz.cases import METHODS, OWN_DRAFT, RECURRENT, Case
 from specpass.benchmarks.coverage.tiny import VOCAB, tiny_model
 
 
@@ -19,8 +19,9 @@ class Subject:
         fields = {**fields, "prompt_budget": max(fields["prompt_budget"], budget)} if method == "speckv-pc" else fields
         self.method: Any = getattr(specpass, name)(budget=budget, **fields)
         self.model, self.twin = tiny_model(family), plain(family)
-        self.draft = plain("llama", 1) if self.method.drafts else None
-        draft = tiny_model("llama", 1) if self.method.drafts else None
+        drafting = (family, 0) if method in OWN_DRAFT and family not in RECURRENT else ("llama", 1)
+        self.draft = plain(*drafting) if self.method.drafts else None
+        draft = tiny_model(*drafting) if self.method.drafts else None
         specpass.compile(self.model, draft=draft, method=self.method, lowering="eager")
         self.assistant = tiny_model("llama", 1)
         self.full = [layer for layer, window in oracle.windows(self.twin).items() if window is None]
@@ -34,6 +35,13 @@ class Subject:
     def resolved(self, case: Case) -> Any:
         """The method with the budget that a ratio is of the case's padded prompts."""
         return self.method.resolve(max(case.lengths))
+
+    @property
+    def verifies(self) -> bool:
+        """Whether an answer goes by the prefill's logits while it is the lookahead."""
+        report = specpass.report(self.model)
+        notes = [note for graph in report.graphs for note in graph.notes if note.startswith("no verified lookahead")]
+        return self.method.verify and not report.interpreted and not notes
 
     @property
     def refusals(self) -> list[str]:

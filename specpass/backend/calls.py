@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
+from specpass.cache.drafting import start_draft
 from specpass.cache.prompt import check_gradients, check_ids, check_prompt
+from specpass.cache.replay import REPLAYS, Replay, follow, hold, put_back
 from specpass.cache.states import tell_widest
 from specpass.errors import CacheStateError, PositionsError
+from specpass.rewrite.base import PROMPTS
 from specpass.sizes import Span
 
 STATIC_SIZES = 8
@@ -31,6 +34,10 @@ class Call:
         sizes: the numbers of slots that are, of all graphs of a backend.
         context: positions that the draft can read, or None.
         vocab: tokens that the draft knows where the target knows more, or None.
+        ahead: EOS ids, where the last result of `run` are the logits behind the lookahead; else None.
+        replays: whether logits are the only result, so that known ones can stand for a step.
+        came_free: told how many tokens a step did not compute, and whether a speculator had proposed them.
+        drafts: how many results behind the model's own are the draft's caches, from which it goes on.
     """
 
     run: Callable[..., Any]
@@ -47,6 +54,10 @@ class Call:
     spans: Mapping[int, Span] = dataclasses.field(default_factory=dict)  # of a prompt's graph, by the cache's layer
     biased: frozenset[int] = frozenset()  # those of its layers whose attention adds a bias of the keys
     counts: bool = True  # whether a step takes its positions from the cache's length, where no position_ids are given
+    ahead: tuple[int, ...] | None = None
+    replays: bool = False
+    came_free: Callable[[int, bool], None] = lambda tokens, proposed: None
+    drafts: int = 0
     refusal: str = ""  # why this graph runs exactly; "" where it was rewritten
 
     def __call__(self, *args: Any) -> Any:
@@ -54,7 +65,7 @@ class Call:
         self.check(cache, args)
         cache.pruned_by, cache.served = self, True
         try:
-            out = self.run(*args, *self.lifted)
+            out = self._run(cache, args)
         finally:
             cache.pruned_by = None
         self._mark_sizes(out)
@@ -68,6 +79,39 @@ class Call:
             if "attention_mask" in self.places and not cache.exact and self._hides_tokens(cache, args):
                 cache.padded, cache.uneven = True, cache.appended
             cache.reserve(1)  # so that the next token finds its slot; a full cache grows by a block
+        return out
+
+    def _run(self, cache: BudgetCache, args: tuple[Any, ...]) -> Any:
+        """The graph's results; those of a step that follows the lookahead are known already."""
+        if self.kind in PROMPTS:
+            out = self.run(*args, *self.lifted)
+            if self.ahead is not None:
+                *out, logits = out
+                REPLAYS[cache] = Replay(logits, self.ahead)
+            if self.drafts:
+                own, caches = out[: -self.drafts], out[-self.drafts :]
+                start_draft(cache, caches, args[self.places["input_ids"]], self.lookahead)
+                return own
+            return out
+        replay = REPLAYS.pop(cache, None)
+        tokens = args[self.places["input_ids"]] if "input_ids" in self.places else None
+        if replay is None or tokens is None or not replay.fits(cache, tokens):
+            return self.run(*args, *self.lifted)
+        rows = replay.take(tokens) if self.kind == "decode" and self.replays else []
+        if not rows:  # what leaves the lookahead may be taken back (assisted decoding)
+            replay.held = hold(cache, range(len(tokens)), tokens.shape[1])
+            REPLAYS[cache] = replay
+            return self.run(*args, *self.lifted)
+        if not replay.over:
+            REPLAYS[cache] = replay
+        self.came_free(replay.free(), replay.proposed)
+        if len(rows) == len(tokens):
+            follow(cache)
+            return [replay.known(rows)]
+        held = hold(cache, rows)
+        out = self.run(*args, *self.lifted)
+        put_back(cache, held)
+        out[0][rows] = replay.known(rows)
         return out
 
     def _mark_sizes(self, out: Any) -> None:

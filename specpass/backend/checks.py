@@ -19,6 +19,7 @@ from specpass.errors import (
     MissingDraftError,
     NoCudaError,
     SeveralDevicesError,
+    SpeculationError,
     TokenizerMismatchError,
     UnsupportedCallError,
 )
@@ -59,6 +60,18 @@ def check_draft(draft: Any, method: Method) -> None:
         return
     check_decoder(draft, "draft")
     check_first_layer(draft, method)
+
+
+def check_speculate(count: Any, draft: Any, method: Method) -> int:
+    """The number of tokens that a draft proposes at a time."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise SpeculationError(f"speculate={count!r}: expected how many tokens the draft proposes at a time, e.g. 4.")
+    if count and (draft is None or not method.drafts or method.lookahead_ids is not None):
+        raise SpeculationError(
+            f"speculate={count} needs a draft that reads the prompt, and {method.name} has none here: pass draft= with "
+            "SpecKV, SpecKVPC or SpecPC, or give generate() an assistant_model."
+        )
+    return count
 
 
 def check_first_layer(draft: nn.Module, method: Method) -> None:

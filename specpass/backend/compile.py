@@ -24,11 +24,12 @@ from specpass.capture.rope import following
 from specpass.dialect.cache import Advance, ExtendKv, Fill
 from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError, UnsplicedGraphError
 from specpass.graph.edit import copy_module
+from specpass.graph.operands import results_of
 from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import Method
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.facts import Drafted, Spans
+from specpass.passes.facts import Ahead, Drafted, Spans
 from specpass.passes.pipeline import PASSES, fingerprint
 from specpass.reports.record import GraphRecord, SiteRecord
 from specpass.reports.report import Report
@@ -88,6 +89,7 @@ class Backend:
         self.stages: dict[str, fx.GraphModule] = {}
         self.report = Report(method, lowering, getattr(draft, "config", None))
         self._graphs: dict[Hashable, DraftGraphs] = {}  # by autocast's dtype
+        self.speculate = 0  # tokens that the draft proposes at a time, through specpass.compile's door
         self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
         self._uncaptured = ""  # why the draft has no graphs
         self._sizes: set[int] = set()  # of storage, that are constants of decode graphs
@@ -172,6 +174,10 @@ class Backend:
         record.sites = [] if sites is None else [SiteRecord.of(site) for site in sites.sites]
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
         alike = len({site.budget for site in record.sites if not site.exact}) <= 1
+        ahead = facts.get(Ahead)
+        if ahead is not None and ahead.why:
+            record.notes.append(f"no verified lookahead: {ahead.why}")
+        results = results_of(graph.graph)
         static = static_outputs(graph)
         lowered = lower(
             graph,
@@ -199,6 +205,10 @@ class Backend:
             spans={} if sites is None else {site.layer: site.span for site in sites.sites},
             biased=frozenset(() if sites is None else (site.layer for site in sites.sites if site.alibi is not None)),
             counts=counts,
+            ahead=request.eos_ids if ahead is not None and ahead.tokens else None,
+            replays=request.kind == "decode" and "attention_mask" not in traced.places and len(results) == 1,
+            came_free=self.report.came_free,
+            drafts=0 if drafted is None else len(drafted.caches) * request.goes_on,
         )
 
     def _request(self, traced: Traced) -> tuple[Request, Facts]:
@@ -220,7 +230,8 @@ class Backend:
             return Request(kind, cache.method), facts
         if cache.lookahead and cache.given_ids is None:
             facts.add(self.draft_graphs(cache))
-        return Request(kind, cache.method, cache.lookahead, self.eos_ids(cache)), facts
+        goes_on = self.speculate > 0 and DraftGraphs in facts
+        return Request(kind, cache.method, cache.lookahead, self.eos_ids(cache), cache.method.verify, goes_on), facts
 
     def _keep_stage(self, request: Request, name: str, gm: fx.GraphModule) -> None:
         """An observer: the prefill's graph as the last pass of each wanted stage leaves it."""
@@ -253,7 +264,7 @@ class Backend:
             checks.check_draft(self.draft, self.method)  # train() may have been called since
             start = time.perf_counter()
             try:
-                self._graphs[how] = capture(self.draft, self.method)
+                self._graphs[how] = capture(self.draft, self.method, self.speculate > 0)
             except Refusal as refusal:
                 self._uncaptured = f"the draft cannot be captured: {refusal}"
                 raise Unspliced(self._uncaptured) from refusal
@@ -278,8 +289,8 @@ class Backend:
             )
 
 
-def capture(draft: Any, method: Method) -> DraftGraphs:
-    """The draft's graphs.
+def capture(draft: Any, method: Method, goes_on: bool = False) -> DraftGraphs:
+    """The draft's graphs. Args: goes_on: see capture_draft.
 
     Raises: Refusal: also where tracing itself fails, whatever it raises (foreign tensors, loops over values).
     """
@@ -290,7 +301,7 @@ def capture(draft: Any, method: Method) -> DraftGraphs:
     if untraceable(draft):
         raise Refusal(untraceable(draft))
     try:
-        return capture_draft(draft, method.prompt)
+        return capture_draft(draft, method.prompt, goes_on)
     except (Refusal, SpecpassError):
         raise
     except Exception as error:

@@ -19,8 +19,9 @@ from specpass.backend import checks
 from specpass.backend.cold import form_of, one_at_a_time
 from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
-from specpass.backend.pieces import piece_of_prompt
+from specpass.backend.pieces import piece_of_lookahead, piece_of_prompt
 from specpass.backend.positions import number, number_step, take_one_axis
+from specpass.backend.speculate import Speculator
 from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncaptured, why_uncompiled
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import tokens_of
@@ -62,6 +63,7 @@ def fresh_forward(target: nn.Module) -> types.FunctionType:
 
 
 def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+    speculator = Speculator(backend, backend.speculate) if backend.speculate else None
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
     uncompiled = Uncompiled(backend, why_uncompiled(target))
     numbered = bool(following(target))
@@ -69,6 +71,16 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
     names = tuple(inspect.signature(target.forward).parameters)
     warned = False
     known: set[Hashable] = set()  # forms of calls that were compiled
+
+    def through_graph(**kwargs: Any) -> Any:
+        cache = kwargs["past_key_values"]
+        prepare(cache, kwargs, numbered)
+        with (
+            raised_limit(specialize_float=True),
+            one_at_a_time(known, form_of(cache, kwargs)),
+            collector_rests_while_compiling(),
+        ):
+            return compiled(**kwargs)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned
@@ -98,6 +110,9 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
             cache.look_ahead(given)
         if cache.padded and "position_ids" in names:
             number_step(target, cache, kwargs)
+        piece = piece_of_lookahead(cache, kwargs, call)
+        if piece is not None:
+            return piece
         if isinstance(cache.seen, torch.Tensor) and cache.columns is not None:
             return uncompiled(target, cache, kwargs)  # goes on as its prompt was read
         what = why_uncaptured(target, cache, kwargs)
@@ -107,15 +122,9 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         take_one_axis(kwargs)
         leave_out_kinds(kwargs)
         if not uncompiled.reason:
-            prepared = dict(kwargs)
-            prepare(cache, prepared, numbered)
             try:
-                with (
-                    raised_limit(specialize_float=True),
-                    one_at_a_time(known, form_of(cache, prepared)),
-                    collector_rests_while_compiling(),
-                ):
-                    return compiled(**prepared)
+                out = None if speculator is None else speculator.step(cache, kwargs, through_graph)
+                return through_graph(**kwargs) if out is None else out
             except FailOnRecompileLimitHit as error:
                 raise GraphLimitError(
                     f"this call would be one graph more than the {torch._dynamo.config.recompile_limit} that Dynamo "

@@ -59,6 +59,7 @@ def compile(
     *,
     lowering: str = "inductor",
     lookahead_ids: Any = None,
+    speculate: int = 0,
     **options: Any,
 ) -> nn.Module:
     """Compile `target` in place, so that `generate` and direct calls prune its KV cache.
@@ -73,17 +74,22 @@ def compile(
         method: e.g. specpass.SpecKV(budget=1024, window=32, lookahead=32).
         lowering: "inductor", or "eager" for the same passes without Inductor.
         lookahead_ids: [B, L] token ids in place of the draft's.
+        speculate: tokens that the draft proposes at a time behind its lookahead, to be verified by the pruned target in
+            one call: answers stay the same, and come sooner where the draft is often right. The draft then keeps its
+            keys and values of the whole prompt. 0: none.
         options: further options of specpass.Backend.
 
     Returns: target.
 
     Raises:
         SpecpassError: before anything is changed, with a message that names the fix: BudgetError, MissingDraftError,
-            TokenizerMismatchError, DeviceMismatchError, SeveralDevicesError, GradientsError, EncoderDecoderError.
+            TokenizerMismatchError, DeviceMismatchError, SeveralDevicesError, GradientsError, EncoderDecoderError,
+            SpeculationError.
     """
     checks.check_method(method)
     checks.check_decoder(target, "target")
     backend = Backend(draft, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
+    backend.speculate = checks.check_speculate(speculate, draft, backend.method)
     checks.check_one_device("target", checks.devices_of(target))
     checks.check_pair(target.config, checks.device_of(target), draft)
     _install(base_of(target), backend)

@@ -17,7 +17,7 @@ from specpass.errors import GradientsError, PartialGraphError, UnsupportedCallEr
 from specpass.graph.aten import Dropout, Embedding, Sdpa
 from specpass.graph.operands import GetItem, results_of
 from specpass.graph.roles import ROLES, has_axes, named_inputs
-from specpass.graph.walk import ATEN, find, value
+from specpass.graph.walk import ATEN, find, is_op, value
 from specpass.passes.facts import Inputs, Weights
 from specpass.rewrite import Kind
 
@@ -135,7 +135,7 @@ def static_outputs(gm: fx.GraphModule) -> dict[int, int]:
     axes = {0: 2, 1: 2, 2: 1}
     found = {}
     for index, node in enumerate(results_of(gm.graph)):
-        item = GetItem.match(node)
+        item = GetItem.match(node) or (GetItem.match(node.all_input_nodes[0]) if is_op(node, ATEN.sub) else None)
         if item is not None and GatherKv.is_call(item.source):
             found[index] = axes[item.index]
     return found

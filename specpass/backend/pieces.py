@@ -2,7 +2,8 @@
 
 prefill_chunk_size: what a chunk keeps cannot be chosen before the prompt's end, so chunks wait for the last of them.
 Assisted decoding: the first call brings candidates behind the prompt. They are appended to the pruned prompt, so that
-those which are not accepted can be taken out again.
+those which are not accepted can be taken out again. Candidates that are the lookahead's go one by one, so that what is
+known of them is not computed (verified lookahead), and the same tokens are chosen as without an assistant.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specpass.cache.budget import BudgetCache
+from specpass.cache.replay import REPLAYS
 from specpass.errors import UnsupportedCallError
 from specpass.interpret.beside import features
 
@@ -57,8 +59,18 @@ def piece_of_prompt(cache: BudgetCache, kwargs: dict[str, Any], call: Callable[.
     return call(**whole) if tokens.shape[1] == columns else with_candidates(whole, name, columns, call)
 
 
+def piece_of_lookahead(cache: BudgetCache, kwargs: dict[str, Any], call: Callable[..., Any]) -> Any | None:
+    """What the model returns where the first of several tokens follows the lookahead; None where it does not."""
+    replay, ids = REPLAYS.get(cache), kwargs.get("input_ids")
+    if replay is None or not isinstance(ids, torch.Tensor) or ids.shape[1] == 1:
+        return None
+    if not replay.fits(cache, ids) or not all(replay.matching(ids)):
+        return None
+    return with_candidates(kwargs, "input_ids", 1, call)
+
+
 def with_candidates(kwargs: dict[str, Any], name: str, columns: int, call: Callable[..., Any]) -> Any:
-    """The prompt's call, then the candidates' behind it, as one result."""
+    """The call of the first `columns` tokens, then that of the others behind them, as one result."""
     tokens, keep = kwargs[name], kwargs.get("logits_to_keep", 0)
     count = tokens.shape[1] - columns
     prompt = {**kwargs, name: tokens[:, :columns]}
@@ -67,7 +79,7 @@ def with_candidates(kwargs: dict[str, Any], name: str, columns: int, call: Calla
         prompt["logits_to_keep"], step["logits_to_keep"] = max(1, keep - count), min(keep, count)
     if kwargs.get("attention_mask") is not None:
         prompt["attention_mask"], step["attention_mask"] = (
-            kwargs["attention_mask"][:, :columns],
+            kwargs["attention_mask"][:, :-count],
             kwargs["attention_mask"],
         )
     if kwargs.get("position_ids") is not None:

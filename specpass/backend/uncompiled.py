@@ -130,6 +130,10 @@ class Uncompiled:
             return call.whole()  # what is the model's own mistake comes again
         if record is not None:
             backend.report.read(record)
+            if record.two_phases and backend.method.verify:
+                backend.report.note("no verified lookahead: without graphs nothing of the lookahead is kept")
+            if backend.speculate:
+                backend.report.note("speculation needs graphs: every token is decoded by itself")
         return out
 
 

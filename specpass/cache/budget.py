@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
-from specpass.cache.layer import first_room, grown_room
+from specpass.cache.drafting import DRAFTS
+from specpass.cache.layer import first_room, grown_room, round_room
 from specpass.cache.protocol import BudgetLayer, CacheProtocol, is_traced
+from specpass.cache.replay import REPLAYS
 from specpass.cache.states import make_layers, why_unheld
 from specpass.dialect.define import SPEC
 from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError, UnsupportedCallError
@@ -58,7 +60,6 @@ class BudgetCache(CacheProtocol):
         self.method = method.resolve(prompt_length)
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
-        self.room = first_room(max_new_tokens or 1)
         self.made_with = lookahead_ids
         self.look_ahead()
         self.compresses = method.prompt is not None
@@ -83,8 +84,14 @@ class BudgetCache(CacheProtocol):
         )
         self.given_ids: Tensor | None = None
         self.lookahead = self.method.look_ahead(self.max_new_tokens)
-        if rows is None:
-            return
+        if rows is not None:
+            self._take_ids(rows)
+        self.room = first_room(self.max_new_tokens or 1)
+        if self.method.verify:  # the lookahead's keys and values wait in the free slots
+            self.room = max(self.room, round_room(self.lookahead))
+        self.free_at_prefill = self.room
+
+    def _take_ids(self, rows: Any) -> None:
         if self.method.prompt is not None or not self.method.drafts:
             why = "needs the draft's attention" if self.method.prompt is not None else "looks at the prompt alone"
             raise LookaheadError(
@@ -95,6 +102,8 @@ class BudgetCache(CacheProtocol):
         self.lookahead = self.given_ids.shape[1]
 
     def _clear(self) -> None:
+        REPLAYS.pop(self, None)
+        DRAFTS.pop(self, None)
         self.seen: Any = 0  # a 0-d tensor after the prefill; logical length: tokens that generate counts
         self.lookahead_ids: Tensor | None = None
         self.prompt_positions: Tensor | None = None
@@ -104,9 +113,9 @@ class BudgetCache(CacheProtocol):
         self.exact = False  # whether the prefill was refused and kept everything
         self.columns: int | None = None  # read by a target that runs uncompiled, padding included; None: by graphs
         self.read_mask: Tensor | None = None  # [B, S] of a padded prompt that was read uncompiled
+        self.assisted = False  # whether generate has an assistant, whose candidates come several at a time
         self.awaited: int | None = None  # columns of the prompt that generate is about to hand over
         self.held: list[Tensor] = []  # those of its tokens that have come so far, where they come in chunks
-        self.free_at_prefill = self.room
         self.appended = 0  # upper bound of tokens written behind the prompt, kept on the host
         self.uneven = 0  # so many of these were written when some of them were last masked
 
@@ -169,4 +178,6 @@ class BudgetCache(CacheProtocol):
         twin.listener = None
         twin.handle = torch.zeros((), dtype=torch.int64)
         twin.handle._specpass_cache = weakref.ref(twin)
+        if self in REPLAYS:
+            REPLAYS[twin] = REPLAYS[self].copy()
         return twin

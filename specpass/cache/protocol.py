@@ -16,7 +16,9 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.cache_utils import LinearAttentionCacheLayerMixin as Recurrent
 
+from specpass.cache.drafting import DRAFTS
 from specpass.cache.layer import Storage
+from specpass.cache.replay import REPLAYS
 from specpass.dialect.define import SPEC
 from specpass.errors import CacheStateError
 from specpass.methods.base import Method
@@ -104,6 +106,9 @@ class CacheProtocol(Cache):
             self.read_mask = None if self.read_mask is None else self.read_mask[:, :-tokens_to_remove]
         self.seen.sub_(tokens_to_remove)
         self.appended -= tokens_to_remove
+        replay = REPLAYS.get(self)
+        if replay is not None and not replay.take_back(self):
+            del REPLAYS[self]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -122,6 +127,9 @@ class CacheProtocol(Cache):
         for name in ("lookahead_ids", "prompt_positions", "shift", "read_mask"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
+        if self in REPLAYS:
+            REPLAYS[self].map_rows(change)
+        DRAFTS.pop(self, None)  # a prompt's keys and values in the draft are not moved from row to row at each token
 
 
 def renumbered(positions: Tensor, read: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
 import specpass.ops  # noqa: F401  (binds the operators that a draft's layers trace to)
-from specpass.capture.model import BATCH, SLOTS, ModelTrace, asks_for_length
+from specpass.capture.model import BATCH, COUNT, SLOTS, ModelTrace, asks_for_length
 from specpass.dialect.define import SPEC
 from specpass.graph.operands import results_of
 from specpass.graph.walk import value
@@ -70,9 +70,10 @@ class _DraftLayer(CacheLayerMixin):
         return -1
 
 
-def capture_draft(draft: nn.Module, prompt: SpecPC | None = None) -> DraftGraphs:
+def capture_draft(draft: nn.Module, prompt: SpecPC | None = None, goes_on: bool = False) -> DraftGraphs:
     """Trace `draft` (a Hugging Face decoder in eval mode) into its two graphs; with `prompt` they score its tokens.
 
+    Args: goes_on: also those by which it goes on behind its lookahead.
     Raises: Refusal when an attention site of the draft is not understood.
     """
     spans = layer_spans(draft.config)
@@ -80,9 +81,14 @@ def capture_draft(draft: nn.Module, prompt: SpecPC | None = None) -> DraftGraphs
     ends = eos_ids(config)
     capture = _Capture(ModelTrace(draft), Spans(spans), prompt)
     layers = capture.layers
-    prefill, step = capture.prefill(), capture.step()
+    prefill, step = capture.prefill(), capture.step(prompt)
+    further: tuple[fx.GraphModule | None, ...] = (None, None)
+    if goes_on:
+        further = capture.extend(), step if prompt is None else capture.step(None)
     vocab = int(value(results_of(step.graph)[0]).shape[-1])
-    return DraftGraphs(prefill, step, capture.model.params, layers, vocab, ends, pad_id(config), prompt=prompt)
+    return DraftGraphs(
+        prefill, step, capture.model.params, layers, vocab, ends, pad_id(config), 0.0, 0, None, prompt, *further
+    )
 
 
 class _Capture:
@@ -123,11 +129,30 @@ class _Capture:
         own = iter(layers)
         return Cache(layers=[DummyLayer() if span is None else next(own) for span in self.spans.layers])
 
-    def step(self) -> fx.GraphModule:
+    def step(self, prompt: SpecPC | None) -> fx.GraphModule:
         """step(ids [B, 1], position [B, 1], *caches, *params) -> logits; more with a `prompt`, see DraftGraphs."""
-        count = len(self.shapes)
+        ids, position = (self.model.dynamic((BATCH, 1), torch.int64, (0,)) for _ in range(2))
+        # Rows and lengths: read by what score_draft_step inserts.
+        extra = [] if prompt is None else [self.model.dynamic((BATCH, 1), torch.int64, (0,)), self.model.lengths]
+        gm = self._behind(ids, position, extra)
+        facts = Facts(self.spans)
+        if prompt is not None:
+            _ids, _position, rows, lengths, storage = gm.graph.find_nodes(op="placeholder")[:5]
+            facts.add(StepRows(rows, lengths, storage))
+        self._rewrite(gm, draft_step_passes(self.layers, prompt), "decode", facts)
+        return gm
+
+    def extend(self) -> fx.GraphModule:
+        """extend(ids [B, q], position [B, q], *caches, *params) -> logits [B, 1, V] behind the last of q > 1 tokens."""
+        ids, position = (self.model.dynamic((BATCH, COUNT), torch.int64, (0, 1)) for _ in range(2))
+        gm = self._behind(ids, position, [])
+        self._rewrite(gm, draft_step_passes(self.layers, None), "append", Facts(self.spans))
+        return gm
+
+    def _behind(self, ids: Tensor, position: Tensor, extra: list[Tensor]) -> fx.GraphModule:
+        """The draft's forward behind a prompt, as it is traced."""
+        count, first = len(self.shapes), len(extra)
         in_slots = asks_for_length(self.model.model)
-        first = 0 if self.prompt is None else 2  # rows and lengths: read by what score_draft_step inserts
 
         def run(ids: Tensor, position: Tensor, *rest: Tensor) -> Tensor:
             caches, params = rest[first : first + 3 * count], rest[first + 3 * count :]
@@ -138,21 +163,12 @@ class _Capture:
                 told["attention_mask"] = ids.new_ones(ids.shape[0], layers[0].get_mask_sizes(1)[0])
             return self.model.forward(params, ids, self._cache(layers), **told)
 
-        ids, position = (self.model.dynamic((BATCH, 1), torch.int64, (0,)) for _ in range(2))
-        caches = []
-        if self.prompt is not None:
-            caches = [self.model.dynamic((BATCH, 1), torch.int64, (0,)), self.model.lengths]
+        caches = list(extra)
         for heads, dim, value_dim in self.shapes:
             for width in (dim, value_dim):
                 caches.append(self.model.dynamic((BATCH, heads * SLOTS, width), self.model.dtype, (0, 1)))
             caches.append(self.model.dynamic((BATCH, heads), torch.int64, (0,)))
-        gm = self.model.trace(run, ids, position, *caches)
-        facts = Facts(self.spans)
-        if self.prompt is not None:
-            _ids, _position, rows, lengths, storage = gm.graph.find_nodes(op="placeholder")[:5]
-            facts.add(StepRows(rows, lengths, storage))
-        self._rewrite(gm, draft_step_passes(self.layers, self.prompt), "decode", facts)
-        return gm
+        return self.model.trace(run, ids, position, *caches)
 
     def _rewrite(self, gm: fx.GraphModule, passes: tuple[Pass, ...], kind: Kind, facts: Facts) -> None:
         Pipeline(passes).run(gm, Request(kind, model="draft"), facts)

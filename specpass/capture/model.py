@@ -24,7 +24,7 @@ from specpass.capture.rope import rope_as_it_was
 from specpass.graph.edit import quiet
 
 # Sizes while tracing: all different, so that no two dimensions are taken for one.
-BATCH, PROMPT, ROOM, SLOTS = 3, 1021, 31, 1087
+BATCH, COUNT, PROMPT, ROOM, SLOTS = 3, 7, 1021, 31, 1087
 
 
 def untraceable(model: nn.Module) -> str:

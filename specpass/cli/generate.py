@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from specpass.cli.options import (
     MaxNewTokens,
     MethodName,
     Options,
+    Speculate,
     Target,
     Window,
     check_device,
@@ -31,6 +33,7 @@ from specpass.cli.options import (
     load_pair,
     read_prompt,
 )
+from specpass.errors import SpeculationError
 
 ORDER = 1
 
@@ -46,6 +49,7 @@ def generate(
     budget: Budget = "1024",
     window: Window = None,
     lookahead: Lookahead = None,
+    speculate: Speculate = 0,
     option: Options = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="The prompt as UTF-8 text.")] = None,
@@ -78,6 +82,7 @@ def generate(
     if not target:
         raise typer.BadParameter("is missing: name a model, or an exported folder with --onnx.", param_hint="--target")
     choice = choose(target, draft, method, budget, window, lookahead, option, dtype, lowering)
+    choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice))
     text = read_prompt(prompt, prompt_file)
     check_device(device)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "temperature": None, "top_p": None, "top_k": None}
@@ -85,6 +90,17 @@ def generate(
         sampling |= {"temperature": temperature, "top_p": top_p}
     answer = _answer(choice, text, raw, device, seed, echo=not as_json, max_new_tokens=max_new_tokens, **sampling)
     _finish(answer, as_json)
+
+
+def check_speculation(count: int, choice: Choice) -> int:
+    """Raises: SpeculationError: no draft reads the prompt."""
+    if count == 0:
+        return 0
+    if choice.method is None:
+        raise SpeculationError(f"--speculate {count} needs a method with a draft, such as --method speckv.")
+    from specpass.backend.checks import check_speculate
+
+    return check_speculate(count, choice.draft, choice.method)
 
 
 def _finish(answer: dict[str, Any], as_json: bool) -> None:
@@ -116,7 +132,8 @@ def _answer(choice: Choice, text: str, raw: bool, device: str, seed: int, echo: 
     except KeyboardInterrupt:
         streamer.end()
     ended = time.perf_counter()
-    refusals = [] if choice.method is None else list(specpass.report(model).refusals)
+    report = None if choice.method is None else specpass.report(model)
+    refusals = [] if report is None else list(report.refusals)
     if echo:
         for reason in refusals:
             typer.echo(f"note: nothing was pruned: {reason}", err=True)
@@ -131,6 +148,8 @@ def _answer(choice: Choice, text: str, raw: bool, device: str, seed: int, echo: 
         "method": choice.label,
         "prompt_tokens": inputs["input_ids"].shape[1],
         "new_tokens": len(ids),
+        "free_tokens": 0 if report is None else report.replayed,
+        "accepted_tokens": 0 if report is None else report.accepted,
         "kv_bytes": None if out is None else cache_bytes(out.past_key_values),
         "refusals": refusals,
         "seconds": {

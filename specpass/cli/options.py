@@ -26,6 +26,9 @@ Lookahead = Annotated[
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Another field of the method, NAME=VALUE; repeatable.")
 ]
+Speculate = Annotated[
+    int, typer.Option(min=0, help="Tokens that the draft proposes at a time behind its lookahead; 0: none.")
+]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")]
 Lowering = Annotated[str, typer.Option(help="inductor, or eager: the same passes without a compiler.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")]
@@ -39,13 +42,17 @@ def example(line: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The models and the method that the options name; nothing is loaded yet. `method` None: full KV."""
+    """The models and the method that the options name; nothing is loaded yet. `method` None: full KV.
+
+    `speculate`: tokens that the draft proposes at a time.
+    """
 
     target: str
     draft: str | None
     method: Method | None
     dtype: str
     lowering: str
+    speculate: int = 0
 
     @property
     def label(self) -> str:
@@ -117,7 +124,9 @@ def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
     elif choice.draft is not None:
         draft = hub.load(choice.draft, dtype=choice.dtype)[0].requires_grad_(False).to(device)
     if choice.method is not None:
-        specpass.compile(target, draft=draft, method=choice.method, lowering=choice.lowering)
+        specpass.compile(
+            target, draft=draft, method=choice.method, lowering=choice.lowering, speculate=choice.speculate
+        )
     return target, draft, tokenizer
 
 

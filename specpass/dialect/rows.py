@@ -111,6 +111,17 @@ class UnpackIndex(Operator, schema="unpack_index(Tensor order) -> Tensor", since
         return order.new_empty(order.shape)
 
 
+class AheadIndex(Operator, schema="ahead_index(Tensor lengths, int lookahead) -> Tensor", since="DRAFTED"):
+    """[B, L]: where each row's lookahead stands, right behind its lengths[b] tokens."""
+
+    lengths: fx.Node
+    lookahead: int
+
+    @staticmethod
+    def fake(lengths, lookahead):
+        return lengths.new_empty(lengths.shape[0], lookahead)
+
+
 class TakePositions(Operator, schema="take_positions(Tensor hidden, Tensor index) -> Tensor"):
     """[B, T, E] at index [B, M] -> [B, M, E]."""
 

@@ -106,6 +106,17 @@ class KeepShortRows(
         return positions.new_empty(*positions.shape[:2], max(positions.shape[2], budget))
 
 
+class AddLookahead(Operator, schema="add_lookahead(Tensor positions, Tensor index) -> Tensor", since="PRUNED"):
+    """Kept positions and right behind each head's last one the L columns of the lookahead: [B, K, C + L]."""
+
+    positions: fx.Node  # [B, K, C]
+    index: fx.Node  # [B, L]
+
+    @staticmethod
+    def fake(positions, index):
+        return positions.new_empty(*positions.shape[:2], positions.shape[2] + index.shape[1])
+
+
 class MapPositions(
     Operator, schema="map_positions(Tensor positions, Tensor prompt_positions) -> Tensor", since="PRUNED"
 ):

@@ -13,11 +13,12 @@ from torch import fx
 
 from specpass.dialect.attention import ModifiedAttention, PrefillAttention
 from specpass.dialect.rows import AppendIds
+from specpass.dialect.sparse import PrefillAttentionSparse
 from specpass.graph.aten import Sdpa
 from specpass.graph.walk import value
 from specpass.lowering.regions import find_regions
 
-ATTENTION = (Sdpa, ModifiedAttention, PrefillAttention)
+ATTENTION = (Sdpa, ModifiedAttention, PrefillAttention, PrefillAttentionSparse)
 _HIDDEN = frozenset(
     {
         "view",

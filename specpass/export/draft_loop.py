@@ -27,10 +27,12 @@ from specpass.passes.facts import Drafted
 class LoopedDraft(DraftGraphs):
     """DraftGraphs whose steps are inserted as one node."""
 
-    def insert(self, editor: Editor, lookahead: int, ids: fx.Node, lengths: fx.Node, anchor: fx.Node) -> Drafted:
-        """As DraftGraphs.insert."""
+    def insert(
+        self, editor: Editor, lookahead: int, ids: fx.Node, lengths: fx.Node, anchor: fx.Node, room: Any = 0
+    ) -> Drafted:
+        """As DraftGraphs.insert; an exported draft goes on no further, so `room` is 0."""
         if self.temperature > 0 or lookahead == 1:
-            return super().insert(editor, lookahead, ids, lengths, anchor)
+            return super().insert(editor, lookahead, ids, lengths, anchor, room)
         params, lifted = self._lift(editor)
         out = self._insert_prefill(editor, lookahead, ids, lengths, params, anchor)
         editor.gm.add_submodule("draft_steps", DraftSteps(self, lookahead))

@@ -19,16 +19,17 @@ from specpass.export.decode import decode_program
 from specpass.export.draft_loop import DraftSteps, LoopedDraft
 from specpass.export.exact import Exact
 from specpass.export.flatten import Inliner, flatten
-from specpass.export.forms import by_head
+from specpass.export.forms import by_head, split_lookahead
 from specpass.export.name_nodes import named
 from specpass.export.program import Capture, Program, names
 from specpass.graph.walk import value
 from specpass.methods.base import Method
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.facts import Inputs, Spans, Weights
+from specpass.passes.facts import Ahead, Inputs, Spans, Weights
 from specpass.passes.pipeline import PASSES
 from specpass.rewrite import Facts, Pipeline, Refusal, Request
 from specpass.rewrite.sites import Sites
+from specpass.runtime.replay import LOOKAHEAD_LOGITS
 from specpass.sizes import eos_ids, layer_spans
 
 
@@ -48,6 +49,7 @@ class Pruned:
 
     def __init__(self, target: nn.Module, method: Method, draft: nn.Module | None, unrolled: bool) -> None:
         self.model, self.method, self.draft, self.unrolled = ModelTrace(target), method, draft, unrolled
+        self.verify = method.verify
         self.config = target.config.get_text_config(decoder=True)
         self.spans = layer_spans(self.config)
         self.layers = len(self.spans)
@@ -61,14 +63,15 @@ class Pruned:
     def _cache(self) -> BudgetCache:
         # A prompt that fits the budget goes through selection too: one graph serves every length.
         cache = BudgetCache(self.config, self.method, early_exit=False)
-        cache.room, cache.in_slots = 0, asks_for_length(self.model.model)
+        # The runtime owns the free slots, but for those in which the lookahead waits.
+        cache.room, cache.in_slots = cache.lookahead if self.verify else 0, asks_for_length(self.model.model)
         if None in self.spans:
             raise Refusal(f"layer {self.spans.index(None)} is no attention layer")
         return cache
 
     def _prefill(self) -> Program:
         outputs = ["logits", *names("present", self.layers), *(f"positions.{i}" for i in range(self.layers))]
-        extra = [
+        told = [
             name
             for name, there in (
                 ("lookahead_ids", self.method.drafts),
@@ -77,13 +80,14 @@ class Pruned:
             )
             if there
         ]
+        extra = list(told)
 
         def run(ids: Tensor, mask: Tensor, *params: Tensor) -> list[Tensor]:
             cache = self._cache()
             logits = self.model.forward(params, ids, cache)
             states = [states for layer in cache.layers for states in (layer.key_buffer, layer.value_buffer)]
             positions = [layer.positions for layer in cache.layers]
-            return [logits, *states, *positions, *(getattr(cache, name) for name in extra)]
+            return [logits, *states, *positions, *(getattr(cache, name) for name in told)]
 
         model = self.model
         with model.mode:
@@ -95,8 +99,13 @@ class Pruned:
         if self.draft is not None and self.method.drafts:
             facts.add(self._draft(self.draft))
         source = self.draft.generation_config if self.draft is not None else self.config
-        request = Request("prefill", self.method, self._cache().lookahead, eos_ids(source))
+        request = Request("prefill", self.method, self._cache().lookahead, eos_ids(source), self.verify)
         Pipeline(PASSES).run(gm, request, facts)
+        if self.verify and not facts[Ahead].tokens:  # the model's head cannot be written for the lookahead's rows
+            self.verify = False
+            return self._prefill()
+        if self.verify:
+            extra += [LOOKAHEAD_LOGITS, *names("lookahead", self.layers)]
         pruned = named_submodules(named(gm, "prefill"))
         biased = next((site for site in facts[Sites].sites if site.alibi is not None), None)
         if biased is not None:
@@ -113,8 +122,14 @@ class Pruned:
         def plain(*args: Tensor) -> tuple[Tensor, ...]:
             inner = Inliner(pruned)
             out = list(inner.run(*args))
-            for index in range(1, 2 * self.layers + 1):  # storage [B, K * C, D] as [B, K, C, D]
+            stored, positions = 2 * self.layers + 1, 3 * self.layers + 1
+            for index in range(1, stored):  # storage [B, K * C, D] as [B, K, C, D]
                 out[index] = by_head(out[index], self.kv[(index - 1) // 2][0])
+            if self.verify:
+                owners = [layer for layer in out[stored:positions] for _ in ("key", "value")]
+                both = [split_lookahead(*pair) for pair in zip(out[1:stored], owners, strict=True)]
+                out[1:stored] = [kept for kept, _ in both]
+                out += [ahead for _, ahead in both]
             return tuple(out)
 
         # The prompt's length is the symbol itself here; to the pipeline the symbol means S + L.

@@ -31,6 +31,12 @@ class Matmul(Operands, packets=[ATEN.matmul]):
     other: fx.Node
 
 
+class Linear(Operands, packets=[ATEN.linear]):
+    input: fx.Node  # [..., K]
+    weight: fx.Node  # [N, K]
+    bias: fx.Node | None  # [N]
+
+
 class Bmm(Operands, packets=[ATEN.bmm]):
     input: fx.Node
     mat2: fx.Node

@@ -52,8 +52,10 @@ class Traits:
     kernel: int = 1  # the pooling's width
     lookahead: int | None = 0  # tokens L that the draft writes; None: see Method.look_ahead
     lookahead_ids: tuple[tuple[int, ...], ...] | None = None  # [B, L] token ids in the draft's place
+    verify: bool = False  # whether the answer follows the lookahead by the logits of the target's own prefill
     temperature: float = 0.0  # of the draft's sampling; 0.0 is greedy
     seed: int = 0  # of the draft's sampling
+    sparse_prefill: int = 0  # top columns that a prompt's queries read, and last positions besides; 0: all
 
     # A method of one's own replaces these by methods; None stands for the operators `importance` and `select`.
     # score(query [B, H, R, D], key [B, K, T, D], value [B, K, T, Dv], rows [B, R], lengths [B], scale)

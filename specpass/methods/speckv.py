@@ -24,6 +24,11 @@ class SpecKV(Scored):
         temperature: 0.0 drafts greedily; above, the draft samples from a counter-based generator.
         seed: of that generator.
         lookahead_ids: [B, L] token ids that take the draft's place; no draft is needed then.
+        verify: while the answer is the lookahead, its logits are those that the target's prefill computed there, with
+            all KV, and cost nothing; False: each token is decoded from the pruned cache.
+        sparse_prefill: V columns: each query of a prompt of more than 2 V tokens (lookahead included) reads the V that
+            score highest for its KV head, and its own last V positions; those that score read all. The paper has 2048.
+            0: exact attention. Logits are then no longer those of full KV.
 
     Source: arXiv 2506.08373, Algorithm 1.
     """
@@ -32,6 +37,8 @@ class SpecKV(Scored):
     temperature: float = 0.0
     seed: int = 0
     lookahead_ids: tuple[tuple[int, ...], ...] | None = None
+    verify: bool = True
+    sparse_prefill: int = 0
 
     drafts: ClassVar[bool] = True
     appends: ClassVar[bool] = True
@@ -41,6 +48,7 @@ class SpecKV(Scored):
         if self.lookahead is not None:
             check_count("lookahead", self.lookahead, 1)
         check_temperature(self.temperature)
+        check_count("sparse_prefill", self.sparse_prefill, 0)
         if self.lookahead_ids is not None:
             rows = as_id_rows(self.lookahead_ids)
             object.__setattr__(self, "lookahead_ids", rows)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from specpass.dialect import attention as dialect
 from specpass.kernels.attention import biased, first_read, modified_attention
+from specpass.kernels.cpu import decode, prefill
 from specpass.kernels.decode import reference
-from specpass.kernels.dispatch import returns_lse
+from specpass.kernels.dispatch import choose, returns_lse
 from specpass.ops.bind import bind
 
 ROWS = 256  # query rows whose logits are held at once where no flash attention serves
@@ -32,14 +33,15 @@ def prefill_attention(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of packed rows: [B, H, T, D] x [B, K, T, D] -> [B, H, T, Dv]; needs no mask."""
-    flash = returns_lse(query, key, value) and (on_cuda(query) or not sliding)  # a CPU's knows no window
-    plain = not (softcap or chunk) and bias is None and (flash or not sliding)
-    if not plain or (sinks is not None and not flash):
+    changed = bool(softcap or chunk) or bias is not None
+    amx = not (changed or on_cuda(query)) and prefill.refuse(query, key, value, scale) is None
+    flash = amx or (returns_lse(query, key, value) and (on_cuda(query) or not sliding))  # aten on a CPU: no window
+    if changed or (not flash and (sliding or sinks is not None)):
         return rows_in_place(prefill_in_blocks(query, key, value, scale, softcap, sinks, sliding, chunk, bias))
     if sinks is not None:
         return rows_in_place(prefill_with_sinks(query, key, value, scale, sinks, sliding))
-    if sliding:
-        return rows_in_place(flash_on_cuda(query, key, value, scale, sliding)[0])
+    if amx or sliding:
+        return rows_in_place(flash_with_lse(query, key, value, scale, sliding)[0])
     return rows_in_place(prefill_flash(query, key, value, scale))
 
 
@@ -148,42 +150,37 @@ def prefill_with_sinks(
     query: Tensor, key: Tensor, value: Tensor, scale: float, sinks: Tensor, sliding: int = 0
 ) -> Tensor:
     """`prefill_attention` with sinks [H]: flash attention, each row scaled by the share that its sink leaves."""
-    if on_cuda(query):
-        out, lse = flash_on_cuda(query, key, value, scale, sliding)
-    else:
-        every = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
-        out, lse = flash_with_lse(query, key, value, every, scale)
+    out, lse = flash_with_lse(query, key, value, scale, sliding)
     return out * torch.sigmoid(lse - sinks.float()[:, None])[..., None].to(out.dtype)
 
 
-def flash_with_lse(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`prefill_attention`, and the log-sum-exp of the rows that score, which aten's flash attention finds on its way.
+def flash_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float, sliding: int = 0) -> tuple[Tensor, Tensor]:
+    """`prefill_attention`, and the log-sum-exp that flash attention finds on its way.
 
-    Args: query [B, H, T, D], key and value [B, K, T, D], 16-bit on CUDA; rows [B, R] positions (-1 reads row 0).
-    Returns: [B, H, T, D]; lse [B, H, R] float32, natural.
+    Args: query [B, H, T, D], key and value [B, K, T, D], 16-bit on CUDA; sliding: not by aten's for CPUs.
+    Returns: [B, H, T, D]; lse [B, H, T] float32, natural.
     """
-    batch, heads, columns = query.shape[:3]
-    group, index = heads // key.shape[1], rows.clamp(min=0)[:, None]
     if on_cuda(query):
-        out, lse = flash_on_cuda(query, key, value, scale)
-        return out, lse.gather(2, index.expand(-1, heads, -1))
+        return flash_on_cuda(query, key, value, scale, sliding)
+    if prefill.refuse(query, key, value, scale) is None:
+        return prefill.prefill(query, key, value, scale, sliding)
+    batch, heads, columns = query.shape[:3]
+    group = heads // key.shape[1]
     out = query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
-    lse = query.new_empty(batch, heads, rows.shape[1], dtype=torch.float32)
+    lse = query.new_empty(batch, heads, columns, dtype=torch.float32)
     for member in range(group):
-        part, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out[:, member::group], lse[:, member::group] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query[:, member::group], key, value, 0.0, True, scale=scale
         )
-        out[:, member::group] = part
-        lse[:, member::group] = sums.gather(2, index.expand(-1, key.shape[1], -1))
     return out, lse
 
 
 def prefill_attention_lse(
     query: Tensor, key: Tensor, value: Tensor, rows: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`flash_with_lse` in the operator's memory format."""
-    out, lse = flash_with_lse(query, key, value, rows, scale)
-    return rows_in_place(out), lse
+    """`flash_with_lse` in the operator's memory format; lse [B, H, R] of rows [B, R] (-1 reads row 0)."""
+    out, lse = flash_with_lse(query, key, value, scale)
+    return rows_in_place(out), lse.gather(2, rows.clamp(min=0)[:, None].expand(-1, query.shape[1], -1))
 
 
 def prefill_attention_onnx(
@@ -210,6 +207,34 @@ def prefill_attention_onnx(
         return modified_attention(query, key, value, ~hidden, scale, softcap, sinks)
     outs = [attention_onnx(member, key, value, hidden, scale) for member in members]
     return outs[0] if len(outs) == 1 else torch.stack(outs, 2).flatten(1, 2)
+
+
+def append_attend(
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    sliding: int = 0,
+    chunk: int = 0,
+) -> Tensor:
+    """As the reference."""
+    if choose("append_attend", dict(locals())).kernel == "decode_avx512":
+        return decode.append_attend(keys, values, lengths, query, key, value, scale, sliding)[0]
+    return reference.append_attend(keys, values, lengths, query, key, value, scale, softcap, sinks, sliding, chunk)
+
+
+def append_attend_lse(
+    keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    if choose("append_attend_lse", dict(locals())).kernel == "decode_avx512":
+        return decode.append_attend(keys, values, lengths, query, key, value, scale)
+    return reference.append_attend_lse(keys, values, lengths, query, key, value, scale)
 
 
 def attend_onnx(
@@ -264,5 +289,5 @@ bind(dialect.ModifiedAttention, modified_attention, flops=attention_flops)
 bind(dialect.PrefillAttention, prefill_attention, onnx=prefill_attention_onnx, flops=attention_flops)
 bind(dialect.PrefillAttentionLse, prefill_attention_lse, flops=attention_flops)
 bind(dialect.Attend, reference.attend, onnx=attend_onnx, flops=attention_flops)
-bind(dialect.AppendAttend, reference.append_attend, flops=append_flops)
-bind(dialect.AppendAttendLse, reference.append_attend_lse, flops=append_flops)
+bind(dialect.AppendAttend, append_attend, flops=append_flops)
+bind(dialect.AppendAttendLse, append_attend_lse, flops=append_flops)

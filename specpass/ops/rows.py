@@ -73,6 +73,11 @@ def unpack_index(order: Tensor) -> Tensor:
     return torch.argsort(order, dim=1)
 
 
+def ahead_index(lengths: Tensor, lookahead: int) -> Tensor:
+    """[B, L]: the columns lengths[b] .. lengths[b] + L - 1."""
+    return lengths[:, None] + torch.arange(lookahead, device=lengths.device)
+
+
 def take_positions(hidden: Tensor, index: Tensor) -> Tensor:
     """[B, T, E] hidden states at index [B, M] -> [B, M, E]."""
     return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
@@ -112,6 +117,7 @@ bind(dialect.AppendIds, append_ids)
 bind(dialect.AppendPositions, append_positions)
 bind(dialect.RowIndex, row_index)
 bind(dialect.UnpackIndex, unpack_index)
+bind(dialect.AheadIndex, ahead_index)
 bind(dialect.TakePositions, take_positions)
 bind(dialect.ScoreRows, score_rows)
 bind(dialect.TakeRows, take_rows)

@@ -12,8 +12,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.dialect import select as dialect
-from specpass.kernels.importance.reference import importance
+from specpass.kernels.cpu import importance as amx
+from specpass.kernels.importance import reference
 from specpass.ops.bind import bind
+
+
+def importance(
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    window: int,
+    scale: float,
+    reduce: str,
+    weights: Tensor | None = None,
+    lse: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The reference's, or the CPU's own where nothing changes the logits."""
+    operands = (query, key, rows, lengths, window, scale, reduce, weights, lse)
+    if softcap or sinks is not None or bias is not None or amx.refuse(query, key, scale) is not None:
+        return reference.importance(*operands, softcap, sinks, bias)
+    return amx.importance(*operands)
 
 
 def select(scores: Tensor, lengths: Tensor, budget: int, window: int, kernel: int, pool: str) -> Tensor:
@@ -87,10 +109,19 @@ def importance_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> 
     return 2 * batch * heads * rows * key[2] * dim
 
 
-bind(dialect.Importance, importance, flops=importance_flops)
+def add_lookahead(positions: Tensor, index: Tensor) -> Tensor:
+    """Positions [B, K, C] and, behind the last one in use, the columns index [B, L]: [B, K, C + L], unused -1."""
+    lookahead = index.shape[1]
+    slot = (positions >= 0).sum(-1, keepdim=True) + torch.arange(lookahead, device=positions.device)
+    columns = index[:, None].expand(-1, positions.shape[1], -1)
+    return F.pad(positions, (0, lookahead), value=-1).scatter(2, slot, columns)
+
+
+bind(dialect.Importance, importance, onnx=reference.importance, flops=importance_flops)
 bind(dialect.Select, select)
 bind(dialect.SelectRecent, select_recent)
 bind(dialect.SelectChunk, select_chunk)
 bind(dialect.KeepAll, keep_all)
 bind(dialect.KeepShortRows, keep_short_rows)
 bind(dialect.MapPositions, map_positions)
+bind(dialect.AddLookahead, add_lookahead)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import sympy
@@ -21,6 +22,9 @@ from specpass.passes.facts import Drafted
 class DraftGraphs:
     """`prefill(ids, lengths, room, *params)` and `step(ids, position, *caches, *params)`, with the draft's tensors.
 
+    To go on behind the lookahead (see propose): `extend(ids [B, q], position [B, q], *caches, *params)`, logits of the
+    last token, and `plain_step`, a step that does not score.
+
     With a `prompt` method, prefill also returns scores [B, S] of the prompt's tokens, and step takes rows [B, 1] and
     the prompt's lengths [B] behind `position` and returns its scores [B, P] beside the logits.
     """
@@ -36,26 +40,38 @@ class DraftGraphs:
     seed: int = 0
     target_vocab: int | None = None
     prompt: SpecPC | None = None
+    extend: fx.GraphModule | None = None
+    plain_step: fx.GraphModule | None = None
 
-    def insert(self, editor: Editor, lookahead: int, ids: fx.Node, lengths: fx.Node, anchor: fx.Node) -> Drafted:
+    def insert(
+        self, editor: Editor, lookahead: int, ids: fx.Node, lengths: fx.Node, anchor: fx.Node, room: Any = 0
+    ) -> Drafted:
         """Insert prefill and L - 1 steps in front of `anchor`: lookahead ids [B, L], and scores [B, S] or None.
 
-        Args: lookahead: L. ids: [B, S] packed. lengths: [B].
+        Args: lookahead: L. ids: [B, S] packed. lengths: [B]. room: free slots behind the lookahead, a node or a count.
         """
         params, lifted = self._lift(editor)
-        out = self._insert_prefill(editor, lookahead, ids, lengths, params, anchor)
-        loop = _Unrolled(self, editor, lookahead, ids, lengths, params, anchor)
-        return Drafted(*loop.run(out), lifted)
+        out = self._insert_prefill(editor, lookahead, ids, lengths, params, anchor, room)
+        loop = _Unrolled(self, editor, lookahead, ids, lengths, params, anchor, value(room))
+        return Drafted(*loop.run(out), lifted, tuple(loop.caches))
 
     def _insert_prefill(
-        self, editor: Editor, lookahead: int, ids: fx.Node, lengths: fx.Node, params: list[fx.Node], anchor: fx.Node
+        self,
+        editor: Editor,
+        lookahead: int,
+        ids: fx.Node,
+        lengths: fx.Node,
+        params: list[fx.Node],
+        anchor: fx.Node,
+        room: Any = 0,
     ) -> fx.Node:
         """The call of the draft's prefill: logits, caches, and scores where there is a `prompt`."""
         editor.gm.add_submodule("draft_prefill", self.prefill)
-        sizes = (*value(ids).shape, lookahead)
+        free = editor.call(operator.add, room, lookahead, before=anchor) if isinstance(room, fx.Node) else lookahead
+        sizes = (*value(ids).shape, value(free))
         with quiet(editor.mode):
             values = tuple(restated(node, self.prefill, sizes) for node in results_of(self.prefill.graph))
-        return editor.call_module("draft_prefill", ids, lengths, lookahead, *params, before=anchor, val=values)
+        return editor.call_module("draft_prefill", ids, lengths, free, *params, before=anchor, val=values)
 
     @property
     def reduce(self) -> str:
@@ -92,6 +108,8 @@ class _Unrolled:
     lengths: fx.Node
     params: list[fx.Node]
     anchor: fx.Node
+    room: Any = 0
+    caches: list[fx.Node] = dataclasses.field(default_factory=list)
 
     def run(self, prefill: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
         """From the prefill's results: lookahead ids [B, L], the anchor, scores or None."""
@@ -100,7 +118,7 @@ class _Unrolled:
         ended = editor.call(ATEN.zeros_like, self.lengths, before=anchor)
         ended = over = editor.call(ATEN.to.dtype, ended, torch.bool, before=anchor)
         count = 3 * draft.layers
-        caches = [editor.item(prefill, index + 1, anchor) for index in range(count)]
+        caches = self.caches = [editor.item(prefill, index + 1, anchor) for index in range(count)]
         logits = editor.item(prefill, 0, anchor)
         scores = None if draft.prompt is None else editor.item(prefill, count + 1, anchor)
         tokens: list[fx.Node] = []
@@ -135,7 +153,7 @@ class _Unrolled:
         with quiet(editor.mode):
             val: Any = restated(results_of(draft.step.graph)[0], draft.step, (batch, size, self.lookahead))
             if draft.prompt is not None:  # its slots are a symbol of the step alone
-                val = (val, torch.empty(batch, size + self.lookahead, device=val.device))
+                val = (val, torch.empty(batch, size + self.lookahead + self.room, device=val.device))
         extra = self._rows(position, over)
         operands = (token, position, *extra, *caches, *self.params)
         out = editor.call_module("draft_step", *operands, before=anchor, val=val)

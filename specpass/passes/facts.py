@@ -74,12 +74,25 @@ class Drafted:
         anchor: the target's first own node.
         scores: [B, S] the draft's attention to each prompt token, where it scores.
         lifted: the draft's tensors by the name of their placeholder.
+        caches: of each of its layers keys, values [B, K * P, D] and lengths [B, K], behind L - 1 of its tokens.
     """
 
     ids: fx.Node
     anchor: fx.Node
     scores: fx.Node | None = None
     lifted: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    caches: tuple[fx.Node, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """Verified lookahead: the graph's last result are the logits [B, L, V] behind each of `tokens` = L tokens.
+
+    `why`: the reason where there is none (tokens 0).
+    """
+
+    tokens: int = 0
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

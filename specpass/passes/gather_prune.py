@@ -4,6 +4,11 @@ before: keys, values, lengths, positions = fill(k, v, ...)                      
 after:  positions = select(scores, lengths, C, W, kernel, pool)                 [B, K, C], ascending, -1 unused
         keys, values, lengths = gather_kv(k, v, positions, N)                   [B, K * (C + N), D]
 
+Where the answer may follow the lookahead (see take_ahead), its keys and values lie in the first of the free slots, and
+count once they are followed:
+
+        keys, values, used = gather_kv(k, v, add_lookahead(positions, index [B, L]), N - L); lengths = used - L
+
 A site with a sliding window or chunks keeps what it can still read, of the prompt and never of the lookahead.
 """
 
@@ -11,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from typing import ClassVar
 
 import torch
@@ -20,8 +26,8 @@ from specpass.dialect.cache import Fill
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.operands import items_of
-from specpass.graph.walk import value
-from specpass.passes.facts import ReadPositions, Rows, Scores
+from specpass.graph.walk import ATEN, value
+from specpass.passes.facts import Ahead, ReadPositions, Rows, Scores
 from specpass.passes.inline import Inline, check_result
 from specpass.rewrite import Facts, Kind, Pass, Request
 from specpass.rewrite.base import PROMPTS
@@ -46,7 +52,7 @@ class GatherPrune(Pass):
                 rewritten.append(dataclasses.replace(site, cache=owner.cache))
                 continue
             own = None if scores is None else scores.nodes[index]
-            before = (site.attention if own is None else own).next
+            before = (site.attention if own is None else max(site.attention, own)).next
             # A layer's own budget would make its region unlike the others': these nodes then stand outside of it.
             like = site.attention if alike or not site.is_full else None
             positions = self._positions(editor, request, facts, site, own, before, like)
@@ -56,23 +62,32 @@ class GatherPrune(Pass):
                 lengths = editor.beside(facts[Rows].lengths, site.key, before)
                 positions = editor.call(SPEC.keep_short_rows, positions, lengths, whole, before=before)
             fill = Fill.of(site.cache)
-            tensors = (fill.key, fill.value, positions, fill.room)
-            kept = editor.call(SPEC.gather_kv, *tensors, before=before, like=like)
+            kept, lengths = self._gather(editor, facts, fill, positions, before, like)
             if read is not None:  # numbered by the caller's prompt, of which the target read a part
                 prompt = editor.beside(read.positions, site.key, before)
                 positions = editor.call(SPEC.map_positions, positions, prompt, before=before, like=like)
-            self._replace(editor, site.cache, kept, positions, before)
+            results = (*(editor.item(kept, index, before) for index in (0, 1)), lengths, positions)
+            for index, users in items_of(site.cache).items():
+                for user in users:
+                    editor.replace(user, results[index])
+            editor.graph.erase_node(site.cache)
             rewritten.append(dataclasses.replace(site, cache=kept))
         facts.add(Sites(tuple(rewritten)))
 
     @staticmethod
-    def _replace(editor: Editor, fill: fx.Node, kept: fx.Node, positions: fx.Node, before: fx.Node) -> None:
-        """Let the readers of fill's keys, values, lengths, positions read what was kept."""
-        for index, users in items_of(fill).items():
-            new = positions if index == 3 else editor.item(kept, index, before)
-            for user in users:
-                editor.replace(user, new)
-        editor.graph.erase_node(fill)
+    def _gather(
+        editor: Editor, facts: Facts, fill: Fill, positions: fx.Node, before: fx.Node, like: fx.Node | None
+    ) -> tuple[fx.Node, fx.Node]:
+        """What takes the place of `fill`, and the slots in use [B, K]."""
+        ahead, room = facts[Ahead].tokens if Ahead in facts else 0, fill.room
+        call = functools.partial(editor.call, before=before, like=like)
+        if ahead:
+            index = call(SPEC.ahead_index, editor.beside(facts[Rows].lengths, fill.key, before), ahead)
+            positions = call(SPEC.add_lookahead, positions, index)
+            room = editor.call(operator.sub, room, ahead, before=before) if isinstance(room, fx.Node) else room - ahead
+        kept = call(SPEC.gather_kv, fill.key, fill.value, positions, room)
+        used = editor.item(kept, 2, before)
+        return kept, call(ATEN.sub.Tensor, used, ahead) if ahead else used
 
     @staticmethod
     def _positions(

@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from specpass.dialect.cache import Lookahead, Size
+from specpass.dialect.cache import Fill, Lookahead, Size
 from specpass.dialect.define import SPEC
 from specpass.dialect.rows import ExpandRows, FullLengths, PackIds, PackOrder
 from specpass.graph.aten import Largest
 from specpass.graph.edit import Editor
-from specpass.graph.operands import GetItem
+from specpass.graph.operands import GetItem, results_of
 from specpass.graph.sizes import Substitution
-from specpass.graph.walk import depends, is_size, value
+from specpass.graph.walk import depends, is_size, output_of, value
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Drafted, Inputs, Rows
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
@@ -65,7 +65,10 @@ class InsertDraft(Pass):
             given = editor.call(SPEC.lookahead, ids, placeholder.given, request.lookahead, before=anchor)
             drafted = Drafted(given, anchor)
         else:
-            drafted = draft.insert(editor, request.lookahead, ids, rows.lengths, anchor)
+            room = Fill.find(gm.graph)[0].room if request.goes_on else 0
+            drafted = draft.insert(editor, request.lookahead, ids, rows.lengths, anchor, room)
+            if request.goes_on:
+                output_of(gm.graph).args = ((*results_of(gm.graph), *drafted.caches),)
         editor.replace(placeholder.node, drafted.ids)
         facts.add(drafted)
         if not request.compresses:

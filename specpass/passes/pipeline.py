@@ -10,6 +10,7 @@ from specpass.methods.specpc import SpecPC
 from specpass.passes.annotate import Annotate
 from specpass.passes.attend_packed import AttendPacked
 from specpass.passes.attend_slots import AttendSlots
+from specpass.passes.attend_sparsely import AttendSparsely
 from specpass.passes.canonicalize import Canonicalize
 from specpass.passes.gather_prompt import GatherPrompt, KeepPrompt
 from specpass.passes.gather_prune import GatherPrune
@@ -21,6 +22,7 @@ from specpass.passes.score_importance import ScoreImportance
 from specpass.passes.shift_positions import ShiftPositions
 from specpass.passes.skip_padding import SkipPadding
 from specpass.passes.specialize import Specialize
+from specpass.passes.take_ahead import TakeAhead
 from specpass.passes.take_last import TakeLast
 from specpass.rewrite import Pass
 
@@ -33,8 +35,10 @@ PASSES: tuple[Pass, ...] = (
     GatherPrompt(),  # needs the draft's scores; from here on lengths count the tokens that the target reads
     KeepPrompt(),  # the same for a prompt that fits
     TakeLast(),  # the logits of the last position; needs the sequence axis to be a symbol still
+    TakeAhead(),  # the logits behind the lookahead, by the rows that take_last takes
     ResizePrompt(),  # S becomes the constant C (+ L) where the prompt is compressed
     ScoreImportance(),  # needs the lookahead's rows
+    AttendSparsely(),  # needs the scores, which importance finds by itself then
     GatherPrune(),  # needs the scores
     ShiftPositions(),  # decode: what generate counts becomes what the target was told
     AttendSlots(),  # decode: the masks die

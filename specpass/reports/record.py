@@ -91,6 +91,8 @@ class BackendRecord:
         interpreted: why the model's own forward runs uncompiled and is pruned around it; "" where graphs serve.
         prompts: what became of prompts then, each outcome once.
         notes: what else there is to say of calls.
+        replayed: tokens that came free: the answer followed the lookahead (verified lookahead).
+        proposed, accepted: tokens that the draft proposed behind its lookahead, and those that the answer took.
     """
 
     pruned_by: Method
@@ -102,6 +104,9 @@ class BackendRecord:
     interpreted: str = ""
     prompts: list[PromptRecord] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    replayed: int = 0
+    proposed: int = 0
+    accepted: int = 0
     draft_seconds: float = 0.0
     target_configs: list[Any] = dataclasses.field(default_factory=list, repr=False)
     decoders: tuple[Decoder | None, Decoder | None] | None = dataclasses.field(default=None, repr=False)
@@ -126,6 +131,13 @@ class BackendRecord:
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
+
+    def came_free(self, tokens: int, proposed: bool) -> None:
+        """So many tokens were not computed one by one."""
+        if proposed:
+            self.accepted += tokens
+        else:
+            self.replayed += tokens
 
     def read(self, prompt: PromptRecord) -> None:
         """Remember what became of a prompt, if it is new."""

@@ -21,6 +21,10 @@ def text(record: BackendRecord) -> str:
         lines.append(f"draft captured in {record.draft_seconds:.1f} s")
     for graph in record.graphs:
         lines += graph_lines(graph)
+    if record.replayed:
+        lines.append(f"verified lookahead: {record.replayed:,} tokens of answers came free")
+    if record.proposed:
+        lines.append(f"speculation: {record.accepted:,} of {record.proposed:,} proposed tokens were taken")
     lines += interpreted_lines(record)
     lines += [f"refused: {reason} (the model runs exactly)" for reason in record.refusals]
     if record.foreign:
@@ -30,6 +34,8 @@ def text(record: BackendRecord) -> str:
     costs = record.costs()
     if costs is not None and not record.refusals:
         lines += cost_lines(costs)
+        if record.pruned_by.sparse_prefill:
+            lines.append("FLOPs are those of exact attention: sparse_prefill takes fewer on long prompts")
     return "\n".join(lines)
 
 
@@ -40,6 +46,8 @@ def interpreted_lines(record: BackendRecord) -> list[str]:
         lines.append(
             f"interpreted: {record.interpreted}; the model's own forward runs, and its layers are pruned around it"
         )
+    if record.prompts and record.pruned_by.sparse_prefill:
+        lines.append("sparse_prefill: not in these prompts, whose attention is the model's own and exact")
     for prompt in record.prompts:
         lines += prompt_lines(prompt)
     return lines + [f"note: {note}" for note in record.notes]

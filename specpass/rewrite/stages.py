@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from specpass.dialect import attention, cache
+from specpass.dialect import attention, cache, sparse
 from specpass.dialect.define import NAMESPACE, OPERATORS, ORDER, Operator, operator_name
 from specpass.graph.walk import module_path
 from specpass.rewrite.base import Kind
@@ -41,7 +41,7 @@ def _stage(name: str, prompts: tuple[Choice, ...], steps: tuple[Choice, ...]) ->
 _PREFILLS, _STORES = (cache.Fill, cache.KeepKv), (cache.GatherKv, cache.KeepKv)
 _STORING = {operator.name for operator in (cache.Fill, cache.GatherKv, cache.KeepKv, cache.AppendKv)}
 _BOTH = (attention.AppendAttend, attention.AppendAttendLse)
-_FLASH = (attention.PrefillAttention, attention.PrefillAttentionLse)
+_FLASH = (attention.PrefillAttention, attention.PrefillAttentionLse, sparse.PrefillAttentionSparse)
 
 STAGES: dict[str, Stage] = {
     stage.name: stage

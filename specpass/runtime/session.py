@@ -20,6 +20,7 @@ import numpy as np
 
 from specpass.errors import BundleError, DraftContextError, OnnxMissingError, PromptError
 from specpass.runtime.bundle import DECODE, PREFILL, Bundle, read_bundle
+from specpass.runtime.replay import LOOKAHEAD_LOGITS, Replay
 from specpass.runtime.sampling import Sampler, Sampling
 
 ROOM_STEP = 64  # slots for generated tokens come in blocks of this many, as in the compiled cache
@@ -47,9 +48,11 @@ class State:
         positions: per layer [B, K, C] kept prompt positions, unused slots -1.
         lengths: [layers, B, K] slots in use.
         told: [B] position of the next token, as the target counts.
-        storage: `past.0.key`, ... [B, K, slots, D], as OrtValues.
+        storage: `past.0.key`, ... [B, K, slots, D], as OrtValues; arrays: the same memory, for numpy.
         lookahead_ids: [B, L] or None.
         prompt_positions: [B, C] or None.
+        replay: while the answer may be the lookahead.
+        free_tokens: tokens whose step was not computed: the answer followed the lookahead.
     """
 
     logits: np.ndarray
@@ -57,9 +60,12 @@ class State:
     lengths: np.ndarray
     told: np.ndarray
     storage: dict[str, Any]
+    arrays: dict[str, np.ndarray]
     lookahead_ids: np.ndarray | None
     prompt_positions: np.ndarray | None
     itemsize: int
+    replay: Replay | None = None
+    free_tokens: int = 0
 
     @property
     def cache_bytes(self) -> int:
@@ -169,29 +175,39 @@ class Runtime:
         """Read the prompts, prune, and make room for `room` new tokens (in blocks of 64 slots)."""
         ids, mask = self._pad(prompts)
         out = dict(zip(self._outputs, self._prefill.run(None, {"input_ids": ids, "attention_mask": mask}), strict=True))
-        free = -(-room // ROOM_STEP) * ROOM_STEP
-        storage = {}
+        ahead = out.pop(LOOKAHEAD_LOGITS, None)
+        waiting = (
+            0 if ahead is None else ahead.shape[1]
+        )  # of the free slots, those with the lookahead's keys and values
+        free = -(-max(room, waiting) // ROOM_STEP) * ROOM_STEP
+        arrays = {}
         for name in [name for name in out if name.startswith("present.")]:
             states = out.pop(name)
             batch, heads, used, dim = states.shape
             buffer = np.zeros((batch, heads, used + free, dim), states.dtype)
             buffer[:, :, :used] = states
-            storage[name.replace("present", "past", 1)] = self._ort.OrtValue.ortvalue_from_numpy(buffer)
+            arrays[name.replace("present", "past", 1)] = buffer
         positions = [out[f"positions.{layer}"] for layer in range(len(self.bundle.kv))]
         told = mask.sum(1) - out.get("shift", np.zeros(len(ids), np.int64))
         most = max(heads for heads, _, _ in self.bundle.kv)
         lengths = np.zeros((len(positions), len(ids), most), np.int64)
         for layer, own in enumerate(positions):
             lengths[layer, :, : own.shape[1]] = (own >= 0).sum(-1)
+        for name in [name for name in out if name.startswith("lookahead.")]:
+            states = out.pop(name)
+            place = self._next_slots(lengths, name, np.ones(len(ids), dtype=bool), waiting)
+            arrays[name.replace("lookahead", "past", 1)][place] = states
         return State(
             out["logits"][:, -1],
             positions,
             lengths,
             told,
-            storage,
+            {name: self._ort.OrtValue.ortvalue_from_numpy(buffer) for name, buffer in arrays.items()},
+            arrays,
             out.get("lookahead_ids"),
             out.get("prompt_positions"),
             np.dtype(self.bundle.dtype).itemsize,
+            None if ahead is None else Replay.of(out["lookahead_ids"], ahead),
         )
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -219,6 +235,34 @@ class Runtime:
         slots = min(value.shape()[2] for value in state.storage.values())
         if state.lengths.max() >= slots:
             raise PromptError(f"the cache's {slots} slots are full: call prefill with a larger room.")
+        follows = np.zeros(len(tokens), dtype=bool)
+        known = state.logits
+        if state.replay is not None:
+            follows, known = state.replay.take(tokens), state.replay.known
+            state.free_tokens += int(follows.sum())
+            if state.replay.over:
+                state.replay = None
+        if follows.all():
+            state.logits = known
+        else:
+            places = {name: self._next_slots(state.lengths, name, follows) for name in state.arrays if follows.any()}
+            held = {name: state.arrays[name][place] for name, place in places.items()}
+            self._compute(state, tokens)
+            for name, place in places.items():  # the lookahead's keys and values, computed with all KV
+                state.arrays[name][place] = held[name]
+            state.logits = np.where(follows[:, None], known, state.logits)
+        state.lengths += 1
+        state.told = state.told + 1
+
+    def _next_slots(self, lengths: np.ndarray, name: str, rows: np.ndarray, count: int = 1) -> tuple[np.ndarray, ...]:
+        """Index of the next `count` free slots of each KV head of a layer's buffer `past.LAYER.key`, of rows [B]."""
+        layer = int(name.split(".")[1])
+        chosen = np.flatnonzero(rows)[:, None, None]
+        heads = np.arange(self.bundle.kv[layer][0])[None, :, None]
+        return chosen, heads, lengths[layer][chosen, heads] + np.arange(count)
+
+    def _compute(self, state: State, tokens: np.ndarray) -> None:
+        """The decode graph, on all rows."""
         binding = self._decode.io_binding()
         for name, array in (
             ("input_ids", tokens[:, None]),
@@ -232,8 +276,6 @@ class Runtime:
         binding.bind_output("logits", "cpu")
         self._decode.run_with_iobinding(binding)
         state.logits = binding.get_outputs()[-1].numpy()[:, -1]
-        state.lengths += 1
-        state.told = state.told + 1
 
 
 def _onnxruntime() -> Any:

@@ -200,16 +200,18 @@ def _greedy(
     vocab_size: int | None = None,
     keep: Sequence[torch.Tensor] | None = None,
     start: Prefilled | None = None,
+    ahead: Sequence[int] = (),
 ) -> Generation:
-    """Prefill `ids` [1, S] or take `start`, prune to `keep` (positions [K, C] per layer), decode greedily."""
+    """Prefill `ids` [1, S] or take `start`, prune to `keep` (positions [K, C] per layer), decode greedily.
+
+    Verified lookahead: nothing is pruned before the first token that is not the one of `ahead`.
+    """
     length = ids.shape[1]
     if start is None:
         cache = DynamicCache()
         logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
     else:
         cache, logits = copy.deepcopy(start.cache), start.logits
-    if keep is not None:
-        prune(cache, keep)
     tokens: list[int] = []
     seen: list[torch.Tensor] = []
     while True:
@@ -217,6 +219,10 @@ def _greedy(
         tokens.append(int(seen[-1].argmax()))
         if len(tokens) == steps or tokens[-1] in eos_ids:
             return Generation(tokens, torch.stack(seen))
+        if keep is not None and tokens != list(ahead[: len(tokens)]):
+            answer = torch.arange(length, length + len(tokens) - 1, device=ids.device)
+            prune(cache, [torch.cat([kept, answer.expand(len(kept), -1).to(kept)], 1) for kept in keep])
+            keep = None
         # the position is the logical one: a pruned cache holds fewer slots than the tokens it stands for
         position = torch.full_like(ids[:, :1], length + len(tokens) - 1)
         logits = model(
@@ -238,6 +244,7 @@ def generate(
     max_new_tokens: int,
     eos_ids: Sequence[int] | None = None,
     start: Prefilled | None = None,
+    ahead: Sequence[int] = (),
 ) -> Generation:
     """Greedy decoding of `ids` [1, S] over the kept `positions` (one [K, C] per layer; None keeps all).
 
@@ -246,9 +253,10 @@ def generate(
     Args:
         eos_ids: default the ids of the target's generation config.
         start: a prefill of `ids` to go on from; it is left as it is.
+        ahead: lookahead tokens: as long as the answer is these, it is decoded with all KV (verified lookahead).
     """
     stops = eos_ids_of(target) if eos_ids is None else eos_ids
-    return _greedy(target, ids, max_new_tokens, stops, keep=positions, start=start)
+    return _greedy(target, ids, max_new_tokens, stops, keep=positions, start=start, ahead=ahead)
 
 
 def generate_full(

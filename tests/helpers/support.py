@@ -106,8 +106,10 @@ def check_answer(
     tolerance: float = 1e-4,
 ) -> None:
     """Tokens and logits of one row against eager decoding over the same kept positions (None: all of them)."""
-    new = len(ours.tokens[row])
-    theirs = eager.generate(target, ids, positions, new, eos_ids=())
+    new, cache = len(ours.tokens[row]), ours.cache
+    ahead = cache.lookahead_ids if cache.method.verify else None
+    followed = () if ahead is None or positions is None else ahead[row].tolist()
+    theirs = eager.generate(target, ids, positions, new, eos_ids=(), ahead=followed)
     assert ours.tokens[row] == theirs.tokens
     torch.testing.assert_close(ours.logits[row], theirs.logits, atol=tolerance, rtol=tolerance)
 

@@ -13,12 +13,14 @@ from support import compile_eager, run
 from tiny import prompt, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import specpass
 import specpass.ops
 from specpass.kernels import dispatch
 from specpass.kernels.archs import ARCHS
 from specpass.kernels.dispatch import choose
+from specpass.kernels.registry import REGISTRY
 from specpass.lowering.choose import choose_sites
 
 SPEC = torch.ops.specpass
@@ -79,7 +81,9 @@ def test_sites_of_a_graph_are_chosen_from_its_fake_tensors(device: str) -> None:
     kernels = [choice.kernel for _, choice in choose_sites(gm)]
     names = [choice.operator for _, choice in choose_sites(gm)]
     assert names == ["prefill_attention", "importance", "select", "gather_kv", "attend"]
-    assert kernels == ([None] * 5 if device == "cpu" else [None, "importance", None, "gather", "decode"])
+    own = (["prefill_amx", "importance_amx"], [None, None]) if device == "cpu" else ([None, "importance"],)
+    assert kernels[:2] in own  # as this CPU is
+    assert kernels[2:] == ([None] * 3 if device == "cpu" else [None, "gather", "decode"])
     assert all(choice.reason for _, choice in choose_sites(gm))
 
 
@@ -110,6 +114,25 @@ def test_appends_strided_storage_and_float32_of_large_heads_take_aten() -> None:
         large = tensors("cuda", dim=256, dtype=torch.float32)
         assert "spills" in choose("importance", importance(large["query"], large["key"])).reason
         assert choose("importance", importance(given["query"], given["key"])).kernel == "importance"
+
+
+def test_sparse_prefill_is_a_kernels_where_the_prompt_is_not_read_whole() -> None:
+    def reason(dtype: torch.dtype = torch.bfloat16, read: int = T // 2 - 1, ahead: int = 2, **sizes: int) -> str:
+        given = tensors("cuda", dtype=dtype, **sizes)
+        operands = {"query": given["whole"], "key": given["key"], "value": given["key"], "lengths": given["lengths"]}
+        operands["columns"] = torch.zeros(B, K, read, dtype=torch.int64, device="cuda")
+        return str(choose("prefill_attention_sparse", operands | {"window": W, "ahead": ahead, "recent": read}))
+
+    with FakeTensorMode():
+        assert "kernel sparse_prefill" in reason()
+        assert "aten (a prompt that is read whole" in reason(read=T // 2)
+        assert "aten (group of 17 query heads: at most 16" in reason(group=17)
+        assert "free of spills" in reason(torch.float32, dim=256)
+        assert "kernel sparse_prefill" in reason(torch.float32)
+    symbolic = FakeTensorMode(shape_env=ShapeEnv())
+    key = symbolic.from_tensor(torch.zeros(1, K, T, 64, device="meta"), static_shapes=False)
+    operands = {"query": key, "columns": torch.zeros(1, K, T, dtype=torch.int64), "recent": T}
+    assert REGISTRY["sparse_prefill"].refuse_layout(operands) is None  # the graph serves prompts of any length
 
 
 def test_old_devices_and_a_missing_triton_take_aten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +169,8 @@ def test_a_models_report_says_what_each_site_became() -> None:
         "decode": ["append_kv", "attend"],
     }
     for kind, names in operators.items():
-        assert [line for _, line in found[kind]] == [f"{name}: aten (cpu tensors)" for name in names] * layers
+        reasons = dict.fromkeys(dispatch.CPU_KERNELS, "float32, where AMX multiplies bfloat16")
+        lines = [f"{name}: aten ({reasons.get(name, 'cpu tensors')})" for name in names]
+        assert [line for _, line in found[kind]] == lines * layers
         assert all(f"layers.{index // len(names)}." in path for index, (path, _) in enumerate(found[kind]))
     assert f"{layers} x attend: aten (cpu tensors)" in str(report)

@@ -160,7 +160,8 @@ def test_the_qwen_pair_answers_lookups_from_96_slots() -> None:
         assert score(eager.generate(target, ids, None, new, start=start).tokens, prompt) == 1.0
         drafted, valid = eager.draft_lookahead(draft, ids, lookahead, tokenizer.pad_token_id, vocab_size=vocab)
         chosen = eager.select_shared(start, budget, drafted[:, :valid], eager.Scoring(window=W))
-        expected.append((drafted, eager.generate(target, ids, chosen.positions, new, start=start).tokens))
+        due = eager.generate(target, ids, chosen.positions, new, start=start, ahead=drafted[0, :valid].tolist())
+        expected.append((drafted, due.tokens))
 
     model = specpass.compile(
         target, draft=draft, lowering="inductor", method=specpass.SpecKV(budget=budget, window=W, lookahead=lookahead)

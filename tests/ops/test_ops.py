@@ -33,6 +33,8 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     sinks = torch.randn(H)
     options: tuple[Any, ...] = ((), (2.0, sinks), (0.0, None, 3, 0), (2.0, sinks, 0, 4))
     biases = torch.randn(1, H, S + L), torch.randn(B, H, C + N)
+    linear = torch.randn(B, 1, 64), torch.randn(48, 64), torch.randn(48)
+    linears = linear, tuple(tensor.bfloat16() for tensor in linear)
     handle, step = torch.zeros((), dtype=torch.int64), (torch.randn(B, K, 2, D), torch.randn(B, K, 2, D + 1))
     return {
         "fill": [(key, value, handle, C, N, 0, False), (key, value, handle, S + L + 1, N, 0, True)],
@@ -56,6 +58,8 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "full_lengths": [(ids,)],
         "pack_ids": [(ids, order)],
         "append_ids": [(ids, ahead, lengths)],
+        "ahead_index": [(lengths, L)],
+        "add_lookahead": [(positions, lengths[:, None] + torch.arange(L))],
         "append_positions": [(order, lengths, L), (order[:1], lengths, L)],
         "expand_rows": [(ids[:1], ids), (ids, ids)],
         "row_index": [(ids,)],
@@ -93,11 +97,13 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             for mask in (None, torch.zeros(B, 1, S + L, S + L))
         ],
         "prefill_attention_lse": [(states, key, key, rows, 0.3) for states in (query, query[:, :K])],
+        "prefill_attention_sparse": [(query, key, value, positions, lengths, 0.3, W, L, C)],
         "append_attend": [
             (keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3, *last)
             for last in ((), (2.0, sinks))
         ],
         "append_attend_lse": [(keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3)],
+        "linear_rows": [(x, [weight, weight[:20]], [bias, None]) for x, weight, bias in linears],
         "read_prompt": [(key,)],
         "widen": [(keys, K, C + N), (keys, K, C + N + 3)],
         "advance": [(torch.tensor(5), None, 2), (torch.tensor(5), lengths, 2)],
@@ -137,6 +143,16 @@ def test_opcheck(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_schemas_take_plain_values_alone(name: str) -> None:
-    plain = {"Tensor", "Optional[Tensor]", "int", "float", "bool", "str", "List[int]"}
+    plain = {
+        "Tensor",
+        "Optional[Tensor]",
+        "int",
+        "float",
+        "bool",
+        "str",
+        "List[int]",
+        "List[Tensor]",
+        "List[Optional[Tensor]]",
+    }
     for argument in getattr(SPEC, name).default._schema.arguments:
         assert str(argument.type) in plain, argument

@@ -1,0 +1,86 @@
+"""A decode step's attention on a CPU: decode.cpp, its operands, and where it serves.
+
+Aten takes a dozen operators for it, whose calls take longer than what they do: bench/results/step_kernels.json.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from specpass.kernels.cpu.build import Source, Unbuilt, load
+from specpass.kernels.spec import Operands
+
+SOURCE = Source(
+    "decode",
+    needs=("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16"),
+    flags=("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
+)
+_Strides = ctypes.c_int64 * 2
+
+
+class _Call(ctypes.Structure):
+    """`Call` of decode.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "lengths", "query", "key", "value", "out", "lse")),
+        *((name, ctypes.c_int64) for name in ("B", "H", "K", "P", "D", "Dv")),
+        *((name, _Strides) for name in ("query_strides", "key_strides", "value_strides")),
+        ("scale", ctypes.c_float),
+        ("sliding", ctypes.c_int64),
+    )
+
+
+def _library() -> ctypes.CDLL | Unbuilt:
+    library = load(SOURCE)
+    if not isinstance(library, Unbuilt):
+        library.append_attend.argtypes, library.append_attend.restype = (ctypes.POINTER(_Call),), ctypes.c_int
+    return library
+
+
+def refuse(operands: Operands) -> str | None:
+    """Why `append_attend` does not serve these operands of the operator (fake ones are read too), or None."""
+    states: list[Tensor] = [operands[name] for name in ("keys", "values", "query", "key", "value")]
+    if any(tensor.dtype != torch.bfloat16 for tensor in states):
+        return f"{str(states[2].dtype).removeprefix('torch.')}, where AVX-512 multiplies bfloat16"
+    for dim in (states[0].shape[2], states[1].shape[2]):
+        if dim % 32:
+            return f"head dimension {dim}: no multiple of 32"
+    if operands.get("softcap") or operands.get("chunk") or operands.get("sinks") is not None:
+        return "soft caps, sinks and chunks are aten's"
+    stored = (*states[:2], operands["lengths"])
+    if any(tensor.stride(-1) != 1 for tensor in states) or not all(tensor.is_contiguous() for tensor in stored):
+        return "rows that are not contiguous"
+    library = _library()
+    return str(library) if isinstance(library, Unbuilt) else None
+
+
+def append_attend(
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    sliding: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The operator's result [B, H, 1, Dv], and its natural log-sum-exp [B, H, 1] float32.
+
+    Raises: IndexError: a KV head has no free slot.
+    """
+    library = _library()
+    assert isinstance(library, ctypes.CDLL)
+    batch, kv_heads = lengths.shape
+    heads, dim, value_dim = query.shape[1], keys.shape[2], values.shape[2]
+    out = query.new_empty(batch, heads, 1, value_dim)
+    lse = query.new_empty(batch, heads, 1, dtype=torch.float32)
+    addresses = (tensor.data_ptr() for tensor in (keys, values, lengths, query, key, value, out, lse))
+    strides = (_Strides(*tensor.stride()[:2]) for tensor in (query, key, value))
+    sizes = (batch, heads, kv_heads, keys.shape[1] // kv_heads, dim, value_dim)
+    torch.get_num_threads()  # sets OpenMP's number in a thread of Python's that has not run torch yet
+    if library.append_attend(_Call(*addresses, *sizes, *strides, scale, sliding)):
+        raise IndexError(f"no free slot: {keys.shape[1] // kv_heads} are in use")
+    return out, lse

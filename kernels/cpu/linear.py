@@ -1,0 +1,88 @@
+"""Linear layers of few rows by linear.cpp: weights in bfloat16, read once, as they lie, at the rate of memory.
+
+Torch reads them at half to three quarters of it, oneDNN with packed weights (a second copy) in between:
+bench/results/step_kernels.json. Dot products of AVX-512 are as fast as AMX up to 4 rows, then slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from specpass.kernels.cpu.build import Source, Unbuilt, load
+
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
+_HAS = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16")
+AMX = Source("linear", (*_HAS, "amx_tile", "amx_bf16"), (*_AVX512, "-mamx-tile", "-mamx-bf16"))
+DOT = Source("linear", _HAS, _AVX512)
+
+BLOCK, DEPTH = 16, 32  # rows of a weight that are read side by side, and columns at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The function of a library, and the most rows of x that it is faster than F.linear for."""
+
+    run: Callable[..., None]
+    most: int
+    how: str
+
+
+@functools.cache
+def few_rows() -> Rows | Unbuilt:
+    """What this machine multiplies few rows by, or why nothing does. Compiles it on first use."""
+    found = _prepared(AMX, 32, "AMX tiles")
+    return _prepared(DOT, 8, "dot products of AVX-512") if isinstance(found, Unbuilt) else found
+
+
+def _prepared(source: Source, most: int, how: str) -> Rows | Unbuilt:
+    library = load(source)
+    if isinstance(library, Unbuilt):
+        return library
+    if library.linear_prepare():
+        return Unbuilt(f"the system does not let this process use {how}")
+    run = library.linear_rows
+    run.restype, run.argtypes = None, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    return Rows(run, most, how)
+
+
+def serves(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the library multiplies by this weight [N, K], real or fake."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and weight.dim() == 2
+        and weight.stride(1) == 1
+        and weight.shape[0] >= BLOCK
+        and weight.shape[1] % DEPTH == 0
+        and (bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous()))
+    )
+
+
+def multiply(rows: Rows, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """x W^T + bias for each weight: [..., K] -> [..., N].
+
+    Args: x with 1 to `rows.most` rows, bfloat16; weights that are served, all of K columns.
+    """
+    inner = x.shape[-1]
+    x = x.contiguous()
+    outs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+    parts = [
+        number
+        for weight, bias, out in zip(weights, biases, outs, strict=True)
+        for number in (
+            weight.data_ptr(),
+            weight.stride(0),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            weight.shape[0],
+        )
+    ]
+    torch.get_num_threads()  # sets OpenMP's number in a thread of Python's that has not run torch yet
+    rows.run((ctypes.c_int64 * len(parts))(*parts), len(outs), x.data_ptr(), x.numel() // inner, inner)
+    return outs

@@ -1,0 +1,74 @@
+"""few_rows: a step's linear layers are read at the rate of memory, those of the same input in one call.
+
+before: q = linear(x, wq, bq); k = linear(x, wk, bk); v = linear(x, wv, bv)
+after:  q, k, v = linear_rows(x, [wq, wk, wv], [bq, bk, bv])
+
+Of weights in bfloat16 on a CPU for which the kernels have a library. A step has few rows, but in which graph a batch is
+a number, and in which symbolic, is Dynamo's choice: the operator looks at the rows that come.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import fx
+
+from specpass.dialect.define import SPEC
+from specpass.dialect.linear import LinearRows
+from specpass.graph.aten import Linear
+from specpass.graph.edit import Editor
+from specpass.graph.walk import value
+from specpass.kernels.cpu.build import Unbuilt
+from specpass.kernels.cpu.linear import few_rows, serves
+from specpass.lowering.regions import layer_of
+from specpass.rewrite import Facts, Kind, Pass, Request
+from specpass.rewrite.base import STEPS
+
+
+@dataclasses.dataclass(frozen=True)
+class FewRows(Pass):
+    name: ClassVar[str] = "few_rows"
+    stage: ClassVar[str] = "LOWERED"
+    kinds: ClassVar[tuple[Kind, ...]] = STEPS
+
+    def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
+        groups = served(gm.graph)
+        rows = few_rows() if groups else None
+        if rows is None or isinstance(rows, Unbuilt):
+            return
+        editor = Editor(gm)
+        for group in groups:
+            first = group[0].node
+            weights, biases = [each.weight for each in group], [each.bias for each in group]
+            call = editor.call(SPEC.linear_rows, group[0].input, weights, biases, before=first, like=first)
+            for index, each in enumerate(group):
+                editor.replace(each.node, editor.item(call, index, each.node))
+
+
+def linear_notes(gm: fx.GraphModule) -> list[str]:
+    """How a step's linear layers run, for the report; nothing where none could be a library's."""
+    calls, left = LinearRows.find(gm.graph), sum(map(len, served(gm.graph)))
+    rows = few_rows() if calls or left else None
+    if isinstance(rows, Unbuilt):
+        return [f"{left} linear layers are torch's: {rows}"]
+    if rows is None or not calls:
+        return []
+    count = sum(len(call.weights) for call in calls)
+    return [f"{count} linear layers in {len(calls)} calls: {rows.how}, for up to {rows.most} rows"]
+
+
+def served(graph: fx.Graph) -> list[list[Linear]]:
+    """Linear layers that could be linear_rows: those of one input and decoder layer together, where their weights stand
+    in front of the first."""
+    groups: dict[tuple[fx.Node, str | None], list[Linear]] = {}
+    for linear in Linear.find(graph):
+        if not serves(value(linear.weight), value(linear.bias)):
+            continue
+        group = groups.setdefault((linear.input, layer_of(linear.node)), [])
+        given = [source for source in (linear.weight, linear.bias) if source is not None]
+        if not group or all(source < group[0].node for source in given):
+            group.append(linear)
+        else:
+            groups[linear.node, None] = [linear]
+    return list(groups.values())

@@ -1,0 +1,36 @@
+"""Linear layers of few rows: a library's where it serves, else torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specpass.dialect.linear import LinearRows
+from specpass.kernels.cpu.build import Unbuilt
+from specpass.kernels.cpu.linear import few_rows, multiply, serves
+from specpass.ops.bind import bind
+
+
+def linear_rows(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """[..., K] -> [..., N] for each weight [N, K]: graphs with symbolic sizes also come with many rows."""
+    rows = few_rows()
+    if (
+        not isinstance(rows, Unbuilt)
+        and 0 < input.numel() <= rows.most * input.shape[-1]
+        and input.dtype == torch.bfloat16
+        and all(map(serves, weights, biases))
+    ):
+        return multiply(rows, input, weights, biases)
+    return [F.linear(input, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def linear_flops(input: torch.Size, weights: Sequence[torch.Size], *_: Any, **__: Any) -> int:
+    """input [..., K], weights [N, K]."""
+    return sum(2 * input.numel() * weight[0] for weight in weights)
+
+
+bind(LinearRows, linear_rows, flops=linear_flops)

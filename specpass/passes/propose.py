@@ -1,0 +1,45 @@
+"""propose: what a draft writes next behind tokens that it has not read, as one graph.
+
+logits = extend(ids [B, q], position [B, q], *caches, *params)           the q tokens that it has not read
+token = next_token(logits)
+token = next_token(plain_step(token, position + i, *caches, *params))     k - 1 times, one subgraph
+-> ids [B, k]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from specpass.dialect.define import SPEC
+from specpass.graph.edit import Editor, copy_module
+from specpass.graph.operands import results_of
+from specpass.graph.walk import ATEN, output_of, value
+from specpass.passes.draft import DraftGraphs
+
+
+def proposal_graph(draft: DraftGraphs, count: int) -> fx.GraphModule:
+    """ids [B, k] for k = `count`, greedily, from inputs as those of `draft.extend`; the caches are written in place."""
+    assert draft.extend is not None, "captured to go on"
+    assert draft.plain_step is not None
+    gm = copy_module(draft.extend)
+    gm.meta.update(draft.extend.meta)
+    editor, output = Editor(gm), output_of(gm.graph)
+    ids, position, *rest = gm.graph.find_nodes(op="placeholder")
+    last = editor.call(ATEN.slice.Tensor, position, 1, -1, before=output)
+    ended = editor.call(ATEN.zeros_like, editor.call(ATEN.select.int, ids, 1, 0, before=output), before=output)
+    ended = editor.call(ATEN.to.dtype, ended, torch.bool, before=output)
+    gm.add_submodule("draft_step", draft.plain_step)
+    val, logits = value(results_of(draft.plain_step.graph)[0]), results_of(gm.graph)[0]
+    tokens: list[fx.Node] = []
+    for index in range(count):
+        if index:
+            told = editor.call(ATEN.add.Tensor, last, index, before=output)
+            logits = editor.call_module("draft_step", tokens[-1], told, *rest, before=output, val=val)
+        pair = editor.call(
+            SPEC.next_token, logits, ended, draft.shared_vocab, 0.0, 0, index, [], draft.pad_id, before=output
+        )
+        tokens.append(editor.item(pair, 0, output))
+    output.args = (editor.call(ATEN.cat, tokens, 1, before=output),)
+    gm.recompile()
+    return gm
