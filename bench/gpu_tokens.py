@@ -179,14 +179,14 @@ def followed(run: Run) -> dict[str, Any]:
 
 
 def speculated(run: Run) -> dict[str, Any]:
-    """The pruned target's own tokens, behind a draft that is often right; graphs of its steps, too."""
+    """The pruned target's own tokens, several of them verified at a time; graphs of the draft's steps, too."""
     method = METHODS["SpecKV"]
     model = compile_(run, method, _target(run), lowering="eager", speculate=4)
     plain = compile_(run, method, _target(run), lowering="eager", cudagraphs=False)
-    new = NEW if run.tiny else GROWS
-    found = verdict(calls(run, model, new), calls(run, plain, new))
-    accepted = specpass.report(model).accepted
-    return found | {"accepted": accepted, "right": found["right"] and accepted > 0}
+    found = verdict(calls(run, model, GROWS), calls(run, plain, GROWS))
+    report = specpass.report(model)
+    counts = {"proposed": report.proposed, "accepted": report.accepted}
+    return found | counts | {"right": found["right"] and report.proposed > 0}
 
 
 def sparse(run: Run, draft: Any) -> dict[str, Any]:
