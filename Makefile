@@ -28,8 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: test-fast test-real  ## all tests: the fast suite, then real models (fetched once)
 
+# In the order of collection: by their numbers of tests the longest files would run last, beside an idle worker.
 test-fast: $(STAMP)  ## tests that need no real weights
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real" -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-real: $(STAMP)  ## tests on real models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real -n auto --maxprocesses 2 --dist loadgroup

@@ -81,6 +81,7 @@ PARTS: dict[str, tuple[Callable[[Run], None], ...]] = {
         gpu_tables.decode_table,
         gpu_tables.selection,
         gpu_tables.prefill_table,
+        gpu_tables.sparse_table,
         gpu_kernels.full_kv,
     ),
     "models": (gpu_kernels.measure_rates, gpu_models.end_to_end),

@@ -74,10 +74,11 @@ def end_to_end(run: Run) -> None:
     """Time to first token, decode tokens/s and peak memory of full KV and of each method, compiled once each."""
     pair = (TINY, TINY) if run.tiny else ({**TARGET, **SHARED}, {**DRAFT, **SHARED})
     target, draft = (make_model(sizes, run.device, seed=seed) for seed, sizes in enumerate(pair))
-    budget, window, ahead = (24, 8, 4) if run.tiny else (1024, 32, 32)
+    budget, window, ahead, columns = (24, 8, 4, 16) if run.tiny else (1024, 32, 32, 2048)
     methods: dict[str, Any] = {
         "full KV": None,
         "SpecKV": specpass.SpecKV(budget, window=window, lookahead=ahead),
+        "SpecKV, sparse prefill": specpass.SpecKV(budget, window=window, lookahead=ahead, sparse_prefill=columns),
         "SpecPC": specpass.SpecPC(budget, window=window),
         "SnapKV": specpass.SnapKV(budget, window=window),
     }

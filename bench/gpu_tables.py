@@ -70,6 +70,19 @@ def selection(run: Run) -> None:
         run.step("selection", f"select, T {shapes.columns}", choose)
 
 
+def sparse_table(run: Run) -> None:
+    """Sparse prefill of one layer with 2,048 columns, in aten and over all columns beside it."""
+    for columns in (64,) if run.tiny else (8192, 32768, 131072):
+        shapes = SMALL if run.tiny else dataclasses.replace(LARGE, batch=1, columns=columns, budget=2048)
+
+        def compare(shapes: Shapes = shapes) -> dict[str, Any]:
+            case = measure.make_case(REGISTRY["sparse_prefill"], shapes, run.device)
+            ways = {"specpass": lambda: measure.run(case), **peers(case)}
+            return {"us": {name: time_or_why(call, run.device, lambda: None) for name, call in ways.items()}}
+
+        run.step("sparse", f"T {columns}", compare)
+
+
 def prefill_table(run: Run) -> None:
     """Prefill attention of one layer by each of torch's backends, and what a log-sum-exp of it saves importance."""
     for columns in (64,) if run.tiny else (8192, 32768):

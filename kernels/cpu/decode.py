@@ -1,6 +1,6 @@
 """A decode step's attention on a CPU: decode.cpp, its operands, and where it serves.
 
-Aten takes a dozen operators for it, whose calls take longer than what they do: bench/results/step_kernels.json.
+Aten takes a dozen operators for it, whose calls take longer than what they do (`python -m bench.step_kernels`).
 """
 
 from __future__ import annotations

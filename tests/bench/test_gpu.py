@@ -60,12 +60,13 @@ def test_kernels(found: dict[str, dict[str, Any]]) -> None:
     assert all(step["ours_us"] > 0 and step["peers_us"]["sdpa"] > 0 for step in document["decode"].values())
     assert all(step["us"] > 0 for step in document["selection"].values())
     assert all(min(step["us"][way] for way in ("specpass", "importance")) > 0 for step in document["prefill"].values())
+    assert all(step["us"]["specpass"] > 0 for step in document["sparse"].values())
     assert document["full_kv"]["decode attention"]["times_faster"] > 0
 
 
 def test_models(found: dict[str, dict[str, Any]]) -> None:
     steps = found["models"]["end_to_end"]
-    assert len(steps) == 4
+    assert len(steps) == 5
     assert all(step["first_token_s"] > 0 and step["bound_tokens_s"] > 0 for step in steps.values())
     breakdown = found["models"]["breakdown"]
     assert all(step["first_token"]["busy_ms"] > 0 for step in breakdown.values())
