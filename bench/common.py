@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import os
 import statistics
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -84,3 +85,32 @@ def own_text(tokenizer: Any, count: int, length: int) -> list[list[int]]:
     ids = [token for file in files for token in tokenizer(file.read_text(), add_special_tokens=False).input_ids]
     stride = (len(ids) - length) // count
     return [ids[index * stride : index * stride + length] for index in range(count)]
+
+
+class Timed(NamedTuple):
+    """Tokens of one answer, and seconds from the prompt to its first and to its last."""
+
+    tokens: list[int]
+    first_s: float
+    total_s: float
+
+
+def answer(model: Any, ids: list[int], new: int, **options: Any) -> Timed:
+    """A greedy answer of at most `new` tokens; `options` go to `generate`."""
+    import torch
+
+    from specpass.observe.streaming import Clock
+
+    prompt, clock = torch.tensor([ids]), Clock()
+    since = time.perf_counter()
+    out = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new,
+        do_sample=False,
+        repetition_penalty=1.0,
+        streamer=clock,
+        **options,
+    )
+    ended = time.perf_counter()
+    return Timed(out[0, len(ids) :].tolist(), clock.times[1] - since, ended - since)

@@ -11,7 +11,6 @@ agree (in bfloat16 a call of five tokens and one of one may round a near tie dif
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +34,8 @@ def arguments() -> argparse.Namespace:
 
 def answer(model: Any, ids: list[int], new: int) -> tuple[list[int], float]:
     """Tokens, and tokens a second behind the first."""
-    import torch
-
-    from specpass.observe.streaming import Clock
-
-    prompt, clock = torch.tensor([ids]), Clock()
-    out = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        repetition_penalty=1.0,
-        pad_token_id=0,
-        streamer=clock,
-    )
-    ended = time.perf_counter()
-    return out[0, len(ids) :].tolist(), (new - 1) / (ended - clock.times[1])
+    timed = common.answer(model, ids, new, min_new_tokens=new, pad_token_id=0)
+    return timed.tokens, (new - 1) / (timed.total_s - timed.first_s)
 
 
 def main() -> None:

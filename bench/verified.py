@@ -52,18 +52,10 @@ def answer(model: Any, ids: list[int]) -> tuple[list[int], int]:
             left = report.replayed - before < steps - 1
             return torch.full((input_ids.shape[0],), left, dtype=torch.bool)
 
-    prompt = torch.tensor([ids])
-    out = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=LOOKAHEAD + 1,
-        do_sample=False,
-        repetition_penalty=1.0,
-        pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([Left()]),
-    )
+    stop = StoppingCriteriaList([Left()])
+    tokens = common.answer(model, ids, LOOKAHEAD + 1, pad_token_id=0, stopping_criteria=stop).tokens
     free = report.replayed - before
-    return out[0, len(ids) :].tolist()[: free + 1], free
+    return tokens[: free + 1], free
 
 
 def one(model: Any, plain: Any, ids: list[int]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ came free (the answer followed the lookahead) and proposals that were taken.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,30 +53,6 @@ def engine(name: str, args: argparse.Namespace, target: Any, draft: Any) -> Any:
         return target
     speculate = 4 if name == "speckv_speculate" else 0
     return specpass.compile(target, draft=draft, method=methods[name], speculate=speculate)
-
-
-def answer(model: Any, ids: list[int], new: int) -> dict[str, Any]:
-    """Tokens, and seconds of the first and of all."""
-    import torch
-
-    from specpass.observe.streaming import Clock
-
-    prompt, clock = torch.tensor([ids]), Clock()
-    since = time.perf_counter()
-    out = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=new,
-        do_sample=False,
-        repetition_penalty=1.0,
-        streamer=clock,
-    )
-    ended = time.perf_counter()
-    return {
-        "tokens": out[0, len(ids) :].tolist(),
-        "first_token_s": round(clock.times[1] - since, 3),
-        "total_s": round(ended - since, 3),
-    }
 
 
 def counts(model: Any) -> dict[str, int]:
@@ -142,15 +117,16 @@ def main() -> None:
     )
     engines = {name: engine(name, args, target, draft) for name in names}
     for model in track(engines.values(), "compiling"):  # graphs serve every length
-        answer(model, list(range(100, 100 + 4500)), 40)
+        common.answer(model, list(range(100, 100 + 4500)), 40)
     for task, length, seed in track(due, "answers"):
         prompt = TASKS[task].prompt(seed, length, tokenizer)
         for name, model in engines.items():
             if (name, task, length, seed) in store:
                 continue
             before = counts(model)
-            found = answer(model, list(prompt.ids), 64)
-            scored = TASKS[task].scored(prompt, found.pop("tokens"), tokenizer)
+            timed = common.answer(model, list(prompt.ids), 64)
+            found = {"first_token_s": round(timed.first_s, 3), "total_s": round(timed.total_s, 3)}
+            scored = TASKS[task].scored(prompt, timed.tokens, tokenizer)
             more = {what: now - before[what] for what, now in counts(model).items()}
             store.add({"engine": name, "task": task, "length": length, "seed": seed, **scored, **found, **more})
     print(store.parts["summary"])
