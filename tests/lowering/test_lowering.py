@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from recorder import Recorder
 from support import Run, check_answer, compile_eager, kept, padded, run
 from tiny import prompt, tiny
 
 import specpass
+from specpass.observe import progress
 
 C, W, L, LAYERS = 24, 8, 4, 3
 METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)
@@ -31,8 +33,15 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def runs(models: tuple[Any, Any], batch: tuple[torch.Tensor, torch.Tensor]) -> list[Run]:
-    return [run(model, batch[0], 6, batch[1]) for model in models]
+def told() -> Recorder:
+    """Who watches the first run of both."""
+    return Recorder()
+
+
+@pytest.fixture(scope="module")
+def runs(models: tuple[Any, Any], batch: tuple[torch.Tensor, torch.Tensor], told: Recorder) -> list[Run]:
+    with progress.watching(told):
+        return [run(model, batch[0], 6, batch[1]) for model in models]
 
 
 def test_inductor_equals_eager(runs: list[Run], batch: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -52,6 +61,20 @@ def test_layers_are_one_region(models: tuple[Any, Any], runs: list[Run]) -> None
     assert not report.refusals
     found = {record.kind: (record.regions, record.distinct_regions) for record in report.graphs}
     assert found == {"prefill": (LAYERS + 2 + 2, 3), "decode": (LAYERS, 1)}
+
+
+def test_who_watches_is_told_of_layers_compiled_and_read(runs: list[Run], told: Recorder) -> None:
+    assert all(task.over for task in told.tasks)
+    layers = [(task.total, task.done) for task in told.tasks if task.path == ("compiling", "layers")]
+    assert layers == [(1, 1)] * 4  # the draft's prefill and its step, the target's prompt, its step
+    ours, theirs = [task for task in told.tasks if task.path == ("reading the prompt",)]
+    assert ours.total == ours.done > LAYERS * 64 * 64  # weights of all layers, in the order in which they are read
+    assert (theirs.total, theirs.done) == (None, 0)
+    assert [task.path[0] for task in told.tasks if len(task.path) == 1] == 2 * [
+        "compiling",
+        "reading the prompt",
+        "compiling",
+    ]
 
 
 def test_another_length_compiles_nothing(models: tuple[Any, Any], runs: list[Run]) -> None:
