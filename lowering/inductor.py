@@ -94,19 +94,25 @@ def lower_regions(
                 child.meta["specpass_lowered"] = lowered
             setattr(gm, name, lowered)
     regions = find_regions(gm)
-    keys = [region.key() for region in regions]
     compiled: dict[str, str] = {}
-    with progress.task("layers", len(set(keys))):
-        for found, key in zip(regions, keys, strict=True):
-            region = close(found.nodes)
-            if key not in compiled:
-                compiled[key] = f"region_{len(compiled)}"
-                run = compile_region(gm, region, hints, note)
-                gm.add_submodule(compiled[key], CompiledRegion(run, 0 if step else weights_of(region)))
-                progress.advance()
-            stitch(gm, region, compiled[key])
+    for found in regions:
+        region = close(found.nodes)
+        key = region.key()
+        if key not in compiled:
+            compiled[key] = f"region_{len(compiled)}"
+            run = compile_region(gm, region, hints, note)
+            gm.add_submodule(compiled[key], CompiledRegion(run, 0 if step else weights_of(region)))
+            progress.advance()
+        stitch(gm, region, compiled[key])
     gm.graph.lint()
     return count + len(regions), distinct + len(compiled)
+
+
+def distinct_regions(gm: fx.GraphModule) -> int:
+    """How many regions `lower_regions` will compile."""
+    inside = [child for child in gm.children() if isinstance(child, fx.GraphModule)]
+    still = [child for child in inside if "specpass_lowered" not in child.meta]
+    return len({region.key() for region in find_regions(gm)}) + sum(map(distinct_regions, still))
 
 
 def weights_of(region: Region) -> int:

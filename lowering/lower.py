@@ -14,6 +14,7 @@ from specpass.lowering.choose import choose_sites
 from specpass.lowering.cuda_graph import GraphedModule, GraphedStep, input_kinds, on_cuda, operand_kinds
 from specpass.lowering.few_rows import linear_notes
 from specpass.lowering.fuse import fuse
+from specpass.observe import progress
 from specpass.rewrite import Observer, Request
 from specpass.rewrite.base import STEPS
 
@@ -79,9 +80,10 @@ def lower(
     notes = linear_notes(gm) if request.kind in STEPS else []
     regions = distinct = work = 0
     if lowering == "inductor":
-        from specpass.lowering.inductor import lower_regions, tagged, work_of
+        from specpass.lowering.inductor import distinct_regions, lower_regions, tagged, work_of
 
-        with tagged(fingerprint):
+        count = distinct_regions(gm) if progress.watched() else None
+        with tagged(fingerprint), progress.task("layers", count):
             regions, distinct = lower_regions(gm, note)
         work = work_of(gm)
     if graphs and graph_subgraphs(gm, note):

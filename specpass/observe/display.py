@@ -34,10 +34,10 @@ def display(console: Console | None = None) -> Watch:
 
 
 class _Times(ProgressColumn):
-    """Share done and time left; of a task without a known end, the time that it took."""
+    """Share done and time left; of a task of which nothing is done, or without a known end, the time that it took."""
 
     def render(self, task: Task) -> Text:
-        if task.total is None:
+        if task.total is None or not task.completed:
             return Text(f"{task.elapsed or 0:.0f} s")
         left = task.time_remaining
         return Text(f"{task.percentage:.0f} %" + ("" if left is None else f", {left:.0f} s left"))

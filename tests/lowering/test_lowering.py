@@ -66,7 +66,7 @@ def test_layers_are_one_region(models: tuple[Any, Any], runs: list[Run]) -> None
 def test_who_watches_is_told_of_layers_compiled_and_read(runs: list[Run], told: Recorder) -> None:
     assert all(task.over for task in told.tasks)
     layers = [(task.total, task.done) for task in told.tasks if task.path == ("compiling", "layers")]
-    assert layers == [(1, 1)] * 4  # the draft's prefill and its step, the target's prompt, its step
+    assert layers == [(3, 3), (1, 1)]  # the target's, the draft's in its prefill and in its step; the decode step's
     ours, theirs = [task for task in told.tasks if task.path == ("reading the prompt",)]
     assert ours.total == ours.done > LAYERS * 64 * 64  # weights of all layers, in the order in which they are read
     assert (theirs.total, theirs.done) == (None, 0)
