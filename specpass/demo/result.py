@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-import specpass
 from specpass.demo.prompt import EXPECTED, FACT
 
 
@@ -32,18 +30,6 @@ class Result:
     @property
     def right(self) -> bool:
         return self.answer.strip().strip("\"'`") == EXPECTED
-
-
-def kept_positions(cache: Any) -> tuple[tuple[tuple[int, ...], ...], ...] | None:
-    """Prompt positions that a BudgetCache kept of its first row, by layer and KV head; None for other caches."""
-    if not isinstance(cache, specpass.BudgetCache):
-        return None
-    return tuple(
-        tuple(
-            tuple(position for position in head if position >= 0) for head in layer.tensors()["positions"][0].tolist()
-        )
-        for layer in cache.layers
-    )
 
 
 class Rows:

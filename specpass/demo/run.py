@@ -20,11 +20,12 @@ import specpass
 from specpass import hub
 from specpass.backend import checks
 from specpass.demo.prompt import Prompt, build_prompt
-from specpass.demo.result import Result, Rows, kept_positions
+from specpass.demo.result import Result, Rows
 from specpass.files import check_folder
 from specpass.methods import registry
 from specpass.methods.base import Method
 from specpass.observe import progress
+from specpass.observe.kept import kept_positions
 from specpass.observe.layers import reading_by_layers
 from specpass.observe.storage import cache_bytes
 from specpass.observe.streaming import Clock
@@ -58,12 +59,13 @@ def measure(name: str, model: Any, tokenizer: Any, prompt: Prompt, warm_up: Prom
         out = _generate(model, prompt.inputs, max_new_tokens=NEW_TOKENS, streamer=clock)
     times = clock.times[1:]
     span = times[-1] - times[0]
-    kept = kept_positions(out.past_key_values)
+    cache = out.past_key_values
+    kept = kept_positions(cache) if isinstance(cache, specpass.BudgetCache) else None
     return Result(
         method=name,
         answer=tokenizer.decode(out.sequences[0, len(prompt) :], skip_special_tokens=True),
         slots=len(prompt) if kept is None else max(len(head) for layer in kept for head in layer),
-        cache_bytes=cache_bytes(out.past_key_values),
+        cache_bytes=cache_bytes(cache),
         first_token_s=times[0] - start,
         decode_rate=(len(times) - 1) / span if span > 0 else float("nan"),
         compile_s=compile_s,

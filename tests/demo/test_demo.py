@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from announced import SNAP, announce
 from cli_models import save_model
@@ -97,12 +96,6 @@ def test_a_method_of_ones_own_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [method.name for method in methods] == ["SnapKV", "SpecKV", "Toy"]
     assert (methods[-1].budget, methods[-1].window) == (64, 32)
     assert type(methods[0]) is specpass.SnapKV
-
-
-def test_binning_keeps_shares() -> None:
-    matrix = np.array([[True, True, False, False, True]])
-    assert pictures.binned(matrix, bins=3).tolist() == [[1.0, 0.0, 1.0]]
-    assert pictures.binned(matrix, bins=10).tolist() == [[1.0, 1.0, 0.0, 0.0, 1.0]]
 
 
 def test_the_picture_is_a_png_with_a_panel_for_each_method(ran: tuple[list[demo.Result], Path], folder: Path) -> None:
