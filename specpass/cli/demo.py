@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from specpass.cli.options import Dtype, Lowering, Quiet, check_words, example, shown
+from specpass.cli.options import Dtype, Lowering, Quiet, check_words, example, shown, silence_libraries
 
 ORDER = 5
 
@@ -36,6 +36,7 @@ def demo(
     from specpass.demo import run as demo
 
     default, methods = (demo.ALL_TOKENS, demo.ALL_METHODS) if full else (demo.TOKENS, demo.METHODS)
+    silence_libraries()
     with shown(quiet):
         demo.run(
             budget,

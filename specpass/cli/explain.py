@@ -26,6 +26,7 @@ from specpass.cli.options import (
     choose,
     example,
     shown,
+    silence_libraries,
 )
 from specpass.errors import MethodOptionError, OutputFileError
 from specpass.files import check_folder
@@ -75,6 +76,7 @@ def explain(
         hub.read_config(name)  # a wrong name first, then the wait
     if lowering == "inductor" and not quiet:
         typer.echo(f"compiling {'the models' if weights else 'stand-ins'} (about a minute)", err=True)
+    silence_libraries()
     with shown(quiet):
         report, stages = run(
             choice.target,

@@ -20,6 +20,7 @@ from specpass.cli.options import (
     choose,
     example,
     shown,
+    silence_libraries,
 )
 
 ORDER = 3
@@ -59,6 +60,7 @@ def export(
     check_packages(weights)
     check_method(choice.method)
     start = time.perf_counter()
+    silence_libraries()
     with shown(quiet):
         model, tokenizer = hub.load(choice.target, dtype=dtype)
         small = model if choice.draft == choice.target else None

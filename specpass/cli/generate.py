@@ -35,6 +35,7 @@ from specpass.cli.options import (
     load_pair,
     read_prompt,
     shown,
+    silence_libraries,
 )
 from specpass.errors import SpeculationError
 from specpass.observe import progress
@@ -77,12 +78,11 @@ def generate(
         if target or draft:
             raise typer.BadParameter("holds its own models: leave --target and --draft out.", param_hint="--onnx")
         text = read_prompt(prompt, prompt_file)
-        _finish(
-            cli_onnx.generate(
+        with shown(quiet):
+            answer = cli_onnx.generate(
                 onnx, text, raw, as_json, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-            ),
-            as_json,
-        )
+            )
+        _finish(answer, as_json)
         return
     if not target:
         raise typer.BadParameter("is missing: name a model, or an exported folder with --onnx.", param_hint="--target")
@@ -93,6 +93,7 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p}
+    silence_libraries()
     with shown(quiet):
         answer = _answer(choice, text, raw, device, seed, echo=not as_json, max_new_tokens=max_new_tokens, **sampling)
     _finish(answer, as_json)

@@ -41,12 +41,16 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout in
 
 @contextlib.contextmanager
 def shown(quiet: bool) -> Iterator[None]:
-    """What takes long inside is shown on stderr, in place of the bars of other libraries; nothing where `quiet`."""
+    """What takes long inside is shown on stderr; nothing where `quiet`."""
+    with contextlib.nullcontext() if quiet else progress():
+        yield
+
+
+def silence_libraries() -> None:
+    """No bars of transformers' among ours."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    with contextlib.nullcontext() if quiet else progress():
-        yield
 
 
 def example(line: str) -> str:
