@@ -23,7 +23,7 @@ class Result:
     slots: int
     cache_bytes: int
     first_token_s: float
-    decode_rate: float  # tokens per second after the first
+    answer_s: float  # of the whole answer, the prompt's reading included
     compile_s: float | None
     kept: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
@@ -46,7 +46,7 @@ class Rows:
         ("slots per\nKV head", 9, "right"),
         ("KV MiB", 6, "right"),
         ("first\ntoken s", 7, "right"),
-        ("decode\ntokens/s", 8, "right"),
+        ("answer\ns", 6, "right"),
         ("compile\ns", 7, "right"),
     )
     ANSWER = range(12, 41)  # its least and its greatest width
@@ -68,7 +68,7 @@ class Rows:
             f"{row.slots:,}",
             f"{row.cache_bytes / 2**20:.1f}",
             f"{row.first_token_s:.1f}",
-            f"{row.decode_rate:.1f}",
+            f"{row.answer_s:.1f}",
             "-" if row.compile_s is None else f"{row.compile_s:.0f}",
         )
         if not self.rows:

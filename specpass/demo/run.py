@@ -57,8 +57,6 @@ def measure(name: str, model: Any, tokenizer: Any, prompt: Prompt, warm_up: Prom
     start = time.perf_counter()
     with reading_by_layers(model) if warm_up is None else contextlib.nullcontext():
         out = _generate(model, prompt.inputs, max_new_tokens=NEW_TOKENS, streamer=clock)
-    times = clock.times[1:]
-    span = times[-1] - times[0]
     cache = out.past_key_values
     kept = kept_positions(cache) if isinstance(cache, specpass.BudgetCache) else None
     return Result(
@@ -66,8 +64,8 @@ def measure(name: str, model: Any, tokenizer: Any, prompt: Prompt, warm_up: Prom
         answer=tokenizer.decode(out.sequences[0, len(prompt) :], skip_special_tokens=True),
         slots=len(prompt) if kept is None else max(len(head) for layer in kept for head in layer),
         cache_bytes=cache_bytes(cache),
-        first_token_s=times[0] - start,
-        decode_rate=(len(times) - 1) / span if span > 0 else float("nan"),
+        first_token_s=clock.times[1] - start,
+        answer_s=clock.times[-1] - start,
         compile_s=compile_s,
         kept=kept,
     )
