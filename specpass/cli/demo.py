@@ -22,7 +22,7 @@ def demo(
         int | None, typer.Option(min=256, help="Prompt length, in tokens; 2,000, or 4,000 --full.")
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Four methods instead of two: seven minutes instead of three.")
+        bool, typer.Option("--full", help="Four methods instead of two: about seven minutes instead of three.")
     ] = False,
     target: Annotated[str, typer.Option("--target", "-t", help="Name, hub id or folder.")] = "qwen2.5-coder-1.5b",
     draft: Annotated[str, typer.Option("--draft", "-d", help="Name, hub id or folder.")] = "qwen2.5-coder-0.5b",

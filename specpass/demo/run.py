@@ -31,7 +31,7 @@ from specpass.observe.storage import cache_bytes
 from specpass.observe.streaming import Clock
 
 DRAFT, TARGET = "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
-METHODS, TOKENS = ("snapkv", "speckv"), 2000  # three minutes on two cores
+METHODS, TOKENS = ("snapkv", "speckv"), 2000  # about three minutes on two cores
 ALL_METHODS, ALL_TOKENS = (*METHODS, "specpc", "speckvpc"), 4000  # seven
 OPTIONS = {"window": 32, "lookahead": 32, "prompt_budget": 1024}  # where a method has them
 WARM_UP_TOKENS = 256  # graphs serve every length beyond the budget: a short prompt compiles for a long one
