@@ -102,6 +102,7 @@ def test_bfloat16_rounds_where_the_model_does() -> None:
 def test_an_older_torch_is_noted_where_it_rounds_less(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = torch.fx.Graph()
     graph.placeholder("weight").meta["val"] = torch.empty(2, dtype=torch.bfloat16)
+    graph.output(())
     gm = torch.fx.GraphModule({}, graph)
     for rounds in (True, False):
         monkeypatch.setattr(inductor, "ROUNDS_ON_CPU", rounds)
