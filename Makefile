@@ -35,7 +35,7 @@ test-fast: $(STAMP)  ## tests that need no real weights
 test-real: $(STAMP)  ## tests on real models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real -n auto --maxprocesses 2 --dist loadgroup
 
-demo: $(STAMP)  ## full KV and the methods on a real pair, side by side; pictures in specpass-demo/
+demo: $(STAMP)  ## about three minutes: full KV, SnapKV and SpecKV on a real pair, side by side; pictures in specpass-demo/
 	$(BIN)/specpass demo
 
 lint: $(STAMP)  ## ruff's rules and format, mypy, import contracts

@@ -28,17 +28,30 @@ from specpass.graph.walk import value
 from specpass.lowering.regions import Region, close, find_regions, layer_of
 from specpass.lowering.restate import Hints, Size, hint_of, symbolic_sizes
 from specpass.lowering.variants import Variants
+from specpass.observe import progress
+
+# Whether C++ for a CPU rounds between fused operators as the model does (emulate_precision_casts, see variants.py).
+ROUNDS_ON_CPU = torch.__version__ >= (2, 13)
+UNROUNDED = (
+    f"PyTorch {torch.__version__} keeps float32 between operators that it fuses for a CPU, where models round: logits "
+    "differ in their last digits (2.13 and newer round as the model does)"
+)
 
 
 class CompiledRegion(nn.Module):
-    """A compiled region as a callable that a graph can hold; equal regions share one."""
+    """A compiled region as a callable that a graph can hold; equal regions share one.
 
-    def __init__(self, run: Callable[..., Any]) -> None:
+    Args: work: how much of a prompt's work one call is, for who watches: elements of the weights that it reads.
+    """
+
+    def __init__(self, run: Callable[..., Any], work: int) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.work = run, work
 
     def forward(self, *args: Any) -> Any:
-        return self.run(*args)
+        out = self.run(*args)
+        progress.advance(self.work)
+        return out
 
 
 @functools.cache
@@ -63,10 +76,14 @@ def tagged(fingerprint: str) -> AbstractContextManager[None]:
     return torch.compiler.config.patch(cache_key_tag=f"{tag} specpass {fingerprint} {own}".strip())
 
 
-def lower_regions(gm: fx.GraphModule, note: Callable[[str], None], hints: Hints | None = None) -> tuple[int, int]:
+def lower_regions(
+    gm: fx.GraphModule, note: Callable[[str], None], hints: Hints | None = None, step: bool = False
+) -> tuple[int, int]:
     """Replace each decoder layer by a call of its compiled region, in place; subgraphs (the draft) too.
 
-    Args: note, hints: see compile_region.
+    Args:
+        note, hints: see compile_region.
+        step: the graph is called for each token, which is little beside a prompt.
     Returns: how many regions there were, and how many of them are distinct.
     """
     compiler_probe().join()
@@ -77,7 +94,8 @@ def lower_regions(gm: fx.GraphModule, note: Callable[[str], None], hints: Hints 
             lowered = child.meta.get("specpass_lowered")
             if lowered is None:
                 lowered = copy_module(child)
-                inside = lower_regions(lowered, note, called_with(gm, name, hints))
+                often = len(gm.graph.find_nodes(op="call_module", target=name)) > 1
+                inside = lower_regions(lowered, note, called_with(gm, name, hints), often)
                 count, distinct = count + inside[0], distinct + inside[1]
                 lowered.recompile()
                 child.meta["specpass_lowered"] = lowered
@@ -89,10 +107,40 @@ def lower_regions(gm: fx.GraphModule, note: Callable[[str], None], hints: Hints 
         key = region.key()
         if key not in compiled:
             compiled[key] = f"region_{len(compiled)}"
-            gm.add_submodule(compiled[key], CompiledRegion(compile_region(gm, region, hints, note)))
+            run = compile_region(gm, region, hints, note)
+            gm.add_submodule(compiled[key], CompiledRegion(run, 0 if step else weights_of(region)))
+            progress.advance()
         stitch(gm, region, compiled[key])
     gm.graph.lint()
     return count + len(regions), distinct + len(compiled)
+
+
+def distinct_regions(gm: fx.GraphModule) -> int:
+    """How many regions `lower_regions` will compile."""
+    inside = [child for child in gm.children() if isinstance(child, fx.GraphModule)]
+    still = [child for child in inside if "specpass_lowered" not in child.meta]
+    return len({region.key() for region in find_regions(gm)}) + sum(map(distinct_regions, still))
+
+
+def unrounded(gm: fx.GraphModule) -> bool:
+    """Whether a graph's compiled layers round less often than the model, as this PyTorch compiles them."""
+    inputs = [value(node) for node in gm.graph.find_nodes(op="placeholder")]
+    low = [val for val in inputs if isinstance(val, Tensor) and val.dtype in (torch.bfloat16, torch.float16)]
+    return not ROUNDS_ON_CPU and any(val.device.type == "cpu" for val in low)
+
+
+def weights_of(region: Region) -> int:
+    """Elements of what a region reads that has no symbolic size: weights, beside which the rest is small."""
+    values = [value(node) for node in region.inputs]
+    tensors = [val for val in values if isinstance(val, Tensor)]
+    return sum(val.numel() for val in tensors if all(isinstance(size, int) for size in val.shape))
+
+
+def work_of(gm: fx.GraphModule) -> int:
+    """The work of all regions that one call of a lowered graph runs, those of its subgraphs too."""
+    called = [gm.get_submodule(str(node.target)) for node in gm.graph.find_nodes(op="call_module")]
+    regions = sum(child.work for child in called if isinstance(child, CompiledRegion))
+    return regions + sum(work_of(child) for child in called if isinstance(child, fx.GraphModule))
 
 
 def extract(gm: fx.GraphModule, region: Region) -> fx.GraphModule:

@@ -14,6 +14,7 @@ from specpass.lowering.choose import choose_sites
 from specpass.lowering.cuda_graph import GraphedModule, GraphedStep, input_kinds, on_cuda, operand_kinds
 from specpass.lowering.few_rows import linear_notes
 from specpass.lowering.fuse import fuse
+from specpass.observe import progress
 from specpass.rewrite import Observer, Request
 from specpass.rewrite.base import STEPS
 
@@ -30,6 +31,7 @@ class Lowered:
         notes: what else there is to say.
         pass_seconds: of each fusion pass.
         seconds: wall-clock time.
+        work: of the compiled layers of one call, as `progress.advance` is told of it; 0 where none is compiled.
     """
 
     run: Callable[..., Any]
@@ -39,6 +41,7 @@ class Lowered:
     notes: tuple[str, ...]
     pass_seconds: dict[str, float]
     seconds: float
+    work: int
 
 
 def prepare(lowering: str) -> None:
@@ -75,12 +78,16 @@ def lower(
     pass_seconds = fuse(gm, request, skip, observers)
     choices = tuple(choose_sites(gm))
     notes = linear_notes(gm) if request.kind in STEPS else []
-    regions = distinct = 0
+    regions = distinct = work = 0
     if lowering == "inductor":
-        from specpass.lowering.inductor import lower_regions, tagged
+        from specpass.lowering.inductor import UNROUNDED, distinct_regions, lower_regions, tagged, unrounded, work_of
 
-        with tagged(fingerprint):
+        count = distinct_regions(gm) if progress.watched() else None
+        with tagged(fingerprint), progress.task("layers", count):
             regions, distinct = lower_regions(gm, note)
+        work = work_of(gm)
+        if unrounded(gm):
+            notes.append(UNROUNDED)
     if graphs and graph_subgraphs(gm, note):
         notes.append("the draft's steps are replayed as one CUDA graph")
     gm.recompile()
@@ -89,7 +96,7 @@ def lower(
         run = GraphedStep(gm.forward, input_kinds(gm), refused=refusal("decode steps", note))
         notes.append("decode steps are replayed as one CUDA graph")
     seconds = time.perf_counter() - start
-    return Lowered(run, choices, regions, distinct, tuple(notes), pass_seconds, seconds)
+    return Lowered(run, choices, regions, distinct, tuple(notes), pass_seconds, seconds, work)
 
 
 def lower_draft(

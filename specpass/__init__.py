@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from specpass.methods.speckvpc import SpecKVPC as SpecKVPC
     from specpass.methods.specpc import SpecPC as SpecPC
     from specpass.methods.streamingllm import StreamingLLM as StreamingLLM
+    from specpass.observe.display import progress as progress
     from specpass.reports.report import report as report
 
 # Names are looked up on first use, so that `import specpass` does not import torch. Methods are not listed: the
@@ -31,6 +32,7 @@ _HOME = {
     "BudgetCache": "specpass.cache",
     "Method": "specpass.methods.base",
     "export_onnx": "specpass.export.api",
+    "progress": "specpass.observe.display",
     "report": "specpass.reports.report",
 }
 

@@ -15,6 +15,7 @@ from specpass.cache.prompt import check_gradients, check_ids, check_prompt
 from specpass.cache.replay import REPLAYS, Replay, follow, hold, put_back
 from specpass.cache.states import tell_widest
 from specpass.errors import CacheStateError, PositionsError
+from specpass.observe import progress
 from specpass.rewrite.base import PROMPTS
 from specpass.sizes import Span
 
@@ -37,6 +38,7 @@ class Call:
         ahead: EOS ids, where the last result of `run` are the logits behind the lookahead; else None.
         replays: whether logits are the only result, so that known ones can stand for a step.
         came_free: told how many tokens a step did not compute, and whether a speculator had proposed them.
+        work: of a call's compiled layers, for who watches a prompt.
         drafts: how many results behind the model's own are the draft's caches, from which it goes on.
     """
 
@@ -58,6 +60,7 @@ class Call:
     replays: bool = False
     came_free: Callable[[int, bool], None] = lambda tokens, proposed: None
     drafts: int = 0
+    work: int = 0
     refusal: str = ""  # why this graph runs exactly; "" where it was rewritten
 
     def __call__(self, *args: Any) -> Any:
@@ -84,7 +87,8 @@ class Call:
     def _run(self, cache: BudgetCache, args: tuple[Any, ...]) -> Any:
         """The graph's results; those of a step that follows the lookahead are known already."""
         if self.kind in PROMPTS:
-            out = self.run(*args, *self.lifted)
+            with progress.task("reading the prompt", self.work or None):
+                out = self.run(*args, *self.lifted)
             if self.ahead is not None:
                 *out, logits = out
                 REPLAYS[cache] = Replay(logits, self.ahead)

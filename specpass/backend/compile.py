@@ -209,6 +209,7 @@ class Backend:
             replays=request.kind == "decode" and "attention_mask" not in traced.places and len(results) == 1,
             came_free=self.report.came_free,
             drafts=0 if drafted is None else len(drafted.caches) * request.goes_on,
+            work=lowered.work,
         )
 
     def _request(self, traced: Traced) -> tuple[Request, Facts]:

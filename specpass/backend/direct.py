@@ -31,6 +31,7 @@ from specpass.capture.model import asks_for_length
 from specpass.capture.rope import following
 from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
 from specpass.interpret.beside import leave_out_kinds
+from specpass.observe import progress
 
 
 class LooseBackend:
@@ -79,6 +80,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
             raised_limit(specialize_float=True),
             one_at_a_time(known, form_of(cache, kwargs)),
             collector_rests_while_compiling(),
+            told_of_compilation(),
         ):
             return compiled(**kwargs)
 
@@ -166,6 +168,23 @@ def collector_rests_while_compiling() -> Iterator[None]:
         handler.remove_start_callback(start)
         handler.remove_end_callback(end)
         gc.enable()
+
+
+@contextlib.contextmanager
+def told_of_compilation() -> Iterator[None]:
+    """What is compiled inside is a task, from the first line that Dynamo traces, for who watches."""
+    if not progress.watched():
+        yield
+        return
+    handler, compiling = torch._dynamo.callback.callback_handler, contextlib.ExitStack()
+    start = handler.register_start_callback(lambda _: compiling.enter_context(progress.task("compiling")))
+    end = handler.register_end_callback(lambda _: compiling.close())
+    try:
+        with compiling:
+            yield
+    finally:
+        handler.remove_start_callback(start)
+        handler.remove_end_callback(end)
 
 
 def prepare(cache: BudgetCache, kwargs: dict[str, Any], numbered: bool) -> None:

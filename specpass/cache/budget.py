@@ -19,6 +19,7 @@ from specpass.dialect.define import SPEC
 from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError, UnsupportedCallError
 from specpass.methods.base import Method
 from specpass.methods.speckv import as_id_rows
+from specpass.observe.kept import kept_html
 
 
 class BudgetCache(CacheProtocol):
@@ -168,6 +169,10 @@ class BudgetCache(CacheProtocol):
                 if not layer.exact:
                     layer.grow(room - self.free_at_prefill)
             self.free_at_prefill = room
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what was kept of the prompt, as a picture."""
+        return kept_html(self)
 
     def __deepcopy__(self, memo: dict) -> BudgetCache:
         twin = object.__new__(type(self))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from specpass.cli.options import Dtype, Lowering, check_words, example
+from specpass.cli.options import Dtype, Lowering, Quiet, check_words, example, shown, silence_libraries
 
 ORDER = 5
 
@@ -18,15 +18,33 @@ def add(app: typer.Typer) -> None:
 
 def demo(
     budget: Annotated[int, typer.Option("--budget", "-b", help="KV slots per KV head and layer.")] = 128,
-    tokens: Annotated[int, typer.Option(min=256, help="Prompt length, in tokens.")] = 4000,
+    tokens: Annotated[
+        int | None, typer.Option(min=256, help="Prompt length, in tokens; 2,000, or 4,000 --full.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Four methods instead of two: about seven minutes instead of three.")
+    ] = False,
     target: Annotated[str, typer.Option("--target", "-t", help="Name, hub id or folder.")] = "qwen2.5-coder-1.5b",
     draft: Annotated[str, typer.Option("--draft", "-d", help="Name, hub id or folder.")] = "qwen2.5-coder-0.5b",
     dtype: Dtype = "bfloat16",
     lowering: Lowering = "inductor",
     out: Annotated[Path, typer.Option(help="Folder for kept.png and kept.html.")] = Path("specpass-demo"),
+    quiet: Quiet = False,
 ) -> None:
-    """Find a fact in a long prompt with full KV and each method: answers, memory, speed, and what was kept."""
+    """Find a fact in a long prompt with full KV and with methods: answers, memory, speed, and what was kept."""
     check_words(dtype, lowering)
-    from specpass.demo.run import run
+    from specpass.demo import run as demo
 
-    run(budget, tokens, target=target, draft=draft, dtype=dtype, lowering=lowering, out=out)
+    default, methods = (demo.ALL_TOKENS, demo.ALL_METHODS) if full else (demo.TOKENS, demo.METHODS)
+    silence_libraries()
+    with shown(quiet):
+        demo.run(
+            budget,
+            tokens or default,
+            methods=methods,
+            target=target,
+            draft=draft,
+            dtype=dtype,
+            lowering=lowering,
+            out=out,
+        )

@@ -20,10 +20,13 @@ from specpass.cli.options import (
     MaxNewTokens,
     MethodName,
     Options,
+    Quiet,
     Target,
     Window,
     choose,
     example,
+    shown,
+    silence_libraries,
 )
 from specpass.errors import MethodOptionError, OutputFileError
 from specpass.files import check_folder
@@ -53,6 +56,7 @@ def explain(
     dtype: Dtype = "auto",
     lowering: Lowering = "inductor",
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show sites rewritten, refusals, budgets, bytes and FLOPs, break-even lengths, and the graphs with their seconds.
 
@@ -70,17 +74,19 @@ def explain(
         check_folder(graph.parent)
     for name in filter(None, (choice.target, choice.draft)):
         hub.read_config(name)  # a wrong name first, then the wait
-    if lowering == "inductor":
+    if lowering == "inductor" and not quiet:
         typer.echo(f"compiling {'the models' if weights else 'stand-ins'} (about a minute)", err=True)
-    report, stages = run(
-        choice.target,
-        choice.draft,
-        choice.method,
-        dtype=dtype,
-        lowering=lowering,
-        max_new_tokens=max_new_tokens,
-        weights=weights,
-    )
+    silence_libraries()
+    with shown(quiet):
+        report, stages = run(
+            choice.target,
+            choice.draft,
+            choice.method,
+            dtype=dtype,
+            lowering=lowering,
+            max_new_tokens=max_new_tokens,
+            weights=weights,
+        )
     if graph is not None:
         from specpass.explain.draw import draw
 

@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from specpass.cli.options import Budget, Draft, Lookahead, MethodName, Options, Target, Window, choose, example
+from specpass.cli.options import (
+    Budget,
+    Draft,
+    Lookahead,
+    MethodName,
+    Options,
+    Quiet,
+    Target,
+    Window,
+    choose,
+    example,
+    shown,
+    silence_libraries,
+)
 
 ORDER = 3
 
@@ -28,6 +41,7 @@ def export(
     option: Options = None,
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
     weights: Annotated[str, typer.Option(help="float, or int8: quantized by ONNX Runtime.")] = "float",
+    quiet: Quiet = False,
 ) -> None:
     """Write a target with its draft and method for ONNX Runtime: prefill.onnx, decode.onnx, specpass.json.
 
@@ -46,11 +60,14 @@ def export(
     check_packages(weights)
     check_method(choice.method)
     start = time.perf_counter()
-    model, tokenizer = hub.load(choice.target, dtype=dtype)
-    small = model if choice.draft == choice.target else None
-    if choice.draft is not None and small is None:
-        small = hub.load(choice.draft, dtype=dtype)[0]
-    folder = export_onnx(model, small, choice.method, out, weights=weights, tokenizer=tokenizer)
+    silence_libraries()
+    with shown(quiet):
+        model, tokenizer = hub.load(choice.target, dtype=dtype)
+        small = model if choice.draft == choice.target else None
+        if choice.draft is not None and small is None:
+            small = hub.load(choice.draft, dtype=dtype)[0]
+        folder = export_onnx(model, small, choice.method, out, weights=weights, tokenizer=tokenizer)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    typer.echo(f"{folder}: {size / 1e6:,.0f} MB in {time.perf_counter() - start:.0f} s", err=True)
+    if not quiet:
+        typer.echo(f"{folder}: {size / 1e6:,.0f} MB in {time.perf_counter() - start:.0f} s", err=True)
     typer.echo(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -23,6 +24,7 @@ from specpass.cli.options import (
     MaxNewTokens,
     MethodName,
     Options,
+    Quiet,
     Speculate,
     Target,
     Window,
@@ -32,8 +34,11 @@ from specpass.cli.options import (
     example,
     load_pair,
     read_prompt,
+    shown,
+    silence_libraries,
 )
 from specpass.errors import SpeculationError
+from specpass.observe import progress
 
 ORDER = 1
 
@@ -63,6 +68,7 @@ def generate(
     lowering: Lowering = "inductor",
     onnx: Annotated[Path | None, typer.Option(help="Answer from a folder of `specpass export`, without torch.")] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Answer a prompt (--prompt, --prompt-file or stdin) from a KV cache of fixed budget; the answer streams.
 
@@ -72,12 +78,11 @@ def generate(
         if target or draft:
             raise typer.BadParameter("holds its own models: leave --target and --draft out.", param_hint="--onnx")
         text = read_prompt(prompt, prompt_file)
-        _finish(
-            cli_onnx.generate(
+        with shown(quiet):
+            answer = cli_onnx.generate(
                 onnx, text, raw, as_json, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-            ),
-            as_json,
-        )
+            )
+        _finish(answer, as_json)
         return
     if not target:
         raise typer.BadParameter("is missing: name a model, or an exported folder with --onnx.", param_hint="--target")
@@ -88,7 +93,9 @@ def generate(
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p}
-    answer = _answer(choice, text, raw, device, seed, echo=not as_json, max_new_tokens=max_new_tokens, **sampling)
+    silence_libraries()
+    with shown(quiet):
+        answer = _answer(choice, text, raw, device, seed, echo=not as_json, max_new_tokens=max_new_tokens, **sampling)
     _finish(answer, as_json)
 
 
@@ -110,25 +117,32 @@ def _finish(answer: dict[str, Any], as_json: bool) -> None:
         raise typer.Exit(INTERRUPTED)
 
 
+def _write(text: str, nl: bool) -> None:
+    """A piece of the answer: from the first on, no bar may erase the line on which it stands."""
+    if text:
+        progress.leave()
+    typer.echo(text, nl=nl)
+
+
 def _answer(choice: Choice, text: str, raw: bool, device: str, seed: int, echo: bool, **options: Any) -> dict[str, Any]:
     """Generate and describe what came; an interrupt ends generation, not the description."""
     from transformers import set_seed
-    from transformers.utils import logging
 
     import specpass
+    from specpass.observe.layers import reading_by_layers
     from specpass.observe.storage import cache_bytes
     from specpass.observe.streaming import Streamer
 
-    logging.disable_progress_bar()  # loading bars on stderr would stand between the answer and the prompt
     start = time.perf_counter()
     model, _draft, tokenizer = load_pair(choice, device)
     loaded = time.perf_counter()
     inputs = encode(tokenizer, text, raw, device)
-    streamer = Streamer(tokenizer, typer.echo if echo else None)
+    streamer = Streamer(tokenizer, _write if echo else None)
     set_seed(seed)
     out = None
     try:
-        out = model.generate(**inputs, streamer=streamer, return_dict_in_generate=True, **options)
+        with reading_by_layers(model) if choice.method is None else contextlib.nullcontext():
+            out = model.generate(**inputs, streamer=streamer, return_dict_in_generate=True, **options)
     except KeyboardInterrupt:
         streamer.end()
     ended = time.perf_counter()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from specpass.observe import progress
 from specpass.runtime.chat import encode, load_tokenizer
 
 
@@ -20,14 +22,18 @@ def generate(folder: Path, text: str, raw: bool, as_json: bool, max_new_tokens: 
 
     start = time.perf_counter()
     tokenizer = load_tokenizer(folder)
-    model = runtime.load(folder)
+    with progress.task(f"loading {folder.name}"):
+        model = runtime.load(folder)
     ids = encode(tokenizer, folder, text, raw)
     loaded = time.perf_counter()
     found: list[int] = []
     shown, first = "", None
     interrupted = False
     try:
-        for _, token in model.stream([ids], max_new_tokens, **sampling):
+        stream = model.stream([ids], max_new_tokens, **sampling)
+        with progress.task("reading the prompt"):
+            head = list(itertools.islice(stream, 1))
+        for _, token in itertools.chain(head, stream):
             first = first or time.perf_counter()
             found.append(token)
             whole = tokenizer.decode(found, skip_special_tokens=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ import typer
 from specpass.errors import MissingDraftError, PromptError
 from specpass.methods.base import Method
 from specpass.methods.registry import FULL, make_method, names
+from specpass.observe.display import progress
 
 MODELS = "name (see `specpass models list`), hub id, or folder"
 
@@ -32,7 +35,22 @@ Speculate = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")]
 Lowering = Annotated[str, typer.Option(help="inductor, or eager: the same passes without a compiler.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
+
+
+@contextlib.contextmanager
+def shown(quiet: bool) -> Iterator[None]:
+    """What takes long inside is shown on stderr; nothing where `quiet`."""
+    with contextlib.nullcontext() if quiet else progress():
+        yield
+
+
+def silence_libraries() -> None:
+    """No bars of transformers' among ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def example(line: str) -> str:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from specpass.files import write_file
+from specpass.observe.kept import binned, matrix_of
 
 if TYPE_CHECKING:
     from specpass.demo.prompt import Prompt
     from specpass.demo.result import Result
 
-BINS = 800  # columns of the picture: about a pixel and a half each
 _TEMPLATE = "kept.html.jinja"
 
 
@@ -27,19 +27,7 @@ def kept_matrix(result: Result, length: int) -> np.ndarray:
     """
     if result.kept is None:
         raise ValueError(f"{result.method} kept everything; there is nothing to draw")
-    heads = [head for layer in result.kept for head in layer]
-    matrix = np.zeros((len(heads), length), dtype=bool)
-    for row, positions in enumerate(heads):
-        matrix[row, list(positions)] = True
-    return matrix
-
-
-def binned(matrix: np.ndarray, bins: int = BINS) -> np.ndarray:
-    """[rows, S] -> [rows, at most bins]: the share of each bin's positions that is kept."""
-    width = -(-matrix.shape[1] // bins)
-    padding = -matrix.shape[1] % width
-    padded = np.pad(matrix.astype(float), ((0, 0), (0, padding)), constant_values=np.nan)
-    return np.nanmean(padded.reshape(len(matrix), -1, width), axis=2)
+    return matrix_of(result.kept, length)
 
 
 def png(results: Sequence[Result], prompt: Prompt, title: str) -> bytes:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from rich.console import Console, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
-import specpass
 from specpass.demo.prompt import EXPECTED, FACT
 
 
@@ -23,7 +23,7 @@ class Result:
     slots: int
     cache_bytes: int
     first_token_s: float
-    decode_rate: float  # tokens per second after the first
+    answer_s: float  # of the whole answer, the prompt's reading included
     compile_s: float | None
     kept: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
@@ -32,34 +32,46 @@ class Result:
         return self.answer.strip().strip("\"'`") == EXPECTED
 
 
-def kept_positions(cache: Any) -> tuple[tuple[tuple[int, ...], ...], ...] | None:
-    """Prompt positions that a BudgetCache kept of its first row, by layer and KV head; None for other caches."""
-    if not isinstance(cache, specpass.BudgetCache):
-        return None
-    return tuple(
-        tuple(
-            tuple(position for position in head if position >= 0) for head in layer.tensors()["positions"][0].tolist()
-        )
-        for layer in cache.layers
+class Rows:
+    """The table, printed a row at a time: each is there as soon as it is known.
+
+    Attributes: rows: so far.
+    """
+
+    # Heading, width of its cells, justification; the answer takes what is left.
+    COLUMNS: tuple[tuple[str, int | None, JustifyMethod], ...] = (
+        ("method", 12, "left"),
+        ("answer", None, "left"),
+        ("", 5, "left"),
+        ("slots per\nKV head", 9, "right"),
+        ("KV MiB", 6, "right"),
+        ("first\ntoken s", 7, "right"),
+        ("answer\ns", 6, "right"),
+        ("compile\ns", 7, "right"),
     )
+    ANSWER = range(12, 41)  # its least and its greatest width
 
+    def __init__(self, console: Console, title: str) -> None:
+        self.console, self.title = console, title
+        self.rows: list[Result] = []
 
-def table(results: list[Result], title: str) -> Table:
-    table = Table(title=title)
-    for column in ("method", "answer", ""):
-        table.add_column(column)
-    for column in ("slots per\nKV head", "KV MiB", "first\ntoken s", "decode\ntokens/s", "compile s"):
-        table.add_column(column, justify="right")
-    for row in results:
+    def add(self, row: Result) -> None:
+        fixed = sum((width or 0) + 1 for _, width, _ in self.COLUMNS)
+        answer = min(max(self.console.width - fixed, self.ANSWER.start), self.ANSWER.stop - 1)
+        table = Table(box=None, padding=(0, 1, 0, 0), show_header=not self.rows, collapse_padding=True)
+        for heading, width, justify in self.COLUMNS:
+            table.add_column(heading, width=answer if width is None else width, justify=justify, overflow="fold")
         table.add_row(
             row.method,
-            row.answer,
+            Text(row.answer.strip()),
             "[green]right[/green]" if row.right else "[red]wrong[/red]",
             f"{row.slots:,}",
             f"{row.cache_bytes / 2**20:.1f}",
             f"{row.first_token_s:.1f}",
-            f"{row.decode_rate:.1f}",
+            f"{row.answer_s:.1f}",
             "-" if row.compile_s is None else f"{row.compile_s:.0f}",
         )
-    table.caption = f"the fact: {FACT}"
-    return table
+        if not self.rows:
+            self.console.print(f"{self.title}\nthe fact: {FACT}\n", highlight=False, markup=False)
+        self.console.print(table)
+        self.rows.append(row)

@@ -28,6 +28,7 @@ from specpass.errors import (
 )
 from specpass.files import write_file
 from specpass.methods.base import Method
+from specpass.observe import progress
 from specpass.rewrite import Refusal
 from specpass.runtime.bundle import DECODE, MANIFEST, PREFILL, Bundle, file_hash
 from specpass.sizes import context_length, eos_ids
@@ -96,7 +97,8 @@ def export_onnx(
         if weights == "int8":
             from specpass.export.quantize import quantize
 
-            quantize(folder)
+            with progress.task("quantizing"):
+                quantize(folder)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, folder)
         bundle = describe(folder, target, draft, method, weights)
@@ -170,14 +172,16 @@ def write_graphs(
     from specpass.export.translate import translate
 
     try:
-        capture = capture_target(target, method, draft, unrolled)
+        with progress.task("tracing"):
+            capture = capture_target(target, method, draft, unrolled)
     except Refusal as refusal:
         raise ExportError(f"this architecture cannot be exported: {refusal}. specpass.compile runs it.") from refusal
     files = {"target": WeightFile(folder / TARGET_DATA), "draft": WeightFile(folder / DRAFT_DATA)}
     for name, program in ((PREFILL, capture.prefill), (DECODE, capture.decode)):
-        model = translate(program, name.removesuffix(".onnx"))
-        bind_weights(model, program.weights, files)
-        ir.save(model, folder / name)
+        with progress.task(f"writing {name}"):
+            model = translate(program, name.removesuffix(".onnx"))
+            bind_weights(model, program.weights, files)
+            ir.save(model, folder / name)
 
 
 def copy_tokenizer(tokenizer: Any, folder: Path) -> None:

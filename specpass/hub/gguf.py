@@ -6,12 +6,14 @@ as zip archives: nothing is installed and none of their code runs.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from specpass.errors import CorruptWeightsError, FetchError
+from specpass.observe import progress
 
 if TYPE_CHECKING:
     from specpass.hub.sources import ModelSource
@@ -118,12 +121,9 @@ def convert(name: str, gguf: Path, folder: Path) -> None:
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
-    from transformers.utils import logging
 
     _CONSOLE.print(f"{name}: converting to bfloat16, once (about a minute)")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the reader reports every key that it has no use for
-    try:
+    with progress.task(f"converting {name}"), quiet_reader():
         source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
         tokenizer = _tokenizer(gguf, source)
         model = AutoModelForCausalLM.from_pretrained(
@@ -134,7 +134,33 @@ def convert(name: str, gguf: Path, folder: Path) -> None:
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def quiet_reader() -> Iterator[None]:
+    """transformers' reader of GGUF files says nothing; the tensors that it converts are a task of ours."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging
+
+    def told(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+        with progress.task("tensors", len(tensors)):
+            for tensor in tensors:
+                yield tensor
+                progress.advance()
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # it reports every key that it has no use for
+    logging.disable_progress_bar()
+    own = vars(reader).get("tqdm")  # a bar that no setting of transformers switches off
+    if own is not None:
+        reader.tqdm = told
+    try:
+        yield
     finally:
+        if own is not None:
+            reader.tqdm = own
+        if bars:
+            logging.enable_progress_bar()
         logging.set_verbosity(verbosity)
 
 

@@ -25,6 +25,7 @@ from specpass.errors import CorruptWeightsError, EncoderDecoderError, FetchError
 from specpass.files import cache_dir
 from specpass.hub.sources import MODELS, ModelSource
 from specpass.hub.weights import check_weights, verify_manifest, write_manifest
+from specpass.observe import progress
 
 if TYPE_CHECKING:
     import torch
@@ -152,9 +153,10 @@ def load(name_or_path: str | os.PathLike[str], dtype: torch.dtype | str = "auto"
     folder = model_path(name_or_path)
     check_weights(folder)
     # Mismatches are reported, not raised, so that the error can name them all; nothing is returned with them.
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
-    )
+    with progress.task(f"loading {folder.name}"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if wrong:
         raise CorruptWeightsError(

@@ -27,6 +27,7 @@ from specpass.interpret.prompt import ReadPrompt, ReadWhole
 from specpass.interpret.rows import Packing
 from specpass.interpret.steps import Steps, block_packing
 from specpass.interpret.watch import Listener
+from specpass.observe.layers import reading_by_layers
 from specpass.reports.record import PromptRecord, SiteRecord
 from specpass.rewrite import Refusal
 
@@ -109,7 +110,8 @@ class Call:
         keeper = self._keeper(packing, short, ahead, part)
         reading = ReadPrompt(cache, keeper, ahead is not None, blocks=bool(seen) or types_mask(self.target, kwargs))
         cache.columns, cache.read_mask = 0, None
-        out = self._forward(reading, kwargs)
+        with reading_by_layers(self.target):
+            out = self._forward(reading, kwargs)
         cache.columns, cache.read_mask = part.ids.shape[1] if part is not None and not short else size, mask
         if ahead is not None:
             self._read_ahead(reading, ahead, kwargs.get("position_ids"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from specpass.errors import UnsupportedCallError
 from specpass.reports.data import data
+from specpass.reports.html import html
 from specpass.reports.record import BackendRecord
 from specpass.reports.tables import tables
 from specpass.reports.text import NEW_TOKENS, text
@@ -21,7 +22,7 @@ _NUMBER = itertools.count()
 
 @dataclasses.dataclass(eq=False)
 class Report(BackendRecord):
-    """A backend's record: `str(report)` is readable, rich prints it as tables, `data()` is JSON."""
+    """A backend's record: `str(report)` is readable, rich and notebooks print tables, `data()` is JSON."""
 
     number: int = dataclasses.field(default_factory=lambda: next(_NUMBER), repr=False)
 
@@ -37,6 +38,10 @@ class Report(BackendRecord):
 
     def __str__(self) -> str:
         return text(self)
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return html(tables(self))
 
 
 def base_of(model: Any) -> Any:

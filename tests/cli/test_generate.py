@@ -17,10 +17,12 @@ import torch
 import typer.main
 from announced import SNAP, announce
 from cli_models import save_model
+from recorder import Recorder
 from typer.testing import CliRunner
 
 import specpass
 from specpass import cli
+from specpass.observe.progress import watching
 from specpass.observe.streaming import Streamer
 
 runner = CliRunner()
@@ -133,6 +135,23 @@ def test_a_real_sigint_ends_with_130_and_no_traceback(folder: Path) -> None:
     assert first.strip()
     assert rest.endswith("\n")
     assert "Traceback" not in errors
+
+
+def test_what_takes_long_is_told_until_the_answer_begins_and_not_when_quiet(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Recorder()
+    monkeypatch.setattr("specpass.cli.options.progress", lambda: watching(seen))
+    line = ("-m", "snapkv", "-b", "24", "--window", "8", "-p", TEXT, "--raw")
+    assert generate(folder, *line).exit_code == 0
+    assert [task.path[0] for task in seen.tasks][:3] == ["loading tiny", "compiling", "reading the prompt"]
+    assert all(task.over for task in seen.tasks)
+    seen.tasks.clear()
+    assert generate(folder, "-m", "full", "-p", TEXT, "--raw").exit_code == 0
+    assert [(task.path, task.total, task.done) for task in seen.tasks[1:]] == [(("reading the prompt",), 2, 2)]
+    seen.tasks.clear()
+    assert generate(folder, *line, "--quiet").exit_code == 0
+    assert not seen.tasks
 
 
 def test_a_method_of_ones_own_has_a_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from recorder import Recorder
 from support import Run, check_answer, compile_eager, kept, padded, run
 from tiny import prompt, tiny
 
 import specpass
+from specpass.lowering import inductor
+from specpass.observe import progress
 
 C, W, L, LAYERS = 24, 8, 4, 3
 METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)
@@ -31,8 +34,15 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def runs(models: tuple[Any, Any], batch: tuple[torch.Tensor, torch.Tensor]) -> list[Run]:
-    return [run(model, batch[0], 6, batch[1]) for model in models]
+def told() -> Recorder:
+    """Who watches the first run of both."""
+    return Recorder()
+
+
+@pytest.fixture(scope="module")
+def runs(models: tuple[Any, Any], batch: tuple[torch.Tensor, torch.Tensor], told: Recorder) -> list[Run]:
+    with progress.watching(told):
+        return [run(model, batch[0], 6, batch[1]) for model in models]
 
 
 def test_inductor_equals_eager(runs: list[Run], batch: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -54,6 +64,20 @@ def test_layers_are_one_region(models: tuple[Any, Any], runs: list[Run]) -> None
     assert found == {"prefill": (LAYERS + 2 + 2, 3), "decode": (LAYERS, 1)}
 
 
+def test_who_watches_is_told_of_layers_compiled_and_read(runs: list[Run], told: Recorder) -> None:
+    assert all(task.over for task in told.tasks)
+    layers = [(task.total, task.done) for task in told.tasks if task.path == ("compiling", "layers")]
+    assert layers == [(3, 3), (1, 1)]  # the target's, the draft's in its prefill and in its step; the decode step's
+    ours, theirs = [task for task in told.tasks if task.path == ("reading the prompt",)]
+    assert ours.total == ours.done > LAYERS * 64 * 64  # weights of all layers, in the order in which they are read
+    assert (theirs.total, theirs.done) == (None, 0)
+    assert [task.path[0] for task in told.tasks if len(task.path) == 1] == 2 * [
+        "compiling",
+        "reading the prompt",
+        "compiling",
+    ]
+
+
 def test_another_length_compiles_nothing(models: tuple[Any, Any], runs: list[Run]) -> None:
     ids, mask = padded([prompt(71, seed=3), prompt(C, seed=4)])
     graphs = len(specpass.report(models[0]).graphs)
@@ -63,6 +87,7 @@ def test_another_length_compiles_nothing(models: tuple[Any, Any], runs: list[Run
     assert not specpass.report(models[0]).notes  # no region's code took the first prompt's length for granted
 
 
+@pytest.mark.skipif(not inductor.ROUNDS_ON_CPU, reason="this PyTorch's C++ does not")
 def test_bfloat16_rounds_where_the_model_does() -> None:
     """A fused region that kept float32 between operators would differ from the model in three logits of four."""
     torch._dynamo.reset()
@@ -72,3 +97,13 @@ def test_bfloat16_rounds_where_the_model_does() -> None:
     ours, theirs = (run(model_, ids, 4) for model_ in (model, twin))
     assert torch.equal(ours.logits[:, 0], theirs.logits[:, 0])  # the prefill, bit for bit
     assert ours.tokens == theirs.tokens
+
+
+def test_an_older_torch_is_noted_where_it_rounds_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = torch.fx.Graph()
+    graph.placeholder("weight").meta["val"] = torch.empty(2, dtype=torch.bfloat16)
+    graph.output(())
+    gm = torch.fx.GraphModule({}, graph)
+    for rounds in (True, False):
+        monkeypatch.setattr(inductor, "ROUNDS_ON_CPU", rounds)
+        assert inductor.unrounded(gm) is not rounds
