@@ -50,6 +50,8 @@ def refuse(operands: Operands) -> str | None:
             return f"head dimension {dim}: no multiple of 32"
     if operands.get("softcap") or operands.get("chunk") or operands.get("sinks") is not None:
         return "soft caps, sinks and chunks are aten's"
+    if operands.get("offsets") is not None:
+        return "KV heads with budgets of their own"
     stored = (*states[:2], operands["lengths"])
     if any(tensor.stride(-1) != 1 for tensor in states) or not all(tensor.is_contiguous() for tensor in stored):
         return "rows that are not contiguous"

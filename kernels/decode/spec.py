@@ -37,6 +37,8 @@ class Decode(Kernel):
             return "several new queries at once"
         if operands.get("sliding") or operands.get("chunk"):
             return "a layer that reads a part of its slots"
+        if operands.get("offsets") is not None:
+            return "KV heads with budgets of their own"
         if operands.get("bias") is not None:
             return "a bias of the keys (ALiBi)"
         if not all(_dense(operands[name]) for name in ("keys", "values")):

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from specpass.backend.calls import owner_of
 from specpass.cache import BudgetCache
 from specpass.cache.states import recurrent_layer
-from specpass.dialect.cache import AppendKv, Fill, GatherKv
+from specpass.dialect.cache import AppendKv, Fill, GatherKv, GatherRagged, HeadOffsets
 from specpass.errors import GradientsError, PartialGraphError, UnsupportedCallError
 from specpass.graph.aten import Dropout, Embedding, Sdpa
 from specpass.graph.operands import GetItem, results_of
@@ -131,11 +131,13 @@ def check_inference(gm: fx.GraphModule) -> None:
 
 
 def static_outputs(gm: fx.GraphModule) -> dict[int, int]:
-    """Outputs of a PRUNED graph that are the cache's storage, with the axis of D (keys, values) or K (lengths)."""
+    """Outputs of a PRUNED graph that are the cache's storage, with the axis of D (keys, values) or K (the others)."""
     axes = {0: 2, 1: 2, 2: 1}
     found = {}
     for index, node in enumerate(results_of(gm.graph)):
         item = GetItem.match(node) or (GetItem.match(node.args[0]) if is_op(node, ATEN.sub) else None)
-        if item is not None and GatherKv.is_call(item.source):
+        if item is not None and (GatherKv.is_call(item.source) or GatherRagged.is_call(item.source)):
             found[index] = axes[item.index]
+        elif HeadOffsets.is_call(node):
+            found[index] = 1
     return found

@@ -3,6 +3,9 @@
 One buffer [B, K * (C + N), D] for keys and one for values, with `offsets` and `lengths` per KV head; `keys` and
 `values` are its [B, K, C + N, D] views. The slots of a head are filled from its offset without holes: the kept prompt
 positions first, then the generated tokens.
+
+Where heads have budgets of their own (`ragged`), a head's C_k + N slots lie behind the last head's, in each row by
+itself: the buffers are as large as with equal budgets, and `starts` says where each head begins.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ def room_of(tokens: int) -> int:
 class Storage:
     """One layer's pruned K/V. `lengths` [B, K] counts the slots in use, `positions` [B, K, C] the prompt's part."""
 
+    ragged = False  # whether KV heads have budgets of their own
+
     def reset(self) -> None:
         self.is_initialized = False
         self.exact = False  # whether everything is kept, in the caller's columns and without free slots
@@ -53,7 +58,8 @@ class Storage:
         self.key_buffer: Tensor | None = None
         self.value_buffer: Tensor | None = None
         self.lengths: Any = None  # a tensor after the prefill
-        self.positions: Tensor | None = None
+        self.kept_positions: Tensor | None = None  # [B, K, C]; of ragged heads [B, K * C], one's behind the other's
+        self.starts: Tensor | None = None  # [B, K] first slot of each ragged head
         self.told: Tensor | None = None  # [B, K, C] positions as the target was told them, where it was told others
         self.biased = False  # whether attention adds a bias by the positions of its keys (ALiBi)
 
@@ -64,7 +70,10 @@ class Storage:
 
     @property
     def keys(self) -> Tensor | None:
-        """[B, K, C + N, D] view of the storage, or None before the prefill."""
+        """[B, K, C + N, D] view of the storage, or None before the prefill.
+
+        Of ragged heads a copy of the slots in use, as long as the longest head's, zero behind the others'.
+        """
         return self._view(self.key_buffer)
 
     @property
@@ -74,19 +83,52 @@ class Storage:
     def _view(self, buffer: Tensor | None) -> Tensor | None:
         if buffer is None:
             return None
+        if self.starts is not None:
+            return by_head(buffer, self.starts, self.lengths, 0)
         return buffer.view(buffer.shape[0], self.kv_heads, buffer.shape[1] // self.kv_heads, buffer.shape[2])
 
     @property
     def slots(self) -> int:
-        """Physical slots C + N of each KV head; 0 before the prefill."""
+        """Physical slots C + N of each KV head, of ragged ones in the mean; 0 before the prefill."""
         return 0 if self.key_buffer is None else self.key_buffer.shape[1] // self.kv_heads
 
     @property
     def offsets(self) -> Tensor | None:
-        """[K + 1] int64: head k's slots are offsets[k] .. offsets[k + 1] - 1 of the storage."""
+        """[K + 1] int64: head k's slots are offsets[k] .. offsets[k + 1] - 1 of the storage; ragged: [B, K + 1]."""
         if self.key_buffer is None:
             return None
+        if self.starts is not None:
+            return torch.nn.functional.pad(self.starts, (0, 1), value=self.key_buffer.shape[1])
         return torch.arange(self.kv_heads + 1, device=self.key_buffer.device) * self.slots
+
+    @property
+    def prompt_slots(self) -> Tensor | None:
+        """[B, K]: slots of each head that hold the prompt's positions; None before the prefill."""
+        if self.kept_positions is None:
+            return None
+        if self.starts is None:
+            return (self.kept_positions >= 0).sum(-1)
+        own = self.starts.diff(dim=1) - self.room
+        return torch.cat([own, (self.kept_positions >= 0).sum(1, keepdim=True) - own.sum(1, keepdim=True)], 1)
+
+    @property
+    def room(self) -> int:
+        """Slots N of each head for what follows the prompt."""
+        raise NotImplementedError
+
+    @property
+    def positions(self) -> Tensor | None:
+        """[B, K, C] prompt positions kept, ascending; unused slots -1. Of ragged heads a copy."""
+        if self.starts is None or self.kept_positions is None:
+            return self.kept_positions
+        counts = self.prompt_slots
+        assert counts is not None
+        return by_head(self.kept_positions, counts.cumsum(1) - counts, counts, -1)
+
+    def next_slots(self) -> Tensor:
+        """[B, K]: where the next token of each head goes in the storage."""
+        starts = torch.arange(self.kv_heads, device=self.lengths.device) * self.slots
+        return self.lengths + (starts if self.starts is None else self.starts)
 
     @property
     def batch_size(self) -> int:
@@ -94,7 +136,7 @@ class Storage:
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by name; empty before the prefill."""
-        names = ("key_buffer", "value_buffer", "lengths", "positions", "told")
+        names = ("key_buffer", "value_buffer", "lengths", "kept_positions", "starts", "told")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -106,7 +148,9 @@ class Storage:
 
     def grow(self, slots: int) -> None:
         """Reallocate to `slots` more slots a KV head, keeping what is stored."""
-
+        if self.starts is not None:
+            self._grow_ragged(slots)
+            return
         total = self.slots + slots
 
         def widen(view: Tensor, old: Tensor) -> Tensor:
@@ -117,9 +161,38 @@ class Storage:
 
         self.key_buffer, self.value_buffer = widen(self.keys, self.key_buffer), widen(self.values, self.value_buffer)
 
+    def _grow_ragged(self, slots: int) -> None:
+        """Each head moves on by what its predecessors grew."""
+        assert self.starts is not None
+        assert self.key_buffer is not None
+        assert self.value_buffer is not None
+        moved = torch.arange(self.kv_heads, device=self.starts.device) * slots
+        slot = torch.arange(self.key_buffer.shape[1], device=self.starts.device).expand(len(self.starts), -1)
+        place = slot + moved[torch.searchsorted(self.starts, slot.contiguous(), right=True) - 1]
+
+        def widen(old: Tensor) -> Tensor:
+            new = old.new_zeros(old.shape[0], old.shape[1] + self.kv_heads * slots, old.shape[2])
+            new.scatter_(1, place[..., None].expand_as(old), old)
+            keep_marks(old, new, without=1)
+            return new
+
+        self.key_buffer, self.value_buffer = widen(self.key_buffer), widen(self.value_buffer)
+        new = self.starts + moved
+        keep_marks(self.starts, new)
+        self.starts = new
+
 
 def keep_marks(old: Tensor, new: Tensor, without: int | None = None) -> None:
     """Sizes of `old` that decode's graphs take as constants are constants of `new`, but for the axis `without`."""
     for axis in getattr(old, "_dynamo_static_indices", ()):
         if axis != without:
             torch._dynamo.mark_static(new, axis)
+
+
+def by_head(flat: Tensor, starts: Tensor, counts: Tensor, unused: int) -> Tensor:
+    """[B, T, ...] of which head k has `counts` [B, K] items from `starts` [B, K] on -> [B, K, longest, ...], a copy."""
+    slot = torch.arange(int(counts.max()), device=flat.device)
+    inside = slot < counts[..., None]
+    row = torch.arange(len(flat), device=flat.device)[:, None, None]
+    found = flat[row, torch.where(inside, starts[..., None] + slot, 0)]
+    return found.masked_fill(~inside.reshape(*inside.shape, *[1] * (flat.dim() - 2)), unused)

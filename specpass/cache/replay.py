@@ -122,14 +122,15 @@ def hold(cache: BudgetCache, rows: Sequence[int]) -> Callable[[], None]:
 
     The slots of `rows` hold the lookahead's keys and values, which the prefill computed with all KV.
     """
-    held: list[tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]] = []
+    held: list[tuple[Tensor, tuple[Tensor, Tensor], Tensor]] = []
     for layer in cache.budgeted:
-        chosen = torch.tensor(rows, device=layer.lengths.device)[:, None]
-        place = (chosen, torch.arange(layer.kv_heads, device=chosen.device)[None], layer.lengths[chosen[:, 0]])
-        held += [(view, place, view[place]) for view in (layer.keys, layer.values) if view is not None]
+        chosen = torch.tensor(rows, device=layer.lengths.device)
+        place = chosen[:, None], layer.next_slots()[chosen]
+        buffers = (layer.key_buffer, layer.value_buffer)
+        held += [(buffer, place, buffer[place]) for buffer in buffers if buffer is not None]
 
     def put_back() -> None:
-        for view, place, states in held:
-            view[place] = states
+        for buffer, place, states in held:
+            buffer[place] = states
 
     return put_back

@@ -48,7 +48,7 @@ class Fill(
 class AppendKv(
     Operator,
     schema="append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, "
-    "Tensor? handle, Tensor? positions=None) -> ()",
+    "Tensor? handle, Tensor? positions=None, Tensor? offsets=None) -> ()",
 ):
     """q new KV pairs behind the slots in use, in place; `lengths` advances."""
 
@@ -59,10 +59,22 @@ class AppendKv(
     value: fx.Node
     handle: fx.Node | None  # leads to the cache until specialize drops it
     positions: fx.Node | None  # [B, K, C] of the prompt's slots, where attention adds a bias; attend_slots reads them
+    offsets: fx.Node | None  # [B, K] first slot of each head, where heads have budgets of their own
 
     @staticmethod
-    def fake(keys, values, lengths, key, value, handle, positions=None):
+    def fake(keys, values, lengths, key, value, handle, positions=None, offsets=None):
         return None
+
+
+class HeadOffsets(Operator, schema="head_offsets(Tensor lengths, SymInt room) -> Tensor"):
+    """[B, K] first slot of each head, where heads have budgets of their own: its predecessors' slots and N each."""
+
+    lengths: fx.Node  # [B, K] of the prompt
+    room: Any
+
+    @staticmethod
+    def fake(lengths, room):
+        return torch.empty_like(lengths)
 
 
 class TakeBack(Operator, schema="take_back(Tensor(a!) lengths, Tensor padding) -> ()", since="PRUNED"):
@@ -187,5 +199,33 @@ class GatherKv(
         return (
             key.new_empty(batch, slots, key.shape[3]),
             value.new_empty(batch, slots, value.shape[3]),
+            positions.new_empty(batch, heads),
+        )
+
+
+class GatherRagged(
+    Operator,
+    schema="gather_ragged(Tensor key, Tensor value, Tensor positions, int slots, SymInt room) "
+    "-> (Tensor, Tensor, Tensor)",
+    since="PRUNED",
+):
+    """As gather_kv, for heads with budgets of their own: keys [B, slots + K * N, D], values, lengths [B, K].
+
+    One head's slots and its room lie behind the other's (see head_offsets). No more than `slots` positions are used.
+    """
+
+    key: fx.Node  # [B, K, T, D]
+    value: fx.Node
+    positions: fx.Node  # [B, K, M], unused ones last, -1
+    slots: int
+    room: Any
+
+    @staticmethod
+    def fake(key, value, positions, slots, room):
+        batch, heads = positions.shape[:2]
+        total = slots + heads * room
+        return (
+            key.new_empty(batch, total, key.shape[3]),
+            value.new_empty(batch, total, value.shape[3]),
             positions.new_empty(batch, heads),
         )

@@ -53,6 +53,33 @@ class Select(
         return scores.new_empty(scores.shape[0], scores.shape[1], budget, dtype=torch.int64)
 
 
+class SelectHeads(
+    Operator,
+    schema="select_heads(Tensor scores, Tensor lengths, int budget, int window, int kernel, str pool, int floor) "
+    "-> Tensor",
+    since="PRUNED",
+):
+    """Of K heads together the top K (C - W) columns by pooled score, and of each the last W: [B, K, M].
+
+    Each head has its own top `floor` among them, so none more than M - W = K (C - W) - (K - 1) floor. Ties go to the
+    lower head, then to the lower position.
+    """
+
+    scores: fx.Node  # [B, K, T]
+    lengths: fx.Node  # [B]
+    budget: int
+    window: int
+    kernel: int
+    pool: str
+    floor: int
+
+    @staticmethod
+    def fake(scores, lengths, budget, window, kernel, pool, floor):
+        kv_heads = scores.shape[1]
+        most = window + kv_heads * (budget - window) - (kv_heads - 1) * floor
+        return scores.new_empty(scores.shape[0], kv_heads, most, dtype=torch.int64)
+
+
 class SelectRecent(
     Operator, schema="select_recent(Tensor lengths, int kv_heads, int budget, int sinks) -> Tensor", since="PRUNED"
 ):
@@ -115,6 +142,17 @@ class AddLookahead(Operator, schema="add_lookahead(Tensor positions, Tensor inde
     @staticmethod
     def fake(positions, index):
         return positions.new_empty(*positions.shape[:2], positions.shape[2] + index.shape[1])
+
+
+class PackPositions(Operator, schema="pack_positions(Tensor positions, int slots) -> Tensor", since="PRUNED"):
+    """Positions [B, K, M] of heads with budgets of their own as [B, slots]: one head's behind the other's, then -1."""
+
+    positions: fx.Node
+    slots: int
+
+    @staticmethod
+    def fake(positions, slots):
+        return positions.new_empty(positions.shape[0], slots)
 
 
 class MapPositions(

@@ -221,11 +221,13 @@ def append_attend(
     sinks: Tensor | None = None,
     sliding: int = 0,
     chunk: int = 0,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """As the reference."""
     if choose("append_attend", dict(locals())).kernel == "decode_avx512":
         return decode.append_attend(keys, values, lengths, query, key, value, scale, sliding)[0]
-    return reference.append_attend(keys, values, lengths, query, key, value, scale, softcap, sinks, sliding, chunk)
+    changes = (softcap, sinks, sliding, chunk, offsets)
+    return reference.append_attend(keys, values, lengths, query, key, value, scale, *changes)
 
 
 def append_attend_lse(
@@ -248,8 +250,10 @@ def attend_onnx(
     sliding: int = 0,
     chunk: int = 0,
     bias: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """As the reference."""
+    assert offsets is None, "refused before anything is traced"
     if softcap or sinks is not None or bias is not None:
         return reference.attend(query, keys, values, lengths, scale, softcap, sinks, sliding, chunk, bias)
     batch, heads, count, dim = query.shape
@@ -276,6 +280,16 @@ def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: A
     return 2 * batch * heads * rows * key[2] * (dim + value[3])
 
 
+def attend_flops(
+    query: torch.Size, keys: torch.Size, values: torch.Size, lengths: torch.Size, *_: Any, **__: Any
+) -> int:
+    """keys [B, K, P, D]; or [B, T, D] of heads with budgets of their own, which have T / K slots in the mean."""
+    if len(keys) == 4:
+        return attention_flops(query, keys, values)
+    sizes = (keys[0], lengths[1], keys[1] // lengths[1])
+    return attention_flops(query, (*sizes, keys[2]), (*sizes, values[2]))
+
+
 def append_flops(
     keys: torch.Size, values: torch.Size, lengths: torch.Size, query: torch.Size, key: torch.Size, *_: Any, **__: Any
 ) -> int:
@@ -288,6 +302,6 @@ def append_flops(
 bind(dialect.ModifiedAttention, modified_attention, flops=attention_flops)
 bind(dialect.PrefillAttention, prefill_attention, onnx=prefill_attention_onnx, flops=attention_flops)
 bind(dialect.PrefillAttentionLse, prefill_attention_lse, flops=attention_flops)
-bind(dialect.Attend, reference.attend, onnx=attend_onnx, flops=attention_flops)
+bind(dialect.Attend, reference.attend, onnx=attend_onnx, flops=attend_flops)
 bind(dialect.AppendAttend, append_attend, flops=append_flops)
 bind(dialect.AppendAttendLse, append_attend_lse, flops=append_flops)

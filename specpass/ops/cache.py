@@ -12,7 +12,7 @@ from torch import Tensor
 from specpass.dialect import cache as dialect
 from specpass.errors import UncompiledCacheError
 from specpass.kernels.decode import reference
-from specpass.kernels.gather.reference import gather_kv
+from specpass.kernels.gather.reference import gather_kv, gather_ragged, head_offsets
 from specpass.ops.bind import bind
 
 
@@ -68,10 +68,11 @@ def append_kv(
     value: Tensor,
     handle: Tensor | None,
     positions: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> None:
     """See the reference; `handle` led the backend to the cache, and a pass has read `positions`."""
     check_owner(handle)
-    reference.append_kv(keys, values, lengths, key, value)
+    reference.append_kv(keys, values, lengths, key, value, offsets)
 
 
 def take_back(lengths: Tensor, padding: Tensor) -> None:
@@ -134,3 +135,5 @@ bind(dialect.Size, size)
 bind(dialect.Advance, advance)
 bind(dialect.Widen, widen)
 bind(dialect.GatherKv, gather_kv, onnx=gather_functional)
+bind(dialect.GatherRagged, gather_ragged)
+bind(dialect.HeadOffsets, head_offsets)
