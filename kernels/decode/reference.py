@@ -102,9 +102,6 @@ def attend_ragged(
 ) -> Tensor:
     """`attend` where KV heads have budgets of their own: keys [B, T, D], values [B, T, Dv], head k at offsets [B, K].
 
-
-    offsets [B, K].
-
     A step's few queries ask all T slots in one product and read their own head's. Several tokens at once would make
     masks and logits K times as large: on a CPU, which knows the lengths, each head then reads its own slots alone, and
     elsewhere one head's queries at a time ask all slots.

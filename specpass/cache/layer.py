@@ -10,12 +10,13 @@ itself: the buffers are as large as with equal budgets, and `starts` says where 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+SHARED = ("key_buffer", "value_buffer", "kept_positions")  # of layers that share one storage
 ROOM_STEP = 64  # slots for generated tokens come in blocks of this many
 FIRST_ROOM = 512  # and are at most so many before anything is generated: a limit of 131,072 tokens is seldom reached
 
@@ -50,6 +51,7 @@ class Storage:
     """One layer's pruned K/V. `lengths` [B, K] counts the slots in use, `positions` [B, K, C] the prompt's part."""
 
     ragged = False  # whether KV heads have budgets of their own
+    sharers: Sequence[Storage] = ()  # layers, in order, this one included, whose heads lie in one storage
 
     def reset(self) -> None:
         self.is_initialized = False
@@ -60,6 +62,7 @@ class Storage:
         self.lengths: Any = None  # a tensor after the prefill
         self.kept_positions: Tensor | None = None  # [B, K, C]; of ragged heads [B, K * C], one's behind the other's
         self.starts: Tensor | None = None  # [B, K] first slot of each ragged head
+        self.counts: Tensor | None = None  # [B, K] slots of each ragged head that hold the prompt's positions
         self.told: Tensor | None = None  # [B, K, C] positions as the target was told them, where it was told others
         self.biased = False  # whether attention adds a bias by the positions of its keys (ALiBi)
 
@@ -90,7 +93,7 @@ class Storage:
     @property
     def slots(self) -> int:
         """Physical slots C + N of each KV head, of ragged ones in the mean; 0 before the prefill."""
-        return 0 if self.key_buffer is None else self.key_buffer.shape[1] // self.kv_heads
+        return 0 if self.key_buffer is None else self.key_buffer.shape[1] // (self.kv_heads * len(self._together))
 
     @property
     def offsets(self) -> Tensor | None:
@@ -98,7 +101,8 @@ class Storage:
         if self.key_buffer is None:
             return None
         if self.starts is not None:
-            return torch.nn.functional.pad(self.starts, (0, 1), value=self.key_buffer.shape[1])
+            assert self.counts is not None
+            return torch.cat([self.starts, (self.starts + self.counts)[:, -1:] + self.room], 1)
         return torch.arange(self.kv_heads + 1, device=self.key_buffer.device) * self.slots
 
     @property
@@ -106,10 +110,7 @@ class Storage:
         """[B, K]: slots of each head that hold the prompt's positions; None before the prefill."""
         if self.kept_positions is None:
             return None
-        if self.starts is None:
-            return (self.kept_positions >= 0).sum(-1)
-        own = self.starts.diff(dim=1) - self.room
-        return torch.cat([own, (self.kept_positions >= 0).sum(1, keepdim=True) - own.sum(1, keepdim=True)], 1)
+        return (self.kept_positions >= 0).sum(-1) if self.starts is None else self.counts
 
     @property
     def room(self) -> int:
@@ -121,9 +122,10 @@ class Storage:
         """[B, K, C] prompt positions kept, ascending; unused slots -1. Of ragged heads a copy."""
         if self.starts is None or self.kept_positions is None:
             return self.kept_positions
-        counts = self.prompt_slots
-        assert counts is not None
-        return by_head(self.kept_positions, counts.cumsum(1) - counts, counts, -1)
+        assert self.counts is not None
+        first = self.sharers.index(self) * self.kv_heads if self.sharers else 0
+        rooms = torch.arange(first, first + self.kv_heads, device=self.starts.device) * self.room
+        return by_head(self.kept_positions, self.starts - rooms, self.counts, -1)
 
     def next_slots(self) -> Tensor:
         """[B, K]: where the next token of each head goes in the storage."""
@@ -136,15 +138,23 @@ class Storage:
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by name; empty before the prefill."""
-        names = ("key_buffer", "value_buffer", "lengths", "kept_positions", "starts", "told")
+        names = ("key_buffer", "value_buffer", "lengths", "kept_positions", "starts", "counts", "told")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace each tensor t by change(t); sizes that decode takes as constants stay constants."""
         for name, tensor in self.tensors().items():
-            new = change(tensor)
-            keep_marks(tensor, new)
-            setattr(self, name, new)
+            together = self._together if name in SHARED else (self,)
+            if together[0] is self:  # the first of those that share changes what they share
+                new = change(tensor)
+                keep_marks(tensor, new)
+                for layer in together:
+                    setattr(layer, name, new)
+
+    @property
+    def _together(self) -> Sequence[Storage]:
+        """Layers whose storage is one."""
+        return self.sharers if self.sharers and self.starts is not None else (self,)
 
     def grow(self, slots: int) -> None:
         """Reallocate to `slots` more slots a KV head, keeping what is stored."""
@@ -163,23 +173,28 @@ class Storage:
 
     def _grow_ragged(self, slots: int) -> None:
         """Each head moves on by what its predecessors grew."""
-        assert self.starts is not None
-        assert self.key_buffer is not None
-        assert self.value_buffer is not None
-        moved = torch.arange(self.kv_heads, device=self.starts.device) * slots
-        slot = torch.arange(self.key_buffer.shape[1], device=self.starts.device).expand(len(self.starts), -1)
-        place = slot + moved[torch.searchsorted(self.starts, slot.contiguous(), right=True) - 1]
+        together = self._together
+        if together[0] is not self:
+            return
+        starts = torch.cat([layer.starts for layer in together if layer.starts is not None], 1)
+        moved = torch.arange(starts.shape[1], device=starts.device) * slots
 
         def widen(old: Tensor) -> Tensor:
-            new = old.new_zeros(old.shape[0], old.shape[1] + self.kv_heads * slots, old.shape[2])
+            slot = torch.arange(old.shape[1], device=starts.device).expand(len(starts), -1).contiguous()
+            place = slot + moved[torch.searchsorted(starts, slot, right=True) - 1]
+            new = old.new_zeros(old.shape[0], old.shape[1] + len(moved) * slots, old.shape[2])
             new.scatter_(1, place[..., None].expand_as(old), old)
             keep_marks(old, new, without=1)
             return new
 
-        self.key_buffer, self.value_buffer = widen(self.key_buffer), widen(self.value_buffer)
-        new = self.starts + moved
-        keep_marks(self.starts, new)
-        self.starts = new
+        assert self.key_buffer is not None
+        assert self.value_buffer is not None
+        keys, values = widen(self.key_buffer), widen(self.value_buffer)
+        for layer, own in zip(together, moved.split(self.kv_heads), strict=True):
+            assert layer.starts is not None
+            begin = layer.starts + own
+            keep_marks(layer.starts, begin)
+            layer.key_buffer, layer.value_buffer, layer.starts = keys, values, begin
 
 
 def keep_marks(old: Tensor, new: Tensor, without: int | None = None) -> None:

@@ -187,7 +187,7 @@ class BudgetLayer(Storage, CacheLayerMixin):
                 key_states, value_states, cache.handle, budget, cache.room, self.index, short
             )
             if self.ragged:
-                self.starts = SPEC.head_offsets(self.lengths, cache.room)
+                self.starts, self.counts = SPEC.head_offsets(self.lengths, cache.room)
             self.is_initialized = True
             return key_states, value_states
         if cache.exact:  # kept whole, without free slots: goes on like transformers' DynamicCache
@@ -198,7 +198,7 @@ class BudgetLayer(Storage, CacheLayerMixin):
         tensors = (self.key_buffer, self.value_buffer, self.lengths, key_states, value_states)
         if self.ragged:
             SPEC.append_kv(*tensors, cache.handle, positions, self.starts)
-            return tuple(SPEC.widen(buffer, self.kv_heads, self.slots) for buffer in tensors[:2])
+            return tuple(SPEC.show_heads(buffer, self.starts, self.slots) for buffer in tensors[:2])
         SPEC.append_kv(*tensors, cache.handle, positions)
         if self.widest is None:
             return self.keys, self.values

@@ -144,15 +144,41 @@ class AddLookahead(Operator, schema="add_lookahead(Tensor positions, Tensor inde
         return positions.new_empty(*positions.shape[:2], positions.shape[2] + index.shape[1])
 
 
-class PackPositions(Operator, schema="pack_positions(Tensor positions, int slots) -> Tensor", since="PRUNED"):
-    """Positions [B, K, M] of heads with budgets of their own as [B, slots]: one head's behind the other's, then -1."""
+class SelectCandidates(
+    Operator,
+    schema="select_candidates(Tensor scores, Tensor lengths, int budget, int window, int kernel, str pool, int floor, "
+    "int least) -> (Tensor, Tensor)",
+    since="PRUNED",
+):
+    """As select_heads, and the pooled scores of what was chosen: [B, K, M] twice.
 
-    positions: fx.Node
+    A score is infinite in the window and of each head's top `least` (of at most `floor`); -1 where a slot is unused.
+    """
+
+    scores: fx.Node  # [B, K, T]
+    lengths: fx.Node  # [B]
+    budget: int
+    window: int
+    kernel: int
+    pool: str
+    floor: int
+    least: int
+
+    @staticmethod
+    def fake(scores, lengths, budget, window, kernel, pool, floor, least):
+        positions = SelectHeads.fake(scores, lengths, budget, window, kernel, pool, floor)
+        return positions, scores.new_empty(positions.shape)
+
+
+class PackHeads(Operator, schema="pack_heads(Tensor items, int slots) -> Tensor", since="PRUNED"):
+    """Items [B, K, M] of heads with budgets of their own as [B, slots]: one head's behind the other's, then -1."""
+
+    items: fx.Node  # positions or scores, -1 where unused
     slots: int
 
     @staticmethod
-    def fake(positions, slots):
-        return positions.new_empty(positions.shape[0], slots)
+    def fake(items, slots):
+        return items.new_empty(items.shape[0], slots)
 
 
 class MapPositions(

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 LOOKAHEAD = 32  # tokens that a draft writes where nobody said how many
 BUDGET_STEP = 64  # ratios are resolved to multiples of this at least
-SPREADS = ("uniform", "heads")  # who shares a budget: nobody, or the KV heads of a layer
+SPREADS = ("uniform", "heads", "global")  # who shares budgets: nobody, a layer's KV heads, those of all layers
+CANDIDATES = 3  # times its even share that a layer may have of what all layers share
 FLOOR = 0.2  # of its even share that each KV head keeps at least, where budgets are spread (AdaKV, arXiv 2407.11550)
 
 
@@ -169,6 +170,7 @@ class Scored(Method):
 
     spread: "uniform" gives each KV head C slots. "heads": a layer's K heads share K * C, by one choice of the best
     scores of all of them, where each keeps its window and a fifth of C - W at least (AdaKV, arXiv 2407.11550).
+    "global": the same for the heads of all layers, none of which has more than three times C - W for each of its heads.
     """
 
     window: int = 32

@@ -225,7 +225,7 @@ def append_attend(
 ) -> Tensor:
     """As the reference."""
     if choose("append_attend", dict(locals())).kernel == "decode_avx512":
-        return decode.append_attend(keys, values, lengths, query, key, value, scale, sliding)[0]
+        return decode.append_attend(keys, values, lengths, query, key, value, scale, sliding, offsets)[0]
     changes = (softcap, sinks, sliding, chunk, offsets)
     return reference.append_attend(keys, values, lengths, query, key, value, scale, *changes)
 

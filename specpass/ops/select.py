@@ -58,18 +58,29 @@ def select_heads(
 
     The top K (C - W) of all heads' scores, where a head's own top `floor` come first.
     """
+    return select_candidates(scores, lengths, budget, window, kernel, pool, floor, 0)[0]
+
+
+def select_candidates(
+    scores: Tensor, lengths: Tensor, budget: int, window: int, kernel: int, pool: str, floor: int, least: int
+) -> tuple[Tensor, Tensor]:
+    """`select_heads`, and pooled scores [B, K, M]: infinite in the window and of each head's top `least`."""
     kv_heads = scores.shape[1]
     total = kv_heads * (budget - window)
     most = total - (kv_heads - 1) * floor  # of one head, where the others get no more than their floor
     never = scores.shape[2] + most
     values, index = _best(scores, lengths, most, window, kernel, pool)
-    first = torch.arange(most, device=scores.device) < floor
-    urgent = values.masked_fill(first & (values >= 0), float("inf")).flatten(1)
+    rank = torch.arange(most, device=scores.device)
+    urgent = values.masked_fill((rank < floor) & (values >= 0), float("inf")).flatten(1)
     # Heads lie behind each other, each by falling scores: among equal ones the lower head, then the lower position.
     order = torch.sort(urgent, dim=-1, descending=True, stable=True).indices[:, :total]
     chosen = torch.zeros_like(urgent, dtype=torch.bool).scatter(1, order, True).view_as(values) & (values >= 0)
-    best = index.masked_fill(~chosen, never)
-    return _ascending(torch.cat([best, _last(lengths, window, kv_heads, never)], -1), never)
+    last = _last(lengths, window, kv_heads, never)
+    found = torch.cat([index.masked_fill(~chosen, never), last], -1)
+    worth = values.masked_fill(rank < least, float("inf"))
+    worth = F.pad(worth, (0, window), value=float("inf")).masked_fill(found >= never, -1.0)
+    found, order = found.sort(-1)
+    return found.masked_fill(found >= never, -1), worth.gather(-1, order)
 
 
 def _best(scores: Tensor, lengths: Tensor, top: int, window: int, kernel: int, pool: str) -> tuple[Tensor, Tensor]:
@@ -125,10 +136,10 @@ def keep_short_rows(positions: Tensor, lengths: Tensor, budget: int) -> Tensor:
     return torch.where((lengths <= budget)[:, None, None], every, F.pad(positions, (0, wide - own), value=-1))
 
 
-def pack_positions(positions: Tensor, slots: int) -> Tensor:
-    """Positions [B, K, M] without gaps, one head's behind the other's: [B, slots], unused slots last, -1."""
-    head, rank = slot_sources((positions >= 0).sum(-1), slots, 0)
-    return positions.flatten(1).gather(1, head * positions.shape[2] + rank.clamp(min=0)).masked_fill(rank < 0, -1)
+def pack_heads(items: Tensor, slots: int) -> Tensor:
+    """Items [B, K, M] without gaps, one head's behind the other's: [B, slots], unused slots last, -1."""
+    head, rank = slot_sources((items >= 0).sum(-1), slots, 0)
+    return items.flatten(1).gather(1, head * items.shape[2] + rank.clamp(min=0)).masked_fill(rank < 0, -1)
 
 
 def map_positions(positions: Tensor, prompt_positions: Tensor) -> Tensor:
@@ -163,6 +174,7 @@ bind(dialect.SelectRecent, select_recent)
 bind(dialect.SelectChunk, select_chunk)
 bind(dialect.KeepAll, keep_all)
 bind(dialect.KeepShortRows, keep_short_rows)
-bind(dialect.PackPositions, pack_positions)
+bind(dialect.SelectCandidates, select_candidates)
+bind(dialect.PackHeads, pack_heads)
 bind(dialect.MapPositions, map_positions)
 bind(dialect.AddLookahead, add_lookahead)

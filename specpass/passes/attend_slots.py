@@ -5,6 +5,7 @@ after:  attend(q, keys, values, lengths, scale)                 the mask's subgr
 
 Where KV heads have budgets of their own, append_kv has their offsets, and the storage is read as it lies:
 
+before: sdpa(q, show_heads(keys, offsets), show_heads(values, offsets), mask)
 after:  attend(q, keys, values, lengths, scale, 0.0, None, 0, 0, None, offsets)
 
 A bias of the keys (ALiBi) goes into an operand, by where the slots' tokens stood: key_bias(slopes, slot_positions(
@@ -21,8 +22,8 @@ from torch import fx
 from specpass.dialect.cache import AppendKv, Widen
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
-from specpass.graph.walk import ATEN, ancestors, behind
-from specpass.passes.annotate import storage_of
+from specpass.graph.walk import ATEN, ancestors, behind, skip_full_slices
+from specpass.passes.annotate import key_of, value_of
 from specpass.passes.attend_packed import key_bias
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 from specpass.rewrite.base import STEPS
@@ -70,7 +71,7 @@ def attend_ragged(editor: Editor, site: Site, append: AppendKv) -> Site:
 
     Raises: Refusal: attention reads what is made of the slots, as if all heads had as many.
     """
-    if site.alibi is not None or any(storage_of(node) not in (append.keys, append.values) for node in site.cached):
+    if site.alibi is not None or tuple(map(skip_full_slices, site.cached)) != (key_of(append), value_of(append)):
         raise Refusal(UNSPREAD, site.module)
     changes = (*site.options, *NO_CHANGES[len(site.options) :], append.offsets)
     operands = (site.query, append.keys, append.values, append.lengths, site.scale, *changes)

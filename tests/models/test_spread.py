@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +11,18 @@ from support import Run, call, compile_eager, padded, run
 from tiny import prompt, tiny
 
 import specpass
+from specpass.errors import SpreadError
+from specpass.observe.storage import cache_bytes
 from specpass.testing import eager
 from specpass.testing.spread import margin, reading_only
 
 C, W, L, K, D, LAYERS, ROOM = 24, 8, 5, 2, 16, 2, 64
 METHODS = {
-    "snapkv": specpass.SnapKV(budget=C, window=W, spread="heads"),
-    "speckv": specpass.SpecKV(budget=C, window=W, lookahead=L, spread="heads"),
+    "snapkv-heads": specpass.SnapKV(budget=C, window=W, spread="heads"),
+    "speckv-global": specpass.SpecKV(budget=C, window=W, lookahead=L, spread="global"),
 }
-SCORING = {"speckv": eager.Scoring(window=W), "snapkv": eager.Scoring(window=W, reduce="mean", pool="avg")}
+BEAMS = [METHODS["snapkv-heads"], specpass.SnapKV(budget=C, window=W, spread="global")]
+SPECKV, SNAPKV = eager.Scoring(window=W), eager.Scoring(window=W, reduce="mean", pool="avg")
 
 
 def heads_of(cache: Any, row: int = 0) -> list[list[torch.Tensor]]:
@@ -30,9 +34,10 @@ class Subject:
     """A compiled target, an uncompiled twin with the same weights, and the draft."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.method = name, METHODS[name]
+        self.method = METHODS[name]
         self.twin, self.draft = tiny(layers=LAYERS), tiny(seed=1000, layers=1)
-        self.model = compile_eager(tiny(layers=LAYERS), self.method, self.draft if name == "speckv" else None)
+        self.model = compile_eager(tiny(layers=LAYERS), self.method, self.draft if self.method.drafts else None)
+        self.together = LAYERS if self.method.spread == "global" else 1  # layers that share
 
     def cache(self, **kwargs: Any) -> specpass.BudgetCache:
         return specpass.BudgetCache(self.model.config, self.method, **{"max_new_tokens": 6, **kwargs})
@@ -40,11 +45,12 @@ class Subject:
     def check(self, cache: Any, ids: torch.Tensor, row: int = 0) -> None:
         """A row's choice, by the formulas' scores."""
         length, kept = ids.shape[1], heads_of(cache, row)
-        ahead = eager.draft_lookahead(self.draft, ids, L)[0] if self.name == "speckv" else None
-        scores = eager.select(self.twin, ids, C, ahead, SCORING[self.name]).scores
-        for layer, own in zip(kept, scores, strict=True):
-            assert all(torch.equal(head[-W:], torch.arange(length - W, length)) for head in layer)
-            assert margin(own, layer, C, W) >= -1e-6
+        ahead = eager.draft_lookahead(self.draft, ids, L)[0] if self.method.drafts else None
+        scores = eager.select(self.twin, ids, C, ahead, SPECKV if self.method.drafts else SNAPKV).scores
+        assert all(torch.equal(head[-W:], torch.arange(length - W, length)) for layer in kept for head in layer)
+        for first in range(0, LAYERS, self.together):
+            share = slice(first, first + self.together)
+            assert margin(torch.cat(scores[share]), [head for layer in kept[share] for head in layer], C, W) >= -1e-6
 
     def answer(self, ours: Run, ids: torch.Tensor, row: int = 0, **options: Any) -> Run:
         """What the twin says where its heads read what ours keep, and no more."""
@@ -77,13 +83,17 @@ def test_what_heads_keep_is_what_the_formulas_say(subject: Subject, length: int)
 
 
 def test_storage_is_that_of_equal_budgets(subject: Subject) -> None:
-    cache = run(subject.model, prompt(60, seed=1)).cache
+    cache, heads = run(subject.model, prompt(60, seed=1)).cache, K * subject.together
     for layer in cache.layers:
-        assert layer.key_buffer.shape == layer.value_buffer.shape == (1, K * (C + ROOM), D)
-        assert layer.key_buffer.untyped_storage().nbytes() == 4 * K * (C + ROOM) * D
-        assert layer.kept_positions.shape == (1, K * C)
+        assert layer.key_buffer.shape == layer.value_buffer.shape == (1, heads * (C + ROOM), D)
+        assert layer.kept_positions.shape == (1, heads * C)
         assert layer.offsets.diff().tolist()[0] == (layer.prompt_slots + ROOM)[0].tolist()
-        assert int(layer.prompt_slots.sum()) == K * C
+        assert layer.slots == C + ROOM
+    assert sum(int(layer.prompt_slots.sum()) for layer in cache.layers) == LAYERS * K * C
+    integers = sum(t.nbytes for layer in cache.layers for t in (layer.lengths, layer.starts, layer.counts))
+    told = 0 if cache.lookahead_ids is None else cache.lookahead_ids.nbytes
+    states = LAYERS * K * (2 * 4 * (C + ROOM) * D + 8 * C)  # keys, values and positions
+    assert cache_bytes(cache) == states + integers + told + 2 * 8  # the handle, and the tokens seen
 
 
 @pytest.mark.parametrize("early_exit", [True, False])
@@ -96,12 +106,11 @@ def test_a_budget_that_holds_the_prompt_is_exact(subject: Subject, early_exit: b
     assert all(torch.equal(head, torch.arange(C - 5)) for layer in heads_of(ours.cache) for head in layer)
 
 
-@pytest.mark.parametrize("early_exit", [True, False])
-def test_a_padded_batch_equals_its_rows_alone(subject: Subject, early_exit: bool) -> None:
+def test_a_padded_batch_equals_its_rows_alone(subject: Subject) -> None:
     """Rows longer than the budget, shorter than it, and shorter than the window."""
     rows = [prompt(length, seed=length) for length in (60, 33, C, 12, W - 3)]
     ids, mask = padded(rows)
-    together = run(subject.model, ids, mask=mask, past_key_values=subject.cache(early_exit=early_exit))
+    together = run(subject.model, ids, mask=mask, past_key_values=subject.cache())
     for row, own in enumerate(rows):
         if own.shape[1] > C:
             subject.check(together.cache, own, row)
@@ -116,7 +125,7 @@ def test_a_long_answer_moves_its_heads(subject: Subject) -> None:
     ours = run(subject.model, ids, 150, past_key_values=subject.cache())
     subject.same(ours, ids)
     layer = ours.cache.layers[0]
-    assert layer.key_buffer.shape[1] == K * (C + ours.cache.free_at_prefill) > K * (C + 149)
+    assert layer.slots == C + ours.cache.free_at_prefill > C + 149
 
 
 def test_turns_and_crops(subject: Subject) -> None:
@@ -139,10 +148,58 @@ def behind(model: Any, ids: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     return model(input_ids=turn, past_key_values=model(input_ids=ids, use_cache=True).past_key_values).logits
 
 
-def test_beams() -> None:
-    subject = Subject("snapkv")
-    ids = prompt(60, seed=7)
-    ours = subject.model.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False, return_dict_in_generate=True)
+@pytest.mark.parametrize("method", BEAMS, ids=["heads", "global"])
+def test_beams(method: specpass.SnapKV) -> None:
+    """Rows go from place to place, and their storage with them, once."""
+    model, twin, ids = compile_eager(tiny(), method), tiny(), prompt(60, seed=7)
+    how = {"max_new_tokens": 80, "num_beams": 3, "do_sample": False, "return_dict_in_generate": True}
+    ours = model.generate(ids, **how)
     with reading_only(heads_of(ours.past_key_values), 60):
-        theirs = subject.twin.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False)
-    assert ours.sequences.tolist() == theirs.tolist()
+        theirs = twin.generate(ids, **how)
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+
+
+def test_one_decode_graph_whatever_the_split() -> None:
+    """Compiled; prompts of many lengths, among them one that fits the budget."""
+    model, twin = specpass.compile(tiny(), method=BEAMS[1]), tiny()
+    for length in (60, 61, 200, 20):
+        ids = prompt(length, seed=length)
+        ours = run(model, ids, 4)
+        with reading_only(heads_of(ours.cache), length):
+            assert ours.tokens == run(twin, ids, 4).tokens
+    report = specpass.report(model)
+    assert [graph.kind for graph in report.graphs] == ["prefill", "decode", "short"]
+    assert "24 slots in the mean: the KV heads of all layers share them" in str(report)
+
+
+def test_speckv_pc_shares_what_is_left_of_the_prompt() -> None:
+    how = specpass.SpecKVPC(
+        budget=C,
+        window=W,
+        lookahead=L,
+        spread="global",
+        prompt_budget=40,
+        prompt_window=W,
+        prompt_kernel=3,
+        neighbours=3,
+    )
+    model, rows = compile_eager(tiny(), how, tiny(seed=1000, layers=1)), [prompt(60, seed=1), prompt(45, seed=2)]
+    ids, mask = padded(rows)
+    together = run(model, ids, mask=mask)
+    for row, own in enumerate(rows):
+        alone = run(model, own)
+        assert together.tokens[row] == alone.tokens[0]
+        read = set(alone.cache.prompt_positions[0].tolist())
+        for ours, theirs in zip(heads_of(together.cache, row), heads_of(alone.cache), strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+            assert all(set(head.tolist()) <= read for head in ours)
+    assert sum(len(head) for layer in heads_of(alone.cache) for head in layer) == LAYERS * K * C
+
+
+def test_where_heads_cannot_share_it_is_an_error(tmp_path: Path) -> None:
+    """Never equal budgets without a word."""
+    how = specpass.SnapKV(budget=C, window=W, spread="heads")
+    with pytest.raises(SpreadError, match=r"SnapKV\(spread='heads'\).*ALiBi.*use spread='uniform'"):
+        run(compile_eager(tiny("bloom"), how), prompt(60))
+    with pytest.raises(SpreadError, match="export with spread='uniform'"):
+        specpass.export_onnx(tiny(), tmp_path / "out", method=how)

@@ -59,6 +59,16 @@ attend(add, unflatten, unflatten, lengths_1, 0.25)""",
     )
 
 
+def test_text_of_shared_budgets() -> None:
+    state = step_graph(specpass.SnapKV(budget=24, window=8, spread="heads")).before("attend_slots")
+    before = text(state.gm, "show_heads", SDPA)
+    assert_expected_inline(
+        f"{before}\n->\n{text(state.apply(AttendSlots()).gm, 'show_heads', 'attend')}",
+        """\
+""",
+    )
+
+
 @pytest.mark.parametrize("kind", ["decode", "append"])
 def test_count(kind: Any) -> None:
     state = step_graph(SNAPKV, kind=kind, layers=2).after("attend_slots")
