@@ -102,30 +102,35 @@ def attend_ragged(
 ) -> Tensor:
     """`attend` where KV heads have budgets of their own: keys [B, T, D], values [B, T, Dv], head k at offsets [B, K].
 
-    A step's few queries ask all T slots in one product and read their own head's. Several tokens at once would make
-    masks and logits K times as large: on a CPU, which knows the lengths, each head then reads its own slots alone, and
-    elsewhere one head's queries at a time ask all slots.
+    Where lengths lie on the host, each head reads its own slots alone. On CUDA, which waits for no number, masks say
+    which slots are its own: single tokens have a kernel there.
     """
-    heads, count = query.shape[1:3]
-    kv_heads = lengths.shape[1]
-    group, changes = heads // kv_heads, (scale, softcap, sinks, sliding, chunk)
-    if count > 1 and not query.is_cuda:
-        return attend_heads(query, keys, values, lengths, offsets, *changes)
+    how = attend_masked if query.is_cuda else attend_heads
+    return how(query, keys, values, lengths, offsets, scale, softcap, sinks, sliding, chunk)
+
+
+def attend_masked(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    offsets: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    sliding: int,
+    chunk: int,
+) -> Tensor:
+    """`attend_ragged` without a look at lengths: one head's queries at a time ask all T slots."""
+    count, kv_heads = query.shape[2], lengths.shape[1]
+    group, out = query.shape[1] // kv_heads, query.new_empty(*query.shape[:3], values.shape[2])
     owned = slots_owned(lengths, offsets, count, keys.shape[1], sliding, chunk)  # [B, K, q, T]
-    states, out = (keys[:, None], values[:, None]), []
-    step = kv_heads if count == 1 else 1
-    for first in range(0, kv_heads, step):
-        own = owned[:, first : first + step].repeat_interleave(group, 1)  # [B, h, q, T] of h query heads
-        some = query[:, first * group : first * group + own.shape[1]]
-        if softcap or sinks is not None:
-            share = None if sinks is None else sinks[first * group : first * group + own.shape[1]]
-            out.append(modified_attention(some, *states, own[:, None], scale, softcap, share))
-            continue
-        one = F.scaled_dot_product_attention(
-            some.flatten(1, 2)[:, None], *states, attn_mask=own.flatten(1, 2)[:, None], scale=scale
-        )
-        out.append(one.view(*some.shape[:3], -1))
-    return out[0] if len(out) == 1 else torch.cat(out, 1)
+    for head in range(kv_heads):
+        own = slice(head * group, head * group + group)
+        share = None if sinks is None else sinks[own]
+        mask = owned[:, head : head + 1]
+        out[:, own] = modified_attention(query[:, own], keys[:, None], values[:, None], mask, scale, softcap, share)
+    return out
 
 
 def attend_heads(
@@ -142,23 +147,19 @@ def attend_heads(
 ) -> Tensor:
     """`attend_ragged`, one head's slots at a time: reads `lengths` and `offsets` on the host."""
     batch, kv_heads = lengths.shape
-    group = query.shape[1] // kv_heads
+    group, plain = query.shape[1] // kv_heads, query.shape[2] == 1 and not (softcap or sliding or chunk)
     out = query.new_empty(*query.shape[:3], values.shape[2])
     for row in range(batch):
         for head, (start, used) in enumerate(zip(offsets[row].tolist(), lengths[row].tolist(), strict=True)):
             own, place = slice(head * group, head * group + group), slice(start, start + used)
-            share = None if sinks is None else sinks[own]
-            out[row, own] = attend(
-                query[row : row + 1, own],
-                keys[row, place][None, None],
-                values[row, place][None, None],
-                lengths[row : row + 1, head : head + 1],
-                scale,
-                softcap,
-                share,
-                sliding,
-                chunk,
-            )[0]
+            some, states = query[row : row + 1, own], (keys[row, place][None, None], values[row, place][None, None])
+            if plain and sinks is None:
+                one = F.scaled_dot_product_attention(some.transpose(1, 2), *states, scale=scale).transpose(1, 2)
+            else:
+                share = None if sinks is None else sinks[own]
+                count = lengths[row : row + 1, head : head + 1]
+                one = attend(some, *states, count, scale, softcap, share, sliding, chunk)
+            out[row, own] = one[0]
     return out
 
 

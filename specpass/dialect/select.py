@@ -34,6 +34,17 @@ class Importance(
         return key.new_empty(key.shape[:3], dtype=torch.float32)
 
 
+class WeighValues(Operator, schema="weigh_values(Tensor scores, Tensor value) -> Tensor", since="PRUNED"):
+    """[B, K, T]: scores times the Euclidean norm of each column's value. Source: arXiv 2406.12335."""
+
+    scores: fx.Node  # [B, K, T]
+    value: fx.Node  # [B, K, T, Dv]
+
+    @staticmethod
+    def fake(scores, value):
+        return torch.empty_like(scores)
+
+
 class Select(
     Operator,
     schema="select(Tensor scores, Tensor lengths, int budget, int window, int kernel, str pool) -> Tensor",

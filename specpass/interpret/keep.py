@@ -70,7 +70,8 @@ class Keeper:
         """[B, K, T] float32 of query rows [B, H, R, D], which stand at `rows`."""
         method, lengths = self.method, self.packing.lengths
         if method.score is None:
-            return SPEC.importance(query, key, self.rows, lengths, method.window, scale, method.reduce)
+            scores = SPEC.importance(query, key, self.rows, lengths, method.window, scale, method.reduce)
+            return SPEC.weigh_values(scores, value) if method.value_norms else scores
         scores = method.score(query, key, value, self.rows, lengths, scale=scale)
         return check_result(scores, tuple(key.shape[:3]), torch.float32, f"{method.name}.score", "scores [B, K, T]")
 

@@ -58,6 +58,7 @@ class Traits:
     verify: bool = False  # whether the answer follows the lookahead by the logits of the target's own prefill
     temperature: float = 0.0  # of the draft's sampling; 0.0 is greedy
     seed: int = 0  # of the draft's sampling
+    value_norms: bool = False  # whether scores are weighed by the norms of the columns' values
     spread: str = "uniform"  # whether KV heads share their budgets: see SPREADS
     sparse_prefill: int = 0  # top columns that a prompt's queries read, and last positions besides; 0: all
 
@@ -168,6 +169,7 @@ class Method(Traits):
 class Scored(Method):
     """Methods that keep the window and the top C - W positions by pooled attention scores.
 
+    value_norms: scores are weighed by the norm of each position's value (arXiv 2406.12335), before they are pooled.
     spread: "uniform" gives each KV head C slots. "heads": a layer's K heads share K * C, by one choice of the best
     scores of all of them, where each keeps its window and a fifth of C - W at least (AdaKV, arXiv 2407.11550).
     "global": the same for the heads of all layers, none of which has more than three times C - W for each of its heads.
@@ -178,6 +180,7 @@ class Scored(Method):
     pool: str = "max"
     kernel: int = 7
     spread: str = dataclasses.field(default="uniform", kw_only=True)
+    value_norms: bool = dataclasses.field(default=False, kw_only=True)
 
     scored: ClassVar[bool] = True
 
@@ -191,6 +194,11 @@ class Scored(Method):
         self._check_budget()
 
     def _check_spread(self) -> None:
+        if self.value_norms and self.score is not None:
+            raise BudgetError(
+                f"value_norms=True: {self.name} scores by a function of its own, which is handed the values; leave "
+                "value_norms out."
+            )
         if self.spread not in SPREADS:
             raise BudgetError(f"spread={self.spread!r}: expected one of {SPREADS}.")
         if self.spread != "uniform" and self.select is not None:

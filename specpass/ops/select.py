@@ -39,6 +39,16 @@ def importance(
     return amx.importance(*operands)
 
 
+def weigh_values(scores: Tensor, value: Tensor) -> Tensor:
+    """Scores [B, K, T] float32 times the norms, in float32, of value [B, K, T, Dv]."""
+    return scores * torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
+
+
+def weigh_values_onnx(scores: Tensor, value: Tensor) -> Tensor:
+    """As the reference."""
+    return scores * value.float().square().sum(-1).sqrt()
+
+
 def select(scores: Tensor, lengths: Tensor, budget: int, window: int, kernel: int, pool: str) -> Tensor:
     """Pooled scores -> kept positions: the top C - W, ties to the lower position, and the last W.
 
@@ -168,6 +178,7 @@ def add_lookahead(positions: Tensor, index: Tensor) -> Tensor:
 
 
 bind(dialect.Importance, importance, onnx=reference.importance, flops=importance_flops)
+bind(dialect.WeighValues, weigh_values, onnx=weigh_values_onnx)
 bind(dialect.Select, select)
 bind(dialect.SelectHeads, select_heads)
 bind(dialect.SelectRecent, select_recent)

@@ -98,6 +98,7 @@ def test_keys_tell_all_methods_and_all_fields_apart() -> None:
                 "lookahead_ids": ((5,),),
                 "sparse_prefill": 2048,
                 "spread": "heads",
+                "value_norms": True,
             }[field.name]
             if getattr(method, field.name) != changed and "lookahead" not in field.name:
                 keys.append(dataclasses.replace(method, **{field.name: changed}).key)

@@ -42,6 +42,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     each = [2 * [item] for item in (*SPEC.gather_ragged(key, value, some, flat, 0), SPEC.pack_heads(some, flat))]
     worths = 2 * [SPEC.pack_heads(worth, flat)]
     return {
+        "weigh_values": [(scores, value)],
         "select_candidates": [(scores, lengths, C, W, 3, "max", 1, 1), (scores, lengths, S + 4, W, 7, "avg", 2, 0)],
         "select_heads": [(scores, lengths, C, W, 3, "max", 1), (scores, lengths, S + 4, W, 7, "avg", 2)],
         "pack_heads": [(some, flat), (worth, flat + 3)],

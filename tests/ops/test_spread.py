@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import specpass.ops  # noqa: F401  (registers the operators)
 from specpass.dialect.define import SPEC
+from specpass.kernels.decode import reference
 from specpass.testing import eager
 from specpass.testing.spread import choose
 
@@ -97,3 +99,25 @@ def test_a_layer_has_no_more_than_its_candidates() -> None:
     counts = [int(own.sum()) for own in SPEC.share_layers(*kept, C, 0, ROOM)[3]]
     assert counts[0] == K * wide
     assert sum(counts) == 3 * K * C
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("changes", [(0.0, False, 0, 0), (2.0, True, 3, 0), (0.0, False, 0, 4)])
+def test_attention_of_a_head_is_that_over_its_own_slots(count: int, changes: tuple[float, bool, int, int]) -> None:
+    """Read by lengths, or masked where lengths are on a device."""
+    generator = torch.Generator().manual_seed(count)
+    keys, values = (torch.randn(2, 50, width, generator=generator) for width in (D, D + 1))
+    query = torch.randn(2, 2 * K, count, D, generator=generator)
+    lengths, offsets = torch.tensor([[5, 12, 3], [20, 4, 9]]), torch.tensor([[4, 20, 40], [29, 0, 12]])
+    how = (0.3, changes[0], torch.randn(2 * K, generator=generator) if changes[1] else None, *changes[2:])
+    found = SPEC.attend(query, keys, values, lengths, *how, None, offsets)
+    masked = reference.attend_masked(query, keys, values, lengths, offsets, *how)
+    for row, head in ((row, head) for row in range(2) for head in range(K)):
+        own = slice(int(offsets[row, head]), int(offsets[row, head] + lengths[row, head]))
+        some = slice(2 * head, 2 * head + 2)
+        states = (each[row, own][None, None] for each in (keys, values))
+        sinks = None if how[2] is None else how[2][some]
+        of_head = (lengths[[row], head : head + 1], how[0], how[1], sinks, *how[3:])
+        due = reference.attend(query[[row], some], *states, *of_head)[0]
+        torch.testing.assert_close(found[row, some], due)
+        torch.testing.assert_close(masked[row, some], due)
