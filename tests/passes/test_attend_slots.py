@@ -65,7 +65,11 @@ def test_text_of_shared_budgets() -> None:
     assert_expected_inline(
         f"{before}\n->\n{text(state.apply(AttendSlots()).gm, 'show_heads', 'attend')}",
         """\
-""",
+show_heads(key_buffer_0, starts_0, floordiv)
+show_heads(value_buffer_0, starts_0, floordiv)
+scaled_dot_product_attention(add, show_heads, show_heads, expand, scale=0.25, enable_gqa=True)
+->
+attend(add, key_buffer_0, value_buffer_0, lengths_0, 0.25, 0.0, None, 0, 0, None, starts_0)""",
     )
 
 

@@ -88,12 +88,29 @@ def test_text_of_shared_budgets() -> None:
     assert_expected_inline(
         difference(AHEAD, mask=True),
         """\
-""",
+-fill(add, transpose, handle, 24, 64, 0, False)
+-head_offsets(fill[2], 64)
++select_heads(importance, pack_order[1], 24, 8, 7, max, 3)
++gather_ragged(add, transpose, select_heads, 48, 64)
++head_offsets(gather_ragged[2], 64)
++pack_heads(select_heads, 48)""",
     )
     assert_expected_inline(
         difference(GLOBAL, mask=True, layers=2),
         """\
-""",
+-fill(add, transpose, handle, 24, 64, 0, False)
+-head_offsets(fill[2], 64)
++select_candidates(importance, pack_order[1], 56, 8, 7, avg, 3, 3)
++pack_heads(select_candidates[1], 112)
++gather_ragged(add, transpose, select_candidates[0], 112, 0)
++pack_heads(select_candidates[0], 112)
+-fill(add, transpose, handle, 24, 64, 1, False)
+-head_offsets(fill[2], 64)
++select_candidates(importance, pack_order[1], 56, 8, 7, avg, 3, 3)
++pack_heads(select_candidates[1], 112)
++gather_ragged(add, transpose, select_candidates[0], 112, 0)
++pack_heads(select_candidates[0], 112)
++share_layers([gather_ragged[0], gather_ragged[0]], [gather_ragged[1], gather_ragged[1]], [gather_ragged[2], gather_ragged[2]], [pack_heads, pack_heads], [pack_heads, pack_heads], 24, 0, 64)""",
     )
 
 
