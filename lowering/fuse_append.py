@@ -46,7 +46,7 @@ class FuseAppend(Pass):
                 "chunk": attend.chunk,
             }
             if attend.offsets is not None:
-                operands["offsets"] = attend.offsets
+                operands |= {"offsets": attend.offsets, "layers": attend.layers}
             fakes = {name: value(operand) for name, operand in operands.items()}
             if choose("append_attend", fakes).kernel is None:
                 continue

@@ -50,13 +50,14 @@ def attend(
     chunk: int = 0,
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
+    layers: int = 1,
 ) -> Tensor:
     """Budgeted attention of q new queries; the GQA group is folded into the query length.
 
     Args: query [B, H, q, D]; keys [B, K, P, D], values [B, K, P, Dv]; lengths [B, K] with the q new slots counted;
     softcap, sinks: as `modified_attention`; sliding, chunk: as `first_read`, in slots, which then hold neighbouring
     positions, from the beginning of a chunk on; bias [B or 1, H, P] is added to the logits of each slot; offsets
-    [B, K]: see `attend_ragged`.
+    [B, K]: see `attend_ragged`; layers: whose heads lie in that storage, for those who count what is read.
     Returns: [B, H, q, Dv]; query i reads the slots below lengths - (q - 1 - i).
     """
     if offsets is not None:
@@ -184,11 +185,12 @@ def append_attend(
     sliding: int = 0,
     chunk: int = 0,
     offsets: Tensor | None = None,
+    layers: int = 1,
 ) -> Tensor:
     """`append_kv` of one token, then `attend`: [B, H, 1, Dv].
 
     Args: keys [B, K * P, D], values [B, K * P, Dv], lengths [B, K], changed in place; query [B, H, 1, D];
-    key [B, K, 1, D], value [B, K, 1, Dv]; offsets [B, K] or None.
+    key [B, K, 1, D], value [B, K, 1, Dv]; offsets [B, K] or None; layers: as in `attend`.
     """
     append_kv(keys, values, lengths, key, value, offsets)
     if offsets is None:

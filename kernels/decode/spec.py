@@ -59,7 +59,9 @@ class Decode(Kernel):
         query, keys, values = (operands[name] for name in ("query", "keys", "values"))
         kv_heads, size = self.storage(operands)
         ragged = operands.get("offsets") is not None
-        slots = constant(size) // kv_heads if ragged else constant(size)
+        slots = constant(size)
+        if ragged:  # in the mean
+            slots //= kv_heads * operands.get("layers", 1)
         step = max(64, power_of_two(slots) // 16)
         return Shapes(
             dtype_of(keys),

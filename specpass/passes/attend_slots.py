@@ -6,7 +6,7 @@ after:  attend(q, keys, values, lengths, scale)                 the mask's subgr
 Where KV heads have budgets of their own, append_kv has their offsets, and the storage is read as it lies:
 
 before: sdpa(q, show_heads(keys, offsets), show_heads(values, offsets), mask)
-after:  attend(q, keys, values, lengths, scale, 0.0, None, 0, 0, None, offsets)
+after:  attend(q, keys, values, lengths, scale, 0.0, None, 0, 0, None, offsets, layers)
 
 A bias of the keys (ALiBi) goes into an operand, by where the slots' tokens stood: key_bias(slopes, slot_positions(
 positions, keys), ...) [B, H, P].
@@ -45,12 +45,13 @@ class AttendSlots(Pass):
 
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
         editor = Editor(gm)
-        rewritten = []
+        rewritten, appends = [], AppendKv.find(gm.graph)
         owns: dict[fx.Node, fx.Node] = {}
         for site in facts[Sites].sites:
             append = AppendKv.of(site.cache)
             if append.offsets is not None:
-                rewritten.append(attend_ragged(editor, site, append))
+                layers = sum(each.keys is append.keys for each in appends)
+                rewritten.append(attend_ragged(editor, site, append, layers))
                 continue
             own = (append.keys, append.values)
             wides = [view for view in Widen.find(gm.graph) if view.node < site.attention and view.storage in own]
@@ -66,14 +67,14 @@ class AttendSlots(Pass):
         gm.graph.eliminate_dead_code()
 
 
-def attend_ragged(editor: Editor, site: Site, append: AppendKv) -> Site:
-    """The site over its layer's storage [B, T, D], where KV heads have budgets of their own.
+def attend_ragged(editor: Editor, site: Site, append: AppendKv, layers: int) -> Site:
+    """The site over a storage [B, T, D] of so many layers, where KV heads have budgets of their own.
 
     Raises: Refusal: attention reads what is made of the slots, as if all heads had as many.
     """
     if site.alibi is not None or tuple(map(skip_full_slices, site.cached)) != (key_of(append), value_of(append)):
         raise Refusal(UNSPREAD, site.module)
-    changes = (*site.options, *NO_CHANGES[len(site.options) :], append.offsets)
+    changes = (*site.options, *NO_CHANGES[len(site.options) :], append.offsets, layers)
     operands = (site.query, append.keys, append.values, append.lengths, site.scale, *changes)
     new = editor.call(SPEC.attend, *operands, before=site.attention, like=site.attention)
     editor.replace(site.attention, new)

@@ -69,7 +69,7 @@ show_heads(key_buffer_0, starts_0, floordiv)
 show_heads(value_buffer_0, starts_0, floordiv)
 scaled_dot_product_attention(add, show_heads, show_heads, expand, scale=0.25, enable_gqa=True)
 ->
-attend(add, key_buffer_0, value_buffer_0, lengths_0, 0.25, 0.0, None, 0, 0, None, starts_0)""",
+attend(add, key_buffer_0, value_buffer_0, lengths_0, 0.25, 0.0, None, 0, 0, None, starts_0, 1)""",
     )
 
 

@@ -96,7 +96,7 @@ def test_text_of_shared_budgets() -> None:
 +pack_heads(select_heads, 48)""",
     )
     assert_expected_inline(
-        difference(GLOBAL, mask=True, layers=2),
+        difference(GLOBAL, mask=True),
         """\
 -fill(add, transpose, handle, 24, 64, 0, False)
 -head_offsets(fill[2], 64)
@@ -104,13 +104,7 @@ def test_text_of_shared_budgets() -> None:
 +pack_heads(select_candidates[1], 112)
 +gather_ragged(add, transpose, select_candidates[0], 112, 0)
 +pack_heads(select_candidates[0], 112)
--fill(add, transpose, handle, 24, 64, 1, False)
--head_offsets(fill[2], 64)
-+select_candidates(importance, pack_order[1], 56, 8, 7, avg, 3, 3)
-+pack_heads(select_candidates[1], 112)
-+gather_ragged(add, transpose, select_candidates[0], 112, 0)
-+pack_heads(select_candidates[0], 112)
-+share_layers([gather_ragged[0], gather_ragged[0]], [gather_ragged[1], gather_ragged[1]], [gather_ragged[2], gather_ragged[2]], [pack_heads, pack_heads], [pack_heads, pack_heads], 24, 0, 64)""",
++share_layers([gather_ragged[0]], [gather_ragged[1]], [gather_ragged[2]], [pack_heads], [pack_heads], 24, 0, 64)""",
     )
 
 
