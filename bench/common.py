@@ -76,3 +76,11 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_folder(name))
+
+
+def own_text(tokenizer: Any, count: int, length: int) -> list[list[int]]:
+    """`count` prompts of `length` tokens: windows of this repository's own text and code, one after another."""
+    files = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("specpass/**/*.py")])
+    ids = [token for file in files for token in tokenizer(file.read_text(), add_special_tokens=False).input_ids]
+    stride = (len(ids) - length) // count
+    return [ids[index * stride : index * stride + length] for index in range(count)]

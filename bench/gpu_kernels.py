@@ -82,7 +82,7 @@ def correctness(run: Run) -> None:
 def label(kernel: Kernel, shapes: Shapes) -> str:
     """A kernel and what sets these shapes apart."""
     name = f"{kernel.name}, {shapes.dtype}, D {shapes.dim}, G {shapes.group}"
-    if kernel.work == "columns":
+    if kernel.operator == "importance":
         name += f", {shapes.reduce}{' of weighted rows' if shapes.weighted else ''}"
     return name + f"{', soft cap' if shapes.softcap else ''}{', sinks' if shapes.sinks else ''}"
 

@@ -52,7 +52,17 @@ def decode_peers(case: measure.Case) -> dict[str, Callable[[], Any]]:
     return found
 
 
-OTHERS = {"decode": decode_peers, "decode_append": append_peers}
+def sparse_peers(case: measure.Case) -> dict[str, Callable[[], Any]]:
+    """What attention over all columns takes."""
+    query, key, value, scale = (case.operands[name] for name in ("query", "key", "value", "scale"))
+    return {
+        "sdpa, all columns": lambda: scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+    }
+
+
+OTHERS = {"decode": decode_peers, "decode_append": append_peers, "sparse_prefill": sparse_peers}
 
 
 def _flashinfer(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Callable[[], Any] | None:

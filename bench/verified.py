@@ -33,14 +33,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def prompts(tokenizer: Any, count: int, length: int) -> list[list[int]]:
-    """Windows of this repository's own text and code, one after another."""
-    files = sorted([*common.ROOT.glob("docs/*.md"), *common.ROOT.glob("specpass/**/*.py")])
-    ids = [token for file in files for token in tokenizer(file.read_text(), add_special_tokens=False).input_ids]
-    stride = (len(ids) - length) // count
-    return [ids[index * stride : index * stride + length] for index in range(count)]
-
-
 def answer(model: Any, ids: list[int]) -> tuple[list[int], int]:
     """(tokens that came free or were the first, how many came free) of an answer that ends where it leaves."""
     import torch
@@ -100,7 +92,7 @@ def main() -> None:
         target, draft = (common.load_model(name, "float32") for name in names)
         model = common.twin(target)
         specpass.compile(model, draft=draft, method=specpass.SpecKV(args.budget, lookahead=LOOKAHEAD))
-        own = [one(model, target, ids) for ids in track(prompts(tokenizer, args.prompts, args.tokens), pair)]
+        own = [one(model, target, ids) for ids in track(common.own_text(tokenizer, args.prompts, args.tokens), pair)]
         found[pair] = {
             "prompts": len(own),
             "equal": sum(each["equal"] for each in own),

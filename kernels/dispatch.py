@@ -10,6 +10,7 @@ Kernels say themselves what they serve (spec.py). What stays with torch's own op
   budget. On an H200 cuDNN's takes 0.89 ms at 8k and 14.8 ms at 32k where flash takes 1.71 and 25.3 (same file): more
   than the 0.04 and 0.14 ms that flash's log-sum-exp saves importance, so from sm_90 on it is not asked for
   (`shares_lse`).
+- sparse prefill of a prompt that is short enough to be read whole: the same, by `prefill_attention`.
 - append of several tokens: a second turn, once. A single token is written in attention's own launch (`append_attend`):
   aten's append is five launches, and at C = 1024 (8 KV heads, D = 128, H100 bandwidth) attention's bytes take 1.6 us.
 
@@ -44,7 +45,6 @@ ATEN_OPERATORS = {
     "select": "a stable sort promises ties to the lower position, and reads 4 bytes a column",
     "prefill_attention": "torch's flash attention",
     "prefill_attention_lse": "torch's flash attention, whose log-sum-exp saves importance its first pass over K",
-    "prefill_attention_sparse": "chosen columns and the last ones, 256 query rows at a time",
     "append_kv": "several tokens at once; one alone is written by the kernel that attends to it",
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from specpass.cache.budget import BudgetCache
 from specpass.cache.drafting import start_draft
 from specpass.cache.prompt import check_gradients, check_ids, check_prompt
-from specpass.cache.replay import REPLAYS, Replay, follow, hold
+from specpass.cache.replay import REPLAYS, Replay, follow, hold, put_back
 from specpass.cache.states import tell_widest
 from specpass.errors import CacheStateError, PositionsError
 from specpass.rewrite.base import PROMPTS
@@ -95,26 +95,24 @@ class Call:
                 start_draft(cache, caches, args[self.places["input_ids"]], self.lookahead)
                 return own
             return out
-        replay = REPLAYS.get(cache)
-        if replay is None or self.kind == "append":  # what is appended may be taken back (assisted decoding)
-            return self.run(*args, *self.lifted)
-        del REPLAYS[cache]
+        replay = REPLAYS.pop(cache, None)
         tokens = args[self.places["input_ids"]] if "input_ids" in self.places else None
-        rows = []
-        if self.replays and tokens is not None and replay.fits(cache, tokens):
-            rows = replay.take(tokens)
-        if not rows:
+        if replay is None or tokens is None or not replay.fits(cache, tokens):
+            return self.run(*args, *self.lifted)
+        rows = replay.take(tokens) if self.kind == "decode" and self.replays else []
+        if not rows:  # what leaves the lookahead may be taken back (assisted decoding)
+            replay.held = hold(cache, range(len(tokens)), tokens.shape[1])
+            REPLAYS[cache] = replay
             return self.run(*args, *self.lifted)
         if not replay.over:
             REPLAYS[cache] = replay
-        assert tokens is not None, "some row follows"
         self.came_free(replay.free(), replay.proposed)
         if len(rows) == len(tokens):
             follow(cache)
             return [replay.known(rows)]
-        put_back = hold(cache, rows)
+        held = hold(cache, rows)
         out = self.run(*args, *self.lifted)
-        put_back()
+        put_back(cache, held)
         out[0][rows] = replay.known(rows)
         return out
 

@@ -135,7 +135,7 @@ def static_outputs(gm: fx.GraphModule) -> dict[int, int]:
     axes = {0: 2, 1: 2, 2: 1}
     found = {}
     for index, node in enumerate(results_of(gm.graph)):
-        item = GetItem.match(node) or (GetItem.match(node.args[0]) if is_op(node, ATEN.sub) else None)
+        item = GetItem.match(node) or (GetItem.match(node.all_input_nodes[0]) if is_op(node, ATEN.sub) else None)
         if item is None:
             continue
         source, shared = item.source, GetItem.match(item.source)

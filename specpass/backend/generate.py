@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.generation.configuration_utils import GenerationMode
 
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
@@ -28,14 +29,15 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
                 target, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         prompt = prompt_length(generation_config, model_kwargs)
-        model_kwargs["past_key_values"] = BudgetCache(
+        model_kwargs["past_key_values"] = cache = BudgetCache(
             target.config,
             backend.method,
             max_new_tokens=new_tokens(generation_config, model_kwargs),
             prompt_length=prompt,
             early_exit=not backend.speculate,  # the draft of a speculator reads every prompt
         )
-        announce(model_kwargs["past_key_values"], prompt)
+        cache.assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        announce(cache, prompt)
         generation_config.disable_compile = True  # generate would compile the call a second time on a GPU
         return None
 

@@ -39,7 +39,7 @@ class Speculator:
         Args: call: the target's compiled call, of any number of tokens.
         """
         drafting, ids = DRAFTS.get(cache), kwargs.get("input_ids")
-        if drafting is None or not isinstance(ids, Tensor) or not self.goes_on(kwargs):
+        if drafting is None or cache.assisted or not isinstance(ids, Tensor) or not self.goes_on(kwargs):
             DRAFTS.pop(cache, None)
             return None
         drafting.tell(ids, cache.appended)

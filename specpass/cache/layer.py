@@ -127,10 +127,13 @@ class Storage:
         rooms = torch.arange(first, first + self.kv_heads, device=self.starts.device) * self.room
         return by_head(self.kept_positions, self.starts - rooms, self.counts, -1)
 
-    def next_slots(self) -> Tensor:
-        """[B, K]: where the next token of each head goes in the storage."""
-        starts = torch.arange(self.kv_heads, device=self.lengths.device) * self.slots
-        return self.lengths + (starts if self.starts is None else self.starts)
+    def places(self, slots: Tensor, rows: Tensor) -> Tensor:
+        """[R, K * n]: where slots [R, K, n] of each head's own lie in the storage, of rows [R]."""
+        if self.starts is None:
+            starts = torch.arange(self.kv_heads, device=slots.device)[:, None] * self.slots
+        else:
+            starts = self.starts[rows][:, :, None]
+        return (starts + slots).flatten(1)
 
     @property
     def batch_size(self) -> int:

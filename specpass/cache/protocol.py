@@ -107,7 +107,7 @@ class CacheProtocol(Cache):
         self.seen.sub_(tokens_to_remove)
         self.appended -= tokens_to_remove
         replay = REPLAYS.get(self)
-        if replay is not None and self.appended < replay.start + replay.used and not replay.take_back(self.appended):
+        if replay is not None and not replay.take_back(self):
             del REPLAYS[self]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -33,6 +33,7 @@ class Replay:
         ids: its lookahead tokens, once they were looked at.
         used: tokens that were followed: a cache that holds another number behind its prompt has left the lookahead.
         start: tokens of the answer in front of them; proposed: they are a speculator's, verified by the pruned target.
+        held: what lay in slots that appended tokens were written to, for the case that all of these are taken back.
     """
 
     logits: Tensor
@@ -43,6 +44,7 @@ class Replay:
     follows: list[bool] = dataclasses.field(default_factory=list)
     ids: list[list[int]] = dataclasses.field(default_factory=list)
     used: int = 0
+    held: list[Held] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -64,10 +66,12 @@ class Replay:
         ]
 
     def take(self, tokens: Tensor) -> list[int]:
-        """Rows of the batch whose next token [B, 1] follows; the others have left from now on."""
-        self.follows = self.matching(tokens)
-        self.used += 1
-        return [index for index, follows in enumerate(self.follows) if follows]
+        """Rows of the batch whose next token [B, 1] follows; the others have left from now on, if it is not all."""
+        follows = self.matching(tokens)
+        if any(follows):
+            self.follows = follows
+            self.used += 1
+        return [index for index, follows in enumerate(follows) if follows]
 
     def free(self) -> int:
         """Rows that took their last token from the lookahead and had not ended before it."""
@@ -92,14 +96,21 @@ class Replay:
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """The batch is another one: `change` makes it of tensors [B, ...]."""
+        if self.held:  # appended tokens that a batch of other rows goes on from are not taken back
+            self.held, self.follows = [], [False] * len(self.rows)
         order = change(torch.arange(len(self.rows), device=self.logits.device)).tolist()
         self.rows, self.follows = [self.rows[i] for i in order], [self.follows[i] for i in order]
         self.ids = [self.ids[i] for i in order] if self.ids else []
 
-    def take_back(self, tokens: int) -> bool:
-        """So many tokens of an answer are left, less than were followed; False: these are not known any more."""
-        self.used = tokens - self.start
-        return self.used >= 0 and all(self.follows)
+    def take_back(self, cache: BudgetCache) -> bool:
+        """Tokens of the answer were taken back; False: what is left of it has left the lookahead."""
+        left = cache.appended - self.start
+        if not 0 <= left <= self.used or not all(self.follows):
+            return False
+        self.used = left
+        put_back(cache, self.held)
+        self.held = []
+        return True
 
     def copy(self) -> Replay:
         """Another that is used up by itself; both read the same logits."""
@@ -117,20 +128,39 @@ def follow(cache: BudgetCache) -> None:
     cache.seen.add_(1)
 
 
-def hold(cache: BudgetCache, rows: Sequence[int]) -> Callable[[], None]:
-    """Before a step that writes every row's next slot; the function returned puts back what lay there in `rows`.
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Keys [R, K * n, D] and values [R, K * n, Dv] of slots [R, K, n] of each head, in the budgeted layer `index`."""
 
-    The slots of `rows` hold the lookahead's keys and values, which the prefill computed with all KV.
+    index: int
+    rows: Tensor  # [R, 1]
+    slots: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def hold(cache: BudgetCache, rows: Sequence[int], tokens: int = 1) -> list[Held]:
+    """Before a step that writes every row's next `tokens` slots: what lies there in `rows`.
+
+    It is the lookahead's keys and values, which the prefill computed with all KV.
     """
-    held: list[tuple[Tensor, tuple[Tensor, Tensor], Tensor]] = []
-    for layer in cache.budgeted:
-        chosen = torch.tensor(rows, device=layer.lengths.device)
-        place = chosen[:, None], layer.next_slots()[chosen]
-        buffers = (layer.key_buffer, layer.value_buffer)
-        held += [(buffer, place, buffer[place]) for buffer in buffers if buffer is not None]
+    found = []
+    for index, layer in enumerate(cache.budgeted):
+        device = layer.lengths.device
+        chosen = torch.tensor(rows, device=device)
+        slots = layer.lengths[chosen][:, :, None] + torch.arange(tokens, device=device)
+        place = chosen[:, None], layer.places(slots, chosen)
+        assert layer.key_buffer is not None, "a prompt was read"
+        assert layer.value_buffer is not None
+        found.append(Held(index, place[0], slots, layer.key_buffer[place], layer.value_buffer[place]))
+    return found
 
-    def put_back() -> None:
-        for buffer, place, states in held:
+
+def put_back(cache: BudgetCache, held: Sequence[Held]) -> None:
+    """What `hold` found, into its slots; these may have moved, where the storage grew."""
+    for each in held:
+        layer = cache.budgeted[each.index]
+        place = each.rows, layer.places(each.slots, each.rows[:, 0])
+        for buffer, states in ((layer.key_buffer, each.keys), (layer.value_buffer, each.values)):
+            assert buffer is not None, "a prompt was read"
             buffer[place] = states
-
-    return put_back

@@ -34,14 +34,18 @@ class TakeAhead(Pass):
     name: ClassVar[str] = "take_ahead"
     stage: ClassVar[str] = "DRAFTED"
     kinds: ClassVar[tuple[Kind, ...]] = ("prefill",)
-    requires: ClassVar[tuple[type, ...]] = (Sites, Rows, Drafted)
+    requires: ClassVar[tuple[type, ...]] = (Sites, Rows)
     provides: ClassVar[tuple[type, ...]] = (Ahead,)
 
     def applies(self, request: Request) -> bool:
         return request.verify
 
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
-        logits, why = logits_of(gm, facts[Sites].sites[-1].attention, facts[Drafted].caches)
+        drafted = facts.get(Drafted)
+        if drafted is None:
+            facts.add(Ahead(why="no lookahead stands behind the prompt"))
+            return
+        logits, why = logits_of(gm, facts[Sites].sites[-1].attention, drafted.caches)
         if logits is None:
             facts.add(Ahead(why=why))
             return

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import sympy
 from sympy import Expr, Symbol
 
-from specpass.cache.layer import room_of
+from specpass.cache.layer import room_of, round_room
 from specpass.methods.base import BUDGET_STEP, CANDIDATES, Method, is_builtin
 from specpass.sizes import Decoder
 
@@ -110,11 +110,11 @@ def pruned_forms(method: Method, drafts: bool) -> dict[str, Expr]:
     ahead = L if method.appends else zero
     compressed = zero if method.prompt is None else C_P if method.scored else C  # SpecPC keeps all that is read
     read = (compressed or S) + ahead
-    flops = _T.flops(read, read, 1)
+    flops = _T.flops(read, read, 1 + (ahead if method.verify else 0))
     moved = _T.weights() + 2 * _T.kv(read) + _T.kv(C + N)
     if method.scored:
         flops += _T.scores(W + ahead, read, _T.n)
-        moved += _T.keys(read, _T.n)  # once more
+        moved += _T.keys(read, _T.n) * (2 if method.value_norms else 1)  # once more, and values for their norms
     draft_flops, draft_bytes = draft_forms(method.prompt is not None) if drafts else (zero, zero)
     own = 0 if method.spread == "uniform" else 2  # where each KV head begins, and what it holds of the prompt
     if method.spread == "global":
@@ -166,8 +166,9 @@ class Costs:
     def _values(self, prompt: int, new_tokens: int, batch: int) -> dict[Symbol, Any]:
         budgets = self.method.resolve(prompt).layer_budgets(self.layers)
         mean = sympy.Rational(sum(budgets), len(budgets))
-        ahead = {} if L in self.values else {L: self.method.look_ahead(new_tokens)}
-        return {**self.values, **ahead, B: batch, S: prompt, C: mean, N: room_of(new_tokens), M: new_tokens}
+        values = {L: self.method.look_ahead(new_tokens), **self.values}
+        room = max(room_of(new_tokens), round_room(values[L]) if self.method.verify else 0)
+        return {**values, B: batch, S: prompt, C: mean, N: room, M: new_tokens}
 
     def break_even(self, what: str, new_tokens: int, batch: int = 1) -> int | None:
         """The shortest prompt from which a generation of `new_tokens` costs no more than with full KV; None: never.

@@ -50,6 +50,19 @@ class Layer:
         }
         return [operands | {"lse": lse} for lse in (None, _empty("float32", self.batch, self.heads, rows))]
 
+    def prefill_attention_sparse(self, columns: int, read: int, window: int, ahead: int) -> dict[str, Any]:
+        """Operands of `prefill_attention_sparse`, whose queries read as many columns as last positions."""
+        states = self._empty(self.kv_heads, columns)
+        return {
+            "query": self._empty(self.heads, columns),
+            "key": states,
+            "value": states,
+            "columns": _empty("int64", self.batch, self.kv_heads, read),
+            "window": window,
+            "ahead": ahead,
+            "recent": read,
+        }
+
     def gather_kv(self, columns: int, budget: int, room: int) -> dict[str, Any]:
         """Operands of `gather_kv`."""
         states = self._empty(self.kv_heads, columns)
@@ -94,15 +107,20 @@ def jobs_of(operator: str, operands: dict[str, Any], arch: Arch) -> list[Job]:
 def target_jobs(
     layer: Layer, layers: int, method: Method, arch: Arch, prompt: int, lookahead: int, room: int
 ) -> list[Job]:
-    """The target's own: importance where the method scores, gather and decode attention of each budget."""
+    """The target's own: importance where the method scores, attention where it reads a prompt sparsely, gather and
+    decode attention of each budget."""
     read = prompt if method.prompt is None else min(prompt, int(method.prompt.budget))
     columns = read + (lookahead if method.appends else 0)
     jobs = []
     if method.scored:
         for operands in layer.importance(method.window + columns - read, columns, method.window, method.reduce):
             jobs += jobs_of("importance", operands, arch)
+    if 0 < 2 * method.sparse_prefill < columns:
+        sizes = (method.sparse_prefill, method.window, columns - read)
+        jobs += jobs_of("prefill_attention_sparse", layer.prefill_attention_sparse(columns, *sizes), arch)
+    followed = columns - read if method.verify else 0  # tokens of the lookahead, kept for an answer that follows it
     for budget in sorted(set(method.layer_budgets(layers))):
-        jobs += jobs_of("gather_kv", layer.gather_kv(columns, budget, room), arch)
+        jobs += jobs_of("gather_kv", layer.gather_kv(columns, budget + followed, room - followed), arch)
         jobs += jobs_of("attend", layer.attend(budget + room), arch)
         jobs += jobs_of("append_attend", layer.append_attend(budget + room), arch)
     return jobs

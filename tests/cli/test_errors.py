@@ -256,6 +256,11 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
         ("claims.json", "the score is 1.0", "--restart"),
     ),
     (
+        errors.SpeculationError,
+        lambda f: generate(f.good, "-m", "snapkv", "--budget", "8", "--window", "4", "--speculate", "4"),
+        ("speculate=4", "SnapKV", "pass draft="),
+    ),
+    (
         errors.DraftContextError,
         lambda f: generate(f.good, "-d", f.make("short", max_position_embeddings=48), *SMALL),
         ("60 tokens", "48", "lower lookahead"),

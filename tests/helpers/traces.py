@@ -39,6 +39,7 @@ def prompt_graph(
     mask: bool = False,
     positions: bool = False,
     keep: int = 1,
+    verify: bool = False,
     family: str = "llama",
     layers: int = 1,
     **config: Any,
@@ -49,6 +50,7 @@ def prompt_graph(
 
     Args:
         mask: the model is told of padding. positions: it is given position ids. keep: logits_to_keep.
+        verify: the logits behind the lookahead are wanted (the last result, "ahead").
         config: further arguments of `tiny`.
     """
     model = tiny(family, layers=layers, **config)
@@ -79,7 +81,7 @@ def prompt_graph(
         weights = Weights(dict(zip(places[1 + len(inputs) :], given, strict=True)))
         return Facts(Inputs.of(named), weights, *([draft(method.prompt)] if drafts else []))
 
-    request = Request(kind, method, new_cache(model, method, kind).lookahead if ahead else 0)
+    request = Request(kind, method, new_cache(model, method, kind).lookahead if ahead else 0, verify=verify)
     stored = (f"{part}.{layer}" for layer in range(layers) for part in parts_of(method))
     results = ("logits", *stored, "seen", *extra)
     return Traced(gm, request, facts, results, given)
@@ -166,7 +168,7 @@ def draft_graphs(prompt: SpecPC | None = None, layers: int = 1) -> dict[str, Tra
 
     capture = Recording(ModelTrace(tiny(seed=1, layers=layers)), Spans((FULL,) * layers), prompt)
     capture.prefill()
-    capture.step()
+    capture.step(prompt)
     return {
         "prefill": dataclasses.replace(found["prefill"], results=("logits", *caches)),
         "decode": dataclasses.replace(found["decode"], results=("logits",)),

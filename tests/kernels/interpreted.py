@@ -109,6 +109,35 @@ def test_equal_scores_stay_equal_across_tiles_so_that_ties_go_to_the_lower_posit
     assert kept.tolist() == [[[0, 1, 2, 66, 67, 68, 69]] * kv_heads]
 
 
+@settings(FEW, max_examples=15)
+@given(st.data(), DTYPES, DIMS, st.sampled_from([1, 3, 7]), SEEDS)
+def test_sparse_prefill(data: Any, dtype: torch.dtype, dim: int, group: int, seed: int) -> None:
+    """Prompts of a batch are read sparsely or whole, and may be shorter than the window."""
+    batch, kv_heads = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    window, ahead = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 3))
+    width, recent = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20))
+    lengths = torch.tensor([data.draw(st.integers(2, 45)) for _ in range(batch)])
+    columns = int(lengths.max()) + ahead
+    torch.manual_seed(seed)
+    query, key, value = (
+        torch.randn(batch, columns, heads, size).to(dtype).transpose(1, 2)
+        for heads, size in ((kv_heads * group, dim), (kv_heads, dim), (kv_heads, 16))
+    )
+    chosen = select_ops.select(torch.rand(batch, kv_heads, columns), lengths, width, 0, 1, "max")
+    sizes: dict[str, Any] = {"scale": 0.3, "window": window, "ahead": ahead, "recent": recent}
+    operands: dict[str, Any] = {"columns": chosen, "lengths": lengths, **sizes}
+    kernel, tile = REGISTRY["sparse_prefill"], Tile(16, data.draw(st.sampled_from([16, 32])))
+    states = {"query": query, "key": key, "value": value}
+    expected = kernel.reference(**{name: each.double() for name, each in states.items()}, **operands).to(dtype)
+    found = kernel.launch(states | operands, tile)
+    assert found.transpose(1, 2).is_contiguous()
+    for row, length in enumerate(lengths.tolist()):
+        own, behind = found[row, :, : length + ahead], found[row, :, length + ahead :]
+        wanted = expected[row, :, : length + ahead]
+        torch.testing.assert_close(own, wanted, atol=OUTPUT[dtype], rtol=2 * OUTPUT[dtype])
+        assert not behind.any()
+
+
 @FEW
 @given(st.data(), DTYPES, DIMS, SEEDS)
 def test_gather_copies_bit_for_bit(data: Any, dtype: torch.dtype, dim: int, seed: int) -> None:

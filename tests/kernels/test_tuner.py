@@ -110,11 +110,22 @@ def test_checks_pass_right_results_and_catch_wrong_ones(name: str, monkeypatch: 
     def wrong(case: Any) -> Any:
         out = right(case)
         first = out[0] if isinstance(out, tuple) else out
-        first.view(-1)[first.numel() // 3] += 1e-2
+        first[tuple(size // 3 for size in first.shape)] += 1e-2
         return out
 
     monkeypatch.setattr(measure, "fallback", wrong)
     assert measure.check(measure.make_case(REGISTRY[name], SMALL, "cpu", seed=3)) > 1.0
+
+
+def test_sparse_prefill_counts_the_pairs_that_are_read() -> None:
+    kernel, shapes = REGISTRY["sparse_prefill"], dataclasses.replace(SHAPES, columns=2048, budget=256)
+    operands = kernel.make(shapes, "cpu", 0)
+    columns, recent, whole = operands["columns"], operands["recent"], int(operands["lengths"][0]) - shapes.window
+    row = torch.arange(shapes.columns)
+    chosen = sum(int((columns <= last - recent).sum()) for last in range(whole))
+    pairs = chosen + shapes.kv_heads * int(torch.where(row < whole, (row + 1).clamp(max=recent), row + 1).sum())
+    counted = cost.evaluate(kernel.cost.flops, shapes, Tile(64, 128))
+    assert counted == pytest.approx(2 * shapes.group * (shapes.dim + shapes.value_dim) * pairs, rel=0.02)
 
 
 def test_compiled_models_take_the_tuned_tile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,14 @@ from support import compile_eager, run
 from tiny import prompt, tiny
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import specpass
 import specpass.ops
 from specpass.kernels import dispatch
 from specpass.kernels.archs import ARCHS
 from specpass.kernels.dispatch import choose
+from specpass.kernels.registry import REGISTRY
 from specpass.lowering.choose import choose_sites
 
 SPEC = torch.ops.specpass
@@ -112,6 +114,25 @@ def test_appends_strided_storage_and_float32_of_large_heads_take_aten() -> None:
         large = tensors("cuda", dim=256, dtype=torch.float32)
         assert "spills" in choose("importance", importance(large["query"], large["key"])).reason
         assert choose("importance", importance(given["query"], given["key"])).kernel == "importance"
+
+
+def test_sparse_prefill_is_a_kernels_where_the_prompt_is_not_read_whole() -> None:
+    def reason(dtype: torch.dtype = torch.bfloat16, read: int = T // 2 - 1, ahead: int = 2, **sizes: int) -> str:
+        given = tensors("cuda", dtype=dtype, **sizes)
+        operands = {"query": given["whole"], "key": given["key"], "value": given["key"], "lengths": given["lengths"]}
+        operands["columns"] = torch.zeros(B, K, read, dtype=torch.int64, device="cuda")
+        return str(choose("prefill_attention_sparse", operands | {"window": W, "ahead": ahead, "recent": read}))
+
+    with FakeTensorMode():
+        assert "kernel sparse_prefill" in reason()
+        assert "aten (a prompt that is read whole" in reason(read=T // 2)
+        assert "aten (group of 17 query heads: at most 16" in reason(group=17)
+        assert "free of spills" in reason(torch.float32, dim=256)
+        assert "kernel sparse_prefill" in reason(torch.float32)
+    symbolic = FakeTensorMode(shape_env=ShapeEnv())
+    key = symbolic.from_tensor(torch.zeros(1, K, T, 64, device="meta"), static_shapes=False)
+    operands = {"query": key, "columns": torch.zeros(1, K, T, dtype=torch.int64), "recent": T}
+    assert REGISTRY["sparse_prefill"].refuse_layout(operands) is None  # the graph serves prompts of any length
 
 
 def test_old_devices_and_a_missing_triton_take_aten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,7 @@ def test_keys_tell_all_methods_and_all_fields_apart() -> None:
                 "temperature": 0.1,
                 "seed": 99,
                 "lookahead_ids": ((5,),),
+                "verify": False,
                 "sparse_prefill": 2048,
                 "spread": "heads",
                 "value_norms": True,

@@ -72,6 +72,8 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "full_lengths": [(ids,)],
         "pack_ids": [(ids, order)],
         "append_ids": [(ids, ahead, lengths)],
+        "ahead_index": [(lengths, L)],
+        "add_lookahead": [(positions, lengths[:, None] + torch.arange(L))],
         "append_positions": [(order, lengths, L), (order[:1], lengths, L)],
         "expand_rows": [(ids[:1], ids), (ids, ids)],
         "row_index": [(ids,)],

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specpass.dialect.define import SPEC
 from specpass.kernels.cpu import prefill
+from specpass.kernels.sparse import reference
 from specpass.ops import sparse
 
 B, H, K = 2, 4, 2
@@ -40,7 +41,7 @@ def test_aten(lengths: list[int], ahead: int, width: int, recent: int, rows: int
     given_ = case(lengths, ahead, width, 8, torch.float32, seed)
     expected = sparse.prefill_attention_sparse_onnx(*given_, 0.3, 3, ahead, recent)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "ROWS", rows)
+        patch.setattr(reference, "ROWS", rows)
         found = SPEC.prefill_attention_sparse(*given_, 0.3, 3, ahead, recent)
     for row, length in enumerate(lengths):  # what stands behind a row's lookahead is nobody's
         own = slice(0, length + ahead)

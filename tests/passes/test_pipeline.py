@@ -90,7 +90,7 @@ def record(draft: Any) -> Record:
 
 def test_every_pass_ran_in_the_order_of_the_pipeline(record: Record) -> None:
     for kind in ("prefill", "decode"):
-        request = Request(kind, METHOD, L)
+        request = Request(kind, METHOD, L, verify=True)
         names = [item.name for item in pipeline.PASSES if kind in item.kinds and item.applies(request)]
         assert [name for seen, name in record.after if seen == kind] == names
     for kind in ("prefill", "decode"):  # annotate only looks
@@ -195,7 +195,11 @@ specpass.prefill_attention
 specpass.take_rows
 specpass.importance
 specpass.select
+specpass.ahead_index
+specpass.add_lookahead
 specpass.gather_kv
+specpass.take_positions
+specpass.ahead_index
 specpass.take_positions""",
     )
 

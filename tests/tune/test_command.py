@@ -64,13 +64,12 @@ def test_tune_writes_winners_and_the_next_run_finds_them(target: str, tmp_path: 
     assert "not measured" in " ".join(first.stderr.split())
     rows = json.loads(out.read_text())
     assert all(row.keys() >= FIELDS and row["measured"] is False for row in rows)
-    # A draft's step that scores is SpecPC's.
-    assert {row["kernel"] for row in rows if row["config"]} == set(REGISTRY) - {"decode_append_lse"}
+    # A draft's step that scores is SpecPC's, and attention is sparse where a method says so.
+    assert {row["kernel"] for row in rows if row["config"]} == set(REGISTRY) - {"decode_append_lse", "sparse_prefill"}
     assert {row["kernel"] for row in rows if not row["config"]} == {
         "select",
         "prefill_attention",
         "prefill_attention_lse",
-        "prefill_attention_sparse",
         "append_kv",
     }
     assert len(compiled) == 2 * (2 + 2 * 3)  # importance does not depend on the budget
@@ -78,7 +77,8 @@ def test_tune_writes_winners_and_the_next_run_finds_them(target: str, tmp_path: 
     modules = sorted(path.name for path in (tmp_path / "modules").glob("*.py"))
     assert len(modules) == 8
     assert "gather_384_sm_90.py" in modules
-    assert "C = tl.constexpr(128)" in (tmp_path / "modules" / "gather_384_sm_90.py").read_text()
+    # 128, and 32 of the lookahead, kept for an answer that follows it
+    assert "C = tl.constexpr(160)" in (tmp_path / "modules" / "gather_384_sm_90.py").read_text()
     assert "nothing to do: all 8 kernels are in the store" in again.stderr
     assert len(compiled) == 16
     assert "8 in " in CliRunner().invoke(cli.app, ["tune", "--list"]).stdout

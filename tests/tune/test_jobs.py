@@ -10,6 +10,7 @@ from support import compile_eager, run
 from tiny import prompt, tiny
 
 import specpass
+import specpass.lowering.lower  # imported later, it would ask for its graphs what `met` counts
 from specpass.cache.layer import round_room
 from specpass.kernels import dispatch
 from specpass.kernels.archs import ARCHS
@@ -23,6 +24,7 @@ S, NEW = 100, 6
 PC: dict[str, Any] = {"kernel": 5, "neighbours": 3, "first_layer": 0}
 METHODS = [
     specpass.SpecKV(budget=24, window=8, lookahead=5),
+    specpass.SpecKV(budget=24, window=8, lookahead=5, sparse_prefill=20),
     specpass.SnapKV(budget=24, window=8),
     specpass.PyramidKV(budget=24, window=8),
     specpass.StreamingLLM(budget=24),
@@ -60,7 +62,9 @@ def met(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, Shapes]]:
     return found
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "method", METHODS, ids=lambda method: f"{method.name}{'_sparse' * bool(method.sparse_prefill)}"
+)
 def test_a_generation_launches_what_is_tuned(method: Any, met: set[tuple[str, Shapes]]) -> None:
     torch._dynamo.reset()
     target, draft = tiny(), tiny(num_key_value_heads=4, seed=1000, layers=1)

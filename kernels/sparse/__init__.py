@@ -1,0 +1,1 @@
+"""Attention of a prompt whose queries read chosen columns and their own last ones."""
