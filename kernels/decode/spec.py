@@ -28,7 +28,7 @@ class Decode(Kernel):
     name = "decode"
     operator = "attend"
     reference: ClassVar[Callable[..., Any]] = staticmethod(attend)
-    variants: ClassVar[tuple[dict[str, Any], ...]] = ({"softcap": 30.0}, {"sinks": True})
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({"softcap": 30.0}, {"sinks": True}, {"ragged": True})
     write = False  # the new token's K/V goes into its slot in the same launch
     returns_lse = False  # of the new token's row, besides
 

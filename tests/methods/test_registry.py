@@ -58,7 +58,10 @@ def test_a_package_announces_a_method(tmp_path: Path, monkeypatch: pytest.Monkey
     assert registry.own_names() == ("toykv",)
     assert registry.names()[-1] == "toykv"
     made = registry.make_method("toy_kv", "64", ["factor=5"], window=16)
-    assert made.key == ("own_method_a.Toy(budget=64, window=16, reduce='mean', pool='avg', kernel=7, factor=5)")
+    assert made.key == (
+        "own_method_a.Toy(budget=64, window=16, reduce='mean', pool='avg', kernel=7, spread='uniform', "
+        "value_norms=False, factor=5)"
+    )
     with pytest.raises(AttributeError, match="Toy"):
         specpass.Toy  # noqa: B018
 
