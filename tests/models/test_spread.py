@@ -12,6 +12,7 @@ from tiny import prompt, tiny
 
 import specpass
 from specpass.errors import SpreadError
+from specpass.methods import base
 from specpass.observe.storage import cache_bytes
 from specpass.testing import eager
 from specpass.testing.spread import margin, reading_only
@@ -170,6 +171,21 @@ def test_one_decode_graph_whatever_the_split() -> None:
     report = specpass.report(model)
     assert [graph.kind for graph in report.graphs] == ["prefill", "decode", "short"]
     assert "24 slots in the mean: the KV heads of all layers share them" in str(report)
+
+
+def test_heads_with_a_floor_of_their_even_share_are_equal_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows beside full layers, sinks, padding: another storage, and the same answers."""
+    monkeypatch.setattr(base, "FLOOR", 1.0)
+    ids, mask = padded([prompt(60, seed=1), prompt(33, seed=2), prompt(9, seed=3)])
+    even, shared = (
+        run(compile_eager(tiny("gpt-oss"), specpass.SnapKV(budget=C, window=W, spread=spread)), ids, mask=mask)
+        for spread in ("uniform", "global")
+    )
+    assert even.tokens == shared.tokens
+    torch.testing.assert_close(shared.logits, even.logits, atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(shared.cache.layers, even.cache.layers, strict=True):
+        assert torch.equal(ours.positions, theirs.positions)
+        assert (ours.starts is not None) == (not ours.is_sliding)
 
 
 def test_speckv_pc_shares_what_is_left_of_the_prompt() -> None:
