@@ -118,7 +118,8 @@ def test_two_classes_of_one_name_are_two_methods() -> None:
     assert len({ours, one, other}) == 3
     assert ours != one != other != ours
     assert len({ours.key, one.key, other.key}) == 3
-    assert ours.key == "SnapKV(budget=64, window=32, reduce='mean', pool='avg', kernel=7)"
+    fields = "budget=64, window=32, reduce='mean', pool='avg', kernel=7, spread='uniform', value_norms=False"
+    assert ours.key == f"SnapKV({fields})"
     assert one.key == f"one.{ours.key}"
     sizes = Decoder(2, 64, 4, 2, 16, 96, 128, 3, 4)
     assert cost.costs_of(ours, sizes) is not None
