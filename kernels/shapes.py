@@ -20,7 +20,7 @@ class Shapes:
         columns: T, rounded up to a power of two: prompts differ, and tiles are chosen for their order of magnitude.
         reduce: "max", "mean" or "sum". weighted: whether each query row counts by a weight of its own.
         softcap: logits are softcap * tanh(logits / softcap), 0 for none. sinks: whether each query head has a logit
-        that belongs to no key.
+        that belongs to no key. ragged: whether KV heads have budgets of their own, whose mean is the budget.
     """
 
     dtype: str
@@ -38,6 +38,7 @@ class Shapes:
     weighted: bool = False
     softcap: float = 0.0
     sinks: bool = False
+    ragged: bool = False
 
     @property
     def slots(self) -> int:

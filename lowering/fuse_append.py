@@ -45,6 +45,8 @@ class FuseAppend(Pass):
                 "sliding": attend.sliding,
                 "chunk": attend.chunk,
             }
+            if attend.offsets is not None:
+                operands |= {"offsets": attend.offsets, "layers": attend.layers}
             fakes = {name: value(operand) for name, operand in operands.items()}
             if choose("append_attend", fakes).kernel is None:
                 continue

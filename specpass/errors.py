@@ -18,6 +18,10 @@ class PromptBudgetError(BudgetError):
     """A prompt budget or window that does not fit the KV budget or window behind it."""
 
 
+class SpreadError(SpecpassError, ValueError):
+    """Budgets that KV heads are to share, where that is not served."""
+
+
 class FirstLayerError(SpecpassError, ValueError):
     """The draft has no layer of this number."""
 

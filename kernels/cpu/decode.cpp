@@ -2,8 +2,9 @@
 // bfloat16 in and out; scores, softmax and sums in float32.
 //
 // Symbols: B batch, H query heads, K KV heads, G = H / K, P slots of a KV head, D and Dv head dimensions (multiples of
-// 32). A KV head is one item of work, or several splits of its slots where threads would idle; results of splits are
-// combined by their shares of the softmax. Products of 16 slots with one query end in one vector of 16 scores.
+// 32). Where KV heads have budgets of their own, P are the slots of a row's heads together. A KV head is one item of
+// work, or several splits of its slots where threads would idle; results of splits are combined by their shares of the
+// softmax. Products of 16 slots with one query end in one vector of 16 scores.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -23,8 +24,9 @@ constexpr int64_t PARALLEL = 1 << 18;                  // numbers of K and V fro
 constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f, LEAST = -1e30f;
 
 struct Call {
-  bf16 *keys, *values;               // [B, K, P, D], [B, K, P, Dv]
+  bf16 *keys, *values;               // [B, K, P, D], [B, K, P, Dv]; or [B, P, D], [B, P, Dv]
   int64_t *lengths;                  // [B, K], without the new token; advanced
+  const int64_t *offsets;            // [B, K] first slot of each head in its row, null where each has P of its own
   const bf16 *query, *key, *value;   // [B, H, D], [B, K, D], [B, K, Dv]
   bf16 *out;                         // [B, H, Dv]
   float *lse;                        // [B, H], natural
@@ -34,6 +36,8 @@ struct Call {
   int64_t sliding;  // last slots that are read, 0 for all
 
   int64_t group() const { return H / K; }
+  int64_t start(int64_t head) const { return offsets ? head / K * P + offsets[head] : head * P; }
+  bool is_full(int64_t head) const { return (offsets ? offsets[head] : 0) + lengths[head] >= P; }
   int64_t first(int64_t used) const { return sliding ? std::max<int64_t>(0, used - sliding) : 0; }
 };
 
@@ -82,8 +86,8 @@ class Worker {
       : call(call), G(call.group()), scores(G * CHUNK), sums(G * call.Dv), best(G), total(G) {}
 
   void attend(int64_t b, int64_t k, int64_t begin, int64_t end) {
-    const bf16 *keys = call.keys + (b * call.K + k) * call.P * call.D;
-    const bf16 *values = call.values + (b * call.K + k) * call.P * call.Dv;
+    const bf16 *keys = call.keys + call.start(b * call.K + k) * call.D;
+    const bf16 *values = call.values + call.start(b * call.K + k) * call.Dv;
     std::fill(sums.begin(), sums.end(), 0.f);
     std::fill(best.begin(), best.end(), LEAST);
     std::fill(total.begin(), total.end(), 0.f);
@@ -202,14 +206,14 @@ void combine(Worker *splits, int64_t count, int64_t G, int64_t Dv) {
 extern "C" int append_attend(const Call *given) {
   const Call &call = *given;
   const int64_t heads = call.B * call.K;
-  for (int64_t head = 0; head < heads; head++) if (call.lengths[head] >= call.P) return 1;
+  for (int64_t head = 0; head < heads; head++) if (call.is_full(head)) return 1;
   int64_t numbers = 0, most = 1;
   for (int64_t head = 0; head < heads; head++) {
     const int64_t b = head / call.K, k = head % call.K, slot = call.lengths[head]++;
     std::copy_n(call.key + b * call.key_strides[0] + k * call.key_strides[1], call.D,
-                call.keys + (head * call.P + slot) * call.D);
+                call.keys + (call.start(head) + slot) * call.D);
     std::copy_n(call.value + b * call.value_strides[0] + k * call.value_strides[1], call.Dv,
-                call.values + (head * call.P + slot) * call.Dv);
+                call.values + (call.start(head) + slot) * call.Dv);
     const int64_t read = slot + 1 - call.first(slot + 1);
     numbers += read * (call.D + call.Dv);
     most = std::max(most, read);

@@ -19,13 +19,14 @@ SOURCE = Source(
     flags=("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
 )
 _Strides = ctypes.c_int64 * 2
+_POINTERS = ("keys", "values", "lengths", "offsets", "query", "key", "value", "out", "lse")
 
 
 class _Call(ctypes.Structure):
     """`Call` of decode.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "lengths", "query", "key", "value", "out", "lse")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in ("B", "H", "K", "P", "D", "Dv")),
         *((name, _Strides) for name in ("query_strides", "key_strides", "value_strides")),
         ("scale", ctypes.c_float),
@@ -50,7 +51,8 @@ def refuse(operands: Operands) -> str | None:
             return f"head dimension {dim}: no multiple of 32"
     if operands.get("softcap") or operands.get("chunk") or operands.get("sinks") is not None:
         return "soft caps, sinks and chunks are aten's"
-    stored = (*states[:2], operands["lengths"])
+    offsets = operands.get("offsets")
+    stored = (*states[:2], operands["lengths"], *(() if offsets is None else (offsets,)))
     if any(tensor.stride(-1) != 1 for tensor in states) or not all(tensor.is_contiguous() for tensor in stored):
         return "rows that are not contiguous"
     library = _library()
@@ -66,10 +68,11 @@ def append_attend(
     value: Tensor,
     scale: float,
     sliding: int = 0,
+    offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The operator's result [B, H, 1, Dv], and its natural log-sum-exp [B, H, 1] float32.
 
-    Raises: IndexError: a KV head has no free slot.
+    Raises: IndexError: a KV head has no free slot; of heads with budgets of their own: the storage ends.
     """
     library = _library()
     assert isinstance(library, ctypes.CDLL)
@@ -77,10 +80,12 @@ def append_attend(
     heads, dim, value_dim = query.shape[1], keys.shape[2], values.shape[2]
     out = query.new_empty(batch, heads, 1, value_dim)
     lse = query.new_empty(batch, heads, 1, dtype=torch.float32)
-    addresses = (tensor.data_ptr() for tensor in (keys, values, lengths, query, key, value, out, lse))
+    tensors = (keys, values, lengths, offsets, query, key, value, out, lse)
+    addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     strides = (_Strides(*tensor.stride()[:2]) for tensor in (query, key, value))
-    sizes = (batch, heads, kv_heads, keys.shape[1] // kv_heads, dim, value_dim)
+    slots = keys.shape[1] // kv_heads if offsets is None else keys.shape[1]
+    sizes = (batch, heads, kv_heads, slots, dim, value_dim)
     torch.get_num_threads()  # sets OpenMP's number in a thread of Python's that has not run torch yet
     if library.append_attend(_Call(*addresses, *sizes, *strides, scale, sliding)):
-        raise IndexError(f"no free slot: {keys.shape[1] // kv_heads} are in use")
+        raise IndexError(f"no free slot: {slots} are in use")
     return out, lse

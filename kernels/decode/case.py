@@ -18,7 +18,8 @@ TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of outputs t
 def make(shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
     """Of `attend`; every slot is in use."""
     operands = _storage(shapes, device, torch.Generator(device).manual_seed(seed))
-    return operands | {"lengths": torch.full((shapes.batch, shapes.kv_heads), shapes.slots, device=device)}
+    operands |= {"lengths": torch.full((shapes.batch, shapes.kv_heads), shapes.slots, device=device)}
+    return operands | _offsets(operands, shapes, device)
 
 
 def make_append(shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
@@ -28,11 +29,24 @@ def make_append(shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
     for name in ("keys", "values"):
         operands[name] = operands[name].flatten(1, 2)
     heads = (shapes.batch, shapes.kv_heads)
-    return operands | {
-        "key": _normal(generator, shapes, device, *heads, 1, shapes.dim),
-        "value": _normal(generator, shapes, device, *heads, 1, shapes.value_dim),
-        "lengths": torch.full(heads, shapes.slots - 1, device=device),
-    }
+    return (
+        operands
+        | {
+            "key": _normal(generator, shapes, device, *heads, 1, shapes.dim),
+            "value": _normal(generator, shapes, device, *heads, 1, shapes.value_dim),
+            "lengths": torch.full(heads, shapes.slots - 1, device=device),
+        }
+        | _offsets(operands, shapes, device)
+    )
+
+
+def _offsets(operands: Operands, shapes: Shapes, device: str) -> dict[str, Any]:
+    """Of heads with budgets of their own, which are equal here: where each begins, and one storage of all of them."""
+    if not shapes.ragged:
+        return {}
+    starts = (torch.arange(shapes.kv_heads, device=device) * shapes.slots).repeat(shapes.batch, 1)
+    flat = {name: operands[name].view(shapes.batch, -1, operands[name].shape[-1]) for name in ("keys", "values")}
+    return flat | {"offsets": starts}
 
 
 def _storage(shapes: Shapes, device: str, generator: torch.Generator) -> dict[str, Any]:

@@ -7,6 +7,8 @@ Glossary
     splits      programs that share a KV head's slots, `steps` of BLOCK_N slots each; few heads would leave most of a
                 GPU idle. As stride, run-time numbers: a draft that keeps its whole prompt has others for each, and
                 must not compile anew for it
+    RAGGED      KV heads have budgets of their own: head k of row b starts at slot offsets[b, k] of the row's `stride`,
+                and what its splits share are its own slots in use
     SPLIT_UP    whether there are several splits, which `combine_splits` then makes one result of
     BLOCK_G     rows of a tile of queries: G rounded up to 16, the least that tensor cores take
     BLOCK_N     slots read at a time
@@ -29,6 +31,7 @@ def attend_slots(
     keys,
     values,
     lengths,
+    offsets,
     key,
     value,
     sinks,
@@ -42,6 +45,7 @@ def attend_slots(
     G: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
+    RAGGED: tl.constexpr,
     SPLIT_UP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -55,25 +59,28 @@ def attend_slots(
 ):
     """One split of one KV head; grid (B * K, splits), where splits * steps * BLOCK_N is at least the slots.
 
-    query [B, H, D]; keys [B, K, stride, D], values [B, K, stride, DV]; lengths [B, K] int64; key [B, K, D] and
-    value [B, K, DV]: the new token's, read where WRITE, and then lengths does not count it yet; sinks [H] float32,
-    natural logits, read where SINKS.
+    query [B, H, D]; keys [B, K, stride, D], values [B, K, stride, DV], or [B, stride, ..] where RAGGED; lengths [B, K]
+    int64, and offsets, read where RAGGED; key [B, K, D] and value [B, K, DV]: the new token's, read where WRITE, and
+    then lengths does not count it yet; sinks [H] float32, natural logits, read where SINKS.
     Writes out [B, H, DV]; where SPLIT_UP partial [B * K, splits, G, DV] and lse [B * K, splits, G] float32.
     """
     tl.static_assert(BLOCK_G >= G, "a tile holds the whole group")
     tl.static_assert(BLOCK_D >= D, "a tile holds whole keys")
     tl.static_assert(BLOCK_DV >= DV, "a tile holds whole values")
     head, split = tl.program_id(0), tl.program_id(1)
-    size = steps * BLOCK_N  # slots of a split: whole steps, so that no slot is read by two
     g, d, dv = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q = tl.load(query + (head * G + g)[:, None] * D + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)  # [BLOCK_G, BLOCK_D]
     used = tl.load(lengths + head).to(tl.int32)
+    size = steps * BLOCK_N  # slots of a split: whole steps, so that no slot is read by two
+    slots = head.to(tl.int64) * stride
+    if RAGGED:
+        size = tl.cdiv(used + WRITE, tl.num_programs(1) * BLOCK_N) * BLOCK_N
+        slots = (head // K).to(tl.int64) * stride + tl.load(offsets + head)
     best = tl.full([BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_DV], tl.float32)
-    slots = head.to(tl.int64) * stride
     if WRITE and split == used // size:  # the new token's slot is this split's; it is attended from registers
         new_k = tl.load(key + head * D + d, mask=d < D, other=0.0)
         new_v = tl.load(value + head * DV + dv, mask=dv < DV, other=0.0)

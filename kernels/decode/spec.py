@@ -28,7 +28,7 @@ class Decode(Kernel):
     name = "decode"
     operator = "attend"
     reference: ClassVar[Callable[..., Any]] = staticmethod(attend)
-    variants: ClassVar[tuple[dict[str, Any], ...]] = ({"softcap": 30.0}, {"sinks": True})
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({"softcap": 30.0}, {"sinks": True}, {"ragged": True})
     write = False  # the new token's K/V goes into its slot in the same launch
     returns_lse = False  # of the new token's row, besides
 
@@ -50,15 +50,18 @@ class Decode(Kernel):
         return refused
 
     def storage(self, operands: Operands) -> tuple[Any, Any]:
-        """KV heads, and the slots of each."""
+        """KV heads, and the slots of each; of those with budgets of their own, what their row has."""
         keys = operands["keys"]
-        return keys.shape[1], keys.shape[2]
+        return (keys.shape[1], keys.shape[2]) if keys.dim() == 4 else (operands["lengths"].shape[1], keys.shape[1])
 
     def shapes_of(self, operands: Operands) -> Shapes:
         """P counts as the budget, and is rounded up, by an eighth at most: a draft's differs from prompt to prompt."""
         query, keys, values = (operands[name] for name in ("query", "keys", "values"))
         kv_heads, size = self.storage(operands)
+        ragged = operands.get("offsets") is not None
         slots = constant(size)
+        if ragged:  # in the mean
+            slots //= kv_heads * operands.get("layers", 1)
         step = max(64, power_of_two(slots) // 16)
         return Shapes(
             dtype_of(keys),
@@ -70,6 +73,7 @@ class Decode(Kernel):
             budget=-(-slots // step) * step,
             softcap=operands.get("softcap", 0.0),
             sinks=operands.get("sinks") is not None,
+            ragged=ragged,
         )
 
     def table(self, shapes: Shapes, arch: Arch) -> Tile:
@@ -114,7 +118,8 @@ class Decode(Kernel):
         if len(plan) > 1:
             partial = out.new_empty(shapes.heads, splits, shapes.group, shapes.value_dim, dtype=torch.float32)
             lse = out.new_empty(shapes.heads, splits, shapes.group, dtype=torch.float32)
-        read = (query, keys, values, lengths, *new, lse if sinks is None else sinks.float())
+        offsets = operands.get("offsets") if shapes.ragged else lengths  # read by nobody else
+        read = (query, keys, values, lengths, offsets, *new, lse if sinks is None else sinks.float())
         sizes = (self.storage(operands)[1], steps, operands["scale"])
         start(self.code, plan[0], (shapes.heads, splits), *read, out, partial, lse, *sizes)
         natural = out.new_empty(out.shape[:3], dtype=torch.float32) if self.returns_lse else lse
@@ -139,8 +144,8 @@ class DecodeAppend(Decode):
     advances = ("lengths",)
 
     def storage(self, operands: Operands) -> tuple[Any, Any]:
-        kv_heads = operands["key"].shape[1]
-        return kv_heads, operands["keys"].shape[1] // kv_heads
+        kv_heads, slots = operands["key"].shape[1], operands["keys"].shape[1]
+        return kv_heads, slots if operands.get("offsets") is not None else slots // kv_heads
 
     def make(self, shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
         return case.make_append(shapes, device, seed)

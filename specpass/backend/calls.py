@@ -74,6 +74,8 @@ class Call:
         self._mark_sizes(out)
         if self.kind in ("prefill", "short"):
             cache.padded, cache.exact = self.packed, bool(self.refusal)
+            for layer in cache.budgeted if cache.exact else ():
+                layer.starts = None  # what is kept whole is as long in every head
             for index, span in self.spans.items():
                 cache.layers[index].found, cache.layers[index].biased = span, index in self.biased
             tell_widest(cache.budgeted)

@@ -171,7 +171,7 @@ class Backend:
                 "use specpass.compile(model, ...)"
             )
         counts = any(len(advance.seen.users) > 1 for advance in Advance.find(graph.graph))
-        record.sites = [] if sites is None else [SiteRecord.of(site) for site in sites.sites]
+        record.sites = [] if sites is None else [SiteRecord.of(site, self.method.spread) for site in sites.sites]
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
         alike = len({site.budget for site in record.sites if not site.exact}) <= 1
         ahead = facts.get(Ahead)

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from specpass.backend.calls import owner_of
 from specpass.cache import BudgetCache
 from specpass.cache.states import recurrent_layer
-from specpass.dialect.cache import AppendKv, Fill, GatherKv
+from specpass.dialect.cache import AppendKv, Fill, GatherKv, GatherRagged, HeadOffsets, ShareLayers
 from specpass.errors import GradientsError, PartialGraphError, UnsupportedCallError
 from specpass.graph.aten import Dropout, Embedding, Sdpa
 from specpass.graph.operands import GetItem, results_of
@@ -131,11 +131,16 @@ def check_inference(gm: fx.GraphModule) -> None:
 
 
 def static_outputs(gm: fx.GraphModule) -> dict[int, int]:
-    """Outputs of a PRUNED graph that are the cache's storage, with the axis of D (keys, values) or K (lengths)."""
+    """Outputs of a PRUNED graph that are the cache's storage, with the axis of D (keys, values) or K (the others)."""
     axes = {0: 2, 1: 2, 2: 1}
     found = {}
     for index, node in enumerate(results_of(gm.graph)):
         item = GetItem.match(node) or (GetItem.match(node.all_input_nodes[0]) if is_op(node, ATEN.sub) else None)
-        if item is not None and GatherKv.is_call(item.source):
+        if item is None:
+            continue
+        source, shared = item.source, GetItem.match(item.source)
+        if GatherKv.is_call(source) or GatherRagged.is_call(source) or (ShareLayers.is_call(source) and item.index < 2):
             found[index] = axes[item.index]
+        elif HeadOffsets.is_call(source) or (shared is not None and ShareLayers.is_call(shared.source)):
+            found[index] = 1
     return found

@@ -21,6 +21,7 @@ from specpass.errors import (
     NoAttentionSiteError,
     PartialGraphError,
     SpecpassError,
+    SpreadError,
     UncompiledCacheError,
     UnsplicedGraphError,
 )
@@ -108,6 +109,12 @@ class Uncompiled:
     def __call__(self, target: nn.Module, cache: BudgetCache, kwargs: dict[str, Any]) -> Any:
         backend = self.backend
         backend.check_cache(cache)
+        if cache.method.spread != "uniform":
+            raise SpreadError(
+                f"{cache.method.name}(spread={cache.method.spread!r}): KV heads can share budgets where a graph reads "
+                f"the prompt, and here the model's own forward does ({self.reason or 'by what the call brings'}): use "
+                "spread='uniform'."
+            )
         backend.report.saw(cache.config)
         context = None if backend.draft is None else context_length(backend.draft.config)
         attention = attention_of(target)

@@ -157,6 +157,7 @@ class BudgetCache(CacheProtocol):
         """Forget everything; the next prompt is pruned anew."""
         super().reset()
         self._clear()
+        self.free_at_prefill = self.room
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens (see layer.grown_room); nothing happens if there is room."""

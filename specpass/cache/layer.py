@@ -3,16 +3,20 @@
 One buffer [B, K * (C + N), D] for keys and one for values, with `offsets` and `lengths` per KV head; `keys` and
 `values` are its [B, K, C + N, D] views. The slots of a head are filled from its offset without holes: the kept prompt
 positions first, then the generated tokens.
+
+Where heads have budgets of their own (`ragged`), a head's C_k + N slots lie behind the last head's, in each row by
+itself: the buffers are as large as with equal budgets, and `starts` says where each head begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+SHARED = ("key_buffer", "value_buffer", "kept_positions")  # of layers that share one storage
 ROOM_STEP = 64  # slots for generated tokens come in blocks of this many
 FIRST_ROOM = 512  # and are at most so many before anything is generated: a limit of 131,072 tokens is seldom reached
 
@@ -46,6 +50,9 @@ def room_of(tokens: int) -> int:
 class Storage:
     """One layer's pruned K/V. `lengths` [B, K] counts the slots in use, `positions` [B, K, C] the prompt's part."""
 
+    ragged = False  # whether KV heads have budgets of their own
+    sharers: Sequence[Storage] = ()  # layers, in order, this one included, whose heads lie in one storage
+
     def reset(self) -> None:
         self.is_initialized = False
         self.exact = False  # whether everything is kept, in the caller's columns and without free slots
@@ -53,7 +60,9 @@ class Storage:
         self.key_buffer: Tensor | None = None
         self.value_buffer: Tensor | None = None
         self.lengths: Any = None  # a tensor after the prefill
-        self.positions: Tensor | None = None
+        self.kept_positions: Tensor | None = None  # [B, K, C]; of ragged heads [B, K * C], one's behind the other's
+        self.starts: Tensor | None = None  # [B, K] first slot of each ragged head
+        self.counts: Tensor | None = None  # [B, K] slots of each ragged head that hold the prompt's positions
         self.told: Tensor | None = None  # [B, K, C] positions as the target was told them, where it was told others
         self.biased = False  # whether attention adds a bias by the positions of its keys (ALiBi)
 
@@ -64,7 +73,10 @@ class Storage:
 
     @property
     def keys(self) -> Tensor | None:
-        """[B, K, C + N, D] view of the storage, or None before the prefill."""
+        """[B, K, C + N, D] view of the storage, or None before the prefill.
+
+        Of ragged heads a copy of the slots in use, as long as the longest head's, zero behind the others'.
+        """
         return self._view(self.key_buffer)
 
     @property
@@ -74,19 +86,54 @@ class Storage:
     def _view(self, buffer: Tensor | None) -> Tensor | None:
         if buffer is None:
             return None
+        if self.starts is not None:
+            return by_head(buffer, self.starts, self.lengths, 0)
         return buffer.view(buffer.shape[0], self.kv_heads, buffer.shape[1] // self.kv_heads, buffer.shape[2])
 
     @property
     def slots(self) -> int:
-        """Physical slots C + N of each KV head; 0 before the prefill."""
-        return 0 if self.key_buffer is None else self.key_buffer.shape[1] // self.kv_heads
+        """Physical slots C + N of each KV head, of ragged ones in the mean; 0 before the prefill."""
+        return 0 if self.key_buffer is None else self.key_buffer.shape[1] // (self.kv_heads * len(self._together))
 
     @property
     def offsets(self) -> Tensor | None:
-        """[K + 1] int64: head k's slots are offsets[k] .. offsets[k + 1] - 1 of the storage."""
+        """[K + 1] int64: head k's slots are offsets[k] .. offsets[k + 1] - 1 of the storage; ragged: [B, K + 1]."""
         if self.key_buffer is None:
             return None
+        if self.starts is not None:
+            assert self.counts is not None
+            return torch.cat([self.starts, (self.starts + self.counts)[:, -1:] + self.room], 1)
         return torch.arange(self.kv_heads + 1, device=self.key_buffer.device) * self.slots
+
+    @property
+    def prompt_slots(self) -> Tensor | None:
+        """[B, K]: slots of each head that hold the prompt's positions; None before the prefill."""
+        if self.kept_positions is None:
+            return None
+        return (self.kept_positions >= 0).sum(-1) if self.starts is None else self.counts
+
+    @property
+    def room(self) -> int:
+        """Slots N of each head for what follows the prompt."""
+        raise NotImplementedError
+
+    @property
+    def positions(self) -> Tensor | None:
+        """[B, K, C] prompt positions kept, ascending; unused slots -1. Of ragged heads a copy."""
+        if self.starts is None or self.kept_positions is None:
+            return self.kept_positions
+        assert self.counts is not None
+        first = self.sharers.index(self) * self.kv_heads if self.sharers else 0
+        rooms = torch.arange(first, first + self.kv_heads, device=self.starts.device) * self.room
+        return by_head(self.kept_positions, self.starts - rooms, self.counts, -1)
+
+    def places(self, slots: Tensor, rows: Tensor) -> Tensor:
+        """[R, K * n]: where slots [R, K, n] of each head's own lie in the storage, of rows [R]."""
+        if self.starts is None:
+            starts = torch.arange(self.kv_heads, device=slots.device)[:, None] * self.slots
+        else:
+            starts = self.starts[rows][:, :, None]
+        return (starts + slots).flatten(1)
 
     @property
     def batch_size(self) -> int:
@@ -94,19 +141,29 @@ class Storage:
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by name; empty before the prefill."""
-        names = ("key_buffer", "value_buffer", "lengths", "positions", "told")
+        names = ("key_buffer", "value_buffer", "lengths", "kept_positions", "starts", "counts", "told")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace each tensor t by change(t); sizes that decode takes as constants stay constants."""
         for name, tensor in self.tensors().items():
-            new = change(tensor)
-            keep_marks(tensor, new)
-            setattr(self, name, new)
+            together = self._together if name in SHARED else (self,)
+            if together[0] is self:  # the first of those that share changes what they share
+                new = change(tensor)
+                keep_marks(tensor, new)
+                for layer in together:
+                    setattr(layer, name, new)
+
+    @property
+    def _together(self) -> Sequence[Storage]:
+        """Layers whose storage is one."""
+        return self.sharers if self.sharers and self.starts is not None else (self,)
 
     def grow(self, slots: int) -> None:
         """Reallocate to `slots` more slots a KV head, keeping what is stored."""
-
+        if self.starts is not None:
+            self._grow_ragged(slots)
+            return
         total = self.slots + slots
 
         def widen(view: Tensor, old: Tensor) -> Tensor:
@@ -117,9 +174,43 @@ class Storage:
 
         self.key_buffer, self.value_buffer = widen(self.keys, self.key_buffer), widen(self.values, self.value_buffer)
 
+    def _grow_ragged(self, slots: int) -> None:
+        """Each head moves on by what its predecessors grew."""
+        together = self._together
+        if together[0] is not self:
+            return
+        starts = torch.cat([layer.starts for layer in together if layer.starts is not None], 1)
+        moved = torch.arange(starts.shape[1], device=starts.device) * slots
+
+        def widen(old: Tensor) -> Tensor:
+            slot = torch.arange(old.shape[1], device=starts.device).expand(len(starts), -1).contiguous()
+            place = slot + moved[torch.searchsorted(starts, slot, right=True) - 1]
+            new = old.new_zeros(old.shape[0], old.shape[1] + len(moved) * slots, old.shape[2])
+            new.scatter_(1, place[..., None].expand_as(old), old)
+            keep_marks(old, new, without=1)
+            return new
+
+        assert self.key_buffer is not None
+        assert self.value_buffer is not None
+        keys, values = widen(self.key_buffer), widen(self.value_buffer)
+        for layer, own in zip(together, moved.split(self.kv_heads), strict=True):
+            assert layer.starts is not None
+            begin = layer.starts + own
+            keep_marks(layer.starts, begin)
+            layer.key_buffer, layer.value_buffer, layer.starts = keys, values, begin
+
 
 def keep_marks(old: Tensor, new: Tensor, without: int | None = None) -> None:
     """Sizes of `old` that decode's graphs take as constants are constants of `new`, but for the axis `without`."""
     for axis in getattr(old, "_dynamo_static_indices", ()):
         if axis != without:
             torch._dynamo.mark_static(new, axis)
+
+
+def by_head(flat: Tensor, starts: Tensor, counts: Tensor, unused: int) -> Tensor:
+    """[B, T, ...] of which head k has `counts` [B, K] items from `starts` [B, K] on -> [B, K, longest, ...], a copy."""
+    slot = torch.arange(int(counts.max()), device=flat.device)
+    inside = slot < counts[..., None]
+    row = torch.arange(len(flat), device=flat.device)[:, None, None]
+    found = flat[row, torch.where(inside, starts[..., None] + slot, 0)]
+    return found.masked_fill(~inside.reshape(*inside.shape, *[1] * (flat.dim() - 2)), unused)

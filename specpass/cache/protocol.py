@@ -159,6 +159,7 @@ class BudgetLayer(Storage, CacheLayerMixin):
         # transformers makes one mask for layers that say so, and one for the rest. Decided here: computed while Dynamo
         # traces, it is a symbol that equals nothing.
         self.is_sliding = span is not None and span.positions > 0
+        self.ragged = cache.method.spread != "uniform" and not self.is_sliding
         self.found: Span | None = None  # what the prefill's graph says of it
         self.widest: int | None = None  # of its kind, where they are unlike: the model makes one mask for all of them
         self.reset()
@@ -182,9 +183,11 @@ class BudgetLayer(Storage, CacheLayerMixin):
         if not self.is_initialized:
             short = cache.fits(key_states)
             budget = cache.whole if short and not self.is_sliding else self.budget
-            self.key_buffer, self.value_buffer, self.lengths, self.positions = SPEC.fill(
+            self.key_buffer, self.value_buffer, self.lengths, self.kept_positions = SPEC.fill(
                 key_states, value_states, cache.handle, budget, cache.room, self.index, short
             )
+            if self.ragged:
+                self.starts, self.counts = SPEC.head_offsets(self.lengths, cache.room)
             self.is_initialized = True
             return key_states, value_states
         if cache.exact:  # kept whole, without free slots: goes on like transformers' DynamicCache
@@ -193,11 +196,18 @@ class BudgetLayer(Storage, CacheLayerMixin):
             return self.keys, self.values
         positions = (self.positions if self.told is None else self.told) if self.biased else None
         tensors = (self.key_buffer, self.value_buffer, self.lengths, key_states, value_states)
+        if self.ragged:
+            SPEC.append_kv(*tensors, cache.handle, positions, self.starts)
+            return tuple(SPEC.show_heads(buffer, self.starts, self.slots) for buffer in tensors[:2])
         SPEC.append_kv(*tensors, cache.handle, positions)
         if self.widest is None:
             return self.keys, self.values
         slots = cache.layers[self.widest].slots
         return tuple(SPEC.widen(buffer, self.kv_heads, slots) for buffer in (self.key_buffer, self.value_buffer))
+
+    @property
+    def room(self) -> int:
+        return self.cache.free_at_prefill
 
     def tell_positions(self) -> None:
         """Note the positions that the target was told of the prompt's slots, before the first step that reads them."""

@@ -130,10 +130,11 @@ def follow(cache: BudgetCache) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """Keys [R, K, n, D] and values [R, K, n, Dv] of slots `place` in the budgeted layer `index`."""
+    """Keys [R, K * n, D] and values [R, K * n, Dv] of slots [R, K, n] of each head, in the budgeted layer `index`."""
 
     index: int
-    place: tuple[Tensor, Tensor, Tensor]
+    rows: Tensor  # [R, 1]
+    slots: Tensor
     keys: Tensor
     values: Tensor
 
@@ -146,19 +147,20 @@ def hold(cache: BudgetCache, rows: Sequence[int], tokens: int = 1) -> list[Held]
     found = []
     for index, layer in enumerate(cache.budgeted):
         device = layer.lengths.device
-        chosen, heads = torch.tensor(rows, device=device), torch.arange(layer.kv_heads, device=device)
+        chosen = torch.tensor(rows, device=device)
         slots = layer.lengths[chosen][:, :, None] + torch.arange(tokens, device=device)
-        place = (chosen[:, None, None], heads[None, :, None], slots)
-        assert layer.keys is not None, "a prompt was read"
-        assert layer.values is not None
-        found.append(Held(index, place, layer.keys[place], layer.values[place]))
+        place = chosen[:, None], layer.places(slots, chosen)
+        assert layer.key_buffer is not None, "a prompt was read"
+        assert layer.value_buffer is not None
+        found.append(Held(index, place[0], slots, layer.key_buffer[place], layer.value_buffer[place]))
     return found
 
 
 def put_back(cache: BudgetCache, held: Sequence[Held]) -> None:
-    """What `hold` found, into its slots."""
+    """What `hold` found, into its slots; these may have moved, where the storage grew."""
     for each in held:
         layer = cache.budgeted[each.index]
-        for view, states in ((layer.keys, each.keys), (layer.values, each.values)):
-            assert view is not None, "a prompt was read"
-            view[each.place] = states
+        place = each.rows, layer.places(each.slots, each.rows[:, 0])
+        for buffer, states in ((layer.key_buffer, each.keys), (layer.value_buffer, each.values)):
+            assert buffer is not None, "a prompt was read"
+            buffer[place] = states

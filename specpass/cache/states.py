@@ -150,6 +150,10 @@ def make_layers(cache: BudgetCache, config: Any) -> list[Any]:
             else:
                 layers.append(BudgetLayer(cache, index, budget, span))
     tell_widest([layer for layer in layers if isinstance(layer, BudgetLayer)])
+    if cache.method.spread == "global":
+        sharers = [layer for layer in layers if isinstance(layer, BudgetLayer) and layer.ragged]
+        for layer in sharers:
+            layer.sharers = sharers
     return layers
 
 

@@ -79,14 +79,18 @@ class PrefillAttentionLse(
 class Attend(
     Operator,
     schema="attend(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale, float softcap=0.0, "
-    "Tensor? sinks=None, int sliding=0, int chunk=0, Tensor? bias=None) -> Tensor",
+    "Tensor? sinks=None, int sliding=0, int chunk=0, Tensor? bias=None, Tensor? offsets=None, int layers=1) -> Tensor",
     since="PRUNED",
 ):
-    """q new queries over the slots in use, whose number `lengths` says: [B, H, q, Dv]."""
+    """q new queries over the slots in use, whose number `lengths` says: [B, H, q, Dv].
+
+    With `offsets` heads have budgets of their own: keys are [B, T, D], and head k's slots start at offsets[b, k]. The
+    heads of so many `layers` lie in them.
+    """
 
     query: fx.Node  # [B, H, q, D]
-    keys: fx.Node  # [B, K, P, D]
-    values: fx.Node  # [B, K, P, Dv]
+    keys: fx.Node  # [B, K, P, D], or [B, T, D]
+    values: fx.Node  # [B, K, P, Dv], or [B, T, Dv]
     lengths: fx.Node  # [B, K]
     scale: float
     softcap: float
@@ -94,16 +98,19 @@ class Attend(
     sliding: int
     chunk: int
     bias: fx.Node | None  # [B or 1, H, P]
+    offsets: fx.Node | None  # [B, K]
+    layers: int
 
     @staticmethod
     def fake(query, keys, values, *rest):
-        return query.new_empty(*query.shape[:3], values.shape[3])
+        return query.new_empty(*query.shape[:3], values.shape[-1])
 
 
 class AppendAttend(
     Operator,
     schema="append_attend(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor query, Tensor key, "
-    "Tensor value, float scale, float softcap=0.0, Tensor? sinks=None, int sliding=0, int chunk=0) -> Tensor",
+    "Tensor value, float scale, float softcap=0.0, Tensor? sinks=None, int sliding=0, int chunk=0, "
+    "Tensor? offsets=None, int layers=1) -> Tensor",
     since="LOWERED",
 ):
     """append_kv of one token, then attend: [B, H, 1, Dv]."""
@@ -119,6 +126,8 @@ class AppendAttend(
     sinks: fx.Node | None
     sliding: int
     chunk: int
+    offsets: fx.Node | None  # [B, K], as in attend
+    layers: int
 
     @staticmethod
     def fake(keys, values, lengths, query, key, value, *rest):

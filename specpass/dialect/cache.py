@@ -48,7 +48,7 @@ class Fill(
 class AppendKv(
     Operator,
     schema="append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, "
-    "Tensor? handle, Tensor? positions=None) -> ()",
+    "Tensor? handle, Tensor? positions=None, Tensor? offsets=None) -> ()",
 ):
     """q new KV pairs behind the slots in use, in place; `lengths` advances."""
 
@@ -59,10 +59,35 @@ class AppendKv(
     value: fx.Node
     handle: fx.Node | None  # leads to the cache until specialize drops it
     positions: fx.Node | None  # [B, K, C] of the prompt's slots, where attention adds a bias; attend_slots reads them
+    offsets: fx.Node | None  # [B, K] first slot of each head, where heads have budgets of their own
 
     @staticmethod
-    def fake(keys, values, lengths, key, value, handle, positions=None):
+    def fake(keys, values, lengths, key, value, handle, positions=None, offsets=None):
         return None
+
+
+class HeadOffsets(Operator, schema="head_offsets(Tensor lengths, SymInt room) -> (Tensor, Tensor)"):
+    """Of heads with budgets of their own the first slot [B, K], behind its predecessors' slots and N each, and lengths
+    [B, K] again, which stay as they are."""
+
+    lengths: fx.Node  # [B, K] of the prompt
+    room: Any
+
+    @staticmethod
+    def fake(lengths, room):
+        return torch.empty_like(lengths), torch.empty_like(lengths)
+
+
+class ShowHeads(Operator, schema="show_heads(Tensor storage, Tensor offsets, SymInt slots) -> Tensor", until="DRAFTED"):
+    """What the model's own attention is shown of such heads: [B, K, slots, D], zeros."""
+
+    storage: fx.Node  # [B, T, D]
+    offsets: fx.Node  # [B, K]
+    slots: Any
+
+    @staticmethod
+    def fake(storage, offsets, slots):
+        return storage.new_empty(*offsets.shape, slots, storage.shape[2])
 
 
 class TakeBack(Operator, schema="take_back(Tensor(a!) lengths, Tensor padding) -> ()", since="PRUNED"):
@@ -188,4 +213,65 @@ class GatherKv(
             key.new_empty(batch, slots, key.shape[3]),
             value.new_empty(batch, slots, value.shape[3]),
             positions.new_empty(batch, heads),
+        )
+
+
+class GatherRagged(
+    Operator,
+    schema="gather_ragged(Tensor key, Tensor value, Tensor positions, int slots, SymInt room) "
+    "-> (Tensor, Tensor, Tensor)",
+    since="PRUNED",
+):
+    """As gather_kv, for heads with budgets of their own: keys [B, slots + K * N, D], values, lengths [B, K].
+
+    One head's slots and its room lie behind the other's (see head_offsets). No more than `slots` positions are used.
+    """
+
+    key: fx.Node  # [B, K, T, D]
+    value: fx.Node
+    positions: fx.Node  # [B, K, M], unused ones last, -1
+    slots: int
+    room: Any
+
+    @staticmethod
+    def fake(key, value, positions, slots, room):
+        batch, heads = positions.shape[:2]
+        total = slots + heads * room
+        return (
+            key.new_empty(batch, total, key.shape[3]),
+            value.new_empty(batch, total, value.shape[3]),
+            positions.new_empty(batch, heads),
+        )
+
+
+class ShareLayers(
+    Operator,
+    schema="share_layers(Tensor[] keys, Tensor[] values, Tensor[] lengths, Tensor[] positions, Tensor[] scores, "
+    "int budget, int ahead, SymInt room) -> (Tensor, Tensor, Tensor, Tensor[], Tensor[], Tensor[])",
+    since="PRUNED",
+):
+    """Of the candidates of n layers with K heads the n K C best, as one storage: keys [B, n K (C + N), D], values,
+    positions [B, n K C], and of each layer lengths, offsets and lengths again [B, K].
+
+    Ties go to the lower layer, head and position. The L columns of a lookahead follow each head's last position, and
+    are not counted.
+    """
+
+    keys: list[fx.Node]  # [B, K (X + L), D] of each layer, heads with budgets of their own
+    values: list[fx.Node]
+    lengths: list[fx.Node]  # [B, K] candidates of each head, without the lookahead
+    positions: list[fx.Node]  # [B, K X], one head's behind the other's, unused ones last, -1
+    scores: list[fx.Node]  # as positions, infinite where one is kept anyway; no scores: all are
+    budget: int
+    ahead: int
+    room: Any
+
+    @staticmethod
+    def fake(keys, values, lengths, positions, scores, budget, ahead, room):
+        heads = len(keys) * lengths[0].shape[1]
+        slots = heads * (budget + room)
+        return (
+            *(states[0].new_empty(states[0].shape[0], slots, states[0].shape[2]) for states in (keys, values)),
+            positions[0].new_empty(positions[0].shape[0], heads * budget),
+            *([torch.empty_like(own) for own in lengths] for _ in range(3)),
         )

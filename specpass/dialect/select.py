@@ -34,6 +34,17 @@ class Importance(
         return key.new_empty(key.shape[:3], dtype=torch.float32)
 
 
+class WeighValues(Operator, schema="weigh_values(Tensor scores, Tensor value) -> Tensor", since="PRUNED"):
+    """[B, K, T]: scores times the Euclidean norm of each column's value. Source: arXiv 2406.12335."""
+
+    scores: fx.Node  # [B, K, T]
+    value: fx.Node  # [B, K, T, Dv]
+
+    @staticmethod
+    def fake(scores, value):
+        return torch.empty_like(scores)
+
+
 class Select(
     Operator,
     schema="select(Tensor scores, Tensor lengths, int budget, int window, int kernel, str pool) -> Tensor",
@@ -51,6 +62,33 @@ class Select(
     @staticmethod
     def fake(scores, lengths, budget, window, kernel, pool):
         return scores.new_empty(scores.shape[0], scores.shape[1], budget, dtype=torch.int64)
+
+
+class SelectHeads(
+    Operator,
+    schema="select_heads(Tensor scores, Tensor lengths, int budget, int window, int kernel, str pool, int floor) "
+    "-> Tensor",
+    since="PRUNED",
+):
+    """Of K heads together the top K (C - W) columns by pooled score, and of each the last W: [B, K, M].
+
+    Each head has its own top `floor` among them, so none more than M - W = K (C - W) - (K - 1) floor. Ties go to the
+    lower head, then to the lower position.
+    """
+
+    scores: fx.Node  # [B, K, T]
+    lengths: fx.Node  # [B]
+    budget: int
+    window: int
+    kernel: int
+    pool: str
+    floor: int
+
+    @staticmethod
+    def fake(scores, lengths, budget, window, kernel, pool, floor):
+        kv_heads = scores.shape[1]
+        most = window + kv_heads * (budget - window) - (kv_heads - 1) * floor
+        return scores.new_empty(scores.shape[0], kv_heads, most, dtype=torch.int64)
 
 
 class SelectRecent(
@@ -115,6 +153,43 @@ class AddLookahead(Operator, schema="add_lookahead(Tensor positions, Tensor inde
     @staticmethod
     def fake(positions, index):
         return positions.new_empty(*positions.shape[:2], positions.shape[2] + index.shape[1])
+
+
+class SelectCandidates(
+    Operator,
+    schema="select_candidates(Tensor scores, Tensor lengths, int budget, int window, int kernel, str pool, int floor, "
+    "int least) -> (Tensor, Tensor)",
+    since="PRUNED",
+):
+    """As select_heads, and the pooled scores of what was chosen: [B, K, M] twice.
+
+    A score is infinite in the window and of each head's top `least` (of at most `floor`); -1 where a slot is unused.
+    """
+
+    scores: fx.Node  # [B, K, T]
+    lengths: fx.Node  # [B]
+    budget: int
+    window: int
+    kernel: int
+    pool: str
+    floor: int
+    least: int
+
+    @staticmethod
+    def fake(scores, lengths, budget, window, kernel, pool, floor, least):
+        positions = SelectHeads.fake(scores, lengths, budget, window, kernel, pool, floor)
+        return positions, scores.new_empty(positions.shape)
+
+
+class PackHeads(Operator, schema="pack_heads(Tensor items, int slots) -> Tensor", since="PRUNED"):
+    """Items [B, K, M] of heads with budgets of their own as [B, slots]: one head's behind the other's, then -1."""
+
+    items: fx.Node  # positions or scores, -1 where unused
+    slots: int
+
+    @staticmethod
+    def fake(items, slots):
+        return items.new_empty(items.shape[0], slots)
 
 
 class MapPositions(

@@ -25,6 +25,7 @@ from specpass.errors import (
     LookaheadError,
     OnnxMissingError,
     OutputFileError,
+    SpreadError,
 )
 from specpass.files import write_file
 from specpass.methods.base import Method
@@ -122,6 +123,11 @@ def check_method(method: Method | None) -> None:
         raise BudgetError(
             f"budget={method.budget} is a ratio, and an exported graph has a constant budget: give a "
             "count, e.g. budget=256."
+        )
+    if method.spread != "uniform":
+        raise SpreadError(
+            f"spread={method.spread!r}: an exported step has as many slots for each KV head; export with "
+            "spread='uniform'."
         )
     if method.lookahead_ids is not None:
         raise LookaheadError("lookahead_ids are those of one prompt, and an export serves all: export with a draft.")

@@ -44,7 +44,7 @@ class Keeper:
         if layer.widest is not None and self.packing.order is not None:  # of a padded batch, rows that fit keep all
             positions = SPEC.keep_short_rows(positions, self.packing.lengths, self.cache.whole)
         layer.key_buffer, layer.value_buffer, layer.lengths = SPEC.gather_kv(key, value, positions, self.cache.room)
-        layer.positions = positions if self.read is None else SPEC.map_positions(positions, self.read)
+        layer.kept_positions = positions if self.read is None else SPEC.map_positions(positions, self.read)
         layer.is_initialized = True
 
     def positions(self, layer: BudgetLayer, kv_heads: int, scores: Tensor | None) -> Tensor:
@@ -70,7 +70,8 @@ class Keeper:
         """[B, K, T] float32 of query rows [B, H, R, D], which stand at `rows`."""
         method, lengths = self.method, self.packing.lengths
         if method.score is None:
-            return SPEC.importance(query, key, self.rows, lengths, method.window, scale, method.reduce)
+            scores = SPEC.importance(query, key, self.rows, lengths, method.window, scale, method.reduce)
+            return SPEC.weigh_values(scores, value) if method.value_norms else scores
         scores = method.score(query, key, value, self.rows, lengths, scale=scale)
         return check_result(scores, tuple(key.shape[:3]), torch.float32, f"{method.name}.score", "scores [B, K, T]")
 
@@ -86,7 +87,7 @@ def keep_whole(layer: BudgetLayer, key: Tensor, value: Tensor) -> None:
     layer.exact = True
     layer.key_buffer, layer.value_buffer = key.flatten(1, 2), value.flatten(1, 2)
     layer.lengths = torch.full((batch, kv_heads), size, dtype=torch.int64, device=key.device)
-    layer.positions = torch.arange(size, device=key.device).expand(batch, kv_heads, -1).contiguous()
+    layer.kept_positions = torch.arange(size, device=key.device).expand(batch, kv_heads, -1).contiguous()
     layer.is_initialized = True
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 LOOKAHEAD = 32  # tokens that a draft writes where nobody said how many
 BUDGET_STEP = 64  # ratios are resolved to multiples of this at least
+SPREADS = ("uniform", "heads", "global")  # who shares budgets: nobody, a layer's KV heads, those of all layers
+CANDIDATES = 3  # times its even share that a layer may have of what all layers share
+FLOOR = 0.2  # of its even share that each KV head keeps at least, where budgets are spread (AdaKV, arXiv 2407.11550)
 
 
 def check_count(name: str, value: Any, low: int) -> None:
@@ -55,6 +58,8 @@ class Traits:
     verify: bool = False  # whether the answer follows the lookahead by the logits of the target's own prefill
     temperature: float = 0.0  # of the draft's sampling; 0.0 is greedy
     seed: int = 0  # of the draft's sampling
+    value_norms: bool = False  # whether scores are weighed by the norms of the columns' values
+    spread: str = "uniform"  # whether KV heads share their budgets: see SPREADS
     sparse_prefill: int = 0  # top columns that a prompt's queries read, and last positions besides; 0: all
 
     # A method of one's own replaces these by methods; None stands for the operators `importance` and `select`.
@@ -135,6 +140,10 @@ class Method(Traits):
             raise BudgetError(f"budget={self.budget} is a ratio: call resolve(prompt_length) first.")
         return (self.budget,) * num_layers
 
+    def floor(self, budget: int) -> int:
+        """Scored positions that each KV head keeps at least of a layer's budget C, beside the window."""
+        return int(FLOOR * (budget - self.window))
+
     @property
     def prompt(self) -> SpecPC | None:
         """How the prompt itself is compressed before the target reads it; None where it is read whole."""
@@ -158,19 +167,42 @@ class Method(Traits):
 
 @dataclasses.dataclass(frozen=True)
 class Scored(Method):
-    """Methods that keep the window and the top C - W positions by pooled attention scores."""
+    """Methods that keep the window and the top C - W positions by pooled attention scores.
+
+    value_norms: scores are weighed by the norm of each position's value (arXiv 2406.12335), before they are pooled.
+    spread: "uniform" gives each KV head C slots. "heads": a layer's K heads share K * C, by one choice of the best
+    scores of all of them, where each keeps its window and a fifth of C - W at least (AdaKV, arXiv 2407.11550).
+    "global": the same for the heads of all layers, none of which has more than three times C - W for each of its heads.
+    """
 
     window: int = 32
     reduce: str = "max"
     pool: str = "max"
     kernel: int = 7
+    spread: str = dataclasses.field(default="uniform", kw_only=True)
+    value_norms: bool = dataclasses.field(default=False, kw_only=True)
 
     scored: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("window", self.window, 1)
+        self._check_spread()
         check_count("kernel", self.kernel, 1)
         if self.kernel % 2 == 0:
             raise BudgetError(f"kernel={self.kernel}: pooling keeps the length only for odd kernels, e.g. kernel=7.")
         self._check_reductions()
         self._check_budget()
+
+    def _check_spread(self) -> None:
+        if self.value_norms and self.score is not None:
+            raise BudgetError(
+                f"value_norms=True: {self.name} scores by a function of its own, which is handed the values; leave "
+                "value_norms out."
+            )
+        if self.spread not in SPREADS:
+            raise BudgetError(f"spread={self.spread!r}: expected one of {SPREADS}.")
+        if self.spread != "uniform" and self.select is not None:
+            raise BudgetError(
+                f"spread={self.spread!r}: {self.name} selects by a function of its own, which chooses for each KV "
+                "head; leave spread out."
+            )

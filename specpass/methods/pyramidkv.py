@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from specpass.errors import BudgetError
 from specpass.methods.base import check_count
 from specpass.methods.snapkv import SnapKV
 
@@ -21,6 +22,8 @@ class PyramidKV(SnapKV):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("beta", self.beta, 1)
+        if self.spread != "uniform":
+            raise BudgetError(f"spread={self.spread!r}: PyramidKV has a spread of its own; use SnapKV(spread=...).")
 
     def layer_budgets(self, num_layers: int) -> tuple[int, ...]:
         """Falling budgets whose sum is num_layers * C."""

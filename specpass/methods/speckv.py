@@ -26,6 +26,11 @@ class SpecKV(Scored):
         lookahead_ids: [B, L] token ids that take the draft's place; no draft is needed then.
         verify: while the answer is the lookahead, its logits are those that the target's prefill computed there, with
             all KV, and cost nothing; False: each token is decoded from the pruned cache.
+        spread: "uniform", C slots for each KV head, or "heads", K * C slots for the K heads of a layer together
+            (Ada-SpecKV, arXiv 2407.11550): each keeps its window and a fifth of C - W at least, and the best scores of
+            all heads the rest; or "global", where the heads of all layers share. Memory is the same, exactly; until the
+            last layer has read the prompt, "global" holds up to three times as much.
+        value_norms: scores are weighed by the norms of the positions' values (arXiv 2406.12335); False in the paper.
         sparse_prefill: V columns: each query of a prompt of more than 2 V tokens (lookahead included) reads the V that
             score highest for its KV head, and its own last V positions; those that score read all. The paper has 2048.
             0: exact attention. Logits are then no longer those of full KV.

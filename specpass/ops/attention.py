@@ -221,11 +221,14 @@ def append_attend(
     sinks: Tensor | None = None,
     sliding: int = 0,
     chunk: int = 0,
+    offsets: Tensor | None = None,
+    layers: int = 1,
 ) -> Tensor:
     """As the reference."""
     if choose("append_attend", dict(locals())).kernel == "decode_avx512":
-        return decode.append_attend(keys, values, lengths, query, key, value, scale, sliding)[0]
-    return reference.append_attend(keys, values, lengths, query, key, value, scale, softcap, sinks, sliding, chunk)
+        return decode.append_attend(keys, values, lengths, query, key, value, scale, sliding, offsets)[0]
+    changes = (softcap, sinks, sliding, chunk, offsets, layers)
+    return reference.append_attend(keys, values, lengths, query, key, value, scale, *changes)
 
 
 def append_attend_lse(
@@ -248,8 +251,11 @@ def attend_onnx(
     sliding: int = 0,
     chunk: int = 0,
     bias: Tensor | None = None,
+    offsets: Tensor | None = None,
+    layers: int = 1,
 ) -> Tensor:
     """As the reference."""
+    assert offsets is None, "refused before anything is traced"
     if softcap or sinks is not None or bias is not None:
         return reference.attend(query, keys, values, lengths, scale, softcap, sinks, sliding, chunk, bias)
     batch, heads, count, dim = query.shape
@@ -276,18 +282,51 @@ def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: A
     return 2 * batch * heads * rows * key[2] * (dim + value[3])
 
 
-def append_flops(
-    keys: torch.Size, values: torch.Size, lengths: torch.Size, query: torch.Size, key: torch.Size, *_: Any, **__: Any
+def attend_flops(
+    query: torch.Size,
+    keys: torch.Size,
+    values: torch.Size,
+    lengths: torch.Size,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Size | None = None,
+    sliding: int = 0,
+    chunk: int = 0,
+    bias: torch.Size | None = None,
+    offsets: torch.Size | None = None,
+    layers: int = 1,
+    **_: Any,
 ) -> int:
-    """keys [B, K * P, D], values [B, K * P, Dv], query [B, H, 1, D], key [B, K, 1, D]: as attention over P slots."""
-    batch, kv_heads = key[:2]
-    slots = keys[1] // kv_heads
-    return attention_flops(query, (batch, kv_heads, slots, keys[2]), (batch, kv_heads, slots, values[2]))
+    """keys [B, K, P, D]; or [B, T, D] of heads with budgets of their own, which have T / (K * layers) in the mean."""
+    if offsets is None:
+        return attention_flops(query, keys, values)
+    sizes = (keys[0], lengths[1], keys[1] // (lengths[1] * layers))
+    return attention_flops(query, (*sizes, keys[2]), (*sizes, values[2]))
+
+
+def append_flops(
+    keys: torch.Size,
+    values: torch.Size,
+    lengths: torch.Size,
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Size | None = None,
+    sliding: int = 0,
+    chunk: int = 0,
+    offsets: torch.Size | None = None,
+    layers: int = 1,
+    **_: Any,
+) -> int:
+    """keys [B, K * P, D], values [B, K * P, Dv], lengths [B, K], query [B, H, 1, D]: as attention over P slots."""
+    return attend_flops(query, keys, values, lengths, scale, offsets=lengths, layers=layers)
 
 
 bind(dialect.ModifiedAttention, modified_attention, flops=attention_flops)
 bind(dialect.PrefillAttention, prefill_attention, onnx=prefill_attention_onnx, flops=attention_flops)
 bind(dialect.PrefillAttentionLse, prefill_attention_lse, flops=attention_flops)
-bind(dialect.Attend, reference.attend, onnx=attend_onnx, flops=attention_flops)
+bind(dialect.Attend, reference.attend, onnx=attend_onnx, flops=attend_flops)
 bind(dialect.AppendAttend, append_attend, flops=append_flops)
 bind(dialect.AppendAttendLse, append_attend_lse, flops=append_flops)

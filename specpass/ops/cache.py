@@ -12,7 +12,7 @@ from torch import Tensor
 from specpass.dialect import cache as dialect
 from specpass.errors import UncompiledCacheError
 from specpass.kernels.decode import reference
-from specpass.kernels.gather.reference import gather_kv
+from specpass.kernels.gather.reference import gather_kv, gather_ragged, offsets_and_lengths, share_layers
 from specpass.ops.bind import bind
 
 
@@ -68,10 +68,11 @@ def append_kv(
     value: Tensor,
     handle: Tensor | None,
     positions: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> None:
     """See the reference; `handle` led the backend to the cache, and a pass has read `positions`."""
     check_owner(handle)
-    reference.append_kv(keys, values, lengths, key, value)
+    reference.append_kv(keys, values, lengths, key, value, offsets)
 
 
 def take_back(lengths: Tensor, padding: Tensor) -> None:
@@ -109,6 +110,11 @@ def widen(storage: Tensor, kv_heads: int, slots: int) -> Tensor:
     return F.pad(view, (0, 0, 0, slots - view.shape[2]))
 
 
+def show_heads(storage: Tensor, offsets: Tensor, slots: int) -> Tensor:
+    """[B, K, slots, D] zeros: shapes are traced, and a pass puts attention over the storage in their place."""
+    return storage.new_zeros(*offsets.shape, slots, storage.shape[2])
+
+
 def gather_functional(key: Tensor, value: Tensor, positions: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
     """`gather_kv` without free slots, writing nothing in place (ONNX: the runtime owns the room)."""
     if room:
@@ -134,3 +140,7 @@ bind(dialect.Size, size)
 bind(dialect.Advance, advance)
 bind(dialect.Widen, widen)
 bind(dialect.GatherKv, gather_kv, onnx=gather_functional)
+bind(dialect.GatherRagged, gather_ragged)
+bind(dialect.HeadOffsets, offsets_and_lengths)
+bind(dialect.ShowHeads, show_heads)
+bind(dialect.ShareLayers, share_layers)

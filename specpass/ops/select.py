@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specpass.dialect import select as dialect
 from specpass.kernels.cpu import importance as amx
+from specpass.kernels.gather.reference import slot_sources
 from specpass.kernels.importance import reference
 from specpass.ops.bind import bind
 
@@ -38,26 +39,79 @@ def importance(
     return amx.importance(*operands)
 
 
+def weigh_values(scores: Tensor, value: Tensor) -> Tensor:
+    """Scores [B, K, T] float32 times the norms, in float32, of value [B, K, T, Dv]."""
+    return scores * torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)
+
+
+def weigh_values_onnx(scores: Tensor, value: Tensor) -> Tensor:
+    """As the reference."""
+    return scores * value.float().square().sum(-1).sqrt()
+
+
 def select(scores: Tensor, lengths: Tensor, budget: int, window: int, kernel: int, pool: str) -> Tensor:
     """Pooled scores -> kept positions: the top C - W, ties to the lower position, and the last W.
 
     Args: scores [B, K, T] float32, 0 outside the scored columns; lengths [B].
     Returns: positions [B, K, C] int64, ascending; unused slots -1.
     """
-    kv_heads, columns = scores.shape[1:]
+    top, never = budget - window, scores.shape[2] + budget
+    values, index = _best(scores, lengths, top, window, kernel, pool)
+    best = index.masked_fill(values < 0, never)
+    return _ascending(torch.cat([best, _last(lengths, window, scores.shape[1], never)], -1), never)
+
+
+def select_heads(
+    scores: Tensor, lengths: Tensor, budget: int, window: int, kernel: int, pool: str, floor: int
+) -> Tensor:
+    """As `select` for K heads that share K * C slots: [B, K, M]. Source: AdaKV, arXiv 2407.11550, Algorithm 1.
+
+    The top K (C - W) of all heads' scores, where a head's own top `floor` come first.
+    """
+    return select_candidates(scores, lengths, budget, window, kernel, pool, floor, 0)[0]
+
+
+def select_candidates(
+    scores: Tensor, lengths: Tensor, budget: int, window: int, kernel: int, pool: str, floor: int, least: int
+) -> tuple[Tensor, Tensor]:
+    """`select_heads`, and pooled scores [B, K, M]: infinite in the window and of each head's top `least`."""
+    kv_heads = scores.shape[1]
+    total = kv_heads * (budget - window)
+    most = total - (kv_heads - 1) * floor  # of one head, where the others get no more than their floor
+    never = scores.shape[2] + most
+    values, index = _best(scores, lengths, most, window, kernel, pool)
+    rank = torch.arange(most, device=scores.device)
+    urgent = values.masked_fill((rank < floor) & (values >= 0), float("inf")).flatten(1)
+    # Heads lie behind each other, each by falling scores: among equal ones the lower head, then the lower position.
+    order = torch.sort(urgent, dim=-1, descending=True, stable=True).indices[:, :total]
+    chosen = torch.zeros_like(urgent, dtype=torch.bool).scatter(1, order, True).view_as(values) & (values >= 0)
+    last = _last(lengths, window, kv_heads, never)
+    found = torch.cat([index.masked_fill(~chosen, never), last], -1)
+    worth = values.masked_fill(rank < least, float("inf"))
+    worth = F.pad(worth, (0, window), value=float("inf")).masked_fill(found >= never, -1.0)
+    found, order = found.sort(-1)
+    return found.masked_fill(found >= never, -1), worth.gather(-1, order)
+
+
+def _best(scores: Tensor, lengths: Tensor, top: int, window: int, kernel: int, pool: str) -> tuple[Tensor, Tensor]:
+    """The best `top` columns of each head in front of the window, by pooled scores.
+
+    Returns: scores [B, K, top], falling, and columns, equal scores in order of position; -1.0 behind the last one.
+    """
     pad = kernel // 2
     pooled = F.max_pool1d(scores, kernel, 1, pad) if pool == "max" else F.avg_pool1d(scores, kernel, 1, pad)
-    top = budget - window
-    column = torch.arange(columns, device=scores.device)
+    column = torch.arange(scores.shape[2], device=scores.device)
     outside = (column >= (lengths - window)[:, None])[:, None]
-    pooled = F.pad(pooled.masked_fill(outside, -1.0), (0, top), value=-1.0)  # T may be shorter than C - W
+    pooled = F.pad(pooled.masked_fill(outside, -1.0), (0, top), value=-1.0)  # T may be shorter
     # A stable sort keeps equal scores in order of position, which torch.topk does not promise.
     values, index = torch.sort(pooled, dim=-1, descending=True, stable=True)
-    never = columns + budget
-    best = index[..., :top].masked_fill(values[..., :top] < 0, never)
-    last = torch.arange(-window, 0, device=scores.device) + lengths[:, None]
-    last = last.masked_fill(last < 0, never)[:, None].expand(-1, kv_heads, -1)
-    return _ascending(torch.cat([best, last], -1), never)
+    return values[..., :top], index[..., :top]
+
+
+def _last(lengths: Tensor, window: int, kv_heads: int, never: int) -> Tensor:
+    """[B, K, W]: the last W positions of each row; `never` where it is shorter."""
+    last = torch.arange(-window, 0, device=lengths.device) + lengths[:, None]
+    return last.masked_fill(last < 0, never)[:, None].expand(-1, kv_heads, -1)
 
 
 def select_recent(lengths: Tensor, kv_heads: int, budget: int, sinks: int) -> Tensor:
@@ -92,6 +146,12 @@ def keep_short_rows(positions: Tensor, lengths: Tensor, budget: int) -> Tensor:
     return torch.where((lengths <= budget)[:, None, None], every, F.pad(positions, (0, wide - own), value=-1))
 
 
+def pack_heads(items: Tensor, slots: int) -> Tensor:
+    """Items [B, K, M] without gaps, one head's behind the other's: [B, slots], unused slots last, -1."""
+    head, rank = slot_sources((items >= 0).sum(-1), slots, 0)
+    return items.flatten(1).gather(1, head * items.shape[2] + rank.clamp(min=0)).masked_fill(rank < 0, -1)
+
+
 def map_positions(positions: Tensor, prompt_positions: Tensor) -> Tensor:
     """Kept slots [B, K, C] of a compressed prompt, numbered by the original prompt [B, C1]; -1 stays -1."""
     source = prompt_positions[:, None].expand(-1, positions.shape[1], -1)
@@ -118,10 +178,14 @@ def add_lookahead(positions: Tensor, index: Tensor) -> Tensor:
 
 
 bind(dialect.Importance, importance, onnx=reference.importance, flops=importance_flops)
+bind(dialect.WeighValues, weigh_values, onnx=weigh_values_onnx)
 bind(dialect.Select, select)
+bind(dialect.SelectHeads, select_heads)
 bind(dialect.SelectRecent, select_recent)
 bind(dialect.SelectChunk, select_chunk)
 bind(dialect.KeepAll, keep_all)
 bind(dialect.KeepShortRows, keep_short_rows)
+bind(dialect.SelectCandidates, select_candidates)
+bind(dialect.PackHeads, pack_heads)
 bind(dialect.MapPositions, map_positions)
 bind(dialect.AddLookahead, add_lookahead)

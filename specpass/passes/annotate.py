@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from specpass.dialect.attention import ModifiedAttention
-from specpass.dialect.cache import AppendKv, Fill, KeepKv, Widen
+from specpass.dialect.cache import AppendKv, Fill, KeepKv, ShowHeads, Widen
 from specpass.errors import NoAttentionSiteError
 from specpass.graph.aten import Sdpa, Softmax, View
 from specpass.graph.walk import module_path, skip_full_slices, value
@@ -105,11 +105,19 @@ def shared(site: Site, owner: Site) -> Site:
 
 def key_of(write: Write) -> fx.Node:
     """What attention reads of a written layer: the new key itself (prefill), or the storage (decode)."""
-    return write.keys if isinstance(write, AppendKv) else write.key
+    return shown(write, write.keys) if isinstance(write, AppendKv) else write.key
 
 
 def value_of(write: Write) -> fx.Node:
-    return write.values if isinstance(write, AppendKv) else write.value
+    return shown(write, write.values) if isinstance(write, AppendKv) else write.value
+
+
+def shown(append: AppendKv, storage: fx.Node) -> fx.Node:
+    """The storage, or what is shown of it where KV heads have budgets of their own: other layers may lie in it too."""
+    if append.offsets is None:
+        return storage
+    views = [view for user in append.offsets.users if (view := ShowHeads.match(user)) is not None]
+    return next(view.node for view in views if view.storage is storage)
 
 
 class Reader:

@@ -9,6 +9,14 @@ count once they are followed:
 
         keys, values, used = gather_kv(k, v, add_lookahead(positions, index [B, L]), N - L); lengths = used - L
 
+Where KV heads have budgets of their own, the cache has asked where each begins (head_offsets), and
+
+after:  positions = select_heads(scores, lengths, C, W, kernel, pool, floor)    [B, K, M], K C of them in use
+        keys, values, lengths = gather_ragged(k, v, positions, K * C, N)        [B, K * (C + N), D]
+        positions = pack_heads(positions, K * C)                                [B, K * C]
+
+Where those of all layers share, see share_layers.py.
+
 A site with a sliding window or chunks keeps what it can still read, of the prompt and never of the lookahead.
 """
 
@@ -25,11 +33,12 @@ from torch import fx
 from specpass.dialect.cache import Fill
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
-from specpass.graph.operands import items_of
-from specpass.graph.walk import ATEN, value
+from specpass.graph.walk import ATEN, skip_full_slices, value
+from specpass.passes.attend_slots import UNSPREAD
 from specpass.passes.facts import Ahead, ReadPositions, Rows, Scores
 from specpass.passes.inline import Inline, check_result
-from specpass.rewrite import Facts, Kind, Pass, Request
+from specpass.passes.share_layers import Shared, in_prompt, offsets_of, put
+from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 from specpass.rewrite.base import PROMPTS
 from specpass.rewrite.sites import Site, Sites
 
@@ -43,8 +52,8 @@ class GatherPrune(Pass):
 
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
         editor, sites, scores = Editor(gm), facts[Sites].sites, facts.get(Scores)
-        read = facts.get(ReadPositions)
         alike = len({site.budget for site in sites if site.is_full}) <= 1
+        shared = Shared(editor, request, facts)
         rewritten: list[Site] = []
         for index, site in enumerate(sites):
             if site.reads:  # it has read the owner's full keys and values, and from now on reads what that kept
@@ -55,37 +64,50 @@ class GatherPrune(Pass):
             before = (site.attention if own is None else max(site.attention, own)).next
             # A layer's own budget would make its region unlike the others': these nodes then stand outside of it.
             like = site.attention if alike or not site.is_full else None
+            if offsets_of(site) and (
+                site.alibi is not None or skip_full_slices(site.key) is not Fill.of(site.cache).key
+            ):
+                raise Refusal(UNSPREAD, site.module)
+            if offsets_of(site) and request.pruning.spread == "global":
+                rewritten.append(shared.add(site, own, before))
+                continue
             positions = self._positions(editor, request, facts, site, own, before, like)
             # Of a padded batch, rows that fit C keep everything.
             if not alike and site.is_full and facts[Rows].order is not None:
                 whole = request.pruning.budget
                 lengths = editor.beside(facts[Rows].lengths, site.key, before)
                 positions = editor.call(SPEC.keep_short_rows, positions, lengths, whole, before=before)
-            fill = Fill.of(site.cache)
-            kept, lengths = self._gather(editor, facts, fill, positions, before, like)
-            if read is not None:  # numbered by the caller's prompt, of which the target read a part
-                prompt = editor.beside(read.positions, site.key, before)
-                positions = editor.call(SPEC.map_positions, positions, prompt, before=before, like=like)
-            results = (*(editor.item(kept, index, before) for index in (0, 1)), lengths, positions)
-            for index, users in items_of(site.cache).items():
-                for user in users:
-                    editor.replace(user, results[index])
-            editor.graph.erase_node(site.cache)
+            kept, lengths = self._gather(editor, facts, site, positions, before, like)
+            positions = in_prompt(editor, facts, site, positions, before, like)
+            results: list[fx.Node] = [*(editor.item(kept, index, before) for index in (0, 1)), lengths, positions]
+            for asked in offsets_of(site):
+                begin = editor.call(SPEC.head_offsets, lengths, asked.room, before=before, like=like)
+                put(editor, asked.node, [editor.item(begin, index, before) for index in (0, 1)])
+                results[3] = editor.call(
+                    SPEC.pack_heads, positions, site.kv_heads * site.budget, before=before, like=like
+                )
+            put(editor, site.cache, results)
             rewritten.append(dataclasses.replace(site, cache=kept))
+        shared.finish()
         facts.add(Sites(tuple(rewritten)))
 
     @staticmethod
     def _gather(
-        editor: Editor, facts: Facts, fill: Fill, positions: fx.Node, before: fx.Node, like: fx.Node | None
+        editor: Editor, facts: Facts, site: Site, positions: fx.Node, before: fx.Node, like: fx.Node | None
     ) -> tuple[fx.Node, fx.Node]:
-        """What takes the place of `fill`, and the slots in use [B, K]."""
+        """What takes the place of the site's `fill`, and the slots in use [B, K]."""
+        fill = Fill.of(site.cache)
         ahead, room = facts[Ahead].tokens if Ahead in facts else 0, fill.room
         call = functools.partial(editor.call, before=before, like=like)
         if ahead:
             index = call(SPEC.ahead_index, editor.beside(facts[Rows].lengths, fill.key, before), ahead)
             positions = call(SPEC.add_lookahead, positions, index)
             room = editor.call(operator.sub, room, ahead, before=before) if isinstance(room, fx.Node) else room - ahead
-        kept = call(SPEC.gather_kv, fill.key, fill.value, positions, room)
+        if offsets_of(site):
+            slots = site.kv_heads * (site.budget + ahead)
+            kept = call(SPEC.gather_ragged, fill.key, fill.value, positions, slots, room)
+        else:
+            kept = call(SPEC.gather_kv, fill.key, fill.value, positions, room)
         used = editor.item(kept, 2, before)
         return kept, call(ATEN.sub.Tensor, used, ahead) if ahead else used
 
@@ -110,6 +132,9 @@ class GatherPrune(Pass):
             return call(SPEC.keep_all, lengths, site.kv_heads, site.budget)
         if scores is None:
             return call(SPEC.select_recent, lengths, site.kv_heads, site.budget, method.sinks)
+        if offsets_of(site):
+            settings = (site.budget, method.window, method.kernel, method.pool, method.floor(site.budget))
+            return call(SPEC.select_heads, scores, lengths, *settings)
         if method.select is None:
             return call(SPEC.select, scores, lengths, site.budget, method.window, method.kernel, method.pool)
         name = f"{method.name}.select"

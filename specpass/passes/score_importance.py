@@ -3,6 +3,8 @@
 before: out = prefill_attention(q, k, v, scale)
 after:  the same, and scores [B, K, S + L] = importance(take_rows(q, rows), k, rows, lengths)     never [S, S]
 
+With value_norms they are weighed: weigh_values(scores, v).
+
 A method with its own `score` has that function's nodes in the operator's place.
 """
 
@@ -67,6 +69,8 @@ class ScoreImportance(Pass):
                 before=before,
                 like=like,
             )
+            if method.value_norms:
+                own_scores = editor.call(SPEC.weigh_values, own_scores, site.value, before=before, like=like)
             scores.append(own_scores if site.heads_apart else shared(editor, own_scores, site, method.reduce))
         facts.add(Scores(tuple(scores)))
 

@@ -23,7 +23,7 @@ import sympy
 from sympy import Expr, Symbol
 
 from specpass.cache.layer import room_of, round_room
-from specpass.methods.base import BUDGET_STEP, Method, is_builtin
+from specpass.methods.base import BUDGET_STEP, CANDIDATES, Method, is_builtin
 from specpass.sizes import Decoder
 
 B, S, L, W, C, N, M = (Symbol(name, positive=True) for name in "BSLWCNM")
@@ -114,10 +114,13 @@ def pruned_forms(method: Method, drafts: bool) -> dict[str, Expr]:
     moved = _T.weights() + 2 * _T.kv(read) + _T.kv(C + N)
     if method.scored:
         flops += _T.scores(W + ahead, read, _T.n)
-        moved += _T.keys(read, _T.n)  # once more
+        moved += _T.keys(read, _T.n) * (2 if method.value_norms else 1)  # once more, and values for their norms
     draft_flops, draft_bytes = draft_forms(method.prompt is not None) if drafts else (zero, zero)
+    own = 0 if method.spread == "uniform" else 2  # where each KV head begins, and what it holds of the prompt
+    if method.spread == "global":
+        moved += 2 * _T.kv(W + CANDIDATES * (C - W))
     # int64 positions and lengths, lookahead ids, and the prompt positions read with their shift
-    integers = _T.n * _T.K * (C + 1) + (L if method.drafts else zero) + (compressed + 1 if compressed else zero)
+    integers = _T.n * _T.K * (C + 1 + own) + (L if method.drafts else zero) + (compressed + 1 if compressed else zero)
     return {
         "prefill_flops": flops,
         "prefill_bytes": moved,

@@ -23,16 +23,20 @@ class SiteRecord:
         budget: slots C of each KV head, 0 where the graph prunes nothing.
         exact: why it keeps all that it reads; "" where it is pruned.
         reads: the site whose keys and values it reads, where it has none of its own.
+        spread: who shares the budget (see methods/base.py).
     """
 
     module: str
     budget: int
     exact: str = ""
     reads: str = ""
+    spread: str = "uniform"
 
     @classmethod
-    def of(cls, site: Site) -> SiteRecord:
-        return cls(site.module, site.budget, "" if site.is_full else str(site.span), site.reads)
+    def of(cls, site: Site, spread: str) -> SiteRecord:
+        if not site.is_full:
+            return cls(site.module, site.budget, str(site.span), site.reads)
+        return cls(site.module, site.budget, reads=site.reads, spread=spread)
 
 
 @dataclasses.dataclass

@@ -11,6 +11,11 @@ from specpass.reports.record import BackendRecord, GraphRecord, PromptRecord, Si
 
 LENGTHS = (4096, 32768, 131072)
 NEW_TOKENS = 256
+SHARED = {  # by a method's spread
+    "uniform": "",
+    "heads": " in the mean: a layer's KV heads share them",
+    "global": " in the mean: the KV heads of all layers share them",
+}
 BREAKS = {"kv_bytes": "KV cache", "bytes": "bytes moved", "flops": "FLOPs"}
 
 
@@ -90,9 +95,11 @@ def graph_lines(graph: GraphRecord) -> list[str]:
         f"{graph.kind} graph: {what}, {graph.distinct_regions} distinct of {graph.regions} regions compiled; "
         f"trace {graph.trace_seconds:.1f} s, passes {passes:.2f} s, lowering {graph.lower_seconds:.1f} s"
     ]
-    budgets = sorted({site.budget for site in graph.sites if site.budget and not site.exact})
+    pruned = [site for site in graph.sites if site.budget and not site.exact]
+    budgets = sorted({site.budget for site in pruned})
     if budgets:
-        lines.append(f"  budget per KV head and layer: {', '.join(map(str, budgets))} slots")
+        shared = SHARED[pruned[0].spread]
+        lines.append(f"  budget per KV head and layer: {', '.join(map(str, budgets))} slots{shared}")
     kept = collections.Counter(site.exact for site in graph.sites if site.exact)
     lines += [f"  {count} sites exact: {reason}" for reason, count in kept.items()]
     lines += shared_lines(graph.sites)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from specpass.dialect.cache import AppendKv, Fill, GatherKv, KeepKv
+from specpass.dialect.cache import AppendKv, Fill, GatherKv, GatherRagged, KeepKv
 from specpass.graph.walk import value
 from specpass.sizes import FULL, Span
 
@@ -85,6 +85,11 @@ class Site:
         return self.softcap, self.sinks, self.span.sliding, self.span.chunk
 
     @property
+    def cached(self) -> tuple[fx.Node, fx.Node]:
+        """Keys and values as attention reads them."""
+        return self.key, self.value
+
+    @property
     def is_full(self) -> bool:
         """Whether its K/V grow with the prompt: such a site is scored and pruned, the others keep what they read."""
         return not self.span.positions
@@ -96,7 +101,8 @@ class Site:
     @property
     def kv_shape(self) -> tuple[int, int, int]:
         """(K, D, Dv) of the layer's cache."""
-        write = next(view.of(self.cache) for view in (Fill, KeepKv, AppendKv, GatherKv) if view.is_call(self.cache))
+        views = (Fill, KeepKv, AppendKv, GatherKv, GatherRagged)
+        write = next(view.of(self.cache) for view in views if view.is_call(self.cache))
         key, val = value(write.key), value(write.value)
         return int(key.shape[1]), int(key.shape[3]), int(val.shape[3])
 

@@ -38,8 +38,8 @@ def _stage(name: str, prompts: tuple[Choice, ...], steps: tuple[Choice, ...]) ->
     return Stage(name, {"prefill": prompts, "short": prompts, "decode": steps, "append": steps})
 
 
-_PREFILLS, _STORES = (cache.Fill, cache.KeepKv), (cache.GatherKv, cache.KeepKv)
-_STORING = {operator.name for operator in (cache.Fill, cache.GatherKv, cache.KeepKv, cache.AppendKv)}
+_PREFILLS, _STORES = (cache.Fill, cache.KeepKv), (cache.GatherKv, cache.GatherRagged, cache.KeepKv)
+_STORING = {operator.name for operator in (cache.Fill, *_STORES, cache.AppendKv)}
 _BOTH = (attention.AppendAttend, attention.AppendAttendLse)
 _FLASH = (attention.PrefillAttention, attention.PrefillAttentionLse, sparse.PrefillAttentionSparse)
 

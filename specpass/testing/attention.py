@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 @contextmanager
-def _sdpa_replaced(function: Callable[..., Any]) -> Iterator[None]:
+def sdpa_replaced(function: Callable[..., Any]) -> Iterator[None]:
     """Let models with attn_implementation="sdpa" call `function`, and put everything back afterwards."""
     local = ALL_ATTENTION_FUNCTIONS._local_mapping
     before = local.get("sdpa")
@@ -63,7 +63,7 @@ def capture(model: PreTrainedModel, rows: int) -> Iterator[list[torch.Tensor]]:
         found.append(_row_probabilities(query, key, attention_mask, kwargs.get("scaling"), rows))
         return plain(module, query, key, value, attention_mask, **kwargs)
 
-    with _sdpa_replaced(attend):
+    with sdpa_replaced(attend):
         yield found
     assert len(found) == model.config.num_hidden_layers, f"{len(found)} attention calls seen"
 

@@ -69,15 +69,24 @@ class Layer:
         positions = _empty("int64", self.batch, self.kv_heads, budget)
         return {"key": states, "value": states, "positions": positions, "room": room}
 
-    def attend(self, slots: int) -> dict[str, Any]:
-        """Operands of `attend` for one query."""
+    def attend(self, slots: int, ragged: bool = False) -> dict[str, Any]:
+        """Operands of `attend` for one query; `ragged`: KV heads have budgets of their own, `slots` in the mean."""
         storage = self._empty(self.kv_heads, slots)
-        return {"query": self._empty(self.heads, 1), "keys": storage, "values": storage, "softcap": 0.0, "sinks": None}
+        found = {"query": self._empty(self.heads, 1), "keys": storage, "values": storage, "softcap": 0.0, "sinks": None}
+        if not ragged:
+            return found
+        each = _empty("int64", self.batch, self.kv_heads)
+        return found | {
+            "keys": storage.flatten(1, 2),
+            "values": storage.flatten(1, 2),
+            "lengths": each,
+            "offsets": each,
+        }
 
-    def append_attend(self, slots: int) -> dict[str, Any]:
+    def append_attend(self, slots: int, ragged: bool = False) -> dict[str, Any]:
         """Operands of `append_attend`."""
         new, storage = self._empty(self.kv_heads, 1), self._empty(self.kv_heads, slots).flatten(1, 2)
-        return self.attend(slots) | {"keys": storage, "values": storage, "key": new, "value": new}
+        return self.attend(slots, ragged) | {"keys": storage, "values": storage, "key": new, "value": new}
 
     def append_attend_lse(self, slots: int) -> dict[str, Any]:
         """Operands of `append_attend_lse`."""
@@ -119,10 +128,12 @@ def target_jobs(
         sizes = (method.sparse_prefill, method.window, columns - read)
         jobs += jobs_of("prefill_attention_sparse", layer.prefill_attention_sparse(columns, *sizes), arch)
     followed = columns - read if method.verify else 0  # tokens of the lookahead, kept for an answer that follows it
+    ragged = method.spread != "uniform"
     for budget in sorted(set(method.layer_budgets(layers))):
-        jobs += jobs_of("gather_kv", layer.gather_kv(columns, budget + followed, room - followed), arch)
-        jobs += jobs_of("attend", layer.attend(budget + room), arch)
-        jobs += jobs_of("append_attend", layer.append_attend(budget + room), arch)
+        if not ragged:
+            jobs += jobs_of("gather_kv", layer.gather_kv(columns, budget + followed, room - followed), arch)
+        jobs += jobs_of("attend", layer.attend(budget + room, ragged), arch)
+        jobs += jobs_of("append_attend", layer.append_attend(budget + room, ragged), arch)
     return jobs
 
 

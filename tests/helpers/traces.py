@@ -69,7 +69,7 @@ def prompt_graph(
         cache = new_cache(model, method, kind)
         cache.handle, cache.given_ids = named.pop("handle"), named.pop("given_ids", None)
         logits = trace.forward(rest[len(inputs) :], ids, cache, logits_to_keep=keep, **named)
-        parts = [getattr(layer, part) for layer in cache.layers for part in PARTS]
+        parts = [getattr(layer, part) for layer in cache.layers for part in parts_of(method)]
         return [logits, *parts, cache.seen, *(getattr(cache, name) for name in extra)]
 
     gm = trace.trace(run, trace.ids, *inputs.values())
@@ -82,7 +82,8 @@ def prompt_graph(
         return Facts(Inputs.of(named), weights, *([draft(method.prompt)] if drafts else []))
 
     request = Request(kind, method, new_cache(model, method, kind).lookahead if ahead else 0, verify=verify)
-    results = ("logits", *(f"{part}.{layer}" for layer in range(layers) for part in PARTS), "seen", *extra)
+    stored = (f"{part}.{layer}" for layer in range(layers) for part in parts_of(method))
+    results = ("logits", *stored, "seen", *extra)
     return Traced(gm, request, facts, results, given)
 
 
@@ -118,7 +119,8 @@ def step_graph(
         slots = KV_HEADS * (SLOTS + budget - max(budgets))  # unlike budgets are unlike symbols
         for part in PARTS[:2]:
             caches[f"{part}.{layer}"] = trace.dynamic((BATCH, slots, WIDTH), trace.dtype, (0, 1))
-        caches[f"lengths.{layer}"] = trace.dynamic((BATCH, KV_HEADS), torch.int64, (0,))
+        for part in ("lengths", *parts_of(method)[4:]):
+            caches[f"{part}.{layer}"] = trace.dynamic((BATCH, KV_HEADS), torch.int64, (0,))
 
     def run(ids: Tensor, *rest: Tensor) -> list[Tensor]:
         named = dict(zip((*inputs, *caches), rest, strict=False))
@@ -126,7 +128,7 @@ def step_graph(
         cache.handle, cache.seen, cache.shift = named["handle"], named["seen"], named.get("shift")
         cache.free_at_prefill = SLOTS
         for index, layer in enumerate(cache.layers):
-            for part in PARTS[:3]:
+            for part in (*PARTS[:3], *parts_of(method)[4:]):
                 setattr(layer, part, named[f"{part}.{index}"])
             layer.is_initialized = True
         told = {name: named[name] for name in ("attention_mask", "position_ids") if name in named}
@@ -178,6 +180,11 @@ def new_cache(model: Any, method: Method, kind: Kind) -> specpass.BudgetCache:
     cache = specpass.BudgetCache(model.config, method, max_new_tokens=8)
     cache.fits = lambda key: kind == "short"  # type: ignore[method-assign]  # the traced size is a stand-in
     return cache
+
+
+def parts_of(method: Method) -> tuple[str, ...]:
+    """What a layer of its cache holds: keys, values, lengths, positions, and what says where KV heads begin."""
+    return PARTS if method.spread == "uniform" else (*PARTS[:3], "kept_positions", "starts", "counts")
 
 
 def name_inputs(gm: fx.GraphModule, names: Sequence[str]) -> None:

@@ -199,6 +199,30 @@ def test_decode_attention_and_its_writing_variant(
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_attention_of_heads_with_budgets_of_their_own(dtype: torch.dtype, splits: int) -> None:
+    """One storage, in which other layers' heads may lie in between, and free slots hold what no softmax may meet."""
+    torch.manual_seed(splits)
+    lengths, offsets = torch.tensor([[3, 70], [33, 0]]), torch.tensor([[17, 25], [60, 2]])
+    keys, values = (torch.randn(2, 120, width).to(dtype) for width in (24, 16))
+    slot = torch.arange(120)
+    inside = (slot >= offsets[..., None]) & (slot < (offsets + lengths)[..., None])
+    for states in (keys, values):
+        states.masked_fill_(~inside.any(1)[..., None], 3e4)
+    operands = {"keys": keys, "values": values, "lengths": lengths, "query": torch.randn(2, 6, 1, 24).to(dtype)}
+    operands |= {name: torch.randn(2, 2, 1, width).to(dtype) for name, width in (("key", 24), ("value", 16))}
+    operands["offsets"] = offsets
+    twin: dict[str, Any] = {name: tensor.clone() for name, tensor in operands.items()}
+    append = REGISTRY["decode_append"]
+    tolerance = {"atol": 2 * OUTPUT[dtype], "rtol": 2 * OUTPUT[dtype]}
+    out = append.launch({**operands, "scale": 0.3}, Tile(16, splits=splits))
+    torch.testing.assert_close(out, append.reference(**twin, scale=0.3), **tolerance)
+    assert all(torch.equal(operands[name], twin[name]) for name in twin)
+    read = {name: operands[name] for name in ("query", "keys", "values", "lengths", "offsets")}
+    torch.testing.assert_close(REGISTRY["decode"].launch({**read, "scale": 0.3}, Tile(16, splits=splits)), out)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_attention_that_returns_its_log_sum_exp(dtype: torch.dtype, splits: int) -> None:
     kernel, slots = REGISTRY["decode_append_lse"], 90
     torch.manual_seed(splits)

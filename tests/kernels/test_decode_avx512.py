@@ -15,6 +15,7 @@ from specpass.kernels.cpu import decode
 from specpass.kernels.decode import reference
 from specpass.kernels.dispatch import choose
 
+BF16 = torch.bfloat16
 # B, H, K, D, Dv, P, slots in use, sliding
 CASES = {
     "group of 6": (1, 12, 2, 128, 128, 320, 256, 0),
@@ -73,6 +74,21 @@ def test_as_near_as_aten(case: str) -> None:
     found = SPEC.append_attend(*ours.values())
     theirs = reference.append_attend(**plain)
     assert (found.shape, found.dtype) == (expected.shape, torch.bfloat16)
+    error, aten = (float((out.double() - expected).abs().max()) for out in (found, theirs))
+    assert error <= 1.5 * aten
+    for name in ("keys", "values", "lengths"):
+        assert torch.equal(ours[name], plain[name])
+
+
+@pytest.mark.usefixtures("library")
+def test_heads_with_budgets_of_their_own() -> None:
+    """One storage, in which other layers' heads may lie in between."""
+    given = operands(2, 12, 2, 64, 96, 500, [[3, 620], [301, 40]], 0)
+    offsets = torch.tensor([[17, 300], [600, 2]])
+    ours, plain, exact = (fresh(given, dtype) | {"offsets": offsets} for dtype in (BF16, BF16, torch.float64))
+    assert decode.refuse(ours) is None
+    expected = reference.append_attend(**exact)
+    found, theirs = SPEC.append_attend(*ours.values()), reference.append_attend(**plain)
     error, aten = (float((out.double() - expected).abs().max()) for out in (found, theirs))
     assert error <= 1.5 * aten
     for name in ("keys", "values", "lengths"):

@@ -15,6 +15,14 @@ from hypothesis import strategies as st
 from specpass import PyramidKV, SnapKV, SpecKV, SpecKVPC, SpecPC, StreamingLLM
 from specpass.errors import BudgetError, LookaheadError
 
+
+class Selects(SnapKV):
+    """Chooses for each KV head by itself."""
+
+    def select(self, scores: torch.Tensor, lengths: torch.Tensor, budget: int) -> torch.Tensor:
+        raise NotImplementedError
+
+
 EXAMPLES = [
     SpecKV(budget=1024),
     SpecKV(budget=0.25, window=16, lookahead=8, reduce="mean", pool="avg", kernel=5, temperature=0.7, seed=3),
@@ -53,6 +61,9 @@ def test_defaults_are_the_papers() -> None:
         (StreamingLLM, {"budget": 4}, "budget=4.*sinks=4"),
         (StreamingLLM, {"budget": 64, "sinks": -1}, "sinks=-1"),
         (StreamingLLM, {"budget": None}, "budget=None"),
+        (SnapKV, {"budget": 64, "spread": "layers"}, "spread='layers'.*uniform.*heads.*global"),
+        (PyramidKV, {"budget": 64, "spread": "heads"}, "spread='heads'.*spread of its own"),
+        (Selects, {"budget": 64, "spread": "heads"}, "spread='heads'.*Selects selects by a function of its own"),
     ],
 )
 def test_what_no_graph_can_be_compiled_for_is_refused(method: type, arguments: dict[str, Any], names: str) -> None:
@@ -87,6 +98,8 @@ def test_keys_tell_all_methods_and_all_fields_apart() -> None:
                 "lookahead_ids": ((5,),),
                 "verify": False,
                 "sparse_prefill": 2048,
+                "spread": "heads",
+                "value_norms": True,
             }[field.name]
             if getattr(method, field.name) != changed and "lookahead" not in field.name:
                 keys.append(dataclasses.replace(method, **{field.name: changed}).key)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import specpass
 from specpass.testing import eager
-from specpass.testing.attention import _sdpa_replaced
+from specpass.testing.attention import sdpa_replaced
 
 C, W, L, V = 24, 8, 5, 14
 METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L, sparse_prefill=V)
@@ -37,7 +37,7 @@ def test_logits_and_kept_sets_are_the_formulas() -> None:
     ids = prompt(70, seed=70)
     lookahead = eager.draft_lookahead(draft, ids, L)[0]
     assert lookahead.shape[1] == L
-    with _sdpa_replaced(attend), torch.no_grad():
+    with sdpa_replaced(attend), torch.no_grad():
         expected = target(input_ids=torch.cat([ids, lookahead], 1), use_cache=False).logits[:, -L - 1]
     exact = target(input_ids=ids).logits[:, -1]
     model = compile_eager(target, METHOD, draft)

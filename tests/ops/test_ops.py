@@ -36,7 +36,20 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     linear = torch.randn(B, 1, 64), torch.randn(48, 64), torch.randn(48)
     linears = linear, tuple(tensor.bfloat16() for tensor in linear)
     handle, step = torch.zeros((), dtype=torch.int64), (torch.randn(B, K, 2, D), torch.randn(B, K, 2, D + 1))
+    some, worth = SPEC.select_candidates(scores, lengths, C, W, 3, "max", 1, 1)
+    ragged, flat = SPEC.gather_ragged(key, value, SPEC.add_lookahead(some, lengths[:, None]), K * (C + 1), N), K * C
+    begins, counts = SPEC.head_offsets(ragged[2] - 1, N + 1)
+    each = [2 * [item] for item in (*SPEC.gather_ragged(key, value, some, flat, 0), SPEC.pack_heads(some, flat))]
+    worths = 2 * [SPEC.pack_heads(worth, flat)]
     return {
+        "weigh_values": [(scores, value)],
+        "select_candidates": [(scores, lengths, C, W, 3, "max", 1, 1), (scores, lengths, S + 4, W, 7, "avg", 2, 0)],
+        "select_heads": [(scores, lengths, C, W, 3, "max", 1), (scores, lengths, S + 4, W, 7, "avg", 2)],
+        "pack_heads": [(some, flat), (worth, flat + 3)],
+        "gather_ragged": [(key, value, some, flat, N)],
+        "head_offsets": [(counts, N)],
+        "show_heads": [(ragged[0], begins, C + N)],
+        "share_layers": [(*each, scored, C - 1 if scored else C, 0, N) for scored in ([], worths)],
         "fill": [(key, value, handle, C, N, 0, False), (key, value, handle, S + L + 1, N, 0, True)],
         "lookahead": [(key, None, L), (key, ahead, L)],
         "size": [(key, 2)],
@@ -45,6 +58,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (keys, values, used, *step, handle),
             (keys, values, used, *step, None),
             (keys, values, used, *step, handle, positions),
+            (*ragged[:2], counts, *step, None, None, begins),
         ],
         "key_columns": [(key,)],
         "slot_positions": [(positions, heads[0])],
@@ -86,6 +100,11 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (query[:, :, :q], *heads, used, 0.3, *last)
             for q in (1, 3)
             for last in (*options, (0.0, None, 0, 0, biases[1]))
+        ]
+        + [
+            (query[:, :, :q], *ragged[:2], counts, 0.3, *last, None, begins)
+            for q in (1, 2)
+            for last in ((0.0, None, 0, 0), (2.0, sinks, 3, 0))
         ],
         "prefill_attention": [(query, key, value, 0.3), (query[:, :K], key, value, 0.3)]
         + [(query, key, states, 0.3, softcap, sinks) for softcap in (0.0, 2.0) for states in (key, value)]
@@ -101,6 +120,9 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "append_attend": [
             (keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3, *last)
             for last in ((), (2.0, sinks))
+        ]
+        + [
+            (*ragged[:2], counts, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3, 0.0, None, 0, 0, begins)
         ],
         "append_attend_lse": [(keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3)],
         "linear_rows": [(x, [weight, weight[:20]], [bias, None]) for x, weight, bias in linears],

@@ -59,6 +59,20 @@ attend(add, unflatten, unflatten, lengths_1, 0.25)""",
     )
 
 
+def test_text_of_shared_budgets() -> None:
+    state = step_graph(specpass.SnapKV(budget=24, window=8, spread="heads")).before("attend_slots")
+    before = text(state.gm, "show_heads", SDPA)
+    assert_expected_inline(
+        f"{before}\n->\n{text(state.apply(AttendSlots()).gm, 'show_heads', 'attend')}",
+        """\
+show_heads(key_buffer_0, starts_0, floordiv)
+show_heads(value_buffer_0, starts_0, floordiv)
+scaled_dot_product_attention(add, show_heads, show_heads, expand, scale=0.25, enable_gqa=True)
+->
+attend(add, key_buffer_0, value_buffer_0, lengths_0, 0.25, 0.0, None, 0, 0, None, starts_0, 1)""",
+    )
+
+
 @pytest.mark.parametrize("kind", ["decode", "append"])
 def test_count(kind: Any) -> None:
     state = step_graph(SNAPKV, kind=kind, layers=2).after("attend_slots")

@@ -20,6 +20,8 @@ from specpass.rewrite.sites import Sites
 from specpass.testing import eager
 
 STREAMING = specpass.StreamingLLM(budget=C)
+HEADS, GLOBAL = (specpass.SnapKV(budget=C, window=W, spread=spread) for spread in ("heads", "global"))
+AHEAD = specpass.SpecKV(budget=C, window=W, lookahead=4, spread="heads")
 PYRAMID = specpass.PyramidKV(budget=C, window=W)
 SHORT_IDS, SHORT_MASK = IDS[:, -20:], MASK[:, -20:]
 
@@ -81,6 +83,31 @@ def test_text_of_unlike_budgets() -> None:
     )
 
 
+def test_text_of_shared_budgets() -> None:
+    """Of a layer's KV heads; where the answer may follow the lookahead, its columns are behind each of them."""
+    assert_expected_inline(
+        difference(AHEAD, mask=True),
+        """\
+-fill(add, transpose, handle, 24, 64, 0, False)
+-head_offsets(fill[2], 64)
++select_heads(importance, pack_order[1], 24, 8, 7, max, 3)
++gather_ragged(add, transpose, select_heads, 48, 64)
++head_offsets(gather_ragged[2], 64)
++pack_heads(select_heads, 48)""",
+    )
+    assert_expected_inline(
+        difference(GLOBAL, mask=True),
+        """\
+-fill(add, transpose, handle, 24, 64, 0, False)
+-head_offsets(fill[2], 64)
++select_candidates(importance, pack_order[1], 56, 8, 7, avg, 3, 3)
++pack_heads(select_candidates[1], 112)
++gather_ragged(add, transpose, select_candidates[0], 112, 0)
++pack_heads(select_candidates[0], 112)
++share_layers([gather_ragged[0]], [gather_ragged[1]], [gather_ragged[2]], [pack_heads], [pack_heads], 24, 0, 64)""",
+    )
+
+
 def test_count() -> None:
     state = prompt_graph(SNAPKV, layers=2).after("gather_prune")
     check_count(state.gm, ["fill", "keep_all"], select=2, gather_kv=2, importance=2)
@@ -124,6 +151,31 @@ def test_numbers_of_unlike_budgets() -> None:
     for layer, budget in enumerate(budgets):
         kept = (found[f"positions.{layer}"] >= 0).sum(-1)
         assert kept.tolist() == [[min(budget, length)] * 2 for length in LENGTHS]
+
+
+@pytest.mark.parametrize("method", [HEADS, GLOBAL], ids=["heads", "global"])
+def test_numbers_of_shared_budgets(method: Any) -> None:
+    """Every head's slots hold the whole prompt's keys and values at its positions, behind those of the head before."""
+    layers = 2
+    state = prompt_graph(method, mask=True, layers=layers).before("gather_prune")
+    whole = state.run(IDS, HANDLE, MASK)
+    found = state.apply(GatherPrune()).run(IDS, HANDLE, MASK)
+    for row in range(2):
+        begin = 0
+        for layer in range(layers):
+            begin = 0 if method is HEADS else begin
+            starts, counts = (found[f"{part}.{layer}"][row].tolist() for part in ("starts", "counts"))
+            assert found[f"lengths.{layer}"][row].tolist() == counts
+            packed = found[f"kept_positions.{layer}"][row]
+            for head, (start, count) in enumerate(zip(starts, counts, strict=True)):
+                kept = packed[begin : begin + count]
+                assert start == begin + ROOM * (head + (0 if method is HEADS else 2 * layer))
+                begin += count
+                assert (kept.diff() > 0).all()
+                for part in ("key_buffer", "value_buffer"):
+                    ours, full = found[f"{part}.{layer}"][row], by_head(whole[f"{part}.{layer}"])[row, head]
+                    assert torch.equal(ours[start : start + count], full[kept])
+        assert begin == 2 * C * (1 if method is HEADS else layers)
 
 
 def test_leaves_a_prompt_that_fits_whole() -> None:

@@ -51,6 +51,17 @@ def test_text() -> None:
     )
 
 
+def test_numbers_of_weighed_scores() -> None:
+    """Each column's score times the norm of its value."""
+    weighed = specpass.SnapKV(budget=C, window=W, value_norms=True)
+    found, plain = (
+        with_scores(prompt_graph(method, mask=True).after("score_importance")).run(IDS, HANDLE, MASK)
+        for method in (weighed, SNAPKV)
+    )
+    norms = plain["value_buffer.0"].unflatten(1, (2, -1))[:, :, : IDS.shape[1]].norm(dim=-1)
+    torch.testing.assert_close(found["scores"], plain["scores"] * norms)
+
+
 def test_text_of_capped_logits() -> None:
     assert_expected_inline(
         difference(SNAPKV, family="gemma2", layer_types=("full_attention",)),

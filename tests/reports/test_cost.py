@@ -50,6 +50,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 METHODS = [
     specpass.SpecKV(C, window=W, lookahead=L),
     specpass.SnapKV(C, window=W),
+    specpass.SnapKV(C, window=W, spread="heads"),
+    specpass.SnapKV(C, window=W, spread="global"),
     specpass.StreamingLLM(C),
     specpass.SpecKV(0.25, window=W),
     specpass.PyramidKV(C, window=W, beta=4),

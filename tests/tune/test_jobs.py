@@ -26,6 +26,7 @@ METHODS = [
     specpass.SpecKV(budget=24, window=8, lookahead=5),
     specpass.SpecKV(budget=24, window=8, lookahead=5, sparse_prefill=20),
     specpass.SnapKV(budget=24, window=8),
+    specpass.SpecKV(budget=24, window=8, lookahead=5, spread="global"),
     specpass.PyramidKV(budget=24, window=8),
     specpass.StreamingLLM(budget=24),
     specpass.SpecPC(budget=40, window=8, lookahead=3, **PC),
