@@ -15,7 +15,7 @@ from specpass.lowering.cuda_graph import GraphedModule, GraphedStep, input_kinds
 from specpass.lowering.few_rows import linear_notes
 from specpass.lowering.fuse import fuse
 from specpass.rewrite import Observer, Request
-from specpass.rewrite.base import STEPS
+from specpass.rewrite.base import PROMPTS, STEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,10 @@ def lower(
     if graphs and request.kind == "decode":
         run = GraphedStep(gm.forward, input_kinds(gm), refused=refusal("decode steps", note))
         notes.append("decode steps are replayed as one CUDA graph")
+    if regions and request.kind in PROMPTS and not on_cuda(gm):
+        from specpass.lowering.reuse_blocks import reuse_blocks
+
+        run = reuse_blocks(run)
     seconds = time.perf_counter() - start
     return Lowered(run, choices, regions, distinct, tuple(notes), pass_seconds, seconds)
 

@@ -10,6 +10,7 @@ from support import Run, check_answer, compile_eager, kept, padded, run
 from tiny import prompt, tiny
 
 import specpass
+from specpass.kernels.cpu import blocks
 
 C, W, L, LAYERS = 24, 8, 4, 3
 METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)
@@ -72,3 +73,22 @@ def test_bfloat16_rounds_where_the_model_does() -> None:
     ours, theirs = (run(model_, ids, 4) for model_ in (model, twin))
     assert torch.equal(ours.logits[:, 0], theirs.logits[:, 0])  # the prefill, bit for bit
     assert ours.tokens == theirs.tokens
+
+
+def test_a_prompt_reuses_the_memory_of_its_layers(
+    models: tuple[Any, Any], runs: list[Run], batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a low limit for what is large: the same answer, from blocks that served more than once."""
+    taken: list[int] = []
+    view = blocks._view
+
+    def counted(block: torch.Tensor, *where: Any) -> torch.Tensor:
+        taken.append(block.data_ptr())
+        return view(block, *where)
+
+    monkeypatch.setattr(blocks, "LARGE", 1000)
+    monkeypatch.setattr(blocks, "_view", counted)
+    again = run(models[0], batch[0], 6, batch[1])
+    assert again.tokens == runs[0].tokens
+    assert torch.equal(again.logits, runs[0].logits)
+    assert len(taken) > len(set(taken)) > 0
