@@ -16,7 +16,7 @@ from specpass.lowering.few_rows import linear_notes
 from specpass.lowering.fuse import fuse
 from specpass.observe import progress
 from specpass.rewrite import Observer, Request
-from specpass.rewrite.base import STEPS
+from specpass.rewrite.base import PROMPTS, STEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,10 @@ def lower(
     if graphs and request.kind == "decode":
         run = GraphedStep(gm.forward, input_kinds(gm), refused=refusal("decode steps", note))
         notes.append("decode steps are replayed as one CUDA graph")
+    if regions and request.kind in PROMPTS and not on_cuda(gm):
+        from specpass.lowering.reuse_blocks import reuse_blocks
+
+        run = reuse_blocks(run)
     seconds = time.perf_counter() - start
     return Lowered(run, choices, regions, distinct, tuple(notes), pass_seconds, seconds, work)
 

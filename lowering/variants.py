@@ -9,6 +9,7 @@ Which variant runs is decided once for each tuple of sizes; a region whose guard
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from specpass.graph.edit import copy_module
 from specpass.lowering.guards import Guards, read_guards
 from specpass.lowering.restate import Place, Size, restate, sizes_at, symbolic_sizes
+from specpass.lowering.reuse_blocks import is_prompts, reusing_code
 
 Run: TypeAlias = Callable[..., Any]
 MOST = 4  # variants of a region; each takes seconds to compile
@@ -121,7 +123,8 @@ class Variants:
         add_numbers(graph, len(hidden))
         # A fused kernel keeps float32 between operators where the model rounds to bfloat16; it must not: the answers
         # are to be the uncompiled model's, and a draft's near-tie would go the other way.
-        with tracing(TracingContext(mode)), torch.no_grad(), config.patch(emulate_precision_casts=True):
+        reusing = reusing_code() if is_prompts(self.values) else contextlib.nullcontext()
+        with tracing(TracingContext(mode)), torch.no_grad(), config.patch(emulate_precision_casts=True), reusing:
             code = compile_fx(graph, [*first, *inputs])
         run = (lambda *args: code(*sizes_at(hidden, args), *args)) if hidden else code
         assert mode.shape_env is not None

@@ -11,6 +11,7 @@ from support import Run, check_answer, compile_eager, kept, padded, run
 from tiny import prompt, tiny
 
 import specpass
+from specpass.kernels.cpu import blocks
 from specpass.lowering import inductor
 from specpass.observe import progress
 
@@ -107,3 +108,22 @@ def test_an_older_torch_is_noted_where_it_rounds_less(monkeypatch: pytest.Monkey
     for rounds in (True, False):
         monkeypatch.setattr(inductor, "ROUNDS_ON_CPU", rounds)
         assert inductor.unrounded(gm) is not rounds
+
+
+def test_a_prompt_reuses_the_memory_of_its_layers(
+    models: tuple[Any, Any], runs: list[Run], batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a low limit for what is large: the same answer, from blocks that served more than once."""
+    taken: list[int] = []
+    view = blocks._view
+
+    def counted(block: torch.Tensor, *where: Any) -> torch.Tensor:
+        taken.append(block.data_ptr())
+        return view(block, *where)
+
+    monkeypatch.setattr(blocks, "LARGE", 1000)
+    monkeypatch.setattr(blocks, "_view", counted)
+    again = run(models[0], batch[0], 6, batch[1])
+    assert again.tokens == runs[0].tokens
+    assert torch.equal(again.logits, runs[0].logits)
+    assert len(taken) > len(set(taken)) > 0
