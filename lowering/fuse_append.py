@@ -1,5 +1,7 @@
 """fuse_append: attention writes the token that it attends to, in one launch, where the kernels' table says so.
 
+Only a step of one token has a kernel for it.
+
 before: append_kv(keys, values, lengths, k, v); out = attend(q, view(keys), view(values), lengths, scale)
 after:  out = append_attend(keys, values, lengths, q, k, v, scale)
 """
@@ -30,7 +32,10 @@ class FuseAppend(Pass):
         editor = Editor(gm)
         for attend in Attend.find(gm.graph):
             append = append_of(attend)
-            if append is None or attend.bias is not None:  # no kernel adds one
+            tokens = value(attend.query).shape[2]
+            if append is None or not isinstance(tokens, int) or tokens != 1:  # a symbol: any number
+                continue
+            if attend.bias is not None:  # no kernel adds one
                 continue
             operands = {
                 "keys": append.keys,

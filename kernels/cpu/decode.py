@@ -49,6 +49,8 @@ def refuse(operands: Operands) -> str | None:
     for dim in (states[0].shape[2], states[1].shape[2]):
         if dim % 32:
             return f"head dimension {dim}: no multiple of 32"
+    if not isinstance(count := states[2].shape[2], int) or count != 1:  # a symbol: any number
+        return "more than one new token: aten's"
     if operands.get("softcap") or operands.get("chunk") or operands.get("sinks") is not None:
         return "soft caps, sinks and chunks are aten's"
     offsets = operands.get("offsets")

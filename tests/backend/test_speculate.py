@@ -51,6 +51,20 @@ def test_greedy_answers_are_the_pruned_targets(method: str, seed: int) -> None:
         assert found.accepted > 0
 
 
+def test_bfloat16_by_the_cpus_own_kernels() -> None:
+    """Heads that a CPU's kernels for one new token serve: blocks of several, proposals and turns, go another way."""
+    target, twin = (tiny(head_dim=32).to(torch.bfloat16) for _ in range(2))
+    method = specpass.SpecKV(budget=60, window=W, lookahead=L)
+    model = specpass.compile(target, draft=twin, method=method, speculate=3, lowering="inductor")
+    ids, turn = prompt(50, seed=4), prompt(5, seed=5)
+    first = run(model, ids, 22)
+    assert specpass.report(model).accepted >= 10  # the draft is the target: a near tie is all that parts them
+    read = torch.cat([ids, torch.tensor(first.tokens), turn], 1)
+    found = run(model, read, 1, past_key_values=first.cache).logits[:, 0]
+    due = twin.float()(read).logits[:, -1]
+    assert float((found.float() - due).abs().max()) < 0.1 * float(due.std())
+
+
 def test_a_draft_that_is_right_saves_calls_of_the_target() -> None:
     """Where nothing is dropped, the target's twin is always right: one call for four tokens."""
     model = compile_eager(tiny(), specpass.SpecKV(budget=60, window=W, lookahead=L), tiny(), speculate=3)

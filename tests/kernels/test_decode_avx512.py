@@ -130,6 +130,7 @@ REFUSED = {
     "float32": {"dtype": torch.float32},
     "head dimension 48: no multiple of 32": {"dim": 48},
     "soft caps, sinks and chunks are aten's": {"softcap": 30.0},
+    "more than one new token": {"tokens": 3},
 }
 
 
@@ -137,8 +138,9 @@ REFUSED = {
 def test_leaves_the_rest_to_aten(why: str) -> None:
     """With that reason, and with aten's numbers."""
     change = dict(REFUSED[why])
-    dim = change.pop("dim", 32)
+    dim, tokens = change.pop("dim", 32), change.pop("tokens", 1)
     given = fresh(operands(2, 4, 2, dim, dim, 40, 20, 0), change.pop("dtype", torch.bfloat16)) | change
+    given |= {name: given[name].repeat(1, 1, tokens, 1) for name in ("query", "key", "value")}
     choice = choose("append_attend", given)
     assert choice.kernel is None
     assert why in choice.reason

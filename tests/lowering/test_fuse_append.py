@@ -103,6 +103,16 @@ def written_behind(keys: Any, values: Any, used: Any, query: Any, key: Any, valu
     return out
 
 
+@pytest.mark.usefixtures("a_kernel_for_the_cpu")
+def test_leaves_several_tokens() -> None:
+    """A block of tokens, of a known number or of any: kernels write one."""
+    storage, used, new = inputs()[:2], inputs()[2], [torch.randn(B, heads, 3, D) for heads in (H, K, K)]
+    known = small_graph(step, *storage, used, *new, kind="append", device="cpu")
+    for state in (known, step_graph(SNAPKV, kind="append").after("specialize")):
+        before = copy_module(state.gm)
+        assert changes(before, fused(state)) == ""
+
+
 @pytest.mark.parametrize("function", [read_between, other_storage, written_behind])
 def test_leaves_an_append_that_others_read(function: Callable[..., Any]) -> None:
     state = traced(function)
