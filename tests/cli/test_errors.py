@@ -39,6 +39,7 @@ NOT_HERE = {
     errors.TritonMissingError: "needs an environment without Triton",
     errors.OnnxMissingError: "needs an environment without onnx or onnxruntime",
     errors.NoCudaError: "CUDA graphs are asked for in Python",
+    errors.SpreadError: "how budgets are spread is chosen in Python",
     errors.PeerError: "a benchmark goes on without the peer, and says so",
     errors.UnsupportedCallError: "--lowering is checked as an option; no labels",
 }

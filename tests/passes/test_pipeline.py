@@ -70,7 +70,7 @@ class Record:
                 self.inputs.append(args)
             return gm.forward(*args)
 
-        return Lowered(run, (), 0, 0, (), {}, 0.0)
+        return Lowered(run, (), 0, 0, (), {}, 0.0, 0)
 
 
 @pytest.fixture(scope="module")
