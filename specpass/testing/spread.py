@@ -19,7 +19,7 @@ Kept = Sequence[Sequence[torch.Tensor]]  # of each layer and KV head, positions,
 
 
 def choose(scores: Sequence[torch.Tensor], length: int, budget: int, window: int, floor: float = 0.2) -> list[Any]:
-    """What the KV heads of all of `scores` keep together: positions of each layer and head, those of the window included.
+    """What the KV heads of all of `scores` keep together: of each layer and head the positions, with the window.
 
     Args: scores: pooled, [K, S - W] of each layer that shares: one for `heads`, all of them for `global`.
     """
