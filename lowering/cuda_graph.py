@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 
 from specpass.graph.operands import GetItem
 from specpass.graph.roles import role_of
+from specpass.kernels.readers import readers
 from specpass.kernels.recording import record
 
 KEPT = 4  # recordings of one graph: each holds its buffers
@@ -56,7 +57,7 @@ class _Recording:
     @property
     def free(self) -> bool:
         """Whether nobody but the recording reads the storage that it keeps."""
-        return bool(self.state) and all(_readers(tensor) == 1 for tensor in self.state.values())
+        return bool(self.state) and all(readers(tensor) == 1 for tensor in self.state.values())
 
 
 class GraphedStep:
@@ -164,12 +165,6 @@ def _device(args: tuple[Any, ...]) -> torch.device | None:
 def _stream(args: tuple[Any, ...]) -> int:
     device = _device(args)
     return 0 if device is None else torch.cuda.current_stream(device).cuda_stream
-
-
-def _readers(tensor: Tensor) -> int:
-    """Tensors that share this one's storage, itself included."""
-    storage = tensor.untyped_storage()  # one more while it is looked at
-    return torch._C._storage_Use_Count(storage._cdata) - 1
 
 
 def input_kinds(gm: fx.GraphModule) -> tuple[Kind, ...]:

@@ -33,9 +33,8 @@ class FuseAppend(Pass):
         for attend in Attend.find(gm.graph):
             append = append_of(attend)
             tokens = value(attend.query).shape[2]
-            if append is None or not isinstance(tokens, int) or tokens != 1:  # a symbol: any number
-                continue
-            if attend.bias is not None:  # no kernel adds one
+            one = isinstance(tokens, int) and tokens == 1  # a symbol: any number
+            if append is None or not one or attend.bias is not None:  # no kernel adds one
                 continue
             operands = {
                 "keys": append.keys,

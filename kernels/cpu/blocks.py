@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from specpass.kernels.readers import readers
+
 LARGE = 32 << 20  # bytes: the most that malloc ever keeps in its heap
 IDLE = 320 << 20  # bytes that stay while something else is needed
 _allocate = torch._C._dynamo.guards._empty_strided_cpu
@@ -43,24 +45,20 @@ def reused() -> Iterator[None]:
 def empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """As torch.empty_strided on a CPU, of a dense tensor."""
     held, count = _blocks.held, math.prod(size)
-    if held is None or count * dtype.itemsize <= LARGE:
+    wanted = count * dtype.itemsize
+    if held is None or wanted <= LARGE:
         return _allocate(size, stride, dtype)
     largest = max((block.nbytes for block in held), default=0)
-    idle = [block for block in held if _is_free(block)]
-    if count * dtype.itemsize < largest:
-        stay = IDLE // largest
-        _blocks.held = [block for block in held if not any(block is other for other in idle[stay:])]
+    idle = [block for block in held if readers(block) == 1]
+    if wanted < largest:
+        gone = {id(block) for block in idle[IDLE // largest :]}
+        held[:] = [block for block in held if id(block) not in gone]
         return _allocate(size, stride, dtype)
-    if count * dtype.itemsize > largest:
+    if wanted > largest:
         held.clear()  # those in use live on with their readers
-        idle = []
+        idle.clear()
     block = next((block for block in idle if block.dtype == dtype), None)
     if block is None:
         block = _allocate((count,), (1,), dtype)
         held.append(block)
     return _view(block, size, stride, 0)
-
-
-def _is_free(block: Tensor) -> bool:
-    storage = block.untyped_storage()  # one more reader while it is looked at
-    return torch._C._storage_Use_Count(storage._cdata) == 2

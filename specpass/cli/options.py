@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,11 +38,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout instead of text.")]
 
 
-@contextlib.contextmanager
-def shown(quiet: bool) -> Iterator[None]:
+def shown(quiet: bool) -> contextlib.AbstractContextManager[None]:
     """What takes long inside is shown on stderr; nothing where `quiet`."""
-    with contextlib.nullcontext() if quiet else progress():
-        yield
+    return contextlib.nullcontext() if quiet else progress()
 
 
 def silence_libraries() -> None:

@@ -207,13 +207,7 @@ class GatherKv(
 
     @staticmethod
     def fake(key, value, positions, room):
-        batch, heads, budget = positions.shape
-        slots = heads * (budget + room)
-        return (
-            key.new_empty(batch, slots, key.shape[3]),
-            value.new_empty(batch, slots, value.shape[3]),
-            positions.new_empty(batch, heads),
-        )
+        return GatherRagged.fake(key, value, positions, positions.shape[1] * positions.shape[2], room)
 
 
 class GatherRagged(

@@ -64,11 +64,10 @@ class GatherPrune(Pass):
             before = (site.attention if own is None else max(site.attention, own)).next
             # A layer's own budget would make its region unlike the others': these nodes then stand outside of it.
             like = site.attention if alike or not site.is_full else None
-            if offsets_of(site) and (
-                site.alibi is not None or skip_full_slices(site.key) is not Fill.of(site.cache).key
-            ):
+            offsets = offsets_of(site)
+            if offsets and (site.alibi is not None or skip_full_slices(site.key) is not Fill.of(site.cache).key):
                 raise Refusal(UNSPREAD, site.module)
-            if offsets_of(site) and request.pruning.spread == "global":
+            if offsets and request.pruning.spread == "global":
                 rewritten.append(shared.add(site, own, before))
                 continue
             positions = self._positions(editor, request, facts, site, own, before, like)
@@ -80,7 +79,7 @@ class GatherPrune(Pass):
             kept, lengths = self._gather(editor, facts, site, positions, before, like)
             positions = in_prompt(editor, facts, site, positions, before, like)
             results: list[fx.Node] = [*(editor.item(kept, index, before) for index in (0, 1)), lengths, positions]
-            for asked in offsets_of(site):
+            for asked in offsets:
                 begin = editor.call(SPEC.head_offsets, lengths, asked.room, before=before, like=like)
                 put(editor, asked.node, [editor.item(begin, index, before) for index in (0, 1)])
                 results[3] = editor.call(
