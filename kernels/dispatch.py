@@ -14,9 +14,9 @@ Kernels say themselves what they serve (spec.py). What stays with torch's own op
 - append of several tokens: a second turn, once. A single token is written in attention's own launch (`append_attend`):
   aten's append is five launches, and at C = 1024 (8 KV heads, D = 128, H100 bandwidth) attention's bytes take 1.6 us.
 
-On a CPU that multiplies bfloat16 in tiles (AMX), where there is a compiler, prefill attention and importance are
-cpu/prefill.cpp's and cpu/importance.cpp's (CPU_KERNELS): they take less than half and a tenth of the time of torch's
-operators (bench/results/prefill_attention.json).
+On a CPU that multiplies bfloat16 (AMX, or AVX-512's dot products), where there is a compiler, prefill attention and
+importance are cpu/prefill.cpp's and cpu/importance.cpp's (CPU_KERNELS): they take less than half and a fifth of the
+time of torch's operators (bench/results/prefill_attention.json).
 
 Operators that the lowering makes of two are asked for by `shares_lse` (`prefill_attention_lse`) and `choose`. On an
 H200 at 655,360 slots `append_attend` takes 88 us where append and decode take 104, and `append_attend_lse` 91 (same
@@ -51,10 +51,10 @@ ATEN_OPERATORS = {
 
 _STATES = ("query", "key", "value")
 CPU_KERNELS: dict[str, tuple[str, Callable[..., str | None], tuple[str, ...]]] = {  # name, what it refuses, its tensors
-    "prefill_attention": ("prefill_amx", prefill.refuse, _STATES),
-    "prefill_attention_lse": ("prefill_amx", prefill.refuse, _STATES),
-    "prefill_attention_sparse": ("prefill_amx", prefill.refuse, _STATES),
-    "importance": ("importance_amx", importance.refuse, ("query", "key")),
+    "prefill_attention": ("prefill_tiles", prefill.refuse, _STATES),
+    "prefill_attention_lse": ("prefill_tiles", prefill.refuse, _STATES),
+    "prefill_attention_sparse": ("prefill_tiles", prefill.refuse, _STATES),
+    "importance": ("importance_tiles", importance.refuse, ("query", "key")),
 }
 
 
@@ -100,7 +100,7 @@ def _choose_on_cpu(operator: str, operands: Operands) -> Choice:
         return Choice(operator, None, _aten_reason(operator, operands))
     name, refuse, tensors = CPU_KERNELS[operator]
     refused = refuse(*(operands[tensor] for tensor in tensors), operands["scale"])
-    return Choice(operator, None if refused else name, refused or "bfloat16 on a CPU with AMX")
+    return Choice(operator, None if refused else name, refused or "bfloat16 on a CPU with AMX or AVX-512")
 
 
 def _refuse_device(index: int) -> str | None:

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from specpass.kernels.cpu.isa import ANY, Isa
+
 FOLDER = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w")
@@ -31,11 +33,10 @@ TIMEOUT_S = 120
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """`name`.cpp in this folder. `needs`: keys of torch.cpu.get_capabilities(). `flags`: what lets it use them."""
+    """`name`.cpp in this folder, for a CPU that has `isa`."""
 
     name: str
-    needs: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
+    isa: Isa = ANY
 
     @property
     def path(self) -> Path:
@@ -80,7 +81,7 @@ def load(source: Source) -> ctypes.CDLL | Unbuilt:
 
 def _check_machine(source: Source) -> None:
     has = torch.cpu.get_capabilities()
-    lacking = [name for name in source.needs if not has.get(name)]
+    lacking = [name for name in source.isa.needs if not has.get(name)]
     if lacking:
         raise Unbuilt(f"this CPU has no {', '.join(lacking)}")
 
@@ -89,7 +90,7 @@ def _place(source: Source) -> Path:
     if _folder is None:
         raise Unbuilt("nobody said where libraries are kept: call specpass.kernels.cpu.build.use first")
     headers = [header.read_text() for header in sorted(FOLDER.glob("*.h"))]
-    made_of = (source.path.read_text(), *headers, *FLAGS, *source.flags, platform.system(), platform.machine())
+    made_of = (source.path.read_text(), *headers, *FLAGS, *source.isa.flags, platform.system(), platform.machine())
     return _folder() / f"{source.name}-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:20]}.so"
 
 
@@ -107,7 +108,7 @@ def _compile(source: Source, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *FLAGS, *source.flags, str(source.path), "-o", str(made)]
+        command = [compiler, *FLAGS, *source.isa.flags, str(source.path), "-o", str(made)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from specpass.kernels.cpu.build import Source, Unbuilt, load
+from specpass.kernels.cpu.isa import AVX512
 from specpass.kernels.spec import Operands
 
-SOURCE = Source(
-    "decode",
-    needs=("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16"),
-    flags=("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
-)
+SOURCE = Source("decode", AVX512)
 _Strides = ctypes.c_int64 * 2
 _POINTERS = ("keys", "values", "lengths", "offsets", "query", "key", "value", "out", "lse")
 

@@ -1,4 +1,4 @@
-// The attention that each column of a prompt gets from the rows that score, on a CPU with AMX.
+// The attention that each column of a prompt gets from the rows that score, on a CPU.
 //
 // query [B, H, R, D] and key [B, K, T, D] in bfloat16, the rest in float32. Symbols: B batch, H query heads, K KV heads,
 // G = H / K, R rows, T columns, D head dimension, a multiple of 32; S strips (see tiles.h) hold a head's R rows.
@@ -142,11 +142,10 @@ extern "C" void importance(const Call *call) {
   const int64_t strips = call->B * call->H * rows.S, blocks = (call->T + 31) / 32;
 #pragma omp parallel
   {
-    configure();
+    const Tiles tiles;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < strips; i++) rows.prepare(i);
 #pragma omp for schedule(dynamic, 8)
     for (int64_t i = 0; i < call->B * call->K * blocks; i++) rows.score_block(i / blocks, i % blocks * 32);
-    _tile_release();
   }
 }

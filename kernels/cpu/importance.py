@@ -1,4 +1,4 @@
-"""`importance` on a CPU with AMX: importance.cpp, its operands, and where it serves."""
+"""`importance` on a CPU: importance.cpp, its operands, and where it serves."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from specpass.kernels.cpu.amx import Strides, library, refuse_tensors, strides
 from specpass.kernels.cpu.build import Unbuilt
+from specpass.kernels.cpu.tiles import Strides, Tiles, library, refuse_tensors, strides
 
 
 class _Call(ctypes.Structure):
@@ -45,7 +45,7 @@ def importance(
 ) -> Tensor:
     """As the reference (specpass.kernels.importance.reference), of tensors that `refuse` lets through."""
     found = library("importance")
-    assert isinstance(found, ctypes.CDLL)
+    assert isinstance(found, Tiles)
     batch, heads, count, dim = query.shape
     kv_heads, columns = key.shape[1:3]
     scores = torch.empty(batch, kv_heads, columns)
@@ -53,7 +53,9 @@ def importance(
     addresses = (None if each is None else each.data_ptr() for each in (query, key, *own, scores))
     sizes = (batch, heads, kv_heads, count, columns, dim)
     torch.get_num_threads()  # see prefill.py
-    found.importance(ctypes.byref(_Call(*addresses, *sizes, strides(query), strides(key), scale, int(reduce != "max"))))
+    found.functions.importance(
+        ctypes.byref(_Call(*addresses, *sizes, strides(query), strides(key), scale, int(reduce != "max")))
+    )
     if reduce == "mean":
         live = (rows >= 0).sum(1).clamp(min=1)
         scores /= (heads // kv_heads * live)[:, None, None]

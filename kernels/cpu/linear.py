@@ -15,11 +15,7 @@ import torch
 from torch import Tensor
 
 from specpass.kernels.cpu.build import Source, Unbuilt, load
-
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16")
-_HAS = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16")
-AMX = Source("linear", (*_HAS, "amx_tile", "amx_bf16"), (*_AVX512, "-mamx-tile", "-mamx-bf16"))
-DOT = Source("linear", _HAS, _AVX512)
+from specpass.kernels.cpu.isa import AMX, AVX512, Isa
 
 BLOCK, DEPTH = 16, 32  # rows of a weight that are read side by side, and columns at a time
 
@@ -36,12 +32,13 @@ class Rows:
 @functools.cache
 def few_rows() -> Rows | Unbuilt:
     """What this machine multiplies few rows by, or why nothing does. Compiles it on first use."""
-    found = _prepared(AMX, 32, "AMX tiles")
-    return _prepared(DOT, 8, "dot products of AVX-512") if isinstance(found, Unbuilt) else found
+    found = prepared(AMX, 32, "AMX tiles")
+    return prepared(AVX512, 8, "dot products of AVX-512") if isinstance(found, Unbuilt) else found
 
 
-def _prepared(source: Source, most: int, how: str) -> Rows | Unbuilt:
-    library = load(source)
+def prepared(isa: Isa, most: int, how: str) -> Rows | Unbuilt:
+    """linear.cpp, compiled for `isa`."""
+    library = load(Source("linear", isa))
     if isinstance(library, Unbuilt):
         return library
     if library.linear_prepare():

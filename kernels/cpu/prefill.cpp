@@ -1,4 +1,4 @@
-// Causal attention of a prompt on a CPU with AMX, bfloat16 in and out, scores and softmax in float32.
+// Causal attention of a prompt on a CPU, bfloat16 in and out, scores and softmax in float32.
 //
 // As flash attention: a running maximum and sum for each query, never a row of scores in memory. Symbols: B batch,
 // T columns, H query heads, K KV heads, G = H / K, D and Dv head dimensions (multiples of 32); strips, blocks and tiles
@@ -58,11 +58,9 @@ template <class At> void pack_value(At at, int64_t Dv, bf16 *tiles) {
 // weights [block][2 halves of the queries][16 pairs of keys][16 queries][2].
 void add_values(const bf16 *values, const bf16 *weights, int64_t first, int64_t end, int64_t Dv, float *out) {
   if (first == end) return;
-  for (int64_t d = 0; d < Dv; d += 32, out += 1024) {
-    load_sums(out);
-    for (int64_t i = first; i < end; i++) multiply(values + i * STRIP * Dv + d * STRIP, weights + i * 2 * TILE);
-    store_sums(out);
-  }
+  for (int64_t d = 0; d < Dv; d += 32, out += 1024)
+    multiply<false>(values + first * STRIP * Dv + d * STRIP, STRIP * Dv, weights + first * 2 * TILE, 2 * TILE,
+                    end - first, out);
 }
 
 // Scores of keys that a query does not read become -inf. A key is read from the lane `from(key)` of its strip on, by
@@ -296,9 +294,8 @@ extern "C" void prefill(const Call *given) {
         pack(c, head, head * c.far + from, c.chosen_keys, c.chosen_values,
              [&](int64_t j) { return from + j < c.V ? chosen[from + j] : -1; });
     }
-    configure();
+    const Tiles tiles;
     Worker worker(c);
     for (size_t i; (i = next++) < items.size();) worker.item(items[i]);
-    _tile_release();
   }
 }

@@ -34,13 +34,13 @@ def prefill_attention(
 ) -> Tensor:
     """Causal attention of packed rows: [B, H, T, D] x [B, K, T, D] -> [B, H, T, Dv]; needs no mask."""
     changed = bool(softcap or chunk) or bias is not None
-    amx = not (changed or on_cuda(query)) and prefill.refuse(query, key, value, scale) is None
-    flash = amx or (returns_lse(query, key, value) and (on_cuda(query) or not sliding))  # aten on a CPU: no window
+    tiles = not (changed or on_cuda(query)) and prefill.refuse(query, key, value, scale) is None
+    flash = tiles or (returns_lse(query, key, value) and (on_cuda(query) or not sliding))  # aten on a CPU: no window
     if changed or (not flash and (sliding or sinks is not None)):
         return rows_in_place(prefill_in_blocks(query, key, value, scale, softcap, sinks, sliding, chunk, bias))
     if sinks is not None:
         return rows_in_place(prefill_with_sinks(query, key, value, scale, sinks, sliding))
-    if amx or sliding:
+    if tiles or sliding:
         return rows_in_place(flash_with_lse(query, key, value, scale, sliding)[0])
     return rows_in_place(prefill_flash(query, key, value, scale))
 

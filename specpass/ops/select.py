@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.dialect import select as dialect
-from specpass.kernels.cpu import importance as amx
+from specpass.kernels.cpu import importance as own
 from specpass.kernels.gather.reference import slot_sources
 from specpass.kernels.importance import reference
 from specpass.ops.bind import bind
@@ -34,9 +34,9 @@ def importance(
 ) -> Tensor:
     """The reference's, or the CPU's own where nothing changes the logits."""
     operands = (query, key, rows, lengths, window, scale, reduce, weights, lse)
-    if softcap or sinks is not None or bias is not None or amx.refuse(query, key, scale) is not None:
+    if softcap or sinks is not None or bias is not None or own.refuse(query, key, scale) is not None:
         return reference.importance(*operands, softcap, sinks, bias)
-    return amx.importance(*operands)
+    return own.importance(*operands)
 
 
 def weigh_values(scores: Tensor, value: Tensor) -> Tensor:

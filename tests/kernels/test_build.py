@@ -12,6 +12,7 @@ import pytest
 
 from specpass.kernels.cpu import build
 from specpass.kernels.cpu.build import Source, Unbuilt, load
+from specpass.kernels.cpu.isa import Isa
 
 SUM = 'extern "C" int sum(int a, int b) { return a + b; }'
 CODE = (
@@ -84,7 +85,7 @@ def test_the_compilers_own_words_are_the_reason(write):
 
 def test_a_machine_that_lacks_something_compiles_nothing(write):
     made = write(SUM)
-    assert why(Source("sum", needs=("amx_of_the_future",))) == "this CPU has no amx_of_the_future"
+    assert why(Source("sum", Isa("tomorrow's", ("amx_of_the_future",)))) == "this CPU has no amx_of_the_future"
     assert not made.exists()
 
 

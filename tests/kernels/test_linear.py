@@ -11,17 +11,17 @@ from torch import Tensor
 
 import specpass.ops  # noqa: F401  (says where libraries are kept)
 from specpass.dialect.define import SPEC
-from specpass.kernels.cpu import linear
 from specpass.kernels.cpu.build import Unbuilt
-from specpass.kernels.cpu.linear import AMX, DOT, Rows, multiply, serves
+from specpass.kernels.cpu.isa import AMX, AVX512
+from specpass.kernels.cpu.linear import Rows, multiply, prepared, serves
 
-LIBRARIES = {"amx": (AMX, 32), "dot": (DOT, 8)}
+LIBRARIES = {"amx": (AMX, 32), "dot": (AVX512, 8)}
 
 
 @pytest.fixture(params=LIBRARIES)
 def rows(request: pytest.FixtureRequest) -> Rows:
-    source, most = LIBRARIES[request.param]
-    found = linear._prepared(source, most, request.param)
+    isa, most = LIBRARIES[request.param]
+    found = prepared(isa, most, request.param)
     if isinstance(found, Unbuilt):
         pytest.skip(str(found))
     return found

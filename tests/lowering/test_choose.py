@@ -81,7 +81,7 @@ def test_sites_of_a_graph_are_chosen_from_its_fake_tensors(device: str) -> None:
     kernels = [choice.kernel for _, choice in choose_sites(gm)]
     names = [choice.operator for _, choice in choose_sites(gm)]
     assert names == ["prefill_attention", "importance", "select", "gather_kv", "attend"]
-    own = (["prefill_amx", "importance_amx"], [None, None]) if device == "cpu" else ([None, "importance"],)
+    own = (["prefill_tiles", "importance_tiles"], [None, None]) if device == "cpu" else ([None, "importance"],)
     assert kernels[:2] in own  # as this CPU is
     assert kernels[2:] == ([None] * 3 if device == "cpu" else [None, "gather", "decode"])
     assert all(choice.reason for _, choice in choose_sites(gm))
@@ -169,7 +169,7 @@ def test_a_models_report_says_what_each_site_became() -> None:
         "decode": ["append_kv", "attend"],
     }
     for kind, names in operators.items():
-        reasons = dict.fromkeys(dispatch.CPU_KERNELS, "float32, where AMX multiplies bfloat16")
+        reasons = dict.fromkeys(dispatch.CPU_KERNELS, "float32, where AMX and AVX-512 multiply bfloat16")
         lines = [f"{name}: aten ({reasons.get(name, 'cpu tensors')})" for name in names]
         assert [line for _, line in found[kind]] == lines * layers
         assert all(f"layers.{index // len(names)}." in path for index, (path, _) in enumerate(found[kind]))

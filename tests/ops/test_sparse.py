@@ -49,7 +49,8 @@ def test_aten(lengths: list[int], ahead: int, width: int, recent: int, rows: int
 
 
 @pytest.mark.skipif(
-    prefill.refuse(*case([40, 50], 1, 4, 32, torch.bfloat16, 0)[:3], 0.3) is not None, reason="no AMX, or no compiler"
+    prefill.refuse(*case([40, 50], 1, 4, 32, torch.bfloat16, 0)[:3], 0.3) is not None,
+    reason="neither AMX nor AVX-512, or no compiler",
 )
 @pytest.mark.parametrize(
     ("lengths", "width", "recent"),

@@ -8,7 +8,10 @@ from torch import Tensor
 
 import specpass.ops  # noqa: F401  (says where libraries are kept)
 from specpass.dialect.define import SPEC
-from specpass.kernels.cpu import importance as amx
+from specpass.kernels.cpu import importance as own
+from specpass.kernels.cpu.build import Unbuilt
+from specpass.kernels.cpu.isa import AMX, AVX512
+from specpass.kernels.cpu.tiles import prepared
 from specpass.kernels.importance import reference
 
 B, H, K, T = 2, 6, 2, 173
@@ -23,7 +26,13 @@ def states(dim: int, rows: int = ROWS.shape[1]) -> tuple[Tensor, Tensor]:
     return query.bfloat16().transpose(1, 2), key.bfloat16().transpose(1, 2)
 
 
-pytestmark = pytest.mark.skipif(amx.refuse(*states(32), 0.1) is not None, reason="no AMX, or no compiler")
+@pytest.fixture(autouse=True, params=[AMX, AVX512], ids=lambda isa: isa.title)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to multiply that this machine has, not only the one that is taken."""
+    found = prepared("importance", request.param)
+    if isinstance(found, Unbuilt):
+        pytest.skip(str(found))
+    monkeypatch.setattr(own, "library", lambda name: found)
 
 
 @pytest.mark.parametrize("dim", [32, 128])

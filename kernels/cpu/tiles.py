@@ -1,25 +1,42 @@
-"""What kernels that multiply in tiles (AMX) share: what they need, and which tensors they take."""
+"""What kernels of a prompt on a CPU share (tiles.h): what they need of it, and which tensors they take."""
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 
 import torch
 from torch import Tensor
 
 from specpass.kernels.cpu.build import Source, Unbuilt, load
+from specpass.kernels.cpu.isa import AMX, AVX512, Isa
 
-_NEEDS = ("amx_tile", "amx_bf16", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16")
-_FLAGS = ("-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma")
 Strides = ctypes.c_int64 * 3
 
 
-def library(name: str) -> ctypes.CDLL | Unbuilt:
-    """The library of `name`.cpp, of a process that may use tiles; or why there is none."""
-    found = load(Source(name, _NEEDS, _FLAGS))
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The functions of a library, and what it multiplies with."""
+
+    functions: ctypes.CDLL
+    isa: Isa
+
+
+def library(name: str) -> Tiles | Unbuilt:
+    """`name`.cpp for the best that this process may use; or why there is none. Asking twice is free."""
+    for isa in (AMX, AVX512):
+        found = prepared(name, isa)
+        if isinstance(found, Tiles):
+            break
+    return found
+
+
+def prepared(name: str, isa: Isa) -> Tiles | Unbuilt:
+    """`name`.cpp, compiled for `isa`."""
+    found = load(Source(name, isa))
     if isinstance(found, Unbuilt):
         return found
-    return Unbuilt("the system gives this process no AMX tiles") if found.allow() else found  # asking twice is free
+    return Unbuilt(f"the system gives this process no {isa.title} tiles") if found.allow() else Tiles(found, isa)
 
 
 def refuse_tensors(scale: float, *tensors: Tensor) -> str | None:
@@ -28,7 +45,7 @@ def refuse_tensors(scale: float, *tensors: Tensor) -> str | None:
     if first.device.type != "cpu":
         return f"{first.device.type} tensors"
     if any(states.dtype != torch.bfloat16 for states in tensors):
-        return f"{str(first.dtype).removeprefix('torch.')}, where AMX multiplies bfloat16"
+        return f"{str(first.dtype).removeprefix('torch.')}, where AMX and AVX-512 multiply bfloat16"
     for dim in (states.shape[3] for states in tensors):
         if dim % 32 or dim > 512:
             return f"head dimension {dim}: at most 512 and a multiple of 32"

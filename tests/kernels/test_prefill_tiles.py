@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from specpass.dialect.define import SPEC
 from specpass.kernels.cpu import prefill
 from specpass.kernels.cpu.build import Unbuilt
+from specpass.kernels.cpu.isa import AMX, AVX512, Isa
+from specpass.kernels.cpu.tiles import prepared
 from specpass.kernels.dispatch import choose
 from specpass.ops import attention
 
@@ -37,9 +39,20 @@ def states(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.bfl
     return query * 3, key, value
 
 
-needs_amx = pytest.mark.skipif(
-    prefill.refuse(*states(SHAPES[0]), 0.1) is not None, reason="no AMX, or nothing that compiles for it"
+needs_tiles = pytest.mark.skipif(
+    prefill.refuse(*states(SHAPES[0]), 0.1) is not None,
+    reason="neither AMX nor AVX-512, or nothing that compiles for it",
 )
+
+
+@pytest.fixture(params=[AMX, AVX512], ids=lambda isa: isa.title)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isa:
+    """Each way to multiply that this machine has, not only the one that is taken."""
+    found = prepared("prefill", request.param)
+    if isinstance(found, Unbuilt):
+        pytest.skip(str(found))
+    monkeypatch.setattr(prefill, "library", lambda name: found)
+    return request.param
 
 
 def reads(columns: int, sliding: int) -> Tensor:
@@ -69,14 +82,14 @@ def held_to_float64(query: Tensor, key: Tensor, value: Tensor, scale: float, sli
     assert ours.max() <= 1.5 * torchs.max()
 
 
-@needs_amx
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("sliding", [0, 1, 33, 100])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_errors_are_those_of_bfloat16(shape: tuple[int, ...], sliding: int) -> None:
     held_to_float64(*states(shape), shape[3] ** -0.5, sliding)
 
 
-@needs_amx
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("sliding", [0, 70])
 @pytest.mark.parametrize("growth", [0.02, -0.02])
 def test_a_maximum_that_rises_or_falls_along_the_prompt(growth: float, sliding: int) -> None:
@@ -87,7 +100,7 @@ def test_a_maximum_that_rises_or_falls_along_the_prompt(growth: float, sliding: 
     held_to_float64(query, key, value, 1.0, sliding)
 
 
-@needs_amx
+@needs_tiles
 def test_rows_of_a_batch_and_later_columns_change_nothing() -> None:
     query, key, value = states((3, 4, 2, 64, 64, 130))
     out, lse = prefill.prefill(query, key, value, 0.1)
@@ -96,7 +109,7 @@ def test_rows_of_a_batch_and_later_columns_change_nothing() -> None:
     assert torch.equal(lse[1:2, :, :77], alone_lse)
 
 
-@needs_amx
+@needs_tiles
 def test_the_operators_run_it() -> None:
     given = states(SHAPES[1])
     heads = given[0].shape[1]
@@ -125,7 +138,7 @@ class Allocated(TorchDispatchMode):
         return out
 
 
-@needs_amx
+@needs_tiles
 def test_memory_grows_with_the_columns_alone() -> None:
     """What the library takes itself is a block for each thread: see `Worker` in prefill.cpp."""
     given = states((1, 4, 1, 64, 64, 3008))
@@ -143,7 +156,7 @@ def test_why_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     capped = choose("prefill_attention", {**operands, "softcap": 3.0})
     assert (capped.kernel, "soft cap" in capped.reason) == (None, True)
     query, key, value = given
-    assert prefill.refuse(query.float(), key, value, 0.1) == "float32, where AMX multiplies bfloat16"
+    assert prefill.refuse(query.float(), key, value, 0.1) == "float32, where AMX and AVX-512 multiply bfloat16"
     assert "head dimension 80" in str(prefill.refuse(*states((1, 2, 2, 80, 80, 4)), 0.1))
     assert "contiguous" in str(prefill.refuse(query.mT.contiguous().mT, key, value, 0.1))
     assert "not above 0" in str(prefill.refuse(*given, -0.1))

@@ -1,0 +1,23 @@
+"""What kernels need of a CPU, and the compiler's flags that let them use it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Isa:
+    """`needs`: keys of torch.cpu.get_capabilities()."""
+
+    title: str
+    needs: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+
+
+AVX512 = Isa(
+    "AVX-512",
+    ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16"),
+    ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
+)
+AMX = Isa("AMX", (*AVX512.needs, "amx_tile", "amx_bf16"), (*AVX512.flags, "-mamx-tile", "-mamx-bf16"))
+ANY = Isa("any")
