@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 C, W, L = 64, 16, 8
 METHODS: dict[str, Any] = {
     "SpecKV": specpass.SpecKV(C, window=W, lookahead=L),
+    "SpecKV, global": specpass.SpecKV(C, window=W, lookahead=L, spread="global"),
+    "SnapKV, heads": specpass.SnapKV(C, window=W, spread="heads", value_norms=True),
     "SpecPC": specpass.SpecPC(C, window=W, lookahead=L),
     "SpecKV-PC": specpass.SpecKVPC(C, window=W, lookahead=L),
     "SnapKV": specpass.SnapKV(C, window=W),

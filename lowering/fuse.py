@@ -1,4 +1,4 @@
-"""Two operators become one where the second can use what the first has at hand, as the kernels' table says."""
+"""Rows that nobody reads go, and two operators become one where the second can use what the first has at hand."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from specpass.lowering.few_rows import FewRows
 from specpass.lowering.fuse_append import FuseAppend
 from specpass.lowering.share_lse import ShareLse
 from specpass.lowering.share_step_lse import ShareStepLse
+from specpass.lowering.take_early import TakeEarly
 from specpass.rewrite import Facts, Kind, Observer, Pass, Pipeline, Request
 
-FUSION: tuple[Pass, ...] = (ShareLse(), FuseAppend(), ShareStepLse(), FewRows())
+FUSION: tuple[Pass, ...] = (TakeEarly(), ShareLse(), FuseAppend(), ShareStepLse(), FewRows())
 
 
 def fuse(

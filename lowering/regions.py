@@ -15,6 +15,7 @@ from torch import fx
 
 from specpass.graph.walk import module_path
 
+APART = "specpass_apart"  # in a node's metadata: its layer is like no other and stays outside
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 
@@ -71,7 +72,7 @@ def find_regions(gm: fx.GraphModule) -> list[Region]:
             layer = layer_of(node)
             if layer is not None:
                 groups.setdefault(layer, []).append(node)
-    regions = [close(nodes) for nodes in groups.values()]
+    regions = [close(nodes) for nodes in groups.values() if not any(APART in node.meta for node in nodes)]
     return regions if _in_order(regions) else []
 
 

@@ -302,7 +302,7 @@ def capture(draft: Any, method: Method, goes_on: bool = False) -> DraftGraphs:
     if untraceable(draft):
         raise Refusal(untraceable(draft))
     try:
-        return capture_draft(draft, method.prompt, goes_on)
+        return capture_draft(draft, method, goes_on)
     except (Refusal, SpecpassError):
         raise
     except Exception as error:

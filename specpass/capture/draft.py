@@ -18,6 +18,7 @@ from specpass.capture.model import BATCH, COUNT, SLOTS, ModelTrace, asks_for_len
 from specpass.dialect.define import SPEC
 from specpass.graph.operands import results_of
 from specpass.graph.walk import value
+from specpass.methods.base import Method
 from specpass.methods.specpc import SpecPC
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Inputs, Rows, Spans, Weights
@@ -70,18 +71,21 @@ class _DraftLayer(CacheLayerMixin):
         return -1
 
 
-def capture_draft(draft: nn.Module, prompt: SpecPC | None = None, goes_on: bool = False) -> DraftGraphs:
-    """Trace `draft` (a Hugging Face decoder in eval mode) into its two graphs; with `prompt` they score its tokens.
+def capture_draft(draft: nn.Module, method: Method | None = None, goes_on: bool = False) -> DraftGraphs:
+    """Trace `draft` (a Hugging Face decoder in eval mode) into its two graphs, as `method` needs them.
+
+    With SpecPC and SpecKVPC they score the prompt's tokens; with `sparse_prefill` its prompt is read sparsely.
 
     Args: goes_on: also those by which it goes on behind its lookahead.
     Raises: Refusal when an attention site of the draft is not understood.
     """
+    prompt = None if method is None else method.prompt
     spans = layer_spans(draft.config)
     config = draft.generation_config
     ends = eos_ids(config)
-    capture = _Capture(ModelTrace(draft), Spans(spans), prompt)
+    capture = _Capture(ModelTrace(draft), Spans(spans))
     layers = capture.layers
-    prefill, step = capture.prefill(), capture.step(prompt)
+    prefill, step = capture.prefill(method), capture.step(prompt)
     further: tuple[fx.GraphModule | None, ...] = (None, None)
     if goes_on:
         further = capture.extend(), step if prompt is None else capture.step(None)
@@ -97,14 +101,14 @@ class _Capture:
     `layers`: those with a cache; others have no attention, or read another's.
     """
 
-    def __init__(self, model: ModelTrace, spans: Spans, prompt: SpecPC | None) -> None:
-        self.model, self.spans, self.prompt = model, spans, prompt
+    def __init__(self, model: ModelTrace, spans: Spans) -> None:
+        self.model, self.spans = model, spans
         self.layers = sum(span is not None for span in spans.layers)
         self.shapes: list[tuple[int, int, int]] = []
         self.biased = False  # whether attention adds a bias of the keys, known once the prefill is
 
-    def prefill(self) -> fx.GraphModule:
-        """prefill(ids [B, S], lengths [B], room, *params) -> logits, caches, and scores where there is a `prompt`."""
+    def prefill(self, method: Method | None) -> fx.GraphModule:
+        """prefill(ids [B, S], lengths [B], room, *params) -> logits, caches; scores where the prompt is compressed."""
 
         def run(ids: Tensor, lengths: Tensor, room: Any, *params: Tensor) -> Any:
             cache = self._cache(_DraftLayer(lengths, room) for _ in range(self.layers))
@@ -116,7 +120,7 @@ class _Capture:
         ids, lengths, _room, *params = gm.graph.find_nodes(op="placeholder")
         weights = Weights(dict(zip(params, self.model.params.values(), strict=True)))
         facts = Facts(Inputs(ids), Rows(lengths), weights, self.spans)
-        self._rewrite(gm, draft_prefill_passes(self.layers, self.prompt), "prefill", facts)
+        self._rewrite(gm, draft_prefill_passes(self.layers, method), "prefill", facts)
         sites = facts[Sites].owners
         self.shapes.extend(site.kv_shape for site in sites)
         found = iter(sites)

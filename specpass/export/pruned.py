@@ -139,7 +139,7 @@ class Pruned:
 
     def _draft(self, draft: nn.Module) -> DraftGraphs:
         try:
-            graphs = capture_draft(draft, self.method.prompt)
+            graphs = capture_draft(draft, self.method)
         except Refusal as refusal:
             raise Refusal(f"the draft cannot be captured: {refusal}") from refusal
         kind = DraftGraphs if self.unrolled else LoopedDraft

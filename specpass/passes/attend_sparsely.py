@@ -7,6 +7,8 @@ after:  scores [B, K, T] = importance(...)
 
 Sites that are not scored (windows, chunks, another's keys), whose logits are changed (soft caps, sinks, ALiBi) or whose
 heads share one latent (MLA) stay as they are.
+
+attend_draft_sparsely: the same in the draft's own prompt, whose last W rows score; nothing stands behind it.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from torch import fx
 
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
+from specpass.graph.walk import first_call
 from specpass.passes.facts import Rows, Scores
 from specpass.rewrite import Facts, Kind, Pass, Request
-from specpass.rewrite.sites import Sites
+from specpass.rewrite.sites import Site, Sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +38,61 @@ class AttendSparsely(Pass):
 
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
         editor, method = Editor(gm), request.pruning
-        read = method.sparse_prefill
-        rewritten = []
-        for site, scores in zip(facts[Sites].sites, facts[Scores].nodes, strict=True):
-            if scores is None or site.changes or not site.heads_apart:
-                rewritten.append(site)
-                continue
-            before, like = scores.next, site.attention
-            lengths = editor.beside(facts[Rows].lengths, site.key, before)
-            columns = editor.call(SPEC.select, scores, lengths, read, 0, 1, "max", before=before, like=like)
-            tensors = (site.query, site.key, site.value, columns, lengths, site.scale)
-            sizes = (method.window, request.lookahead, read)
-            new = editor.call(SPEC.prefill_attention_sparse, *tensors, *sizes, before=before, like=like)
-            editor.replace(site.attention, new)
-            rewritten.append(dataclasses.replace(site, attention=new))
-        facts.add(Sites(tuple(rewritten)))
+        sparsely = Sparsely(editor, facts[Rows].lengths, method.sparse_prefill, method.window, request.lookahead)
+        scored = zip(facts[Sites].sites, facts[Scores].nodes, strict=True)
+        facts.add(Sites(tuple(sparsely(site, scores) if serves(site) else site for site, scores in scored)))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendDraftSparsely(Pass):
+    """Args: read: V. window: W."""
+
+    read: int
+    window: int
+
+    name: ClassVar[str] = "attend_draft_sparsely"
+    stage: ClassVar[str] = "PRUNED"
+    kinds: ClassVar[tuple[Kind, ...]] = ("prefill",)
+    requires: ClassVar[tuple[type, ...]] = (Sites, Rows)
+
+    def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
+        editor, lengths, window = Editor(gm), facts[Rows].lengths, self.window
+        rows = editor.call(SPEC.score_rows, lengths, None, window, [], before=first_call(gm.graph))
+        sparsely = Sparsely(editor, lengths, self.read, window, 0)
+        sites = []
+        for site in facts[Sites].sites:
+            if serves(site):
+                before, like = site.attention.next, site.attention
+                taken = editor.call(SPEC.take_rows, site.query, rows, before=before, like=like)
+                operands = (taken, site.key, rows, lengths, window, site.scale, "max")
+                site = sparsely(site, editor.call(SPEC.importance, *operands, before=before, like=like))
+            sites.append(site)
+        facts.add(Sites(tuple(sites)))
+
+
+def serves(site: Site) -> bool:
+    return site.is_full and not (site.reads or site.changes) and site.heads_apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsely:
+    """The site, attending to the columns that its scores [B, K, T] choose.
+
+    Args: read: V. window, ahead: W and L, the rows that score, and read all.
+    """
+
+    editor: Editor
+    lengths: fx.Node
+    read: int
+    window: int
+    ahead: int
+
+    def __call__(self, site: Site, scores: fx.Node) -> Site:
+        editor, before, like = self.editor, scores.next, site.attention
+        lengths = editor.beside(self.lengths, site.key, before)
+        columns = editor.call(SPEC.select, scores, lengths, self.read, 0, 1, "max", before=before, like=like)
+        tensors = (site.query, site.key, site.value, columns, lengths, site.scale)
+        sizes = (self.window, self.ahead, self.read)
+        new = editor.call(SPEC.prefill_attention_sparse, *tensors, *sizes, before=before, like=like)
+        editor.replace(site.attention, new)
+        return dataclasses.replace(site, attention=new)

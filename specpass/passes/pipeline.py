@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from specpass.methods.base import Method
 from specpass.methods.specpc import SpecPC
 from specpass.passes.annotate import Annotate
 from specpass.passes.attend_packed import AttendPacked
 from specpass.passes.attend_slots import AttendSlots
-from specpass.passes.attend_sparsely import AttendSparsely
+from specpass.passes.attend_sparsely import AttendDraftSparsely, AttendSparsely
 from specpass.passes.canonicalize import Canonicalize
 from specpass.passes.gather_prompt import GatherPrompt, KeepPrompt
 from specpass.passes.gather_prune import GatherPrune
@@ -47,10 +48,14 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def draft_prefill_passes(layers: int, prompt: SpecPC | None) -> tuple[Pass, ...]:
-    """Of the prefill of a draft of so many layers, whose rows come packed; with `prompt` it scores the tokens."""
-    scoring = () if prompt is None else (ScoreDraftPrefill(prompt),)
-    return (Canonicalize(), Annotate(layers), AttendPacked(), TakeLast(), *scoring)
+def draft_prefill_passes(layers: int, method: Method | None = None) -> tuple[Pass, ...]:
+    """Of the prefill of a draft of so many layers, whose rows come packed, as the target's `method` needs it."""
+    passes: list[Pass] = [Canonicalize(), Annotate(layers), AttendPacked(), TakeLast()]
+    if method is not None and method.sparse_prefill:
+        passes.append(AttendDraftSparsely(method.sparse_prefill, method.window))
+    if method is not None and method.prompt is not None:
+        passes.append(ScoreDraftPrefill(method.prompt))
+    return tuple(passes)
 
 
 def draft_step_passes(layers: int, prompt: SpecPC | None) -> tuple[Pass, ...]:

@@ -17,7 +17,6 @@ from specpass.capture.draft import _Capture, capture_draft
 from specpass.capture.model import BATCH, SLOTS, ModelTrace
 from specpass.graph.edit import copy_module
 from specpass.methods.base import Method
-from specpass.methods.specpc import SpecPC
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Inputs, Rows, Spans, Weights
 from specpass.passes.score_draft import StepRows
@@ -26,9 +25,9 @@ from specpass.sizes import FULL
 
 
 @functools.cache
-def draft(prompt: SpecPC | None = None, layers: int = 1) -> DraftGraphs:
+def draft(method: Method | None = None, layers: int = 1) -> DraftGraphs:
     """The captured draft of the tests (`tiny(seed=1)`), which looks ahead in prompts' graphs."""
-    return capture_draft(tiny(seed=1, layers=layers), prompt)
+    return capture_draft(tiny(seed=1, layers=layers), method)
 
 
 @functools.cache
@@ -144,8 +143,9 @@ def step_graph(
 
 
 @functools.cache
-def draft_graphs(prompt: SpecPC | None = None, layers: int = 1) -> dict[str, Traced]:
+def draft_graphs(method: Method | None = None, layers: int = 1) -> dict[str, Traced]:
     """The draft's own graphs, prefill and decode, as capture finds them before its passes."""
+    prompt = None if method is None else method.prompt
     found: dict[str, Traced] = {}
     caches = [f"{part}.{layer}" for layer in range(layers) for part in PARTS[:3]]
     told = [] if prompt is None else ["rows", "prompt_lengths"]
@@ -166,8 +166,8 @@ def draft_graphs(prompt: SpecPC | None = None, layers: int = 1) -> dict[str, Tra
     def step_facts(places: list[fx.Node]) -> Facts:
         return Facts() if prompt is None else Facts(StepRows(*places[2:5]))
 
-    capture = Recording(ModelTrace(tiny(seed=1, layers=layers)), Spans((FULL,) * layers), prompt)
-    capture.prefill()
+    capture = Recording(ModelTrace(tiny(seed=1, layers=layers)), Spans((FULL,) * layers))
+    capture.prefill(method)
     capture.step(prompt)
     return {
         "prefill": dataclasses.replace(found["prefill"], results=("logits", *caches)),

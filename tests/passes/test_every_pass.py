@@ -11,13 +11,13 @@ from specpass.export.functionalize import Functionalize
 from specpass.export.lift_constants import LiftConstants
 from specpass.export.name_nodes import NameNodes
 from specpass.lowering.fuse import FUSION
-from specpass.methods.specpc import SpecPC
+from specpass.methods.speckvpc import SpecKVPC
 from specpass.passes.pipeline import PASSES, draft_prefill_passes, draft_step_passes
 from specpass.rewrite import Pass
 
 TESTS = Path(__file__).parent.parent
-SCORED = SpecPC(budget=100)
-DRAFTS = (*draft_prefill_passes(1, SCORED), *draft_step_passes(1, SCORED))
+METHOD = SpecKVPC(budget=100, sparse_prefill=50)  # whose draft scores, and reads sparsely
+DRAFTS = (*draft_prefill_passes(1, METHOD), *draft_step_passes(1, METHOD.prompt))
 FOLDERS: dict[str, tuple[Pass, ...]] = {
     "passes": (*PASSES, *DRAFTS),
     "lowering": FUSION,
