@@ -23,9 +23,9 @@ from torch import fx
 from specpass.dialect.define import SPEC
 from specpass.dialect.rows import TakePositions
 from specpass.graph.edit import Editor
+from specpass.graph.rows import is_rows, keeps_rows, last_only
 from specpass.graph.walk import ATEN, FULL, ancestors, depends, is_op, value
 from specpass.lowering.regions import APART
-from specpass.passes.rows.rows import is_rows, keeps_rows, last_only
 from specpass.rewrite import Facts, Kind, Pass, Request
 from specpass.rewrite.base import PROMPTS
 

@@ -22,9 +22,9 @@ from specpass.dialect.rows import TakePositions
 from specpass.graph.aten import Slice
 from specpass.graph.edit import Editor
 from specpass.graph.operands import GetItem, results_of
+from specpass.graph.rows import last_only
 from specpass.graph.walk import ancestors, behind, output_of, value
 from specpass.passes.facts import Ahead, Drafted, Rows
-from specpass.passes.rows.rows import last_only
 from specpass.rewrite import Facts, Kind, Pass, Request
 from specpass.rewrite.sites import Sites
 

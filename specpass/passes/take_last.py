@@ -20,10 +20,11 @@ from specpass.dialect.define import SPEC
 from specpass.dialect.rows import TakePositions
 from specpass.graph.aten import Copy
 from specpass.graph.edit import Editor
+from specpass.graph.rows import has_rows, is_rows, keeps_rows, last_only
 from specpass.graph.walk import behind, output_of, value
 from specpass.passes.facts import Drafted, Inputs, Rows, Weights
 from specpass.passes.rows.experts import take_in_front_of_blocks
-from specpass.passes.rows.rows import RowIndices, has_rows, is_rows, keeps_rows, last_only
+from specpass.passes.rows.indices import RowIndices
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 from specpass.rewrite.base import PROMPTS
 from specpass.rewrite.sites import Sites

@@ -18,8 +18,9 @@ from torch import Tensor, fx
 
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
+from specpass.graph.rows import has_rows, is_rows, keeps_rows, last_only
 from specpass.graph.walk import ATEN, behind, depends, is_size
-from specpass.passes.rows.rows import RowIndices, has_rows, is_rows, keeps_rows, last_only
+from specpass.passes.rows.indices import RowIndices
 from specpass.rewrite import Refusal
 
 ROWS, SOME = 5, (3, 0, 4)  # rows of the trial, and those that are run once more

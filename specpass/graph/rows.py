@@ -1,18 +1,13 @@
-"""What the passes know of rows [B, T, ...]: which operators keep them apart, which end them, where prompts end."""
+"""What graphs say of rows [B, T, ...]: which values have them, and which operators keep them apart."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
 
-from specpass.dialect.define import SPEC
-from specpass.errors import UnsupportedCallError
 from specpass.graph.aten import Cat, Chunks, Reduction, Select, Slice
-from specpass.graph.edit import Editor
 from specpass.graph.operands import GetItem
 from specpass.graph.walk import ATEN, FULL, is_op, is_size, value
-from specpass.passes.facts import Inputs, ReadPositions, Rows
-from specpass.rewrite import Facts, Request
 
 POINTWISE_TAGS = torch.Tag.pointwise
 ROW_OPS = (
@@ -105,30 +100,3 @@ def last_only(node: fx.Node) -> bool:
     if cut is not None:
         return (cut.dim, cut.start, cut.end, cut.step) == (1, -1, FULL, 1)
     return one is not None and (one.dim, one.index) == (1, -1)
-
-
-class RowIndices:
-    """Indices of a prompt's rows among packed ones, as nodes."""
-
-    def __init__(self, editor: Editor, request: Request, facts: Facts) -> None:
-        self.editor, self.request, self.facts = editor, request, facts
-
-    def last(self, before: fx.Node) -> fx.Node:
-        """[B, 1]: each prompt's last row."""
-        less = self.editor.call(ATEN.sub.Tensor, self.facts[Rows].lengths, 1, before=before, like=before)
-        return self.editor.call(ATEN.unsqueeze, less, 1, before=before, like=before)
-
-    def every(self, before: fx.Node) -> fx.Node:
-        """[B, S]: the prompt's own rows in the caller's order.
-
-        Raises: UnsupportedCallError where the target does not read them all.
-        """
-        if ReadPositions in self.facts:
-            raise UnsupportedCallError(
-                "more than the last position's logits (or hidden states) were asked for, and "
-                f"{self.request.pruning.name} reads only a part of the prompt: pass logits_to_keep=1 (generate() does)."
-            )
-        order = self.facts[Rows].order
-        if order is not None:
-            return self.editor.call(SPEC.unpack_index, order, before=before)
-        return self.editor.call(SPEC.row_index, self.facts[Inputs].tokens, before=before)
