@@ -9,6 +9,7 @@ Whole-graph compilation is no choice: it takes a minute and keeps every layer's 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import operator
@@ -54,13 +55,18 @@ class CompiledRegion(nn.Module):
         return out
 
 
+def _probe() -> None:
+    with contextlib.suppress(Exception):  # it comes again where a region is compiled, and is told there
+        valid_vec_isa_list()
+
+
 @functools.cache
 def compiler_probe() -> threading.Thread:
     """Inductor's dry runs of the C++ compiler (which vector instructions work?), started once, in the background.
 
     On a new machine they take eight seconds of subprocesses, which pass while the target is traced.
     """
-    thread = threading.Thread(target=valid_vec_isa_list, name="specpass-compiler-probe", daemon=True)
+    thread = threading.Thread(target=_probe, name="specpass-compiler-probe", daemon=True)
     thread.start()
     return thread
 

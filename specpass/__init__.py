@@ -43,19 +43,21 @@ def _names() -> list[str]:
     return [*_HOME, *built_in(), "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    from specpass.methods.registry import built_in
+if not TYPE_CHECKING:  # a checker would take any name for one of these
 
-    if name == "__all__":
-        return _names()
-    if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
-    elif name in (methods := built_in()):
-        value = methods[name]
-    else:
-        raise AttributeError(f"module 'specpass' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        from specpass.methods.registry import built_in
+
+        if name == "__all__":
+            return _names()
+        if name in _HOME:
+            value = getattr(importlib.import_module(_HOME[name]), name)
+        elif name in (methods := built_in()):
+            value = methods[name]
+        else:
+            raise AttributeError(f"module 'specpass' has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

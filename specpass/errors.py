@@ -127,11 +127,27 @@ class NoCudaError(SpecpassError, RuntimeError):
 
 
 class UnknownModelError(SpecpassError, ValueError):
-    """A model name that is neither known nor a folder."""
+    """A model that is neither a known name, a folder, a file nor on the hub, or a folder that holds no model."""
 
 
 class FetchError(SpecpassError, RuntimeError):
     """A model could not be fetched."""
+
+
+class GatedModelError(FetchError):
+    """A model of the hub whose terms must be accepted first, by somebody who is logged in."""
+
+
+class RevisionError(SpecpassError, ValueError):
+    """A revision that the hub does not have, or of something that has none."""
+
+
+class RemoteCodeError(SpecpassError, ValueError):
+    """A model that brings its own Python code, which nobody allowed to run."""
+
+
+class GgufError(SpecpassError, ValueError):
+    """A file that is no GGUF file, a part of one, or one that transformers does not read."""
 
 
 class MethodOptionError(SpecpassError, ValueError):

@@ -23,7 +23,7 @@ def check_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise OutputFileError(
-            f"{folder} cannot be written to: {error}. Name a folder that you may write to."
+            f"{folder} cannot be written to: {error.strerror or error}. Name a folder that you may write to."
         ) from error
 
 
@@ -44,7 +44,7 @@ def write_file(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise OutputFileError(
-            f"{path} cannot be written: {error}. Name a file in a folder that you may write to."
+            f"{path} cannot be written: {error.strerror or error}. Name a file in a folder that you may write to."
         ) from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InvalidCxxCompiler
 
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
@@ -75,6 +76,8 @@ def attention_of(target: nn.Module) -> str:
 def first_line(error: BaseException) -> str:
     """What went wrong, in one line."""
     cause = getattr(error, "inner_exception", None) or error
+    if isinstance(cause, InvalidCxxCompiler):
+        return "no C++ compiler was found: install one, name it in CXX, or take the eager lowering"
     lines = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {lines[0][:200]}" if lines else type(cause).__name__
 

@@ -17,20 +17,21 @@ from specpass.errors import BenchmarkError
 
 @dataclass
 class Pair:
-    """Target and draft by name or folder; `lowering` as in specpass.compile."""
+    """Target and draft by name; `lowering` as in specpass.compile; `trust`: code that they bring along may run."""
 
     target_name: str
     draft_name: str
     dtype: str = "bfloat16"
     device: str = "cpu"
     lowering: str = "inductor"
+    trust: bool = False
     loaded: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def _load(self, name: str) -> Any:
         from specpass import hub
 
         if name not in self.loaded:
-            model, tokenizer = hub.load(name, dtype=self.dtype)
+            model, tokenizer = hub.load(name, self.dtype, trust_remote_code=self.trust)
             self.loaded[name] = model.requires_grad_(False).to(self.device), tokenizer
         return self.loaded[name]
 
@@ -44,7 +45,7 @@ class Pair:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.target_name)
+        return load_tokenizer(self.target_name, self.trust)
 
     @functools.cached_property
     def draft_share(self) -> float:
@@ -53,12 +54,10 @@ class Pair:
         return draft / target
 
 
-def load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     from specpass import hub
 
-    return AutoTokenizer.from_pretrained(hub.model_path(name), local_files_only=True)
+    return hub.load_tokenizer(name, trust_remote_code=trust_remote_code)
 
 
 def weight_bytes(name: str) -> int:
@@ -69,8 +68,8 @@ def weight_bytes(name: str) -> int:
 
 
 def label(name: str) -> str:
-    """How a result file names a model: a folder by its last part, so that no machine's paths are in it."""
-    return Path(name).name if Path(name).is_dir() else name
+    """How a result file names a model: a folder or file by its last part, so that no machine's paths are in it."""
+    return Path(name).name if Path(name).exists() else name
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specpass.cli.options import Dtype, Lowering, check_words, example
+from specpass.cli.options import MODELS, Dtype, Lowering, Revision, Trust, check_words, example
+
+if TYPE_CHECKING:
+    from specpass.benchmarks.models import Pair
 
 RESULTS = Path("bench/results")
 QUICK_MINUTES, MINUTES = 8.0, 110.0  # the step that is under way when the time is over is finished
 
-Target = Annotated[str, typer.Option("--target", "-t", help="Name, hub id or folder.")]
-Draft = Annotated[str, typer.Option("--draft", "-d", help="Name, hub id or folder.")]
+Target = Annotated[str, typer.Option("--target", "-t", help=f"A {MODELS}.")]
+Draft = Annotated[str, typer.Option("--draft", "-d", help=f"A {MODELS}.")]
 Quick = Annotated[bool, typer.Option("--quick", help="A small part of the grid, in less than ten minutes.")]
 Minutes = Annotated[
     float | None, typer.Option(min=0.0, help="Stop after so many; a rerun goes on. Default: 110, with --quick 8.")
@@ -56,6 +59,13 @@ def _changed(grid: Any, given: dict[str, Any]) -> Any:
     return dataclasses.replace(grid, **{name: value for name, value in given.items() if value is not None})
 
 
+def _pair(target: str, draft: str, dtype: str, device: str, lowering: str, revision: str | None, trust: bool) -> Pair:
+    from specpass import hub
+    from specpass.benchmarks.models import Pair
+
+    return Pair(hub.at_revision(target, revision), draft, dtype, device, lowering, trust)
+
+
 def _limit(minutes: float | None, quick: bool) -> float:
     if minutes is not None:
         return minutes
@@ -82,11 +92,12 @@ def quality(
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     lowering: Lowering = "inductor",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Answers of every method to long prompts, scored: RULER's tasks and code. Resumes; stops at its time limit."""
     check_words(dtype, lowering)
     _quiet_threads()
-    from specpass.benchmarks.models import Pair
     from specpass.benchmarks.quality import run as runner
     from specpass.benchmarks.quality.summary import markdown
 
@@ -98,7 +109,8 @@ def quality(
     }
     grid = _changed(runner.QUICK if quick else runner.Grid(), given)
     out = out or _default("quality", quick)
-    run = runner.Run(Pair(target, draft, dtype, device, lowering), grid, out, _limit(minutes, quick), restart)
+    pair = _pair(target, draft, dtype, device, lowering, revision, trust_remote_code)
+    run = runner.Run(pair, grid, out, _limit(minutes, quick), restart)
     complete = run.run()
     table = markdown(run.store.parts["summary"])
     _finish(out, table, complete)
@@ -129,11 +141,12 @@ def speed(
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
     lowering: Lowering = "inductor",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """First token, decode rate, memory and compile time of each method, with floors. Resumes; stops at its limit."""
     check_words(dtype, lowering)
     _quiet_threads()
-    from specpass.benchmarks.models import Pair
     from specpass.benchmarks.results import read_results
     from specpass.benchmarks.speed import run as runner
     from specpass.benchmarks.speed.table import markdown
@@ -145,7 +158,7 @@ def speed(
     }
     plan = _changed(runner.QUICK if quick else runner.Plan(), given)
     out = out or _default("speed", quick)
-    pair = Pair(target, draft, dtype, device, lowering)
+    pair = _pair(target, draft, dtype, device, lowering, revision, trust_remote_code)
     complete = runner.Run(pair, plan, out, _limit(minutes, quick), restart, quick=quick).run()
     _finish(out, markdown(read_results(out)), complete)
 

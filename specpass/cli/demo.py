@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from specpass.cli.options import Dtype, Lowering, Quiet, check_words, example, shown, silence_libraries
+from specpass.cli.options import (
+    MODELS,
+    Dtype,
+    Lowering,
+    Quiet,
+    Revision,
+    Trust,
+    check_words,
+    example,
+    shown,
+    silence_libraries,
+)
 
 ORDER = 5
 
@@ -24,15 +35,18 @@ def demo(
     full: Annotated[
         bool, typer.Option("--full", help="Four methods instead of two: about seven minutes instead of three.")
     ] = False,
-    target: Annotated[str, typer.Option("--target", "-t", help="Name, hub id or folder.")] = "qwen2.5-coder-1.5b",
-    draft: Annotated[str, typer.Option("--draft", "-d", help="Name, hub id or folder.")] = "qwen2.5-coder-0.5b",
+    target: Annotated[str, typer.Option("--target", "-t", help=f"A {MODELS}.")] = "qwen2.5-coder-1.5b",
+    draft: Annotated[str, typer.Option("--draft", "-d", help=f"A {MODELS}.")] = "qwen2.5-coder-0.5b",
     dtype: Dtype = "bfloat16",
     lowering: Lowering = "inductor",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     out: Annotated[Path, typer.Option(help="Folder for kept.png and kept.html.")] = Path("specpass-demo"),
     quiet: Quiet = False,
 ) -> None:
     """Find a fact in a long prompt with full KV and with methods: answers, memory, speed, and what was kept."""
     check_words(dtype, lowering)
+    from specpass import hub
     from specpass.demo import run as demo
 
     default, methods = (demo.ALL_TOKENS, demo.ALL_METHODS) if full else (demo.TOKENS, demo.METHODS)
@@ -42,9 +56,10 @@ def demo(
             budget,
             tokens or default,
             methods=methods,
-            target=target,
+            target=hub.at_revision(target, revision),
             draft=draft,
             dtype=dtype,
             lowering=lowering,
+            trust_remote_code=trust_remote_code,
             out=out,
         )

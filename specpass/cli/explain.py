@@ -21,7 +21,9 @@ from specpass.cli.options import (
     MethodName,
     Options,
     Quiet,
+    Revision,
     Target,
+    Trust,
     Window,
     choose,
     example,
@@ -55,6 +57,8 @@ def explain(
     weights: Annotated[bool, typer.Option("--weights", help="Load the models instead of narrow stand-ins.")] = False,
     dtype: Dtype = "auto",
     lowering: Lowering = "inductor",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -64,7 +68,9 @@ def explain(
     """
     if graph is not None and graph.suffix not in FORMATS:
         raise OutputFileError(f"--graph {graph}: no known format; name a file that ends in {' or '.join(FORMATS)}.")
-    choice = choose(target, draft, method, budget, window, lookahead, option, dtype, lowering)
+    choice = choose(
+        target, draft, method, budget, window, lookahead, option, dtype, lowering, revision, trust_remote_code
+    )
     if choice.method is None:
         raise MethodOptionError("--method full rewrites nothing, so there is nothing to explain: name a method.")
     from specpass import hub
@@ -73,7 +79,7 @@ def explain(
     if graph is not None:
         check_folder(graph.parent)
     for name in filter(None, (choice.target, choice.draft)):
-        hub.read_config(name)  # a wrong name first, then the wait
+        hub.read_config(name, trust_remote_code=choice.trust)  # a wrong name first, then the wait
     if lowering == "inductor" and not quiet:
         typer.echo(f"compiling {'the models' if weights else 'stand-ins'} (about a minute)", err=True)
     silence_libraries()
@@ -86,6 +92,7 @@ def explain(
             lowering=lowering,
             max_new_tokens=max_new_tokens,
             weights=weights,
+            trust_remote_code=choice.trust,
         )
     if graph is not None:
         from specpass.explain.draw import draw

@@ -15,7 +15,9 @@ from specpass.cli.options import (
     MethodName,
     Options,
     Quiet,
+    Revision,
     Target,
+    Trust,
     Window,
     choose,
     example,
@@ -41,6 +43,8 @@ def export(
     option: Options = None,
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
     weights: Annotated[str, typer.Option(help="float, or int8: quantized by ONNX Runtime.")] = "float",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a target with its draft and method for ONNX Runtime: prefill.onnx, decode.onnx, specpass.json.
@@ -51,9 +55,8 @@ def export(
         raise typer.BadParameter(f"{dtype!r} is neither float32 nor float16.", param_hint="--dtype")
     if weights not in ("float", "int8"):
         raise typer.BadParameter(f"{weights!r} is neither float nor int8.", param_hint="--weights")
-    choice = choose(
-        target, draft, "full" if method.lower() == "none" else method, budget, window, lookahead, option, dtype, "eager"
-    )
+    name = "full" if method.lower() == "none" else method
+    choice = choose(target, draft, name, budget, window, lookahead, option, dtype, "eager", revision, trust_remote_code)
     from specpass import hub
     from specpass.export.api import check_method, check_packages, export_onnx
 
@@ -62,10 +65,10 @@ def export(
     start = time.perf_counter()
     silence_libraries()
     with shown(quiet):
-        model, tokenizer = hub.load(choice.target, dtype=dtype)
+        model, tokenizer = hub.load(choice.target, dtype, trust_remote_code=choice.trust)
         small = model if choice.draft == choice.target else None
         if choice.draft is not None and small is None:
-            small = hub.load(choice.draft, dtype=dtype)[0]
+            small = hub.load(choice.draft, dtype, trust_remote_code=choice.trust)[0]
         folder = export_onnx(model, small, choice.method, out, weights=weights, tokenizer=tokenizer)
     size = sum(path.stat().st_size for path in folder.iterdir())
     if not quiet:

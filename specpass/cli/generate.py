@@ -25,8 +25,10 @@ from specpass.cli.options import (
     MethodName,
     Options,
     Quiet,
+    Revision,
     Speculate,
     Target,
+    Trust,
     Window,
     check_device,
     choose,
@@ -66,6 +68,8 @@ def generate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Dtype = "auto",
     lowering: Lowering = "inductor",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     onnx: Annotated[Path | None, typer.Option(help="Answer from a folder of `specpass export`, without torch.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -75,8 +79,10 @@ def generate(
     Ends with 0; 1 for a mistake, which is named; 2 for a wrong option; 130 after Ctrl-C, with what was written so far.
     """
     if onnx is not None:
-        if target or draft:
-            raise typer.BadParameter("holds its own models: leave --target and --draft out.", param_hint="--onnx")
+        if target or draft or revision:
+            raise typer.BadParameter(
+                "holds its own models: leave --target, --draft and --revision out.", param_hint="--onnx"
+            )
         text = read_prompt(prompt, prompt_file)
         with shown(quiet):
             answer = cli_onnx.generate(
@@ -86,7 +92,9 @@ def generate(
         return
     if not target:
         raise typer.BadParameter("is missing: name a model, or an exported folder with --onnx.", param_hint="--target")
-    choice = choose(target, draft, method, budget, window, lookahead, option, dtype, lowering)
+    choice = choose(
+        target, draft, method, budget, window, lookahead, option, dtype, lowering, revision, trust_remote_code
+    )
     choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice))
     text = read_prompt(prompt, prompt_file)
     check_device(device)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from specpass.cli.options import example
+from specpass.cli.options import MODELS, example
 
 ORDER = 6
 
@@ -42,11 +42,12 @@ def models_list() -> None:
 
 @models_app.command("path", epilog=example("specpass models path smollm2-135m"))
 def models_path(
-    name: Annotated[str, typer.Argument(help="A name from `specpass models list`, or a model folder.")],
+    name: Annotated[str, typer.Argument(help=f"A {MODELS}.")],
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit on the hub.")] = None,
 ) -> None:
     """Print the folder of a model (last line of stdout), fetching and converting it on first use."""
-    from specpass.hub import check_weights, model_path
+    from specpass.hub import at_revision, check_weights, model_path
 
-    folder = model_path(name)
+    folder = model_path(at_revision(name, revision))
     check_weights(folder)
     typer.echo(folder)

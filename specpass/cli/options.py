@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from specpass.errors import MissingDraftError, PromptError
+from specpass.errors import MissingDraftError, OutputFileError, PromptError
+from specpass.files import check_folder
 from specpass.methods.base import Method
 from specpass.methods.registry import FULL, make_method, names
 from specpass.observe.display import progress
 
-MODELS = "name (see `specpass models list`), hub id, or folder"
+INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+MODELS = "name (see `specpass models list`), hub id, folder, or GGUF file"
 
 Target = Annotated[str, typer.Option("--target", "-t", help=f"The model that answers: {MODELS}.")]
 Draft = Annotated[str | None, typer.Option("--draft", "-d", help=f"The small model with the same tokenizer: {MODELS}.")]
+Revision = Annotated[
+    str | None, typer.Option(help="The target's branch, tag or commit on the hub; a draft's: OWNER/NAME@REVISION.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that models bring along.")]
 MethodName = Annotated[str, typer.Option("--method", "-m", help=f"{', '.join(names())}, or {FULL}: no pruning.")]
 Budget = Annotated[str, typer.Option("--budget", "-b", help="KV slots per KV head and layer, or a ratio such as 0.25.")]
 Window = Annotated[int | None, typer.Option(help="The last WINDOW prompt tokens are always kept.")]
@@ -59,7 +66,7 @@ def example(line: str) -> str:
 class Choice:
     """The models and the method that the options name; nothing is loaded yet. `method` None: full KV.
 
-    `speculate`: tokens that the draft proposes at a time.
+    `speculate`: tokens that the draft proposes at a time. `trust`: code that the models bring along may run.
     """
 
     target: str
@@ -68,6 +75,7 @@ class Choice:
     dtype: str
     lowering: str
     speculate: int = 0
+    trust: bool = False
 
     @property
     def label(self) -> str:
@@ -75,11 +83,16 @@ class Choice:
 
 
 def check_words(dtype: str, lowering: str) -> None:
-    """Raises: typer.BadParameter for a word that no model can be loaded or compiled with."""
+    """Raises: typer.BadParameter for a word that no model can be loaded or compiled with; OutputFileError."""
     if lowering not in ("inductor", "eager"):
         raise typer.BadParameter(f"{lowering!r} is neither 'inductor' nor 'eager'.", param_hint="--lowering")
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise typer.BadParameter(f"{dtype!r} is none of auto, bfloat16, float16, float32.", param_hint="--dtype")
+    if lowering == "inductor" and (kept := os.environ.get(INDUCTOR)):
+        try:
+            check_folder(Path(kept))
+        except OutputFileError as error:
+            raise OutputFileError(f"{INDUCTOR}, where torch keeps what it compiles: {error}") from error
 
 
 def check_device(device: str) -> None:
@@ -105,14 +118,19 @@ def choose(
     options: list[str] | None,
     dtype: str,
     lowering: str,
+    revision: str | None = None,
+    trust: bool = False,
 ) -> Choice:
     """Check the options before any model is loaded.
 
     Raises: MethodOptionError, BudgetError, MissingDraftError, typer.BadParameter.
     """
+    from specpass import hub
+
     check_words(dtype, lowering)
+    target = hub.at_revision(target, revision)
     if method.lower() == FULL:
-        return Choice(target, None, None, dtype, lowering)
+        return Choice(target, None, None, dtype, lowering, trust=trust)
     made = make_method(method, budget, options or (), window=window, lookahead=lookahead)
     if not made.drafts:
         if draft is not None:
@@ -123,7 +141,7 @@ def choose(
             f"{made.name} looks ahead with a draft model: add --draft NAME, a small model with the target's tokenizer "
             "(the target itself works too), or choose a method without one, e.g. --method snapkv."
         )
-    return Choice(target, draft, made, dtype, lowering)
+    return Choice(target, draft, made, dtype, lowering, trust=trust)
 
 
 def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
@@ -131,13 +149,21 @@ def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
     import specpass
     from specpass import hub
 
-    target, tokenizer = hub.load(choice.target, dtype=choice.dtype)
+    target, tokenizer = hub.load(choice.target, choice.dtype, trust_remote_code=choice.trust)
     target.requires_grad_(False).to(device)
     draft = None
     if choice.draft == choice.target:
         draft = target
     elif choice.draft is not None:
-        draft = hub.load(choice.draft, dtype=choice.dtype)[0].requires_grad_(False).to(device)
+        draft, _ = hub.load(choice.draft, choice.dtype, trust_remote_code=choice.trust)
+        draft.requires_grad_(False).to(device)
+        sizes = [sum(weight.numel() for weight in model.parameters()) for model in (draft, target)]
+        if sizes[0] > sizes[1]:
+            typer.echo(
+                f"note: the draft has more parameters ({sizes[0]:,}) than the target ({sizes[1]:,}): are --target and "
+                "--draft swapped?",
+                err=True,
+            )
     if choice.method is not None:
         specpass.compile(
             target, draft=draft, method=choice.method, lowering=choice.lowering, speculate=choice.speculate
@@ -156,8 +182,13 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         raise PromptError("no prompt: pass --prompt TEXT or --prompt-file FILE, or pipe a text to stdin.")
     try:
         text = prompt if prompt is not None else file.read_text("utf-8") if file is not None else sys.stdin.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"the prompt in {file or 'stdin'} cannot be read: {error}. It must be UTF-8 text.") from error
+    except OSError as error:
+        raise PromptError(f"the prompt in {file or 'stdin'} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"the prompt in {file or 'stdin'} is no UTF-8 text: {error.reason} 0x{error.object[error.start]:02x} at "
+            f"byte {error.start}."
+        ) from error
     if not text.strip():
         raise PromptError(
             "the prompt is empty: pass --prompt TEXT or --prompt-file FILE that holds text, or pipe a text to stdin."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specpass.cli.options import Lookahead, MaxNewTokens, MethodName, Options, Window, example
+from specpass.cli.options import MODELS, Lookahead, MaxNewTokens, MethodName, Options, Revision, Trust, Window, example
 from specpass.errors import BudgetError, TritonMissingError, UnknownArchError
 from specpass.files import check_folder, tiles_dir, write_file
 from specpass.methods.base import Method
@@ -27,12 +27,8 @@ def add(app: typer.Typer) -> None:
 
 
 def tune(
-    target: Annotated[
-        str, typer.Option("--target", "-t", help="A model's name or folder; only its config.json is read.")
-    ] = "",
-    draft: Annotated[
-        str, typer.Option("--draft", "-d", help="The draft's name or folder, to tune its kernels too.")
-    ] = "",
+    target: Annotated[str, typer.Option("--target", "-t", help=f"A {MODELS}; only its config is read.")] = "",
+    draft: Annotated[str, typer.Option("--draft", "-d", help=f"The draft, to tune its kernels too: a {MODELS}.")] = "",
     method: MethodName = "speckv",
     budget: Annotated[str, typer.Option("--budget", "-b", help="Budgets C, separated by commas.")] = "256,512,1024",
     arch: Annotated[str, typer.Option(help="sm_80, sm_89, sm_90, gfx942, ...; default: the GPU here, or sm_90.")] = "",
@@ -43,6 +39,8 @@ def tune(
     lookahead: Lookahead = None,
     options: Options = None,
     max_new_tokens: MaxNewTokens = 256,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
     tiles: Annotated[int, typer.Option(min=1, help="Tiles of each kernel to compile.")] = 8,
     jobs: Annotated[int, typer.Option(min=0, help="Compiler processes; 0: one for each core.")] = 0,
     json_path: Annotated[str, typer.Option("--json", help="Write the winners to this file.")] = "",
@@ -65,9 +63,12 @@ def tune(
     if clear or show:
         return
     if not target:
-        raise typer.BadParameter("--target is missing: a model's name or folder")
+        raise typer.BadParameter("is missing: name a model.", param_hint="--target")
     methods = [make_method(method, part, options or (), window=window, lookahead=lookahead) for part in counts(budget)]
-    work, aten = plan(target, draft, methods, arch, dtype, batch, prompt, max_new_tokens)
+    from specpass import hub
+
+    target = hub.at_revision(target, revision)
+    work, aten = plan(target, draft, methods, arch, dtype, batch, prompt, max_new_tokens, trust_remote_code)
     for folder in ([Path(emit_path)] if emit_path else []) + ([Path(json_path).parent] if json_path else []):
         check_folder(folder)  # before the work, not after
     from specpass.tune.run import console, run  # imports torch, which showing the store needs not
@@ -120,13 +121,19 @@ def choose_arch(name: str) -> Arch:
 
 
 def plan(
-    target: str, draft: str, methods: list[Method], arch: str, dtype: str, batch: int, prompt: int, max_new_tokens: int
+    target: str,
+    draft: str,
+    methods: list[Method],
+    arch: str,
+    dtype: str,
+    batch: int,
+    prompt: int,
+    max_new_tokens: int,
+    trust_remote_code: bool = False,
 ) -> tuple[list[Job], list[dict[str, Any]]]:
     """What to tune, and entries for what stays with torch's operators."""
-    from transformers import AutoConfig
-
+    from specpass import hub
     from specpass.cache.layer import room_of
-    from specpass.hub import model_path
     from specpass.kernels.dispatch import ATEN_OPERATORS, triton_installed
     from specpass.kernels.shapes import DTYPES
     from specpass.tune.jobs import Layer, draft_jobs, target_jobs
@@ -135,10 +142,11 @@ def plan(
         raise TritonMissingError("tune compiles with Triton, which is not installed: pip install 'specpass[triton]'.")
     chosen = choose_arch(arch)
     if dtype not in DTYPES:
-        raise typer.BadParameter(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
-    config = AutoConfig.from_pretrained(model_path(target)).get_text_config(decoder=True)
+        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}.", param_hint="--dtype")
+    given: Any = {"trust_remote_code": trust_remote_code}
+    config = hub.any_config(target, **given).get_text_config(decoder=True)
     own = Layer.of(config, batch, dtype)
-    drafts = Layer.of(AutoConfig.from_pretrained(model_path(draft)), batch, dtype) if draft else None
+    drafts = Layer.of(hub.any_config(draft, **given), batch, dtype) if draft else None
     jobs = []
     for method in methods:
         lookahead = method.look_ahead(max_new_tokens)

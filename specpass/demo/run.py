@@ -89,6 +89,7 @@ def run(
     dtype: str = "bfloat16",
     lowering: str = "inductor",
     out: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Result]:
     """Load the pair, run full KV and the methods one after the other, print each one's row; returns the rows.
 
@@ -96,8 +97,9 @@ def run(
         budget: KV slots C per KV head and layer, above the window of 32.
         tokens: prompt length S.
         methods: by name; the user's own follow.
-        target, draft: models by name, hub id or folder.
+        target, draft: models by name, hub id, folder or GGUF file.
         out: folder for kept.png and kept.html; None draws nothing.
+        trust_remote_code: code that the models bring along may run.
 
     Raises: what `specpass.hub.load`, `specpass.compile` and `specpass.files.write_file` raise; wrong names, unlike
     tokenizers and a folder that cannot be written to before anything is loaded.
@@ -106,9 +108,11 @@ def run(
     if out is not None:
         check_folder(out)
     hub.prepare(draft, target)
-    checks.check_tokenizers(hub.read_config(target), hub.read_config(draft))  # before minutes of work, not after
-    small, tokenizer = hub.load(draft, dtype=dtype)
-    model, _ = hub.load(target, dtype=dtype)
+    given: Any = {"trust_remote_code": trust_remote_code}
+    configs = [hub.read_config(name, **given) for name in (target, draft)]
+    checks.check_tokenizers(*configs)  # before minutes of work, not after
+    small, tokenizer = hub.load(draft, dtype, **given)
+    model, _ = hub.load(target, dtype, **given)
     prompt = build_prompt(tokenizer, tokens)
     warm_up = build_prompt(tokenizer, max(WARM_UP_TOKENS, 2 * budget))
     rows = Rows(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 import specpass
 from specpass import hub
@@ -61,6 +61,7 @@ def explain(
     lowering: str = "inductor",
     max_new_tokens: int = 256,
     weights: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[Report, dict[str, fx.GraphModule]]:
     """Compile a stand-in of the pair (or, with `weights`, the models), and run one prompt and two decode steps.
 
@@ -69,11 +70,13 @@ def explain(
 
     Raises: what `hub.model_path`, `specpass.compile` and a call of the compiled model raise.
     """
-    configs = [None if name is None else hub.read_config(name) for name in (target, draft)]
+    configs = [
+        None if name is None else hub.read_config(name, trust_remote_code=trust_remote_code) for name in (target, draft)
+    ]
     if configs[1] is not None:
         checks.check_tokenizers(*configs)
-    model = _model(target, configs[0], dtype, weights)
-    small = None if draft is None else _model(draft, configs[1], dtype, weights)
+    model = _model(target, configs[0], dtype, weights, trust_remote_code)
+    small = None if draft is None else _model(draft, configs[1], dtype, weights, trust_remote_code)
     stages: dict[str, fx.GraphModule] = {}
     specpass.compile(model, draft=small, method=method, lowering=lowering, observe=keeper(stages))
     size = method.budget + BEYOND if isinstance(method.budget, int) else RATIO_PROMPT
@@ -99,13 +102,14 @@ def keeper(found: dict[str, fx.GraphModule]) -> Observer:
     return keep
 
 
-def _model(name: str, config: Any, dtype: str, weights: bool) -> Any:
-    if not weights and config.get_text_config(decoder=True) is config:
+def _model(name: str, config: Any, dtype: str, weights: bool, trust: bool) -> Any:
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # else its class lies in the model's folder
+    if not weights and known and config.get_text_config(decoder=True) is config:
         try:
             return stand_in(config, _dtype(config, dtype))
         except (ValueError, RuntimeError, TypeError, KeyError, AttributeError):
             pass  # a config whose numbers hang together in its own way: only the model itself will do
-    return hub.load(name, dtype=dtype)[0].requires_grad_(False)
+    return hub.load(name, dtype, trust_remote_code=trust)[0].requires_grad_(False)
 
 
 def _dtype(config: Any, dtype: str) -> torch.dtype:

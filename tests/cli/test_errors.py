@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import transformers
 from cli_models import save_model
+from tiny import tiny
 from typer.testing import CliRunner
 
 import specpass
@@ -40,6 +41,7 @@ NOT_HERE = {
     errors.OnnxMissingError: "needs an environment without onnx or onnxruntime",
     errors.NoCudaError: "CUDA graphs are asked for in Python",
     errors.SpreadError: "how budgets are spread is chosen in Python",
+    errors.GatedModelError: "needs the hub's answer: tests/hub/test_online.py",
     errors.PeerError: "a benchmark goes on without the peer, and says so",
     errors.UnsupportedCallError: "--lowering is checked as an option; no labels",
 }
@@ -102,6 +104,19 @@ class Folders:
         file = self.root / "claims.json"
         file.write_text(json.dumps({"settings": {"kind": "quality", "target": "good"}, "results": [record]}))
         return str(file)
+
+    def coded(self) -> str:
+        """A model of a class of its own, which lies beside it."""
+        folder = self.root / "coded"
+        folder.mkdir(exist_ok=True)
+        config = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(folder)
+
+    def wordless(self) -> str:
+        """A model without a tokenizer."""
+        tiny(layers=1).save_pretrained(self.root / "wordless")
+        return str(self.root / "wordless")
 
     def empty(self) -> str:
         (self.root / "empty").mkdir(exist_ok=True)
@@ -227,6 +242,46 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     (errors.UnknownModelError, lambda f: generate("gpt-none", "-m", "full"), ("'gpt-none'", "smollm2-135m")),
     (errors.UnknownModelError, lambda f: generate(f.empty(), "-m", "full"), ("config.json",)),
     (errors.FetchError, lambda f: generate("nobody/nothing", "-m", "full"), ("HF_HUB_OFFLINE", "give a folder")),
+    (
+        errors.GgufError,
+        lambda f: generate(f"{f.good}/model.safetensors", "-m", "full"),
+        ("model.safetensors is no GGUF file", "name the folder"),
+    ),
+    (errors.UnknownModelError, lambda f: generate(f"{f.good}/m.gguf", "-m", "full"), ("no file", "m.gguf")),
+    (errors.RevisionError, lambda f: generate(f.good, "-m", "full", "--revision", "v1"), ("'v1'", "Leave it out")),
+    (errors.RevisionError, lambda f: ["models", "path", f.good, "--revision", "v1"], ("'v1'", "Leave it out")),
+    (errors.RevisionError, lambda f: ["tune", "-t", f.good, "--revision", "v1"], ("'v1'", "Leave it out")),
+    (errors.RevisionError, lambda f: ["demo", "-t", f.good, "--revision", "v1"], ("'v1'", "Leave it out")),
+    (
+        errors.RevisionError,
+        lambda f: ["export", "-t", f.good, "-m", "none", "--out", "out", "--revision", "v1"],
+        ("'v1'", "Leave it out"),
+    ),
+    (
+        errors.RevisionError,
+        lambda f: ["explain", "-t", f.good, "-m", "snapkv", "--revision", "v1"],
+        ("'v1'", "Leave it out"),
+    ),
+    (
+        errors.OutputFileError,
+        lambda f: ["export", "-t", f.good, "-m", "none", "--out", "/dev/null/x"],
+        ("/dev/null/x", "may write"),
+    ),
+    (errors.UnknownModelError, lambda f: generate("./no-such", "-m", "full"), ("no file or folder './no-such'",)),
+    (errors.UnknownModelError, lambda f: generate("smollm2-135", "-m", "full"), ("Did you mean smollm2-135m?",)),
+    (errors.UnknownModelError, lambda f: generate(f.wordless(), "-m", "full"), ("no tokenizer", "tokenizer.json")),
+    (errors.UnknownModelError, lambda f: ["tune", "-t", f.empty()], ("no config.json",)),
+    (
+        errors.PromptError,
+        lambda f: ["generate", "-t", f.good, "-m", "full", "-f", f.good],
+        ("cannot be read: Is a directory",),
+    ),
+    (
+        errors.PromptError,
+        lambda f: ["generate", "-t", f.good, "-m", "full", "-f", f"{f.good}/model.safetensors"],
+        ("no UTF-8 text", "at byte"),
+    ),
+    (errors.RemoteCodeError, lambda f: generate(f.coded(), "-m", "full"), ("'own'", "--trust-remote-code")),
     (errors.CorruptWeightsError, lambda f: generate(f.truncated(), "-m", "full"), ("bytes", "fetch or convert")),
     (errors.EncoderDecoderError, lambda f: generate(f.t5(), "-m", "full"), ("t5", "decoder-only")),
     (
@@ -324,6 +379,21 @@ def test_what_nobody_expected_is_70_and_says_how_to_see_more(folders: Folders, m
     assert "--debug" in result.stderr
     assert "Traceback" not in result.stderr
     assert isinstance(runner.invoke(cli.app, ["--debug", *args]).exception, ZeroDivisionError)
+
+
+def test_a_folder_for_compiled_graphs_that_cannot_be_written_to(folders: Folders, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/dev/null/x")
+    result = runner.invoke(cli.app, ["generate", "-t", folders.good, "-m", "snapkv", "-b", "40", "-p", TEXT])
+    assert result.exit_code == 1
+    assert "error: TORCHINDUCTOR_CACHE_DIR, where torch keeps what it compiles: /dev/null/x cannot" in result.stderr
+
+
+def test_a_draft_larger_than_its_target_is_a_note(folders: Folders) -> None:
+    small = folders.make("small", layers=1)
+    result = runner.invoke(cli.app, generate(small, "-d", folders.good, *SMALL))
+    assert result.exit_code == 0
+    assert "note: the draft has more parameters (" in result.stderr
+    assert "are --target and --draft swapped?" in result.stderr
 
 
 def test_a_refusal_is_a_note_and_the_answer_comes(folders: Folders) -> None:

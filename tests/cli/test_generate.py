@@ -17,6 +17,7 @@ import torch
 import typer.main
 from announced import SNAP, announce
 from cli_models import save_model
+from gguf_files import write_gguf
 from recorder import Recorder
 from typer.testing import CliRunner
 
@@ -50,6 +51,17 @@ def test_json_says_what_happened(folder: Path) -> None:
     assert answer["refusals"] == []
     slots = 24 + 64
     assert answer["kv_bytes"] >= 2 * 2 * 2 * slots * 16 * 4  # layers, K and V, heads, slots, D, float32
+
+
+def test_a_pair_of_gguf_files_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECPASS_CACHE", str(tmp_path / "cache"))
+    target, draft = write_gguf(tmp_path / "target.gguf"), write_gguf(tmp_path / "draft.gguf", layers=1, seed=1)
+    method = ["-b", "24", "--window", "8", "--lookahead", "4"]
+    result = generate(target, "-d", str(draft), *method, "-p", "Why is the sky blue, and not green?", "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert (answer["target"], answer["draft"], answer["refusals"]) == (str(target), str(draft), [])
+    assert answer["new_tokens"] == len(answer["token_ids"]) > 0
 
 
 def test_a_pruned_answer_is_the_librarys(folder: Path) -> None:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from recorder import Recorder
 from safetensors.torch import save_file
 
 from specpass import hub
 from specpass.errors import CorruptWeightsError, FetchError, UnknownModelError
 from specpass.hub import gguf as gguf_import
 from specpass.hub import weights
+from specpass.observe.progress import watching
 
 NAME = "smollm2-135m"
 SOURCE = hub.MODELS[NAME]
@@ -96,6 +99,30 @@ def test_two_at_once_convert_once(cache, monkeypatch):
         thread.join()
     assert len(calls) == 1
     weights.verify_manifest(cache / "models" / NAME, SOURCE.sha256, full=True)
+
+
+def test_who_waits_for_another_process_is_told(cache, monkeypatch):
+    fake_build(monkeypatch)
+    lock = FileLock(cache / "models" / f"{NAME}.lock")
+    (cache / "models").mkdir(parents=True)
+
+    class Releasing(Recorder):
+        def begin(self, what: str, total: float | None) -> None:
+            super().begin(what, total)
+            lock.release()
+
+    recorder = Releasing()
+    lock.acquire()
+    with watching(recorder):
+        hub.model_path(NAME)
+    assert recorder.tasks[0].path == (f"waiting for another process that makes {NAME}",)
+
+
+def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPECPASS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(FetchError, match=r"cannot be written to: Not a directory. Set SPECPASS_CACHE"):
+        hub.model_path(NAME)
 
 
 def test_too_small_a_disk(cache, monkeypatch):

@@ -12,8 +12,11 @@ import transformers
 from hybrids import hybrid
 from support import compile_eager, run
 from tiny import prompt, tiny
+from torch._inductor.exc import InvalidCxxCompiler
 
 import specpass
+from specpass.backend import compile as backend
+from specpass.lowering import inductor
 
 W, C = 8, 24
 COVERING, SNAP = specpass.SnapKV(budget=128, window=W), specpass.SnapKV(budget=C, window=W)
@@ -49,6 +52,22 @@ def test_graph_break() -> None:
         assert torch.equal(layer.positions, own.positions)
     assert "interpreted: no whole graph could be made (PartialGraphError: " in text_of(pruned)
     assert specpass.report(pruned).foreign == 0
+
+
+def test_no_compiler_is_one_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's search for one prints nothing of its own, and what it raises says what to do."""
+
+    def search() -> None:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(inductor, "valid_vec_isa_list", search)
+    inductor.compiler_probe.cache_clear()
+    inductor.compiler_probe().join()
+    inductor.compiler_probe.cache_clear()
+    model = specpass.compile(tiny(layers=1), method=SNAP)
+    monkeypatch.setattr(backend, "lower", lambda *_, **__: search())
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler was found: install one, name it in CXX"):
+        assert run(model, prompt(60), 2).cache.layers[0].positions.shape[-1] == C
 
 
 def test_decode_alone_breaks() -> None:

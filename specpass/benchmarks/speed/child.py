@@ -39,7 +39,7 @@ class Engine:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job, self.name = job, job["method"]
-        pair = Pair(job["target"], job["draft"], job["dtype"], job["device"], job["lowering"])
+        pair = Pair(job["target"], job["draft"], job["dtype"], job["device"], job["lowering"], job.get("trust", False))
         self.model, self.device = pair.target, job["device"]
         self.method: Method | None = None
         if self.name not in FULL:

@@ -34,7 +34,8 @@ def prefill_flops(pair: Pair, method: str, budget: int | None, length: int, batc
     from specpass import hub
     from specpass.sizes import Decoder
 
-    target, draft = (Decoder.of(hub.read_config(name)) for name in (pair.target_name, pair.draft_name))
+    configs = (hub.read_config(name, trust_remote_code=pair.trust) for name in (pair.target_name, pair.draft_name))
+    target, draft = map(Decoder.of, configs)
     if target is None or draft is None:
         return None
     if budget is None or length <= budget or not method.startswith(methods.PREFIX):
@@ -62,7 +63,7 @@ def target_weights(pair: Pair) -> int:
     from specpass import hub
     from specpass.sizes import Decoder, layer_weights
 
-    config = hub.read_config(pair.target_name)
+    config = hub.read_config(pair.target_name, trust_remote_code=pair.trust)
     decoder = Decoder.of(config)
     size = decoder.itemsize if decoder else 2
     return size * (layer_weights(config) + config.vocab_size * config.hidden_size)

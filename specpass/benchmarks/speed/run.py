@@ -268,6 +268,7 @@ class Run:
             "dtype": self.pair.dtype,
             "device": self.pair.device,
             "lowering": self.pair.lowering,
+            "trust": self.pair.trust,
             "steps": STEPS,
         }
         job |= config._asdict() if config else {}
