@@ -27,11 +27,11 @@ def head_scores(weights: Tensor, kv_heads: int, length: int, how: dict) -> Tenso
 
 
 def looked_up(tokens: list[int], length: int) -> list[int]:
-    """What the prompt's own `tokens` say comes next, `length` tokens: copied from behind the latest place where its
-    last three stood, or two, or one, and what was copied again; the last token where there is no such place."""
+    """What the prompt's own `tokens` say comes next, `length` tokens: copied from behind the latest place where the
+    most of its last eight stood, and what was copied again; the last token where there is no such place."""
     places = [
         (count, end)
-        for count in (1, 2, 3)
+        for count in range(1, 9)
         for end in range(count, len(tokens))
         if tokens[end - count : end] == tokens[len(tokens) - count :]
     ]

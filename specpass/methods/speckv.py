@@ -18,8 +18,8 @@ class SpecKV(Scored):
         budget: KV slots C per KV head and layer, or a ratio of the prompt length.
         window: the last W prompt tokens are always kept and always score.
         lookahead: L tokens that the draft writes, as many as you like; None means min(32, max_new_tokens). "ngram": as
-            many as with None, and no draft: those that followed the prompt's last three tokens, or two, or one, where
-            they stood in it before (prompt lookup, see specpass.ops.draft.prompt_lookup).
+            many as with None, and no draft: those that followed the prompt's last eight tokens, or as many of these as
+            can be found, where they stood in it before (prompt lookup, see specpass.ops.draft.prompt_lookup).
         reduce: "max" or "mean", over rows and over the query heads of a KV head.
         pool: "max" or "avg", along the sequence.
         kernel: odd width of the pooling.

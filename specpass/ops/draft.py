@@ -9,7 +9,7 @@ from torch import Tensor
 from specpass.dialect import draft as dialect
 from specpass.ops.bind import bind
 
-LONGEST = 3  # tokens of the n-gram that is looked up first
+LONGEST = 8  # tokens of the n-gram that is looked up first: three are alike in many lines of a log or a table
 
 
 def _hash_uniform(seed: int, step: int, size: int, device: torch.device) -> Tensor:
@@ -43,7 +43,7 @@ def next_token(
 
 
 def prompt_lookup(ids: Tensor, lengths: Tensor, length: int) -> Tensor:
-    """The L tokens that followed the latest earlier occurrence of each row's last n tokens: n = 3, else 2, else 1.
+    """The L tokens that followed the latest earlier occurrence of each row's last n tokens, for the largest n <= 8.
 
     An occurrence near the row's end is followed by fewer than L tokens: what follows them is what was copied, so that a
     row which repeats itself goes on repeating. Where not even the last token stood before, it is repeated, and asks

@@ -311,6 +311,7 @@ def test_a_prompt_is_looked_up_row_by_row(seed: int, batch: int, size: int, leng
     [
         ([1, 2, 3, 4, 5, 1, 2, 3], [4, 5, 1, 2, 3]),  # three tokens
         ([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], [4, 9, 2, 3, 5]),  # of three, though two were seen later
+        ([*range(1, 10), 11, *range(2, 10), 12, *range(1, 10)], [12, 1, 2, 3, 4]),  # eight: the ninth does not count
         ([1, 3, 6, 1, 3, 7, 1, 3], [7, 1, 3, 7, 1]),  # the later of two places; what was copied goes on
         ([5, 7, 6, 9, 7], [6, 9, 7, 6, 9]),  # one token
         ([1, 2, 3, 4], [4, 4, 4, 4, 4]),  # none
