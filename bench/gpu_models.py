@@ -86,7 +86,7 @@ def end_to_end(run: Run) -> None:
     for name, method in methods.items():
         model = target
         if method is not None:  # tiny models are proved without Inductor, which would take most of the time
-            drafts, lowering = (draft if method.drafts else None), "eager" if run.tiny else "inductor"
+            drafts, lowering = (draft if method.needs_draft else None), "eager" if run.tiny else "inductor"
             model = specpass.compile(target, draft=drafts, method=method, lowering=lowering)
         try:
             for (length, batch), needs in cases.items():

@@ -109,7 +109,7 @@ def _draft(run: Run) -> Any:
 
 
 def compile_(run: Run, method: Any, draft: Any, **options: Any) -> Any:
-    return specpass.compile(_target(run), draft=draft if method.drafts else None, method=method, **options)
+    return specpass.compile(_target(run), draft=draft if method.needs_draft else None, method=method, **options)
 
 
 def calls(run: Run, model: Any, new: int = NEW) -> list[list[int]]:

@@ -91,7 +91,7 @@ class MethodMismatchError(SpecpassError, ValueError):
 
 
 class LookaheadError(SpecpassError, ValueError):
-    """Lookahead ids of the wrong shape, or a lookahead length nobody gave."""
+    """Lookahead ids of the wrong shape, or a lookahead that the method, or a draft beside it, cannot go with."""
 
 
 class MaskError(SpecpassError, ValueError):

@@ -16,6 +16,7 @@ RECURRENT = ("lfm2",)  # states cannot be cropped
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "speckv": ("SpecKV", {"window": 8, "lookahead": 4}),
     "speckv-mean": ("SpecKV", {"window": 5, "lookahead": 7, "reduce": "mean", "pool": "avg", "kernel": 3}),
+    "speckv-ngram": ("SpecKV", {"window": 8, "lookahead": "ngram"}),
     "snapkv": ("SnapKV", {"window": 8}),
     "pyramidkv": ("PyramidKV", {"window": 8, "beta": 4}),
     "streamingllm": ("StreamingLLM", {}),

@@ -186,7 +186,12 @@ class Play:
         return view
 
     def _check_ahead(self, row: int, ahead: Tensor) -> None:
-        """The lookahead [L] is what the draft writes."""
+        """The lookahead [L] is what the draft writes, or what the prompt itself goes on with."""
+        if self.subject.method.looks_up:
+            wanted = formulas.looked_up(self.prompts.row(row)[0].tolist(), len(ahead))
+            if ahead.tolist() != wanted:
+                raise WrongError(f"row {row}: looks up {ahead.tolist()}, due are {wanted}")
+            return
         ids = torch.cat([self.prompts.row(row), ahead[None]], 1)
         view = oracle.View(torch.zeros(1, dtype=torch.int64), ids.shape[1])
         with oracle.seen_by(view), torch.no_grad():

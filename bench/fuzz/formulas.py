@@ -26,6 +26,21 @@ def head_scores(weights: Tensor, kv_heads: int, length: int, how: dict) -> Tenso
     return F.avg_pool1d(F.pad(reduced, (pad, pad), value=0.0), how["kernel"], 1)
 
 
+def looked_up(tokens: list[int], length: int) -> list[int]:
+    """What the prompt's own `tokens` say comes next, `length` tokens: copied from behind the latest place where the
+    most of its last eight stood, and what was copied again; the last token where there is no such place."""
+    places = [
+        (count, end)
+        for count in range(1, 9)
+        for end in range(count, len(tokens))
+        if tokens[end - count : end] == tokens[len(tokens) - count :]
+    ]
+    start, grown = max(places)[1] if places else len(tokens) - 1, list(tokens)
+    while len(grown) < len(tokens) + length:
+        grown.append(grown[start + len(grown) - len(tokens)])
+    return grown[len(tokens) :]
+
+
 def why_not_top(kept: Tensor, scores: Tensor, length: int, budget: int, window: int) -> str:
     """What is wrong with positions [K, C] for scores [K, S - W]; "" where nothing is."""
     for head, own in enumerate(kept):

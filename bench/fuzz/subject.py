@@ -20,8 +20,8 @@ class Subject:
         self.method: Any = getattr(specpass, name)(budget=budget, **fields)
         self.model, self.twin = tiny_model(family), plain(family)
         drafting = (family, 0) if method in OWN_DRAFT and family not in RECURRENT else ("llama", 1)
-        self.draft = plain(*drafting) if self.method.drafts else None
-        draft = tiny_model(*drafting) if self.method.drafts else None
+        self.draft = plain(*drafting) if self.method.needs_draft else None
+        draft = tiny_model(*drafting) if self.method.needs_draft else None
         specpass.compile(self.model, draft=draft, method=self.method, lowering="eager")
         self.assistant = tiny_model("llama", 1)
         self.full = [layer for layer, window in oracle.windows(self.twin).items() if window is None]

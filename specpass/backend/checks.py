@@ -23,7 +23,7 @@ from specpass.errors import (
     TokenizerMismatchError,
     UnsupportedCallError,
 )
-from specpass.methods.base import Method
+from specpass.methods.base import NGRAM, Method, check_asked
 
 PADDING = 1024  # vocabularies that differ by less may be one tokenizer's, padded to different multiples
 
@@ -51,13 +51,14 @@ def check_draft(draft: Any, method: Method) -> None:
     if not method.drafts:
         return
     if draft is None:
-        if method.lookahead_ids is None:
-            instead = "" if method.prompt is not None else "lookahead_ids=[B, L] token ids, "
+        if method.needs_draft:
+            instead = "" if method.prompt is not None else f"lookahead={NGRAM!r}, lookahead_ids=[B, L] token ids, "
             raise MissingDraftError(
                 f"{method.name} looks ahead with a draft model and none was given: pass draft=a smaller model with the "
                 f"same tokenizer (the target itself works too), {instead}or use SnapKV."
             )
         return
+    check_asked(draft, method)
     check_decoder(draft, "draft")
     check_first_layer(draft, method)
 
@@ -66,7 +67,7 @@ def check_speculate(count: Any, draft: Any, method: Method) -> int:
     """The number of tokens that a draft proposes at a time."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise SpeculationError(f"speculate={count!r}: expected how many tokens the draft proposes at a time, e.g. 4.")
-    if count and (draft is None or not method.drafts or method.lookahead_ids is not None):
+    if count and (draft is None or not method.needs_draft):
         raise SpeculationError(
             f"speculate={count} needs a draft that reads the prompt, and {method.name} has none here: pass draft= with "
             "SpecKV, SpecKVPC or SpecPC, or give generate() an assistant_model."

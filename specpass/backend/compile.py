@@ -27,7 +27,7 @@ from specpass.graph.edit import copy_module
 from specpass.graph.operands import results_of
 from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
-from specpass.methods.base import Method
+from specpass.methods.base import NGRAM, Method
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Ahead, Drafted, Spans
 from specpass.passes.pipeline import PASSES, fingerprint
@@ -229,7 +229,7 @@ class Backend:
         facts = Facts(traced.inputs, traced.weights, Spans(spans if kind in PROMPTS else found))
         if kind != "prefill":
             return Request(kind, cache.method), facts
-        if cache.lookahead and cache.given_ids is None:
+        if cache.lookahead and cache.given_ids is None and not cache.method.looks_up:
             facts.add(self.draft_graphs(cache))
         goes_on = self.speculate > 0 and DraftGraphs in facts
         return Request(kind, cache.method, cache.lookahead, self.eos_ids(cache), cache.method.verify, goes_on), facts
@@ -280,7 +280,9 @@ class Backend:
         mine = dataclasses.replace(self.method, budget=cache.method.budget)
         same_budget = isinstance(self.method.budget, float) or self.method.budget == cache.method.budget
         ours, theirs = (
-            dataclasses.replace(m, lookahead_ids=None, lookahead=None) if m.appends else m  # type: ignore[call-arg]
+            dataclasses.replace(m, lookahead_ids=None, lookahead=NGRAM if m.looks_up else None)  # type: ignore[call-arg]
+            if m.appends
+            else m
             for m in (mine, cache.method)
         )
         if ours != theirs or not same_budget:

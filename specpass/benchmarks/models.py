@@ -126,7 +126,7 @@ def answers(pair: Pair, variant: Variant, work: Iterable[tuple[Prompt, int]], fu
             yield Answer(variant, prompt, tokens, time.perf_counter() - start)
         return
     method = variant.specpass_method()
-    draft = pair.draft if method.drafts else None
+    draft = pair.draft if method.needs_draft else None
     model = specpass.compile(pair.target, draft=draft, method=method, lowering=pair.lowering)
     try:
         for prompt, new_tokens in work:

@@ -13,7 +13,7 @@ import typer
 
 from specpass.errors import MissingDraftError, OutputFileError, PromptError
 from specpass.files import check_folder
-from specpass.methods.base import Method
+from specpass.methods.base import Method, check_asked
 from specpass.methods.registry import FULL, make_method, names
 from specpass.observe.display import progress
 
@@ -30,7 +30,10 @@ MethodName = Annotated[str, typer.Option("--method", "-m", help=f"{', '.join(nam
 Budget = Annotated[str, typer.Option("--budget", "-b", help="KV slots per KV head and layer, or a ratio such as 0.25.")]
 Window = Annotated[int | None, typer.Option(help="The last WINDOW prompt tokens are always kept.")]
 Lookahead = Annotated[
-    int | None, typer.Option(help="Tokens that the draft writes ahead; min(32, max-new-tokens) if left out.")
+    str | None,
+    typer.Option(
+        help="Tokens that the draft writes ahead; min(32, max-new-tokens) if left out. ngram: the prompt's, no draft."
+    ),
 ]
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="Another field of the method, NAME=VALUE; repeatable.")
@@ -114,7 +117,7 @@ def choose(
     method: str,
     budget: str,
     window: int | None,
-    lookahead: int | None,
+    lookahead: str | None,
     options: list[str] | None,
     dtype: str,
     lowering: str,
@@ -123,7 +126,7 @@ def choose(
 ) -> Choice:
     """Check the options before any model is loaded.
 
-    Raises: MethodOptionError, BudgetError, MissingDraftError, typer.BadParameter.
+    Raises: MethodOptionError, BudgetError, MissingDraftError, LookaheadError, typer.BadParameter.
     """
     from specpass import hub
 
@@ -136,11 +139,12 @@ def choose(
         if draft is not None:
             typer.echo(f"note: {made.name} asks no draft; --draft {draft} is not loaded", err=True)
         draft = None
-    elif draft is None and made.lookahead_ids is None:
+    elif draft is None and made.needs_draft:
         raise MissingDraftError(
             f"{made.name} looks ahead with a draft model: add --draft NAME, a small model with the target's tokenizer "
-            "(the target itself works too), or choose a method without one, e.g. --method snapkv."
+            "(the target itself works too), or do without: --lookahead ngram (speckv), --method snapkv."
         )
+    check_asked(draft, made)
     return Choice(target, draft, made, dtype, lowering, trust=trust)
 
 

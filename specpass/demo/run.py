@@ -125,7 +125,7 @@ def run(
     rows.add(full)
     for number, method in enumerate(made, 2):
         name = f"{method.name} {budget}"
-        specpass.compile(model, draft=small if method.drafts else None, method=method, lowering=lowering)
+        specpass.compile(model, draft=small if method.needs_draft else None, method=method, lowering=lowering)
         try:
             with progress.task(f"{name} ({number} of {count})"):
                 row = measure(name, model, tokenizer, prompt, warm_up)

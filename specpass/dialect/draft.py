@@ -1,4 +1,4 @@
-"""A draft's next token."""
+"""What looks ahead of a prompt: a draft's next token, or tokens of the prompt itself."""
 
 from __future__ import annotations
 
@@ -28,3 +28,15 @@ class NextToken(
     @staticmethod
     def fake(logits, ended, *rest):
         return ended.new_empty(ended.shape[0], 1, dtype=torch.int64), torch.empty_like(ended)
+
+
+class PromptLookup(Operator, schema="prompt_lookup(Tensor ids, Tensor lengths, int length) -> Tensor", since="DRAFTED"):
+    """[B, L]: what followed the last tokens of each row where they stood in it before."""
+
+    ids: fx.Node  # [B, S] packed
+    lengths: fx.Node  # [B]
+    length: int
+
+    @staticmethod
+    def fake(ids, lengths, length):
+        return ids.new_empty(ids.shape[0], length, dtype=torch.int64)

@@ -227,7 +227,7 @@ def describe(folder: Path, target: nn.Module, draft: nn.Module | None, method: M
         dtype=str(key.dtype.numpy()),
         weights=weights,
         compressed=method is not None and method.prompt is not None,
-        lookahead=0 if method is None or draft is None else method.look_ahead(),
+        lookahead=0 if method is None else method.look_ahead(),
         context=None if draft is None else context_length(draft.config),
         eos_ids=eos,
         pad_id=int(pad),

@@ -96,7 +96,7 @@ class Pruned:
         ids, mask_node, *params = gm.graph.find_nodes(op="placeholder")
         weights = Weights(dict(zip(params, self.model.params.values(), strict=True)))
         facts = Facts(Inputs(ids, mask_node), weights, Spans(self.spans))
-        if self.draft is not None and self.method.drafts:
+        if self.draft is not None:
             facts.add(self._draft(self.draft))
         source = self.draft.generation_config if self.draft is not None else self.config
         request = Request("prefill", self.method, self._cache().lookahead, eos_ids(source), self.verify)

@@ -121,7 +121,7 @@ class Call:
         return out, self._record(reading, short, ahead)
 
     def _written(self, kwargs: dict[str, Any], mask: Tensor | None, packing: Packing, device: Any) -> Written:
-        """Lookahead tokens: the caller's, or the draft's."""
+        """Lookahead tokens: the caller's, the prompt's own, or the draft's."""
         cache, ids = self.cache, kwargs.get("input_ids")
         if cache.given_ids is not None:
             return Written(cache.given_ids.to(device, copy=True))
@@ -131,11 +131,14 @@ class Call:
                 "input_ids, or use SnapKV or StreamingLLM."
             )
         if ids is None:
+            who = "where nothing can be looked up" if cache.method.looks_up else "which no draft can read"
             raise UnsupportedCallError(
-                f"the prompt came as inputs_embeds, which the draft of {cache.method.name} cannot read: pass "
+                f"the prompt came as inputs_embeds, {who}, and {cache.method.name} looks ahead of token ids: pass "
                 "lookahead_ids=[B, L] token ids with it (generate() takes them too), or use a method without a "
                 "lookahead (SnapKV, StreamingLLM)."
             )
+        if cache.method.looks_up:
+            return Written(SPEC.prompt_lookup(packing.ids(ids), packing.lengths, cache.lookahead))
         return self.write(ids, mask, packing, cache.lookahead, kwargs)
 
     def _part(self, packing: Packing, ids: Tensor | None, written: Written | None, short: bool) -> Part:

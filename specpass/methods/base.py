@@ -11,12 +11,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from specpass.errors import BudgetError
+from specpass.errors import BudgetError, LookaheadError
 
 if TYPE_CHECKING:
     from specpass.methods.specpc import SpecPC
 
 LOOKAHEAD = 32  # tokens that a draft writes where nobody said how many
+NGRAM = "ngram"  # a lookahead that is copied from the prompt
 BUDGET_STEP = 64  # ratios are resolved to multiples of this at least
 SPREADS = ("uniform", "heads", "global")  # who shares budgets: nobody, a layer's KV heads, those of all layers
 CANDIDATES = 3  # times its even share that a layer may have of what all layers share
@@ -33,6 +34,15 @@ def check_temperature(temperature: float) -> None:
         raise BudgetError(f"temperature={temperature}: expected 0.0 (greedy) or more.")
 
 
+def check_asked(draft: Any, method: Method) -> None:
+    """Raises: LookaheadError: there is a draft, and the lookahead is copied from the prompt."""
+    if draft is not None and method.looks_up:
+        raise LookaheadError(
+            f"lookahead={method.lookahead!r} copies tokens of the prompt, and a draft is given, which would have "
+            "nothing to do: leave one of them out."
+        )
+
+
 def is_builtin(cls: type) -> bool:
     """Whether a method's class is one of specpass's own."""
     return cls.__module__.startswith(f"{__package__}.")
@@ -45,7 +55,7 @@ class Traits:
     """
 
     scored: ClassVar[bool] = False  # whether query rows are scored against the keys
-    drafts: ClassVar[bool] = False  # whether a draft (or given ids) looks ahead of the prompt
+    drafts: ClassVar[bool] = False  # whether a draft (or given ids, or the prompt itself) looks ahead of the prompt
     appends: ClassVar[bool] = False  # whether the target reads the lookahead tokens, which then supply query rows
 
     window: int = 0  # last prompt tokens W that are always kept, and whose queries score
@@ -53,7 +63,7 @@ class Traits:
     reduce: str = "max"  # over query rows: "max" or "mean"
     pool: str = "max"  # along the sequence: "max" or "avg"
     kernel: int = 1  # the pooling's width
-    lookahead: int | None = 0  # tokens L that the draft writes; None: see Method.look_ahead
+    lookahead: int | str | None = 0  # tokens L that the draft writes; None, NGRAM: see Method.look_ahead
     lookahead_ids: tuple[tuple[int, ...], ...] | None = None  # [B, L] token ids in the draft's place
     verify: bool = False  # whether the answer follows the lookahead by the logits of the target's own prefill
     temperature: float = 0.0  # of the draft's sampling; 0.0 is greedy
@@ -125,14 +135,24 @@ class Method(Traits):
     def look_ahead(self, max_new_tokens: int | None = None) -> int:
         """Tokens L that stand behind the prompt in a generation of `max_new_tokens` (None: nobody said how many).
 
-        `lookahead=None` is min(32, max_new_tokens): L is a constant of the prefill's graph, which all answers of 32
-        tokens or more share, whatever their number; a shorter answer has a graph for its own L.
+        `lookahead=None` is min(32, max_new_tokens), and so is "ngram": L is a constant of the prefill's graph, which
+        all answers of 32 tokens or more share, whatever their number; a shorter answer has a graph for its own L.
         """
         if not self.drafts:
             return 0
-        if self.lookahead is not None:
+        if isinstance(self.lookahead, int):
             return self.lookahead
         return LOOKAHEAD if max_new_tokens is None else min(LOOKAHEAD, max_new_tokens)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the lookahead is copied from the prompt."""
+        return self.drafts and self.lookahead == NGRAM
+
+    @property
+    def needs_draft(self) -> bool:
+        """Whether a draft writes the lookahead: nobody gave it, and it is not copied from the prompt."""
+        return self.drafts and self.lookahead_ids is None and not self.looks_up
 
     def layer_budgets(self, num_layers: int) -> tuple[int, ...]:
         """Budget C of each of `num_layers` layers; equal unless a method spreads it."""

@@ -90,7 +90,8 @@ def make_method(name: str, budget: str | int | float, options: Iterable[str] = (
     Args:
         budget: slots ("256") or a ratio of the prompt ("0.25").
         options: NAME=VALUE texts for any field of the class.
-        given: fields by name; None means that the user did not say, and the class's default holds.
+        given: fields by name; None means that the user did not say, and the class's default holds. A lookahead may be
+            a text ("32", "ngram").
 
     Raises:
         MethodOptionError: unknown method, or an option that it does not have. BudgetError: see the method.
@@ -98,6 +99,8 @@ def make_method(name: str, budget: str | int | float, options: Iterable[str] = (
     cls = method_class(name)
     values = {key: value for key, value in given.items() if value is not None} | dict(map(_pair, options))
     values.setdefault("budget", parse_budget(budget))
+    if isinstance(values.get("lookahead"), str):
+        values["lookahead"] = parse_lookahead(values["lookahead"])
     fields = sorted(field.name for field in dataclasses.fields(cls))
     for key in values:
         if key not in fields:
@@ -115,6 +118,14 @@ def parse_budget(text: str | int | float) -> int | float:
         return float(text) if "." in text else int(text)
     except ValueError:
         raise BudgetError(f"budget={text!r}: expected a count of KV slots (256) or a ratio (0.25).") from None
+
+
+def parse_lookahead(text: str) -> int | str:
+    """A number of tokens; words ("ngram") are the method's to judge."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 def _pair(option: str) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""SpecKV: a draft's lookahead scores the prompt."""
+"""SpecKV: a lookahead, a draft's or one of the prompt itself, scores the prompt."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from specpass.errors import LookaheadError
-from specpass.methods.base import Scored, check_count, check_temperature
+from specpass.errors import BudgetError, LookaheadError
+from specpass.methods.base import NGRAM, Scored, check_count, check_temperature
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecKV(Scored):
-    """The target keeps the KV pairs that the window and the draft's L lookahead tokens attend to.
+    """The target keeps the KV pairs that the window and the L lookahead tokens attend to.
 
     Args:
         budget: KV slots C per KV head and layer, or a ratio of the prompt length.
         window: the last W prompt tokens are always kept and always score.
-        lookahead: L tokens that the draft writes, as many as you like; None means min(32, max_new_tokens).
+        lookahead: L tokens that the draft writes, as many as you like; None means min(32, max_new_tokens). "ngram": as
+            many as with None, and no draft: those that followed the prompt's last eight tokens, or as many of these as
+            can be found, where they stood in it before (prompt lookup, see specpass.ops.draft.prompt_lookup).
         reduce: "max" or "mean", over rows and over the query heads of a KV head.
         pool: "max" or "avg", along the sequence.
         kernel: odd width of the pooling.
@@ -38,7 +40,7 @@ class SpecKV(Scored):
     Source: arXiv 2506.08373, Algorithm 1.
     """
 
-    lookahead: int | None = None
+    lookahead: int | str | None = None
     temperature: float = 0.0
     seed: int = 0
     lookahead_ids: tuple[tuple[int, ...], ...] | None = None
@@ -50,7 +52,9 @@ class SpecKV(Scored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lookahead is not None:
+        if isinstance(self.lookahead, str) and self.lookahead != NGRAM:
+            raise BudgetError(f"lookahead={self.lookahead!r}: expected a number of tokens, or {NGRAM!r}.")
+        if self.lookahead not in (None, NGRAM):
             check_count("lookahead", self.lookahead, 1)
         check_temperature(self.temperature)
         check_count("sparse_prefill", self.sparse_prefill, 0)
@@ -59,7 +63,7 @@ class SpecKV(Scored):
             object.__setattr__(self, "lookahead_ids", rows)
             if self.lookahead not in (None, len(rows[0])):
                 raise LookaheadError(
-                    f"lookahead={self.lookahead} but lookahead_ids has {len(rows[0])} tokens a row; leave one out."
+                    f"lookahead={self.lookahead!r} but lookahead_ids has {len(rows[0])} tokens a row; leave one out."
                 )
             object.__setattr__(self, "lookahead", len(rows[0]))
 

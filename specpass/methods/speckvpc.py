@@ -36,6 +36,11 @@ class SpecKVPC(SpecKV):
         super().__post_init__()
         if self.lookahead_ids is not None:
             raise LookaheadError("SpecKVPC needs the draft's attention, which lookahead_ids cannot give: use SpecKV.")
+        if self.looks_up:
+            raise LookaheadError(
+                f"SpecKVPC needs the draft's attention, which lookahead={self.lookahead!r} cannot give: use SpecKV, or "
+                "give lookahead as a count."
+            )
         check_count("prompt_budget", self.prompt_budget, 1)
         if isinstance(self.budget, int) and self.prompt_budget < self.budget:
             raise PromptBudgetError(

@@ -1,12 +1,15 @@
-"""A draft's next token, in plain aten."""
+"""A draft's next token, and the prompt looked up in its place, in plain aten."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.dialect import draft as dialect
 from specpass.ops.bind import bind
+
+LONGEST = 8  # tokens of the n-gram that is looked up first: three are alike in many lines of a log or a table
 
 
 def _hash_uniform(seed: int, step: int, size: int, device: torch.device) -> Tensor:
@@ -39,4 +42,29 @@ def next_token(
     return ids[:, None], ended
 
 
+def prompt_lookup(ids: Tensor, lengths: Tensor, length: int) -> Tensor:
+    """The L tokens that followed the latest earlier occurrence of each row's last n tokens, for the largest n <= 8.
+
+    An occurrence near the row's end is followed by fewer than L tokens: what follows them is what was copied, so that a
+    row which repeats itself goes on repeating. Where not even the last token stood before, it is repeated, and asks
+    about what the window's last row asks. Source: prompt lookup decoding (Saxena 2023), as in transformers'
+    prompt_lookup_num_tokens, which takes no candidates there.
+
+    Args: ids [B, S] packed; lengths [B]. Returns: [B, L] int64.
+    """
+    size = ids.shape[1]
+    column, last = torch.arange(size, device=ids.device)[None, :], (lengths - 1)[:, None]
+    equal = column < last  # so far, the n-gram that ends in a column is the row's last
+    found = torch.zeros_like(ids, dtype=torch.int64)  # the longest such n
+    for back in range(LONGEST):
+        own = ids.gather(1, (last - back).clamp(min=0))
+        equal = equal & (column >= back) & (F.pad(ids, (back, 0))[:, :size] == own)
+        found = found + equal.to(torch.int64)
+    best = (found * size + column).argmax(1, keepdim=True)  # the longest, of these the latest
+    period = torch.where(found.gather(1, best) > 0, last - best, 1)
+    index = lengths[:, None] - period + torch.arange(length, device=ids.device) % period
+    return ids.gather(1, index.clamp(min=0)).to(torch.int64)
+
+
 bind(dialect.NextToken, next_token)
+bind(dialect.PromptLookup, prompt_lookup)

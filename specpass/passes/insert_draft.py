@@ -5,6 +5,8 @@ after:  caches, logits = draft_prefill(ids, lengths, L); token = next_token(logi
         token, caches = draft_step(token, lengths + i, caches)      L - 1 times, one subgraph
         logits = target(append_ids(ids, lookahead, lengths) [B, S + L])[last prompt position]
 
+Without a draft the lookahead is the caller's ids, or prompt_lookup(ids, lengths, L).
+
 The target's own nodes do what they did; in their fake values s + L stands where s, the symbol of the inputs' length,
 stood. Where the prompt is compressed (SpecPC), the draft also yields scores [B, S] of the
 prompt's tokens, and what the target reads is left to gather_prompt and resize_prompt.
@@ -61,7 +63,10 @@ class InsertDraft(Pass):
             lengthen(gm, anchor, size, request.lookahead)
         placeholder = Lookahead.find(gm.graph)[0]
         draft = facts.get(DraftGraphs)
-        if draft is None:  # the caller's ids
+        if placeholder.given is None and request.pruning.looks_up:
+            found = editor.call(SPEC.prompt_lookup, ids, rows.lengths, request.lookahead, before=anchor)
+            drafted = Drafted(found, anchor)
+        elif draft is None:  # the caller's ids
             given = editor.call(SPEC.lookahead, ids, placeholder.given, request.lookahead, before=anchor)
             drafted = Drafted(given, anchor)
         else:

@@ -104,7 +104,7 @@ def full_forms() -> dict[str, Expr]:
 def pruned_forms(method: Method, drafts: bool) -> dict[str, Expr]:
     """The target reads S tokens or C_p of them (and L), scores W (+ L) rows, keeps C slots of each KV head.
 
-    Args: drafts: whether a draft writes the L lookahead tokens (and not the caller).
+    Args: drafts: whether a draft writes the L lookahead tokens (and not the caller, or the prompt itself).
     """
     zero = sympy.Integer(0)
     ahead = L if method.appends else zero
@@ -202,7 +202,7 @@ def costs_of(method: Method, target: Decoder, draft: Decoder | None = None) -> C
     """
     if not is_builtin(type(method)) or method.score is not None or method.select is not None:
         return None
-    drafts = method.drafts and method.lookahead_ids is None
+    drafts = method.needs_draft
     if drafts and draft is None:
         return None
     values: dict[Symbol, Any] = {**_T.values(target), W: method.window}
@@ -213,6 +213,6 @@ def costs_of(method: Method, target: Decoder, draft: Decoder | None = None) -> C
             values |= {W_P: how.window, N_P: len(how.scoring_layers(draft.layers))}
             if method.scored:
                 values[C_P] = how.budget
-    if method.lookahead is not None:
+    if isinstance(method.lookahead, int):
         values[L] = method.lookahead
     return Costs(full_forms(), pruned_forms(method, drafts), method, target.layers, values)

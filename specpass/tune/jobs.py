@@ -139,7 +139,7 @@ def target_jobs(
 
 def draft_jobs(layer: Layer, method: Method, arch: Arch, prompt: int, lookahead: int) -> list[Job]:
     """The draft's: attention of its steps over the whole prompt, and the scores of prompt tokens (SpecPC)."""
-    if not method.drafts:
+    if not method.needs_draft:
         return []
     slots, jobs = prompt + lookahead, []
     if lookahead > 1:

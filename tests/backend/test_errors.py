@@ -58,6 +58,14 @@ def model() -> Any:
 # -- before anything is compiled
 
 
+def test_a_draft_beside_a_lookahead_of_the_prompts_own() -> None:
+    target, how = tiny(), specpass.SpecKV(budget=C, window=W, lookahead="ngram")
+    with refused(target, errors.LookaheadError, "lookahead='ngram'", "a draft is given", "leave one of them out"):
+        specpass.compile(target, draft=tiny(seed=1), method=how)
+    with refused(target, errors.SpeculationError, "speculate=2", "SpecKV has none here"):
+        specpass.compile(target, method=how, speculate=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [

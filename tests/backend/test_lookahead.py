@@ -16,6 +16,7 @@ DRAFT = tiny(seed=1, layers=1)
 CASES = [
     *(("speckv", "plain", 13, L) for L in (1, 13, 39)),
     *(("given", "compile", 21, L) for L in (20, 21, 22, 63)),
+    ("ngram", "plain", 13, 3),
     ("speckvpc", "plain", 21, 22),
 ]
 
@@ -23,6 +24,8 @@ CASES = [
 def method(kind: str, length: int) -> Any:
     if kind == "given":
         return specpass.SpecKV(budget=C, window=W, lookahead_ids=prompt(length, seed=3))
+    if kind == "ngram":
+        return specpass.SpecKV(budget=C, window=W, lookahead="ngram")
     if kind == "speckvpc":
         sizes = {"prompt_budget": C + 2, "prompt_window": W, "prompt_kernel": 3, "neighbours": 3, "first_layer": 0}
         return specpass.SpecKVPC(budget=C, window=W, lookahead=length, **sizes)
@@ -30,7 +33,7 @@ def method(kind: str, length: int) -> Any:
 
 
 def compiled(door: str, how: Any) -> Any:
-    draft = None if how.lookahead_ids is not None else DRAFT
+    draft = DRAFT if how.needs_draft else None
     if door == "compile":
         return compile_eager(tiny(layers=1), how, draft, full_verify=True)
     model = tiny(layers=1)

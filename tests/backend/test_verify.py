@@ -55,6 +55,20 @@ def test_without_it_every_token_is_decoded() -> None:
     assert ours.cache not in REPLAYS
 
 
+def test_a_lookahead_of_the_prompts_own() -> None:
+    how = specpass.SpecKV(budget=C, window=W, lookahead="ngram")
+    model, cache = compile_eager(tiny(), how), specpass.BudgetCache(tiny().config, how, max_new_tokens=L)
+    first = call(model, IDS, cache)
+    ahead = cache.lookahead_ids
+    due = tiny()(input_ids=torch.cat([IDS, ahead], 1)).logits
+    assert ahead.shape == (1, L)
+    torch.testing.assert_close(first[:, -1], due[:, 59], atol=1e-4, rtol=1e-4)
+    for step in range(3):
+        logits = call(model, ahead[:, [step]], cache)
+        torch.testing.assert_close(logits[:, -1], due[:, 60 + step], atol=1e-4, rtol=1e-4)
+    assert came_free(model) == 3
+
+
 def test_the_plain_door() -> None:
     model = tiny()
     model.compile(backend=specpass.Backend(tiny(), method(), lowering="eager"), dynamic=True)

@@ -36,6 +36,14 @@ def test_fixed_cases_are_right(subject: tuple[str, str, float]) -> None:
     assert outcome.counts.get("tie", 0) <= 2
 
 
+def test_lookups_are_right() -> None:
+    key = ("qwen2", "speckv-ngram", 24)
+    rows = (71, 25, 9)
+    chosen = [cases.Case(0, *key, rows[:1], new=8), cases.Case(1, *key, rows, new=8, turns=((7, 2),))]
+    outcome = try_cases(key, chosen)
+    assert (outcome.failures, outcome.refusals) == ([], [])
+
+
 @pytest.fixture(scope="module")
 def subject() -> Subject:
     return Subject("qwen2", "snapkv", 24)

@@ -165,6 +165,12 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
         lambda f: generate(f.good, "-b", "64", "-o", "lookahead_ids=[[1, 2], [3]]"),
         ("lengths [1, 2]", "one length"),
     ),
+    (
+        errors.LookaheadError,
+        lambda f: generate(f.good, "-d", f.good, "-b", "64", "--lookahead", "ngram"),
+        ("lookahead='ngram'", "a draft is given", "leave one of them out"),
+    ),
+    (errors.BudgetError, lambda f: generate(f.good, "-b", "64", "--lookahead", "far"), ("lookahead='far'", "'ngram'")),
     (errors.PromptError, lambda f: generate(f.good, "-m", "full", prompt="  "), ("empty",)),
     (errors.PromptError, lambda f: [*generate(f.good, "-m", "full"), "-f", "prompt.txt"], ("leave one out",)),
     (errors.PromptError, lambda f: ["generate", "-t", f.good, "-m", "full", "-f", "no/such.txt"], ("no/such.txt",)),

@@ -77,6 +77,14 @@ def test_a_pruned_answer_is_the_librarys(folder: Path) -> None:
     assert json.loads(result.stdout)["token_ids"] == out[0, 60:].tolist()
 
 
+def test_a_lookahead_of_the_prompts_own(folder: Path) -> None:
+    result = generate(folder, "-b", "24", "--window", "8", "--lookahead", "ngram", "-p", TEXT, "--raw", "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["method"] == specpass.SpecKV(budget=24, window=8, lookahead="ngram").key
+    assert answer["refusals"] == []
+
+
 def test_text_of_the_answer_alone_goes_to_stdout(folder: Path) -> None:
     common = ("-m", "full", "-p", TEXT, "--raw")
     text = generate(folder, *common)

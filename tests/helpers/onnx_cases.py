@@ -21,6 +21,7 @@ PROMPTS = [prompt(70)[0].tolist(), prompt(45, seed=3)[0].tolist(), prompt(12, se
 SMALL = {"kernel": 5, "neighbours": 5}
 METHODS: dict[str, Any] = {
     "speckv": specpass.SpecKV(budget=BUDGET, window=WINDOW, lookahead=4),
+    "ngram": specpass.SpecKV(budget=BUDGET, window=WINDOW, lookahead="ngram"),
     "snapkv": specpass.SnapKV(budget=BUDGET, window=WINDOW),
     "pyramidkv": specpass.PyramidKV(budget=BUDGET, window=WINDOW),
     "streamingllm": specpass.StreamingLLM(budget=BUDGET),
@@ -62,7 +63,7 @@ class Case:
 def make(folder: Path, family: str = "llama", method: str = "speckv", **settings: Any) -> Case:
     how = METHODS[method]
     target, draft = pair(family, **settings)
-    small = draft if how is not None and how.drafts else None
+    small = draft if how is not None and how.needs_draft else None
     specpass.export_onnx(target, small, how, folder)
     return Case(folder, runtime.load(folder, threads=1), target, small, how)
 
@@ -72,8 +73,14 @@ def check_equal_to_torch(case: Case, prompts: list[list[int]] = PROMPTS, new: in
     if case.method is not None:
         compile_eager(case.target, case.method, case.draft)
     for own in prompts:
+        # Made without max_new_tokens, so that a lookahead whose length nobody named is the export's.
+        cache = None if case.method is None else specpass.BudgetCache(case.target.config, case.method)
         theirs = case.target.generate(
-            torch.tensor([own]), max_new_tokens=new, do_sample=False, return_dict_in_generate=True
+            torch.tensor([own]),
+            past_key_values=cache,
+            max_new_tokens=new,
+            do_sample=False,
+            return_dict_in_generate=True,
         )
         assert case.model.generate([own], max_new_tokens=new) == theirs.sequences[:, len(own) :].tolist()
         if case.method is not None:

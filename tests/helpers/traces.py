@@ -54,7 +54,7 @@ def prompt_graph(
     """
     model = tiny(family, layers=layers, **config)
     trace, ahead = ModelTrace(model), method.drafts and kind == "prefill"
-    drafts = ahead and method.lookahead_ids is None
+    drafts = ahead and method.needs_draft
     with trace.mode:
         inputs = {"handle": torch.zeros((), dtype=torch.int64)}
         inputs |= {"attention_mask": trace.ids.new_ones(trace.ids.shape)} if mask else {}

@@ -20,6 +20,7 @@ METHODS = {
     "streamingllm": specpass.StreamingLLM(budget=24),
     "pyramidkv": specpass.PyramidKV(budget=24, window=W),
     "speckv": specpass.SpecKV(budget=24, window=W, lookahead=5),
+    "ngram": specpass.SpecKV(budget=24, window=W, lookahead="ngram"),
     "specpc": specpass.SpecPC(budget=30, window=W, lookahead=3, kernel=5, neighbours=3),
     "specpc-original": specpass.SpecPC(budget=30, window=W, kernel=5, neighbours=3, positions="original"),
     "speckvpc": specpass.SpecKVPC(
@@ -39,7 +40,7 @@ def uncompiled(target: Any, method: Any, draft: Any = None) -> Any:
 def pair(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     """The same model through graphs and the second way, with the same draft."""
     method = METHODS[request.param]
-    draft = tiny(seed=1000) if method.drafts else None
+    draft = tiny(seed=1000) if method.needs_draft else None
     return compile_eager(tiny(), method, draft), uncompiled(tiny(), method, draft)
 
 

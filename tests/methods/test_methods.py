@@ -189,6 +189,23 @@ def test_lookahead_ids_of_another_shape_are_refused(arguments: dict[str, Any], n
         SpecKV(budget=64, **arguments)
 
 
+def test_a_lookahead_of_the_prompts_own_needs_no_draft() -> None:
+    method = SpecKV(budget=64, lookahead="ngram")
+    assert [method.look_ahead(new) for new in (None, 7, 500)] == [32, 7, 32]
+    assert (method.drafts, method.looks_up, method.needs_draft) == (True, True, False)
+    assert [SpecKV(budget=64, **given).needs_draft for given in ({}, {"lookahead_ids": [[1]]})] == [True, False]
+    with pytest.raises(BudgetError, match=r"lookahead='self'.*'ngram'"):
+        SpecKV(budget=64, lookahead="self")
+    with pytest.raises(BudgetError, match=r"lookahead=2\.5"):
+        SpecKV(budget=64, lookahead=2.5)
+    with pytest.raises(BudgetError, match="lookahead='ngram'"):
+        SpecPC(budget=64, lookahead="ngram")
+    with pytest.raises(LookaheadError, match=r"lookahead='ngram'.*2 tokens"):
+        SpecKV(budget=64, lookahead="ngram", lookahead_ids=[[1, 2]])
+    with pytest.raises(LookaheadError, match=r"SpecKVPC.*lookahead='ngram'"):
+        SpecKVPC(budget=64, lookahead="ngram")
+
+
 def test_methods_need_no_torch() -> None:
     """`specpass models path` and friends start fast: naming a method does not import torch."""
     code = "import sys, specpass; specpass.SpecKV(budget=64); print('torch' in sys.modules)"

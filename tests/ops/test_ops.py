@@ -141,6 +141,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "number_anew": [(positions[:, 0],)],
         "map_positions": [(positions, order)],
         "keep_short_rows": [(positions, lengths, C), (positions, lengths, C + 3)],
+        "prompt_lookup": [(ids, lengths, L), (ids, lengths, S + 4)],
         "next_token": [
             (torch.randn(B, 1, 50), torch.tensor([False, True]), 40, heat, 1, 2, [7], 0) for heat in (0.0, 1.0)
         ],

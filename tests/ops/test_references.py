@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import specpass.ops  # noqa: F401  (registers the operators)
+from bench.fuzz import formulas
 from specpass.kernels.decode import reference as decode
 from specpass.kernels.gather.reference import gather_kv
 from specpass.kernels.importance.reference import importance
@@ -293,6 +294,33 @@ def test_the_lookahead_stands_right_behind_each_row(batch: int, size: int, lengt
         first = int(start[row])
         assert positions[row, : n + length].tolist() == list(range(first, first + n + length))
         assert shared[row, : n + length].tolist() == list(range(n + length))
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 20), st.integers(1, 30), st.integers(1, 6))
+def test_a_prompt_is_looked_up_row_by_row(seed: int, batch: int, size: int, length: int, vocab: int) -> None:
+    """Rows of few tokens repeat themselves, at each n; what lies behind a row's end is none of it."""
+    torch.manual_seed(seed)
+    ids, lengths = torch.randint(0, vocab, (batch, size)), torch.randint(1, size + 1, (batch,))
+    found = draft_ops.prompt_lookup(ids, lengths, length)
+    for row, count in enumerate(lengths.tolist()):
+        assert found[row].tolist() == formulas.looked_up(ids[row, :count].tolist(), length)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "due"),
+    [
+        ([1, 2, 3, 4, 5, 1, 2, 3], [4, 5, 1, 2, 3]),  # three tokens
+        ([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], [4, 9, 2, 3, 5]),  # of three, though two were seen later
+        ([*range(1, 10), 11, *range(2, 10), 12, *range(1, 10)], [12, 1, 2, 3, 4]),  # eight: the ninth does not count
+        ([1, 3, 6, 1, 3, 7, 1, 3], [7, 1, 3, 7, 1]),  # the later of two places; what was copied goes on
+        ([5, 7, 6, 9, 7], [6, 9, 7, 6, 9]),  # one token
+        ([1, 2, 3, 4], [4, 4, 4, 4, 4]),  # none
+        ([8], [8, 8, 8, 8, 8]),
+    ],
+)
+def test_what_a_prompt_goes_on_with(tokens: list[int], due: list[int]) -> None:
+    assert draft_ops.prompt_lookup(torch.tensor([tokens]), torch.tensor([len(tokens)]), 5).tolist() == [due]
+    assert formulas.looked_up(tokens, 5) == due
 
 
 def draw_token(

@@ -13,6 +13,7 @@ from tiny import tiny
 from traces import prompt_graph
 
 import specpass
+from bench.fuzz import formulas
 from specpass.graph.edit import copy_module
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Drafted, Inputs
@@ -20,6 +21,7 @@ from specpass.passes.insert_draft import InsertDraft
 from specpass.rewrite import Refusal, Request
 from specpass.testing import eager
 
+NGRAM = specpass.SpecKV(budget=C, window=W, lookahead="ngram")
 AHEAD = torch.cat(
     [eager.draft_lookahead(tiny(seed=1, layers=1), IDS[[row], -length:], L)[0] for row, length in enumerate(LENGTHS)]
 )
@@ -105,6 +107,15 @@ def test_numbers_of_given_ids_stand_in_the_drafts_place() -> None:
     state = prompt_graph(specpass.SpecKV(budget=C, window=W, lookahead_ids=given)).after("insert_draft")
     check_count(state.gm, ["draft_prefill", "next_token"], lookahead=1, append_ids=1)
     assert state.run(IDS[:1], HANDLE, torch.tensor(given))["lookahead_ids"].tolist() == [list(given[0])]
+
+
+def test_a_prompt_that_is_looked_up() -> None:
+    state = prompt_graph(NGRAM, mask=True).after("insert_draft")
+    check_count(state.gm, ["draft_prefill", "next_token", "lookahead"], prompt_lookup=1, append_ids=1)
+    ids = IDS % 11  # of which each was there before
+    found = state.run(ids, HANDLE, MASK)["lookahead_ids"]
+    for row, length in enumerate(LENGTHS):
+        assert found[row].tolist() == formulas.looked_up(ids[row, -length:].tolist(), state.request.lookahead)
 
 
 def test_leaves_a_prompt_that_fits_and_methods_without_lookahead() -> None:

@@ -71,7 +71,7 @@ class Variant:
         method = self.specpass_method()
         if method.prompt is not None:
             total -= max(0, length - int(method.prompt.budget))
-        return total + (drafted if method.drafts else 0)
+        return total + (drafted if method.needs_draft else 0)
 
 
 def known() -> tuple[str, ...]:

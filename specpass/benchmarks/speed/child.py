@@ -44,7 +44,7 @@ class Engine:
         self.method: Method | None = None
         if self.name not in FULL:
             self.method = methods.make(self.name, job["budget"])
-            draft = pair.draft if self.method.drafts else None
+            draft = pair.draft if self.method.needs_draft else None
             specpass.compile(self.model, draft=draft, method=self.method, lowering=job["lowering"])
 
     @property
