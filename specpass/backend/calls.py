@@ -20,6 +20,9 @@ from specpass.rewrite.base import PROMPTS
 from specpass.sizes import Span
 
 STATIC_SIZES = 8
+# Left on what a compiled layer returns (by 2.12 and older, by 2.13): which of its sizes were symbols. Dynamo would make
+# each a symbol of its own, two a layer in a step's graph, where all are one number: that takes a minute for 30 layers.
+DYNAMIC_MARKS = ("_dynamo_weak_dynamic_indices", "_dynamo_propagated_dynamic_indices")
 
 
 @dataclasses.dataclass
@@ -128,6 +131,8 @@ class Call:
         """
         for index, axis in self.static.items():  # of K and D: as symbols they could be taken for a batch of that size
             torch._dynamo.mark_static(out[index], axis)
+            for mark in DYNAMIC_MARKS:
+                out[index].__dict__.pop(mark, None)
         storages = [out[index] for index in self.static if self.alike and out[index].is_cuda and out[index].dim() == 3]
         slots = {storage.shape[1] for storage in storages}
         if slots <= self.sizes or len(self.sizes) < STATIC_SIZES:
