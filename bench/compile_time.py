@@ -1,9 +1,9 @@
 """Compile time of a target and its draft, specpass against stock torch.compile, cold and with warm caches.
 
 Every figure is one fresh process: the first generation minus a second, identical one, so that what is left
-is tracing and compiling. "cold" starts with an empty TORCHINDUCTOR_CACHE_DIR, "warm" is a second process on
-the same folder. Stock compiles target and draft, prefill and decode (Inductor, dynamic=True), with
-transformers' DynamicCache.
+is tracing and compiling. "cold" starts with empty caches (Inductor's and specpass's own), "warm" is a second
+process on the same folders. Without a draft (--draft "") the method is SnapKV. Stock compiles target and
+draft, prefill and decode (Inductor, dynamic=True), with transformers' DynamicCache.
 
     python -m bench.compile_time
 """
@@ -27,7 +27,7 @@ from bench import common
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", default="qwen2.5-coder-1.5b", help="name or folder")
-    parser.add_argument("--draft", default="qwen2.5-coder-0.5b", help="name or folder")
+    parser.add_argument("--draft", default="qwen2.5-coder-0.5b", help='name or folder; "" for SnapKV, without one')
     parser.add_argument("--tokens", type=int, default=1700, help="prompt length")
     parser.add_argument("--new-tokens", type=int, default=4)
     parser.add_argument("--budget", type=int, default=256)
@@ -53,8 +53,11 @@ def specpass_call(args: argparse.Namespace) -> Callable[[], None]:
 
     import specpass
 
-    target, draft = common.load_model(args.target, args.dtype), common.load_model(args.draft, args.dtype)
-    method = specpass.SpecKV(budget=args.budget, lookahead=args.lookahead)
+    target, draft = common.load_model(args.target, args.dtype), None
+    method: specpass.Method = specpass.SnapKV(budget=args.budget)
+    if args.draft:
+        draft = common.load_model(args.draft, args.dtype)
+        method = specpass.SpecKV(budget=args.budget, lookahead=args.lookahead)
     model, ids = specpass.compile(target, draft=draft, method=method), prompt(args.tokens)
 
     def call() -> None:
@@ -75,7 +78,7 @@ def stock_call(args: argparse.Namespace) -> Callable[[], None]:
     import torch
     from transformers import DynamicCache
 
-    models = [common.load_model(name, args.dtype) for name in (args.draft, args.target)]
+    models = [common.load_model(name, args.dtype) for name in (args.draft, args.target) if name]
     ids = prompt(args.tokens)
     for model in models:
         model.compile(backend="inductor", dynamic=True)
@@ -106,14 +109,16 @@ def child(args: argparse.Namespace) -> None:
 
 
 def measure(engine: str, args: argparse.Namespace, cache: str) -> dict[str, Any]:
-    """One fresh process on the disk cache `cache`."""
+    """One fresh process on the disk caches below `cache`."""
     command = [sys.executable, "-m", "bench.compile_time", "--child", engine, "--dtype", args.dtype]
-    for name in ("target", "draft", "tokens", "new_tokens", "budget", "lookahead"):
+    for name in ("target", "draft"):  # as folders: the child looks for models in its own cache, which is empty
+        command += [f"--{name}", common.model_folder(getattr(args, name)) if getattr(args, name) else ""]
+    for name in ("tokens", "new_tokens", "budget", "lookahead"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     done = subprocess.run(
         command,
         cwd=common.ROOT,
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor", "SPECPASS_CACHE": f"{cache}/specpass"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -61,3 +61,8 @@ def tiles_dir() -> Path:
 def libraries_dir() -> Path:
     """The folder of compiled C++."""
     return cache_dir() / "libraries"
+
+
+def graphs_dir() -> Path:
+    """The folder of captured drafts."""
+    return cache_dir() / "graphs"

@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import gc
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +46,16 @@ def fresh_dynamo() -> Iterator[None]:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # else nanobind takes Triton's functions for leaks
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drafts_are_traced() -> Iterator[None]:
+    """No draft's graphs on disk: tests put their own passes and functions in others' places, which no key tells."""
+    from specpass.capture import stored
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored, "graphs_dir", lambda: Path(os.devnull) / "graphs")
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
 import specpass.ops  # noqa: F401  (binds the operators that a draft's layers trace to)
-from specpass.capture.model import BATCH, COUNT, SLOTS, ModelTrace, asks_for_length
+from specpass.capture import stored
+from specpass.capture.model import BATCH, COUNT, SLOTS, ModelTrace, asks_for_length, weights_of
 from specpass.dialect.define import SPEC
 from specpass.graph.operands import results_of
 from specpass.graph.walk import value
@@ -79,20 +80,52 @@ def capture_draft(draft: nn.Module, method: Method | None = None, goes_on: bool 
     Args: goes_on: also those by which it goes on behind its lookahead.
     Raises: Refusal when an attention site of the draft is not understood.
     """
-    prompt = None if method is None else method.prompt
-    spans = layer_spans(draft.config)
+    key = graphs_key(draft, method, goes_on)
+    graphs = None if key is None else stored.load(key)
+    if graphs is None:
+        graphs = trace_draft(draft, method, goes_on)
+        if key is not None:
+            stored.save(key, graphs)
+    prefill, step, extend, plain_step = graphs
+    assert prefill is not None
+    assert step is not None
     config = draft.generation_config
-    ends = eos_ids(config)
-    capture = _Capture(ModelTrace(draft), Spans(spans))
-    layers = capture.layers
-    prefill, step = capture.prefill(method), capture.step(prompt)
-    further: tuple[fx.GraphModule | None, ...] = (None, None)
-    if goes_on:
-        further = capture.extend(), step if prompt is None else capture.step(None)
-    vocab = int(value(results_of(step.graph)[0]).shape[-1])
     return DraftGraphs(
-        prefill, step, capture.model.params, layers, vocab, ends, pad_id(config), 0.0, 0, None, prompt, *further
+        prefill,
+        step,
+        weights_of(draft),
+        cached_layers(draft),
+        int(value(results_of(step.graph)[0]).shape[-1]),
+        eos_ids(config),
+        pad_id(config),
+        0.0,
+        0,
+        None,
+        None if method is None else method.prompt,
+        extend,
+        plain_step,
     )
+
+
+def cached_layers(draft: nn.Module) -> int:
+    """Layers with a cache of their own."""
+    return sum(span is not None for span in layer_spans(draft.config))
+
+
+def graphs_key(draft: nn.Module, method: Method | None, goes_on: bool) -> stored.Key | None:
+    """By what the graphs are found on disk; of the method by the passes that it asks for."""
+    layers, prompt = cached_layers(draft), None if method is None else method.prompt
+    return stored.key_of(draft, draft_prefill_passes(layers, method), draft_step_passes(layers, prompt), goes_on)
+
+
+def trace_draft(draft: nn.Module, method: Method | None, goes_on: bool) -> stored.Graphs:
+    """prefill, step, and where the draft goes on: extend, plain step (see DraftGraphs)."""
+    prompt = None if method is None else method.prompt
+    capture = _Capture(ModelTrace(draft), Spans(layer_spans(draft.config)))
+    prefill, step = capture.prefill(method), capture.step(prompt)
+    if not goes_on:
+        return prefill, step, None, None
+    return prefill, step, capture.extend(), step if prompt is None else capture.step(None)
 
 
 class _Capture:

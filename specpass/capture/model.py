@@ -57,6 +57,11 @@ def _asks(kind: type[nn.Module]) -> bool:
     return code is not None and "get_seq_length" in code.co_names
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, in the order in which graphs take them."""
+    return {name: weight.detach() for name, weight in (*model.named_parameters(), *model.named_buffers())}
+
+
 class ModelTrace:
     """`model` (a Hugging Face decoder in eval mode) with fake parameters, and prompt inputs of symbolic size.
 
@@ -67,7 +72,7 @@ class ModelTrace:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.params = {n: p.detach() for n, p in (*model.named_parameters(), *model.named_buffers())}
+        self.params = weights_of(model)
         self.dtype = next(model.parameters()).dtype
         self.device = next(iter(self.params.values())).device
         self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
