@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from specpass.graph.operands import results_of
-from specpass.graph.walk import value
 from specpass.kernels.dispatch import Choice
 from specpass.lowering.choose import choose_sites
 from specpass.lowering.cuda_graph import GraphedModule, GraphedStep, input_kinds, on_cuda, operand_kinds
@@ -46,25 +42,6 @@ class Lowered:
     pass_seconds: dict[str, float]
     seconds: float
     work: int
-
-
-def marked(run: Callable[..., Any], results: Sequence[object]) -> Callable[..., Any]:
-    """`run`, whose tensors tell Dynamo which of their sizes are symbols, as those of compiled layers do.
-
-    Else the storages of a layer that was not compiled (regions.APART) would make it another region in steps.
-    """
-    shapes = [value(node).shape if isinstance(value(node), Tensor) else () for node in results]
-    symbols = [[axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)] for shape in shapes]
-
-    @functools.wraps(run)
-    def marking(*args: Any) -> Any:
-        out = run(*args)
-        for each, axes in zip(out, symbols, strict=True):
-            if axes:
-                torch._dynamo.maybe_mark_dynamic(each, axes)
-        return out
-
-    return marking
 
 
 def prepare(lowering: str) -> None:
@@ -122,8 +99,6 @@ def lower(
         from specpass.lowering.reuse_blocks import reuse_blocks
 
         run = reuse_blocks(run)
-    if regions and request.kind in PROMPTS:
-        run = marked(run, results_of(gm.graph))
     seconds = time.perf_counter() - start
     return Lowered(run, choices, regions, distinct, tuple(notes), pass_seconds, seconds, work)
 
