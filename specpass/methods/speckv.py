@@ -34,8 +34,8 @@ class SpecKV(Scored):
             last layer has read the prompt, "global" holds up to three times as much.
         value_norms: scores are weighed by the norms of the positions' values (arXiv 2406.12335); False in the paper.
         sparse_prefill: V columns: each query of a prompt of more than 2 V tokens (lookahead included) reads the V that
-            score highest for its KV head, and its own last V positions; those that score read all; so does the draft. The
-            paper has 2048. 0: exact attention. Logits are then no longer those of full KV.
+            score highest for its KV head, and its own last V positions; those that score read all. The draft reads its
+            prompt likewise. The paper has 2048. 0: exact attention. Logits are then no longer those of full KV.
 
     Source: arXiv 2506.08373, Algorithm 1.
     """
