@@ -11,8 +11,9 @@ Kernels say themselves what they serve (spec.py). What stays with torch's own op
   than the 0.04 and 0.14 ms that flash's log-sum-exp saves importance, so from sm_90 on it is not asked for
   (`shares_lse`).
 - sparse prefill of a prompt that is short enough to be read whole: the same, by `prefill_attention`.
-- append of several tokens: a second turn, once. A single token is written in attention's own launch (`append_attend`):
-  aten's append is five launches, and at C = 1024 (8 KV heads, D = 128, H100 bandwidth) attention's bytes take 1.6 us.
+- append of several tokens on a GPU: a second turn, once. A single token is written in attention's own launch
+  (`append_attend`): aten's append is five launches, and at C = 1024 (8 KV heads, D = 128, H100 bandwidth) attention's
+  bytes take 1.6 us.
 
 On a CPU that multiplies bfloat16 (AMX, or AVX-512's dot products), where there is a compiler, prefill attention and
 importance are cpu/prefill.cpp's and cpu/importance.cpp's (CPU_KERNELS): they take less than half and a fifth of the

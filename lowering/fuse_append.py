@@ -1,6 +1,6 @@
-"""fuse_append: attention writes the token that it attends to, in one launch, where the kernels' table says so.
+"""fuse_append: attention writes the tokens that it attends to, in one call, where the kernels' table says so.
 
-Only a step of one token has a kernel for it.
+On a GPU only a step of one token has a kernel for it.
 
 before: append_kv(keys, values, lengths, k, v); out = attend(q, view(keys), view(values), lengths, scale)
 after:  out = append_attend(keys, values, lengths, q, k, v, scale)
@@ -32,9 +32,10 @@ class FuseAppend(Pass):
         editor = Editor(gm)
         for attend in Attend.find(gm.graph):
             append = append_of(attend)
-            tokens = value(attend.query).shape[2]
-            one = isinstance(tokens, int) and tokens == 1  # a symbol: any number
-            if append is None or not one or attend.bias is not None:  # no kernel adds one
+            query = value(attend.query)
+            tokens = query.shape[2]
+            few = (isinstance(tokens, int) and tokens == 1) or query.device.type == "cpu"  # a symbol: any number
+            if append is None or not few or attend.bias is not None:  # no kernel adds one
                 continue
             operands = {
                 "keys": append.keys,

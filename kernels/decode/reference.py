@@ -187,10 +187,10 @@ def append_attend(
     offsets: Tensor | None = None,
     layers: int = 1,
 ) -> Tensor:
-    """`append_kv` of one token, then `attend`: [B, H, 1, Dv].
+    """`append_kv`, then `attend`: [B, H, q, Dv].
 
-    Args: keys [B, K * P, D], values [B, K * P, Dv], lengths [B, K], changed in place; query [B, H, 1, D];
-    key [B, K, 1, D], value [B, K, 1, Dv]; offsets [B, K] or None; layers: as in `attend`.
+    Args: keys [B, K * P, D], values [B, K * P, Dv], lengths [B, K], changed in place; query [B, H, q, D];
+    key [B, K, q, D], value [B, K, q, Dv]; offsets [B, K] or None; layers: as in `attend`.
     """
     append_kv(keys, values, lengths, key, value, offsets)
     if offsets is None:

@@ -113,13 +113,13 @@ class AppendAttend(
     "Tensor? offsets=None, int layers=1) -> Tensor",
     since="LOWERED",
 ):
-    """append_kv of one token, then attend: [B, H, 1, Dv]."""
+    """append_kv, then attend: [B, H, q, Dv]."""
 
     keys: fx.Node  # [B, K * P, D]
     values: fx.Node  # [B, K * P, Dv]
     lengths: fx.Node  # [B, K]
-    query: fx.Node  # [B, H, 1, D]
-    key: fx.Node  # [B, K, 1, D]
+    query: fx.Node  # [B, H, q, D]
+    key: fx.Node  # [B, K, q, D]
     value: fx.Node
     scale: float
     softcap: float

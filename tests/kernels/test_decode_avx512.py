@@ -16,7 +16,7 @@ from specpass.kernels.decode import reference
 from specpass.kernels.dispatch import choose
 
 BF16 = torch.bfloat16
-# B, H, K, D, Dv, P, slots in use, sliding
+# B, H, K, D, Dv, P, slots in use, sliding, new tokens (one where left out)
 CASES = {
     "group of 6": (1, 12, 2, 128, 128, 320, 256, 0),
     "lengths of their own": (2, 14, 2, 64, 64, 100, [[0, 7], [31, 99]], 0),
@@ -24,11 +24,22 @@ CASES = {
     "group of 16, a window": (3, 32, 2, 64, 64, 700, 500, 100),
     "a window that is not full": (2, 8, 8, 96, 96, 300, 20, 64),
     "no group": (1, 9, 9, 256, 256, 300, 17, 0),
+    "five tokens": (2, 12, 2, 128, 64, 320, [[256, 3], [0, 315]], 0, 5),
+    "eight tokens, splits, a window": (1, 14, 2, 64, 64, 5000, 4000, 1100, 8),
+    "a window narrower than the tokens": (2, 4, 2, 32, 32, 200, 130, 3, 6),
 }
 
 
 def operands(
-    batch: int, heads: int, kv_heads: int, dim: int, value_dim: int, slots: int, used: Any, sliding: int
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    slots: int,
+    used: Any,
+    sliding: int,
+    tokens: int = 1,
 ) -> Any:
     """Of `append_attend`; new tokens lie as models hand them over."""
     generator = torch.Generator().manual_seed(0)
@@ -40,9 +51,9 @@ def operands(
         "keys": normal(batch, kv_heads * slots, dim),
         "values": normal(batch, kv_heads * slots, value_dim),
         "lengths": torch.full((batch, kv_heads), used) if isinstance(used, int) else torch.tensor(used),
-        "query": normal(batch, 1, heads, dim).transpose(1, 2),
-        "key": normal(batch, 1, kv_heads, dim).transpose(1, 2),
-        "value": normal(batch, 1, kv_heads, value_dim).transpose(1, 2),
+        "query": normal(batch, tokens, heads, dim).transpose(1, 2),
+        "key": normal(batch, tokens, kv_heads, dim).transpose(1, 2),
+        "value": normal(batch, tokens, kv_heads, value_dim).transpose(1, 2),
         "scale": 1 / math.sqrt(dim),
         "softcap": 0.0,
         "sinks": None,
@@ -81,9 +92,10 @@ def test_as_near_as_aten(case: str) -> None:
 
 
 @pytest.mark.usefixtures("library")
-def test_heads_with_budgets_of_their_own() -> None:
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_heads_with_budgets_of_their_own(tokens: int) -> None:
     """One storage, in which other layers' heads may lie in between."""
-    given = operands(2, 12, 2, 64, 96, 500, [[3, 620], [301, 40]], 0)
+    given = operands(2, 12, 2, 64, 96, 500, [[3, 620], [301, 40]], 0, tokens)
     offsets = torch.tensor([[17, 300], [600, 2]])
     ours, plain, exact = (fresh(given, dtype) | {"offsets": offsets} for dtype in (BF16, BF16, torch.float64))
     assert decode.refuse(ours) is None
@@ -109,7 +121,7 @@ def test_log_sum_exp(case: str) -> None:
 
 @pytest.mark.usefixtures("library")
 def test_a_full_storage_is_an_error_and_nothing_is_written() -> None:
-    given = operands(1, 4, 2, 32, 32, 20, [[3, 20]], 0)
+    given = operands(1, 4, 2, 32, 32, 20, [[3, 17]], 0, 4)
     ours = fresh(given)
     with pytest.raises(IndexError, match="no free slot: 20 are in use"):
         SPEC.append_attend(*ours.values())
@@ -130,7 +142,7 @@ REFUSED = {
     "float32": {"dtype": torch.float32},
     "head dimension 48: no multiple of 32": {"dim": 48},
     "soft caps, sinks and chunks are aten's": {"softcap": 30.0},
-    "more than one new token": {"tokens": 3},
+    "9 new tokens: more than 8 are aten's": {"tokens": 9},
 }
 
 

@@ -103,14 +103,31 @@ def written_behind(keys: Any, values: Any, used: Any, query: Any, key: Any, valu
     return out
 
 
+def several(device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[State, tuple[Any, ...]]:
+    """A block of three tokens, and its operands."""
+    new = [torch.randn(B, heads, 3, D, dtype=dtype) for heads in (H, K, K)]
+    given = (*inputs(dtype)[:3], *new)
+    return small_graph(step, *given, kind="append", device=device), given
+
+
 @pytest.mark.usefixtures("a_kernel_for_the_cpu")
-def test_leaves_several_tokens() -> None:
-    """A block of tokens, of a known number or of any: kernels write one."""
-    storage, used, new = inputs()[:2], inputs()[2], [torch.randn(B, heads, 3, D) for heads in (H, K, K)]
-    known = small_graph(step, *storage, used, *new, kind="append", device="cpu")
-    for state in (known, step_graph(SNAPKV, kind="append").after("specialize")):
-        before = copy_module(state.gm)
-        assert changes(before, fused(state)) == ""
+def test_leaves_several_tokens_on_a_gpu() -> None:
+    """Kernels write one there."""
+    state, _ = several("cuda")
+    before = copy_module(state.gm)
+    assert changes(before, fused(state)) == ""
+
+
+@pytest.mark.usefixtures("a_kernel_for_the_cpu")
+def test_numbers_of_several_tokens_on_a_cpu() -> None:
+    state, given = several("cpu", torch.float32)
+    mine, theirs = (tuple(tensor.clone() for tensor in given) for _ in range(2))
+    expected = state.gm(*theirs)
+    torch.testing.assert_close(fused(state)(*mine), expected, atol=1e-6, rtol=1e-5)
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.equal(one, other)
+    model = step_graph(SNAPKV, kind="append").after("specialize").apply(FuseAppend())
+    check_count(model.gm, ["append_kv", "attend"], append_attend=1)
 
 
 @pytest.mark.parametrize("function", [read_between, other_storage, written_behind])
