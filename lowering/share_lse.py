@@ -48,10 +48,10 @@ class ShareLse(Pass):
 def shared_attention(importance: Importance) -> PrefillAttention | None:
     """The attention of the queries and keys that are scored, in front of the scores and behind their rows.
 
-    None also where a cap, sinks or a bias change the log-sum-exp.
+    None also where a cap, sinks or a bias change the log-sum-exp, or the scores have it already (several futures).
     """
     taken = TakeRows.match(importance.query)
-    if taken is None or taken.rows is not importance.rows:
+    if importance.lse is not None or taken is None or taken.rows is not importance.rows:
         return None
     for user in taken.query.users:
         attention = PrefillAttention.match(user)

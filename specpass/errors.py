@@ -22,6 +22,10 @@ class SpreadError(SpecpassError, ValueError):
     """Budgets that KV heads are to share, where that is not served."""
 
 
+class FuturesError(SpecpassError, ValueError):
+    """Several futures, with something that looks ahead in one way only."""
+
+
 class FirstLayerError(SpecpassError, ValueError):
     """The draft has no layer of this number."""
 

@@ -15,6 +15,7 @@ from specpass.errors import (
     DeviceMismatchError,
     EncoderDecoderError,
     FirstLayerError,
+    FuturesError,
     GradientsError,
     MissingDraftError,
     NoCudaError,
@@ -71,6 +72,10 @@ def check_speculate(count: Any, draft: Any, method: Method) -> int:
         raise SpeculationError(
             f"speculate={count} needs a draft that reads the prompt, and {method.name} has none here: pass draft= with "
             "SpecKV, SpecKVPC or SpecPC, or give generate() an assistant_model."
+        )
+    if count and method.futures > 1:
+        raise FuturesError(
+            f"speculate={count} goes on behind one lookahead, and futures={method.futures}: leave one of them out."
         )
     return count
 

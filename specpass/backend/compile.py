@@ -272,7 +272,11 @@ class Backend:
             self.report.draft_seconds = time.perf_counter() - start
         method, vocab = cache.method, cache.config.vocab_size
         return dataclasses.replace(
-            self._graphs[how], temperature=method.temperature, seed=method.seed, target_vocab=vocab
+            self._graphs[how],
+            temperature=method.temperature,
+            seed=method.seed,
+            target_vocab=vocab,
+            futures=method.futures,
         )
 
     def check_cache(self, cache: BudgetCache) -> None:

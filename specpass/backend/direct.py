@@ -67,7 +67,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
     speculator = Speculator(backend, backend.speculate) if backend.speculate else None
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
     uncompiled = Uncompiled(backend, why_uncompiled(target))
-    numbered = bool(following(target))
+    numbered = bool(following(target)) or backend.method.futures > 1
     in_slots = asks_for_length(target)
     names = tuple(inspect.signature(target.forward).parameters)
     warned = False
@@ -190,7 +190,8 @@ def told_of_compilation() -> Iterator[None]:
 def prepare(cache: BudgetCache, kwargs: dict[str, Any], numbered: bool) -> None:
     """Bring a call into the form with the fewest graphs: no mask where none is needed, room for the new tokens.
 
-    Args: numbered: prompts are told their positions (rotary frequencies follow them, and not the lookahead's).
+    Args: numbered: prompts are told their positions (rotary frequencies follow them, and not the lookahead's;
+    or several futures count from their end).
     """
     if cache.filled:
         prepare_step(cache, kwargs)

@@ -19,6 +19,7 @@ from specpass.capture.model import untraceable
 from specpass.capture.rope import following
 from specpass.errors import (
     CacheStateError,
+    FuturesError,
     NoAttentionSiteError,
     PartialGraphError,
     SpecpassError,
@@ -117,6 +118,12 @@ class Uncompiled:
                 f"{cache.method.name}(spread={cache.method.spread!r}): KV heads can share budgets where a graph reads "
                 f"the prompt, and here the model's own forward does ({self.reason or 'by what the call brings'}): use "
                 "spread='uniform'."
+            )
+        if cache.method.futures > 1:
+            raise FuturesError(
+                f"{cache.method.name}(futures={cache.method.futures}): several futures are read where a graph reads "
+                f"the prompt, and here the model's own forward does ({self.reason or 'by what the call brings'}): "
+                "leave futures out."
             )
         backend.report.saw(cache.config)
         context = None if backend.draft is None else context_length(backend.draft.config)

@@ -16,7 +16,7 @@ from specpass.cache.protocol import BudgetLayer, CacheProtocol, is_traced
 from specpass.cache.replay import REPLAYS
 from specpass.cache.states import make_layers, why_unheld
 from specpass.dialect.define import SPEC
-from specpass.errors import BudgetError, LookaheadError, UncompiledCacheError, UnsupportedCallError
+from specpass.errors import BudgetError, FuturesError, LookaheadError, UncompiledCacheError, UnsupportedCallError
 from specpass.methods.base import Method
 from specpass.methods.speckv import as_id_rows
 from specpass.observe.kept import kept_html
@@ -97,6 +97,11 @@ class BudgetCache(CacheProtocol):
             why = "needs the draft's attention" if self.method.prompt is not None else "looks at the prompt alone"
             raise LookaheadError(
                 f"lookahead_ids were given, but {self.method.name} {why}: leave them out, or use SpecKV."
+            )
+        if self.method.futures > 1:
+            raise FuturesError(
+                f"lookahead_ids were given, which are one future, and futures={self.method.futures}: leave one of them "
+                "out."
             )
         self.given_ids = torch.tensor(as_id_rows(rows))
         torch._dynamo.mark_static(self.given_ids)  # L is a constant of a graph, also where it happens to be S

@@ -30,6 +30,26 @@ class NextToken(
         return ended.new_empty(ended.shape[0], 1, dtype=torch.int64), torch.empty_like(ended)
 
 
+class NextTokens(
+    Operator,
+    schema="next_tokens(Tensor logits, Tensor ended, int futures, int vocab, int[] eos_ids, int pad_id) "
+    "-> (Tensor, Tensor)",
+    since="DRAFTED",
+):
+    """The next token of each of M branches of each row [B * M, 1], and which have ended [B * M]."""
+
+    logits: fx.Node  # [B * M, q, V], a row's branches side by side
+    ended: fx.Node  # [B * M] bool
+    futures: int
+    vocab: int
+    eos_ids: list[int]
+    pad_id: int
+
+    @staticmethod
+    def fake(logits, ended, *rest):
+        return ended.new_empty(ended.shape[0], 1, dtype=torch.int64), torch.empty_like(ended)
+
+
 class PromptLookup(Operator, schema="prompt_lookup(Tensor ids, Tensor lengths, int length) -> Tensor", since="DRAFTED"):
     """[B, L]: what followed the last tokens of each row where they stood in it before."""
 

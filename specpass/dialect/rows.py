@@ -78,17 +78,20 @@ class AppendIds(Operator, schema="append_ids(Tensor ids, Tensor extra, Tensor le
 
 
 class AppendPositions(
-    Operator, schema="append_positions(Tensor positions, Tensor lengths, int length) -> Tensor", since="DRAFTED"
+    Operator,
+    schema="append_positions(Tensor positions, Tensor lengths, int length, int futures=1) -> Tensor",
+    since="DRAFTED",
 ):
-    """[B or 1, S] -> [B, S + L]: the lookahead goes on counting from each row's last token."""
+    """[B or 1, S] -> [B, S + M L]: each of M futures goes on counting from each row's last token."""
 
     positions: fx.Node
     lengths: fx.Node
     length: int
+    futures: int
 
     @staticmethod
-    def fake(positions, lengths, length):
-        return positions.new_empty(lengths.shape[0], positions.shape[1] + length)
+    def fake(positions, lengths, length, futures=1):
+        return positions.new_empty(lengths.shape[0], positions.shape[1] + length * futures)
 
 
 class RowIndex(Operator, schema="row_index(Tensor ids) -> Tensor", since="DRAFTED"):
@@ -135,18 +138,19 @@ class TakePositions(Operator, schema="take_positions(Tensor hidden, Tensor index
 
 class ScoreRows(
     Operator,
-    schema="score_rows(Tensor lengths, Tensor? lookahead_ids, int window, int[] eos_ids) -> Tensor",
+    schema="score_rows(Tensor lengths, Tensor? lookahead_ids, int window, int[] eos_ids, int futures=1) -> Tensor",
     since="PRUNED",
 ):
-    """[B, W + L] positions of the query rows that score, -1 where there is none."""
+    """[B, W + M L] columns of the query rows that score, -1 where there is none."""
 
     lengths: fx.Node
     lookahead_ids: fx.Node | None
     window: int
     eos_ids: list[int]
+    futures: int
 
     @staticmethod
-    def fake(lengths, lookahead_ids, window, eos_ids):
+    def fake(lengths, lookahead_ids, window, eos_ids, futures=1):
         ahead = 0 if lookahead_ids is None else lookahead_ids.shape[1]
         return lengths.new_empty(lengths.shape[0], window + ahead)
 

@@ -22,6 +22,7 @@ from specpass.errors import (
     BudgetError,
     DtypeMismatchError,
     ExportError,
+    FuturesError,
     LookaheadError,
     OnnxMissingError,
     OutputFileError,
@@ -129,6 +130,8 @@ def check_method(method: Method | None) -> None:
             f"spread={method.spread!r}: an exported step has as many slots for each KV head; export with "
             "spread='uniform'."
         )
+    if method.futures > 1:
+        raise FuturesError(f"futures={method.futures}: an exported draft writes one; leave futures out.")
     if method.lookahead_ids is not None:
         raise LookaheadError("lookahead_ids are those of one prompt, and an export serves all: export with a draft.")
 

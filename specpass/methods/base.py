@@ -68,6 +68,7 @@ class Traits:
     verify: bool = False  # whether the answer follows the lookahead by the logits of the target's own prefill
     temperature: float = 0.0  # of the draft's sampling; 0.0 is greedy
     seed: int = 0  # of the draft's sampling
+    futures: int = 1  # branches M of L tokens that the draft writes, each of which scores
     value_norms: bool = False  # whether scores are weighed by the norms of the columns' values
     spread: str = "uniform"  # whether KV heads share their budgets: see SPREADS
     sparse_prefill: int = 0  # top columns that a prompt's queries read, and last positions besides; 0: all

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from specpass.errors import BudgetError, LookaheadError
+from specpass.errors import BudgetError, FuturesError, LookaheadError
 from specpass.methods.base import NGRAM, Scored, check_count, check_temperature
 
 
@@ -33,6 +33,9 @@ class SpecKV(Scored):
             all heads the rest; or "global", where the heads of all layers share. Memory is the same, exactly; until the
             last layer has read the prompt, "global" holds up to three times as much.
         value_norms: scores are weighed by the norms of the positions' values (arXiv 2406.12335); False in the paper.
+        futures: M branches of L tokens that the draft writes, by diverse beam search (arXiv 1610.02424, see
+            specpass.ops.draft.next_tokens): the first is its greedy lookahead, the others take less likely tokens where
+            it hesitates. The rows of all of them score, each seeing the prompt and its own branch. The paper has 1.
         sparse_prefill: V columns: each query of a prompt of more than 2 V tokens (lookahead included) reads the V that
             score highest for its KV head, and its own last V positions; those that score read all. The draft reads its
             prompt likewise. The paper has 2048. 0: exact attention. Logits are then no longer those of full KV.
@@ -46,6 +49,7 @@ class SpecKV(Scored):
     lookahead_ids: tuple[tuple[int, ...], ...] | None = None
     verify: bool = True
     sparse_prefill: int = 0
+    futures: int = dataclasses.field(default=1, kw_only=True)
 
     drafts: ClassVar[bool] = True
     appends: ClassVar[bool] = True
@@ -66,6 +70,24 @@ class SpecKV(Scored):
                     f"lookahead={self.lookahead!r} but lookahead_ids has {len(rows[0])} tokens a row; leave one out."
                 )
             object.__setattr__(self, "lookahead", len(rows[0]))
+        self._check_futures()
+
+    def _check_futures(self) -> None:
+        """Raises: FuturesError: there is one future, by what else was chosen."""
+        check_count("futures", self.futures, 1)
+        if self.futures == 1:
+            return
+        reasons = (
+            (self.looks_up, f"lookahead={self.lookahead!r} copies one", "give lookahead as a count"),
+            (self.lookahead_ids is not None, "lookahead_ids are one", "leave lookahead_ids out"),
+            (self.temperature > 0, f"temperature={self.temperature} samples one", "leave temperature out"),
+            (self.sparse_prefill > 0, f"sparse_prefill={self.sparse_prefill} reads one", "leave sparse_prefill out"),
+            (self.prompt is not None, f"{self.name} follows one", "use SpecKV"),
+            (self.score is not None, f"{self.name} scores one by a function of its own", "use SpecKV's scores"),
+        )
+        for found, reason, fix in reasons:
+            if found:
+                raise FuturesError(f"futures={self.futures}, and {reason}: {fix}, or leave futures out.")
 
 
 def as_id_rows(ids: Any) -> tuple[tuple[int, ...], ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from specpass.dialect import draft as dialect
 from specpass.ops.bind import bind
 
+DIVERSITY = 0.5  # nats: of 0.2 to 0.8, which serve most tasks (arXiv 1610.02424)
 LONGEST = 8  # tokens of the n-gram that is looked up first: three are alike in many lines of a log or a table
 
 
@@ -42,6 +43,33 @@ def next_token(
     return ids[:, None], ended
 
 
+def next_tokens(
+    logits: Tensor, ended: Tensor, futures: int, vocab: int, eos_ids: list[int], pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """The next token of each of M branches: the likeliest by log-probability less 0.5 for each earlier branch's choice.
+
+    Diverse beam search with groups of one beam and a Hamming penalty (arXiv 1610.02424): branch 0 is greedy, and
+    branch m leaves a token that n branches in front of it take at this step where the next is less than 0.5 n behind.
+
+    Args: logits [B * M, q, V], a row's branches side by side; the last of q is read, ids >= vocab are masked out; ended
+    [B * M] bool.
+    Returns: ids [B * M, 1] int64 (pad_id where the branch had ended, which keeps no other from it), ended [B * M] bool.
+    """
+    last = logits[:, -1, :vocab].float().unflatten(0, (-1, futures))
+    over = ended.unflatten(0, (-1, futures))
+    penalty, chosen = torch.zeros_like(last[:, 0]), []
+    for branch in range(futures):
+        token = torch.argmax(last[:, branch] - penalty, dim=-1, keepdim=True)
+        chosen.append(token)
+        taken = torch.logical_not(over[:, branch, None]).to(penalty.dtype)
+        penalty = penalty.scatter_add(1, token, DIVERSITY * taken)
+    ids = torch.stack(chosen, 1).flatten(0, 1)
+    ids = ids.masked_fill(ended[:, None], pad_id)
+    for eos in eos_ids:
+        ended = ended | (ids[:, 0] == eos)
+    return ids, ended
+
+
 def prompt_lookup(ids: Tensor, lengths: Tensor, length: int) -> Tensor:
     """The L tokens that followed the latest earlier occurrence of each row's last n tokens, for the largest n <= 8.
 
@@ -67,4 +95,5 @@ def prompt_lookup(ids: Tensor, lengths: Tensor, length: int) -> Tensor:
 
 
 bind(dialect.NextToken, next_token)
+bind(dialect.NextTokens, next_tokens)
 bind(dialect.PromptLookup, prompt_lookup)

@@ -54,13 +54,16 @@ def append_ids(ids: Tensor, extra: Tensor, lengths: Tensor) -> Tensor:
     return out.scatter(1, index, extra.to(ids.dtype))
 
 
-def append_positions(positions: Tensor, lengths: Tensor, length: int) -> Tensor:
-    """[B or 1, S] packed position ids -> [B, S + L]; the lookahead goes on counting from each row's last token."""
+def append_positions(positions: Tensor, lengths: Tensor, length: int, futures: int = 1) -> Tensor:
+    """[B or 1, S] packed position ids -> [B, S + M L]; each future goes on counting from each row's last token."""
     batch, size = lengths.shape[0], positions.shape[1]
-    column = torch.arange(size + length, device=positions.device).expand(batch, -1)
+    column = torch.arange(size + length * futures, device=positions.device).expand(batch, -1)
     source = torch.minimum(column, (lengths - 1)[:, None])
     packed = positions.expand(batch, -1).gather(1, source)
-    return packed + (column - source).to(positions.dtype)
+    behind = column - source
+    if futures > 1:
+        behind = torch.where(behind > 0, (behind - 1) % length + 1, 0)
+    return packed + behind.to(positions.dtype)
 
 
 def row_index(ids: Tensor) -> Tensor:
@@ -83,11 +86,14 @@ def take_positions(hidden: Tensor, index: Tensor) -> Tensor:
     return hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[2]))
 
 
-def score_rows(lengths: Tensor, lookahead_ids: Tensor | None, window: int, eos_ids: list[int]) -> Tensor:
-    """Positions of the query rows that score: the last W prompt rows and the lookahead rows.
+def score_rows(
+    lengths: Tensor, lookahead_ids: Tensor | None, window: int, eos_ids: list[int], futures: int = 1
+) -> Tensor:
+    """Columns of the query rows that score: the last W prompt rows and the lookahead rows.
 
-    Args: lengths [B]; lookahead_ids [B, L] or None; a sequence's first EOS counts, the rows after it do not.
-    Returns: rows [B, W + L] int64, -1 where there is none.
+    Args: lengths [B]; lookahead_ids [B, M L] or None, M `futures` side by side; a future's first EOS counts, its rows
+    after that do not.
+    Returns: rows [B, W + M L] int64, -1 where there is none.
     """
     rows = torch.arange(-window, 0, device=lengths.device)[None, :] + lengths[:, None]
     rows = rows.clamp(min=-1)
@@ -98,8 +104,9 @@ def score_rows(lengths: Tensor, lookahead_ids: Tensor | None, window: int, eos_i
     ended = torch.zeros_like(lookahead_ids, dtype=torch.bool)
     for eos in eos_ids:
         ended = ended | (lookahead_ids == eos)
-    after = ended.cumsum(1) - ended.to(torch.int64)
-    return torch.cat([rows, ahead.masked_fill(after > 0, -1)], 1)
+    ended = ended.view(ended.shape[0], futures, length // futures)
+    after = ended.cumsum(2) - ended.to(torch.int64)
+    return torch.cat([rows, ahead.masked_fill(after.flatten(1) > 0, -1)], 1)
 
 
 def take_rows(query: Tensor, rows: Tensor) -> Tensor:

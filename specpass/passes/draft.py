@@ -42,6 +42,7 @@ class DraftGraphs:
     prompt: SpecPC | None = None
     extend: fx.GraphModule | None = None
     plain_step: fx.GraphModule | None = None
+    futures: int = 1
 
     def insert(
         self, editor: Editor, lookahead: int, ids: fx.Node, lengths: fx.Node, anchor: fx.Node, room: Any = 0
@@ -53,7 +54,8 @@ class DraftGraphs:
         params, lifted = self._lift(editor)
         out = self._insert_prefill(editor, lookahead, ids, lengths, params, anchor, room)
         loop = _Unrolled(self, editor, lookahead, ids, lengths, params, anchor, value(room))
-        return Drafted(*loop.run(out), lifted, tuple(loop.caches))
+        ids, scores = loop.run(out)
+        return Drafted(loop.first(ids), anchor, scores, lifted, tuple(loop.caches), ids if self.futures > 1 else None)
 
     def _insert_prefill(
         self,
@@ -99,7 +101,10 @@ class DraftGraphs:
 
 @dataclasses.dataclass
 class _Unrolled:
-    """The draft's tokens, one call of `draft_step` for each but the first."""
+    """The draft's tokens, one call of `draft_step` for each but the first.
+
+    Several futures are rows of one batch [B * M], a prompt's side by side, each with a copy of its caches.
+    """
 
     draft: DraftGraphs
     editor: Editor
@@ -111,15 +116,16 @@ class _Unrolled:
     room: Any = 0
     caches: list[fx.Node] = dataclasses.field(default_factory=list)
 
-    def run(self, prefill: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-        """From the prefill's results: lookahead ids [B, L], the anchor, scores or None."""
+    def run(self, prefill: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+        """From the prefill's results: lookahead ids [B, M L], scores or None."""
         draft, editor, anchor = self.draft, self.editor, self.anchor
         editor.gm.add_submodule("draft_step", draft.step)
+        self.lengths = self._each(self.lengths)
         ended = editor.call(ATEN.zeros_like, self.lengths, before=anchor)
         ended = over = editor.call(ATEN.to.dtype, ended, torch.bool, before=anchor)
         count = 3 * draft.layers
-        caches = self.caches = [editor.item(prefill, index + 1, anchor) for index in range(count)]
-        logits = editor.item(prefill, 0, anchor)
+        caches = self.caches = [self._each(editor.item(prefill, index + 1, anchor)) for index in range(count)]
+        logits = self._each(editor.item(prefill, 0, anchor))
         scores = None if draft.prompt is None else editor.item(prefill, count + 1, anchor)
         tokens: list[fx.Node] = []
         for index in range(self.lookahead):
@@ -127,29 +133,41 @@ class _Unrolled:
                 logits, new = self._step(tokens[-1], index, over, caches)
                 if new is not None:
                     scores = editor.call(SPEC.merge_step, scores, new, draft.reduce, before=anchor)
-            pair = editor.call(
-                SPEC.next_token,
-                logits,
-                ended,
-                draft.shared_vocab,
-                draft.temperature,
-                draft.seed,
-                index,
-                list(draft.eos_ids),
-                draft.pad_id,
-                before=anchor,
-            )
+            pair = editor.call(*self._chosen(logits, ended, index), before=anchor)
             over = ended  # whether a row had ended in front of this token, which is then none of its own
             token, ended = editor.item(pair, 0, anchor), editor.item(pair, 1, anchor)
             tokens.append(token)
-        return editor.call(ATEN.cat, tokens, 1, before=anchor), anchor, scores
+        ids = editor.call(ATEN.cat, tokens, 1, before=anchor)
+        if draft.futures > 1:
+            ids = editor.call(ATEN.reshape, ids, [-1, draft.futures * self.lookahead], before=anchor)
+        return ids, scores
+
+    def first(self, ids: fx.Node) -> fx.Node:
+        """[B, L], the first of the futures [B, M L]."""
+        if self.draft.futures == 1:
+            return ids
+        return self.editor.call(ATEN.slice.Tensor, ids, 1, 0, self.lookahead, before=self.anchor)
+
+    def _each(self, node: fx.Node) -> fx.Node:
+        """[B * M, ...] of [B, ...]: one for each future."""
+        if self.draft.futures == 1:
+            return node
+        return self.editor.call(ATEN.repeat_interleave.self_int, node, self.draft.futures, 0, before=self.anchor)
+
+    def _chosen(self, logits: fx.Node, ended: fx.Node, index: int) -> tuple[Any, ...]:
+        """The operator that chooses the next tokens, and its operands."""
+        draft = self.draft
+        stop = (list(draft.eos_ids), draft.pad_id)
+        if draft.futures > 1:
+            return SPEC.next_tokens, logits, ended, draft.futures, draft.shared_vocab, *stop
+        return SPEC.next_token, logits, ended, draft.shared_vocab, draft.temperature, draft.seed, index, *stop
 
     def _step(self, token: fx.Node, index: int, over: fx.Node, caches: list[fx.Node]) -> tuple[fx.Node, fx.Node | None]:
         """Logits of the token behind `token`, and the step's scores [B, P] where the draft scores."""
         draft, editor, anchor = self.draft, self.editor, self.anchor
         position = editor.call(ATEN.add.Tensor, self.lengths, index - 1, before=anchor)
         position = editor.call(ATEN.unsqueeze, position, 1, before=anchor)
-        batch, size = value(self.ids).shape
+        batch, size = value(self.lengths).shape[0], value(self.ids).shape[1]
         with quiet(editor.mode):
             val: Any = restated(results_of(draft.step.graph)[0], draft.step, (batch, size, self.lookahead))
             if draft.prompt is not None:  # its slots are a symbol of the step alone

@@ -70,10 +70,11 @@ class Drafted:
     """The draft stands in front of the target.
 
     Args:
-        ids: [B, L] lookahead tokens.
+        ids: [B, L] lookahead tokens, which the answer may follow.
         anchor: the target's first own node.
         scores: [B, S] the draft's attention to each prompt token, where it scores.
         lifted: the draft's tensors by the name of their placeholder.
+        futures: [B, M L] those of all M branches, side by side, the first of which is `ids`; None: there is no other.
         caches: of each of its layers keys, values [B, K * P, D] and lengths [B, K], behind L - 1 of its tokens.
     """
 
@@ -82,6 +83,12 @@ class Drafted:
     scores: fx.Node | None = None
     lifted: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     caches: tuple[fx.Node, ...] = ()
+    futures: fx.Node | None = None
+
+    @property
+    def read(self) -> fx.Node:
+        """[B, M L]: all tokens that the target reads behind the prompt."""
+        return self.ids if self.futures is None else self.futures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +107,13 @@ class ReadPositions:
     """positions: [B, C] prompt tokens that the target reads (SpecPC), ascending, -1 unused."""
 
     positions: fx.Node
+
+
+@dataclasses.dataclass(frozen=True)
+class Branches:
+    """[B, H, W + M L] float32 of each attention site: the log-sum-exp of the rows that score."""
+
+    lse: tuple[fx.Node, ...]
 
 
 @dataclasses.dataclass(frozen=True)

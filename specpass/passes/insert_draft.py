@@ -5,6 +5,9 @@ after:  caches, logits = draft_prefill(ids, lengths, L); token = next_token(logi
         token, caches = draft_step(token, lengths + i, caches)      L - 1 times, one subgraph
         logits = target(append_ids(ids, lookahead, lengths) [B, S + L])[last prompt position]
 
+Several futures (M branches of L tokens) stand side by side there, S + M L: their positions count from the prompt's end
+each, and attend_branches keeps them apart.
+
 Without a draft the lookahead is the caller's ids, or prompt_lookup(ids, lengths, L).
 
 The target's own nodes do what they did; in their fake values s + L stands where s, the symbol of the inputs' length,
@@ -57,10 +60,13 @@ class InsertDraft(Pass):
         if not isinstance(size, torch.SymInt):
             raise Refusal("the prompt length is a constant of the graph; compile with dynamic=True")
         anchor = first_target_use(gm)
+        futures = request.pruning.futures
         if not request.compresses:
             if facts[Inputs].positions is None:
                 check_highest(gm.graph, anchor)
-            lengthen(gm, anchor, size, request.lookahead)
+                if futures > 1:
+                    raise Refusal("several futures count from the prompt's end each, and no position_ids are given")
+            lengthen(gm, anchor, size, request.lookahead * futures)
         placeholder = Lookahead.find(gm.graph)[0]
         draft = facts.get(DraftGraphs)
         if placeholder.given is None and request.pruning.looks_up:
@@ -77,7 +83,7 @@ class InsertDraft(Pass):
         editor.replace(placeholder.node, drafted.ids)
         facts.add(drafted)
         if not request.compresses:
-            extend_prompt(editor, facts, drafted, size, request.lookahead)
+            extend_prompt(editor, facts, drafted, size, request.lookahead, futures)
 
 
 def lengthen(gm: fx.GraphModule, anchor: fx.Node, size: torch.SymInt, length: int) -> None:
@@ -108,14 +114,16 @@ def first_target_use(gm: fx.GraphModule) -> fx.Node:
     return next(node for node in gm.graph.nodes if node.op != "placeholder" and not is_pack(node))
 
 
-def extend_prompt(editor: Editor, facts: Facts, drafted: Drafted, size: torch.SymInt, length: int) -> None:
-    """Let the target's nodes read S + L tokens."""
+def extend_prompt(
+    editor: Editor, facts: Facts, drafted: Drafted, size: torch.SymInt, length: int, futures: int
+) -> None:
+    """Let the target's nodes read S + M L tokens."""
     anchor, inputs, lengths = drafted.anchor, facts[Inputs], facts[Rows].lengths
     columns = columns_of(editor.graph, size)
     longer: list[tuple[fx.Node | None, Any, tuple[Any, ...]]] = [
-        (inputs.tokens, SPEC.append_ids, (drafted.ids, lengths)),
-        (columns, operator.add, (length,)),
-        (inputs.positions, SPEC.append_positions, (lengths, length)),
+        (inputs.tokens, SPEC.append_ids, (drafted.read, lengths)),
+        (columns, operator.add, (length * futures,)),
+        (inputs.positions, SPEC.append_positions, (lengths, length, futures) if futures > 1 else (lengths, length)),
     ]
     for node, target, operands in longer:
         if node is not None:

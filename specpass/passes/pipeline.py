@@ -9,6 +9,7 @@ from pathlib import Path
 from specpass.methods.base import Method
 from specpass.methods.specpc import SpecPC
 from specpass.passes.annotate import Annotate
+from specpass.passes.attend_branches import AttendBranches
 from specpass.passes.attend_packed import AttendPacked
 from specpass.passes.attend_slots import AttendSlots
 from specpass.passes.attend_sparsely import AttendDraftSparsely, AttendSparsely
@@ -38,6 +39,7 @@ PASSES: tuple[Pass, ...] = (
     TakeLast(),  # the logits of the last position; needs the sequence axis to be a symbol still
     TakeAhead(),  # the logits behind the lookahead, by the rows that take_last takes
     ResizePrompt(),  # S becomes the constant C (+ L) where the prompt is compressed
+    AttendBranches(),  # needs the futures' columns; importance takes its log-sum-exp
     ScoreImportance(),  # needs the lookahead's rows
     AttendSparsely(),  # needs the scores, which importance finds by itself then
     GatherPrune(),  # needs the scores

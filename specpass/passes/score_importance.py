@@ -3,6 +3,8 @@
 before: out = prefill_attention(q, k, v, scale)
 after:  the same, and scores [B, K, S + L] = importance(take_rows(q, rows), k, rows, lengths)     never [S, S]
 
+Where several futures score, attention has the log-sum-exp of their rows already (see attend_branches).
+
 With value_norms they are weighed: weigh_values(scores, v).
 
 A method with its own `score` has that function's nodes in the operator's place.
@@ -20,7 +22,7 @@ from torch import fx
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.walk import ATEN, value
-from specpass.passes.facts import Drafted, Rows, Scores
+from specpass.passes.facts import Branches, Drafted, Rows, Scores
 from specpass.passes.inline import Inline, check_result
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 from specpass.rewrite.sites import Site, Sites
@@ -40,22 +42,24 @@ class ScoreImportance(Pass):
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
         editor, method = Editor(gm), request.pruning
         lengths, drafted = facts[Rows].lengths, facts.get(Drafted)
-        ahead = None if drafted is None else drafted.ids
+        ahead = None if drafted is None else drafted.read
+        branches, count = facts.get(Branches), () if method.futures == 1 else (method.futures,)
         anchor = (lengths if ahead is None else max(ahead, lengths)).next  # behind both
-        rows = editor.call(SPEC.score_rows, lengths, ahead, method.window, list(request.eos_ids), before=anchor)
+        rows = editor.call(SPEC.score_rows, lengths, ahead, method.window, list(request.eos_ids), *count, before=anchor)
         own = OwnScores(editor, request)
         scores: list[fx.Node | None] = []
-        for site in facts[Sites].sites:
+        for index, site in enumerate(facts[Sites].sites):
             if not site.is_full or site.reads:  # an owner's queries choose for all who read its cache
                 scores.append(None)
                 continue
-            before, like = site.attention.next, site.attention
+            lse = None if branches is None else branches.lse[index]
+            before, like = (lse or site.attention).next, site.attention
             at, until = (editor.beside(node, site.query, before) for node in (rows, lengths))
             taken = editor.call(SPEC.take_rows, site.query, at, before=before, like=like)
             if method.score is not None:
                 scores.append(own(site, (taken, site.key, site.value, at, until), before))
                 continue
-            changes = (None, None, *site.changes) if site.changes else ()  # no weights, no log-sum-exp yet
+            changes = (None, lse, *site.changes) if site.changes or lse is not None else ()  # no weights
             own_scores = editor.call(
                 SPEC.importance,
                 taken,

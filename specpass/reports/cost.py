@@ -107,15 +107,18 @@ def pruned_forms(method: Method, drafts: bool) -> dict[str, Expr]:
     Args: drafts: whether a draft writes the L lookahead tokens (and not the caller, or the prompt itself).
     """
     zero = sympy.Integer(0)
-    ahead = L if method.appends else zero
+    ahead = L * method.futures if method.appends else zero
     compressed = zero if method.prompt is None else C_P if method.scored else C  # SpecPC keeps all that is read
     read = (compressed or S) + ahead
-    flops = _T.flops(read, read, 1 + (ahead if method.verify else 0))
+    flops = _T.flops(read, read, 1 + (L if method.appends and method.verify else 0))
     moved = _T.weights() + 2 * _T.kv(read) + _T.kv(C + N)
     if method.scored:
         flops += _T.scores(W + ahead, read, _T.n)
         moved += _T.keys(read, _T.n) * (2 if method.value_norms else 1)  # once more, and values for their norms
-    draft_flops, draft_bytes = draft_forms(method.prompt is not None) if drafts else (zero, zero)
+    if method.futures > 1:  # rows that score need a log-sum-exp, and all futures but the first their values anew
+        flops += _T.scores(W + ahead, read, _T.n) + _T.scores(ahead - L, read, _T.n)
+        moved += _T.kv(read)
+    draft_flops, draft_bytes = draft_forms(method.prompt is not None, method.futures) if drafts else (zero, zero)
     own = 0 if method.spread == "uniform" else 2  # where each KV head begins, and what it holds of the prompt
     if method.spread == "global":
         moved += 2 * _T.kv(W + CANDIDATES * (C - W))
@@ -132,11 +135,16 @@ def pruned_forms(method: Method, drafts: bool) -> dict[str, Expr]:
     }
 
 
-def draft_forms(scores: bool) -> tuple[Expr, Expr]:
-    """(FLOPs, bytes moved) of a draft's prefill and L - 1 steps over S + L slots; with `scores` n_p layers score."""
+def draft_forms(scores: bool, futures: int = 1) -> tuple[Expr, Expr]:
+    """(FLOPs, bytes moved) of a draft's prefill and L - 1 steps over S + L slots; with `scores` n_p layers score.
+
+    Each of several futures has a copy of the caches.
+    """
     steps = L - 1
-    flops = _D.flops(S, S, 1) + steps * _D.flops(1, S + L, 1)
-    moved = _D.weights() * L + 2 * _D.kv(S) + steps * _D.kv(S + L)
+    flops = _D.flops(S, S, 1) + steps * _D.flops(futures, S + L, futures)
+    moved = _D.weights() * L + 2 * _D.kv(S) + steps * futures * _D.kv(S + L)
+    if futures > 1:
+        moved += (futures + 1) * _D.kv(S + L)
     if scores:
         flops += _D.scores(W_P, S, N_P) + steps * _D.scores(1, S + L, N_P)
         moved += _D.keys(S, N_P) + steps * _D.keys(S + L, N_P)

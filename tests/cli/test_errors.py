@@ -170,6 +170,11 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
         lambda f: generate(f.good, "-d", f.good, "-b", "64", "--lookahead", "ngram"),
         ("lookahead='ngram'", "a draft is given", "leave one of them out"),
     ),
+    (
+        errors.FuturesError,
+        lambda f: generate(f.good, "-d", f.good, "-b", "64", "-o", "futures=4", "-o", "temperature=0.5"),
+        ("futures=4", "temperature=0.5", "leave futures out"),
+    ),
     (errors.BudgetError, lambda f: generate(f.good, "-b", "64", "--lookahead", "far"), ("lookahead='far'", "'ngram'")),
     (errors.PromptError, lambda f: generate(f.good, "-m", "full", prompt="  "), ("empty",)),
     (errors.PromptError, lambda f: [*generate(f.good, "-m", "full"), "-f", "prompt.txt"], ("leave one out",)),

@@ -109,11 +109,20 @@ def capped(query: Any, key: Any, value: Any, rows: Any, lengths: Any) -> Any:
     return out, SPEC.importance(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.1, "max", None, None, 50.0)
 
 
+def known_lse(query: Any, key: Any, value: Any, rows: Any, lengths: Any) -> Any:
+    """As where several futures score."""
+    out, (_, lse) = (
+        SPEC.prefill_attention(query, key, value, 0.1),
+        SPEC.prefill_attention_lse(query, key, value, rows, 0.1),
+    )
+    return out, SPEC.importance(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.1, "max", None, lse)
+
+
 def wide_values(query: Any, key: Any, value: Any, rows: Any, lengths: Any) -> Any:
     return scored(query, key, torch.cat([value, value], -1), rows, lengths)
 
 
-@pytest.mark.parametrize("function", [other_key, other_scale, late_rows, capped, wide_values])
+@pytest.mark.parametrize("function", [other_key, other_scale, late_rows, capped, known_lse, wide_values])
 def test_leaves_importance_of_something_else(function: Callable[..., Any]) -> None:
     state = traced(function)
     before = copy_module(state.gm)

@@ -100,9 +100,11 @@ def test_keys_tell_all_methods_and_all_fields_apart() -> None:
                 "sparse_prefill": 2048,
                 "spread": "heads",
                 "value_norms": True,
+                "futures": 4,
             }[field.name]
             if getattr(method, field.name) != changed and "lookahead" not in field.name:
-                keys.append(dataclasses.replace(method, **{field.name: changed}).key)
+                alone = {"temperature": 0.0, "lookahead_ids": None} if field.name == "futures" else {}
+                keys.append(dataclasses.replace(method, **{field.name: changed}, **alone).key)
     keys += [SpecKV(budget=1024, lookahead=31).key, SpecKV(budget=1024, lookahead_ids=((5,),)).key]
     assert len(set(keys)) == len(keys)
 

@@ -40,6 +40,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     ragged, flat = SPEC.gather_ragged(key, value, SPEC.add_lookahead(some, lengths[:, None]), K * (C + 1), N), K * C
     begins, counts = SPEC.head_offsets(ragged[2] - 1, N + 1)
     each = [2 * [item] for item in (*SPEC.gather_ragged(key, value, some, flat, 0), SPEC.pack_heads(some, flat))]
+    branches = torch.cat([ahead, ahead.flip(1)], 1)
     worths = 2 * [SPEC.pack_heads(worth, flat)]
     return {
         "weigh_values": [(scores, value)],
@@ -74,12 +75,12 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "append_ids": [(ids, ahead, lengths)],
         "ahead_index": [(lengths, L)],
         "add_lookahead": [(positions, lengths[:, None] + torch.arange(L))],
-        "append_positions": [(order, lengths, L), (order[:1], lengths, L)],
+        "append_positions": [(order, lengths, L), (order[:1], lengths, L), (order, lengths, L, 2)],
         "expand_rows": [(ids[:1], ids), (ids, ids)],
         "row_index": [(ids,)],
         "unpack_index": [(order,)],
         "take_positions": [(torch.randn(B, S, D), lengths[:, None] - 1)],
-        "score_rows": [(lengths, ahead, W, [7]), (lengths, None, W, [])],
+        "score_rows": [(lengths, ahead, W, [7]), (lengths, None, W, []), (lengths, branches, W, [7], 2)],
         "take_rows": [(query, rows)],
         "importance": [(SPEC.take_rows(query, rows), key, rows, lengths, W, 0.3, how) for how in ("max", "mean")]
         + [
@@ -141,6 +142,12 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "number_anew": [(positions[:, 0],)],
         "map_positions": [(positions, order)],
         "keep_short_rows": [(positions, lengths, C), (positions, lengths, C + 3)],
+        "attend_branches": [
+            (SPEC.prefill_attention(*long, 0.3), *long, lengths, W, L, 2, 0.3, *last)
+            for long in ([states.repeat(1, 1, 2, 1) for states in (query, key, value)],)
+            for last in options
+        ],
+        "next_tokens": [(torch.randn(2 * B, 1, 50), torch.tensor([False, True] * B), 2, 40, [7], 0)],
         "prompt_lookup": [(ids, lengths, L), (ids, lengths, S + 4)],
         "next_token": [
             (torch.randn(B, 1, 50), torch.tensor([False, True]), 40, heat, 1, 2, [7], 0) for heat in (0.0, 1.0)

@@ -52,6 +52,7 @@ METHODS = [
     specpass.SnapKV(C, window=W),
     specpass.SnapKV(C, window=W, spread="heads"),
     specpass.SnapKV(C, window=W, spread="global"),
+    specpass.SpecKV(C, window=W, lookahead=L, futures=3),
     specpass.StreamingLLM(C),
     specpass.SpecKV(0.25, window=W),
     specpass.PyramidKV(C, window=W, beta=4),
