@@ -53,6 +53,10 @@ class Forms:
         linear = 2 * B * rows * self.n * self.layer()
         return linear + 4 * B * rows * columns * self.n * self.H * self.D + 2 * B * heads * self.E * self.V
 
+    def unread(self, rows: Amount) -> Expr:
+        """FLOPs behind the last layer's attention of `rows` tokens that nothing reads: they are left out."""
+        return 2 * B * rows * (self.E * self.H * self.D + self.m * self.E * self.I)
+
     def weights(self) -> Expr:
         """Bytes of the weights that one pass reads."""
         return self.b * (self.n * self.layer() + self.E * self.V)
@@ -110,7 +114,8 @@ def pruned_forms(method: Method, drafts: bool) -> dict[str, Expr]:
     ahead = L * method.futures if method.appends else zero
     compressed = zero if method.prompt is None else C_P if method.scored else C  # SpecPC keeps all that is read
     read = (compressed or S) + ahead
-    flops = _T.flops(read, read, 1 + (L if method.appends and method.verify else 0))
+    heads = 1 + (L if method.appends and method.verify else 0)
+    flops = _T.flops(read, read, heads) - (zero if compressed else _T.unread(read - heads))
     moved = _T.weights() + 2 * _T.kv(read) + _T.kv(C + N)
     if method.scored:
         flops += _T.scores(W + ahead, read, _T.n)
@@ -123,7 +128,11 @@ def pruned_forms(method: Method, drafts: bool) -> dict[str, Expr]:
     if method.spread == "global":
         moved += 2 * _T.kv(W + CANDIDATES * (C - W))
     # int64 positions and lengths, lookahead ids, and the prompt positions read with their shift
-    integers = _T.n * _T.K * (C + 1 + own) + (L if method.drafts else zero) + (compressed + 1 if compressed else zero)
+    integers = (
+        _T.n * _T.K * (C + 1 + own)
+        + (L * method.futures if method.drafts else zero)
+        + (compressed + 1 if compressed else zero)
+    )
     return {
         "prefill_flops": flops,
         "prefill_bytes": moved,
@@ -141,7 +150,7 @@ def draft_forms(scores: bool, futures: int = 1) -> tuple[Expr, Expr]:
     Each of several futures has a copy of the caches.
     """
     steps = L - 1
-    flops = _D.flops(S, S, 1) + steps * _D.flops(futures, S + L, futures)
+    flops = _D.flops(S, S, 1) - _D.unread(S - 1) + steps * _D.flops(futures, S + L, futures)
     moved = _D.weights() * L + 2 * _D.kv(S) + steps * futures * _D.kv(S + L)
     if futures > 1:
         moved += (futures + 1) * _D.kv(S + L)

@@ -119,15 +119,15 @@ def target_jobs(
     """The target's own: importance where the method scores, attention where it reads a prompt sparsely, gather and
     decode attention of each budget."""
     read = prompt if method.prompt is None else min(prompt, int(method.prompt.budget))
-    columns = read + (lookahead if method.appends else 0)
+    ahead = lookahead if method.appends else 0
+    columns = read + ahead * method.futures
     jobs = []
     if method.scored:
         for operands in layer.importance(method.window + columns - read, columns, method.window, method.reduce):
             jobs += jobs_of("importance", operands, arch)
     if 0 < 2 * method.sparse_prefill < columns:
-        sizes = (method.sparse_prefill, method.window, columns - read)
-        jobs += jobs_of("prefill_attention_sparse", layer.prefill_attention_sparse(columns, *sizes), arch)
-    followed = columns - read if method.verify else 0  # tokens of the lookahead, kept for an answer that follows it
+        jobs += sparse_jobs(layer, method, arch, columns, ahead)
+    followed = ahead if method.verify else 0  # tokens of the lookahead, kept for an answer that follows it
     ragged = method.spread != "uniform"
     for budget in sorted(set(method.layer_budgets(layers))):
         if not ragged:
@@ -137,13 +137,25 @@ def target_jobs(
     return jobs
 
 
+def sparse_jobs(layer: Layer, method: Method, arch: Arch, columns: int, ahead: int) -> list[Job]:
+    """A prompt's attention where it is read sparsely."""
+    sizes = (method.sparse_prefill, method.window, ahead)
+    return jobs_of("prefill_attention_sparse", layer.prefill_attention_sparse(columns, *sizes), arch)
+
+
 def draft_jobs(layer: Layer, method: Method, arch: Arch, prompt: int, lookahead: int) -> list[Job]:
-    """The draft's: attention of its steps over the whole prompt, and the scores of prompt tokens (SpecPC)."""
+    """The draft's: attention of its steps over the whole prompt; scores and attention where it reads that sparsely; the
+    scores of prompt tokens (SpecPC)."""
     if not method.needs_draft:
         return []
     slots, jobs = prompt + lookahead, []
-    if lookahead > 1:
-        jobs += jobs_of("append_attend", layer.append_attend(slots), arch)
+    if 0 < 2 * method.sparse_prefill < prompt:
+        jobs += sparse_jobs(layer, method, arch, prompt, 0)
+        for operands in layer.importance(method.window, prompt, method.window, "max"):
+            jobs += jobs_of("importance", operands, arch)
+    if lookahead > 1:  # a step for all futures
+        steps = dataclasses.replace(layer, batch=layer.batch * method.futures)
+        jobs += jobs_of("append_attend", steps.append_attend(slots), arch)
     how = method.prompt
     if how is not None:
         reduce = "max" if how.reduce == "max" else "sum"

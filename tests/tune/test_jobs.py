@@ -25,6 +25,7 @@ PC: dict[str, Any] = {"kernel": 5, "neighbours": 3, "first_layer": 0}
 METHODS = [
     specpass.SpecKV(budget=24, window=8, lookahead=5),
     specpass.SpecKV(budget=24, window=8, lookahead=5, sparse_prefill=20),
+    specpass.SpecKV(budget=24, window=8, lookahead=5, futures=3),
     specpass.SnapKV(budget=24, window=8),
     specpass.SpecKV(budget=24, window=8, lookahead=5, spread="global"),
     specpass.PyramidKV(budget=24, window=8),
@@ -64,7 +65,9 @@ def met(monkeypatch: pytest.MonkeyPatch) -> set[tuple[str, Shapes]]:
 
 
 @pytest.mark.parametrize(
-    "method", METHODS, ids=lambda method: f"{method.name}{'_sparse' * bool(method.sparse_prefill)}"
+    "method",
+    METHODS,
+    ids=lambda method: f"{method.name}{'_sparse' * bool(method.sparse_prefill)}{'_futures' * (method.futures > 1)}",
 )
 def test_a_generation_launches_what_is_tuned(method: Any, met: set[tuple[str, Shapes]]) -> None:
     torch._dynamo.reset()
