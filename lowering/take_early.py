@@ -75,7 +75,7 @@ def read_by(takes: list[fx.Node]) -> list[fx.Node]:
 def take_in_front(editor: Editor, takes: list[TakePositions], cone: list[fx.Node]) -> None:
     """Let `cone` compute the rows of all `takes`, side by side, and those read their part."""
     indices = list(dict.fromkeys(view.index for view in takes))
-    counts = [int(value(index).shape[1]) for index in indices]
+    counts = {index: int(value(index).shape[1]) for index in indices}
     hoist(indices, cone[0])
     rows = indices[0] if len(indices) == 1 else editor.call(ATEN.cat, indices, 1, before=cone[0])
 
@@ -83,10 +83,11 @@ def take_in_front(editor: Editor, takes: list[TakePositions], cone: list[fx.Node
         return editor.call(SPEC.take_positions, source, editor.beside(rows, source, before), before=before, like=before)
 
     trim(editor, cone, take)
-    ends = dict(zip(indices, accumulate(counts), strict=True))
-    for view, count in ((view, int(value(view.index).shape[1])) for view in takes):
+    ends = dict(zip(indices, accumulate(counts.values()), strict=True))
+    for view in takes:
         node, end = view.node, ends[view.index]
-        editor.replace(node, editor.call(ATEN.slice.Tensor, view.hidden, 1, end - count, end, before=node, like=node))
+        part = (view.hidden, 1, end - counts[view.index], end)
+        editor.replace(node, editor.call(ATEN.slice.Tensor, *part, before=node, like=node))
 
 
 def trim(editor: Editor, cone: list[fx.Node], take: Callable[[fx.Node, fx.Node], fx.Node]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specpass.kernels.cpu.build import Unbuilt
-from specpass.kernels.cpu.tiles import Strides, Tiles, library, refuse_tensors, strides
+from specpass.kernels.cpu.tiles import Strides, library, refuse_tensors, strides
 
 
 class _Call(ctypes.Structure):
@@ -45,7 +45,7 @@ def importance(
 ) -> Tensor:
     """As the reference (specpass.kernels.importance.reference), of tensors that `refuse` lets through."""
     found = library("importance")
-    assert isinstance(found, Tiles)
+    assert isinstance(found, ctypes.CDLL)
     batch, heads, count, dim = query.shape
     kv_heads, columns = key.shape[1:3]
     scores = torch.empty(batch, kv_heads, columns)
@@ -53,9 +53,7 @@ def importance(
     addresses = (None if each is None else each.data_ptr() for each in (query, key, *own, scores))
     sizes = (batch, heads, kv_heads, count, columns, dim)
     torch.get_num_threads()  # see prefill.py
-    found.functions.importance(
-        ctypes.byref(_Call(*addresses, *sizes, strides(query), strides(key), scale, int(reduce != "max")))
-    )
+    found.importance(ctypes.byref(_Call(*addresses, *sizes, strides(query), strides(key), scale, int(reduce != "max"))))
     if reduce == "mean":
         live = (rows >= 0).sum(1).clamp(min=1)
         scores /= (heads // kv_heads * live)[:, None, None]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specpass.kernels.cpu.build import Unbuilt
-from specpass.kernels.cpu.tiles import Strides, Tiles, library, refuse_tensors, strides
+from specpass.kernels.cpu.tiles import Strides, library, refuse_tensors, strides
 
 
 class _Call(ctypes.Structure):
@@ -59,7 +59,7 @@ def prefill(
     Returns: [B, H, T, Dv], lying in memory as [B, T, H, Dv]; its natural log-sum-exp [B, H, T] float32.
     """
     found = library("prefill")
-    assert isinstance(found, Tiles)
+    assert isinstance(found, ctypes.CDLL)
     batch, heads, columns, dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
     out = query.new_empty(batch, columns, heads, value_dim)
@@ -77,5 +77,5 @@ def prefill(
         call.chosen, call.exact, call.chosen_keys, call.chosen_values = (t.data_ptr() for t in (*chosen, *chosen_tiles))
         call.V = count
     torch.get_num_threads()  # sets OpenMP's number in a thread of Python's that has not run torch yet
-    found.functions.prefill(ctypes.byref(call))
+    found.prefill(ctypes.byref(call))
     return out.transpose(1, 2), lse

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 
 import torch
 from torch import Tensor
@@ -14,29 +13,18 @@ from specpass.kernels.cpu.isa import AMX, AVX512, Isa
 Strides = ctypes.c_int64 * 3
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """The functions of a library, and what it multiplies with."""
-
-    functions: ctypes.CDLL
-    isa: Isa
-
-
-def library(name: str) -> Tiles | Unbuilt:
+def library(name: str) -> ctypes.CDLL | Unbuilt:
     """`name`.cpp for the best that this process may use; or why there is none. Asking twice is free."""
-    for isa in (AMX, AVX512):
-        found = prepared(name, isa)
-        if isinstance(found, Tiles):
-            break
-    return found
+    found = prepared(name, AMX)
+    return prepared(name, AVX512) if isinstance(found, Unbuilt) else found
 
 
-def prepared(name: str, isa: Isa) -> Tiles | Unbuilt:
+def prepared(name: str, isa: Isa) -> ctypes.CDLL | Unbuilt:
     """`name`.cpp, compiled for `isa`."""
     found = load(Source(name, isa))
     if isinstance(found, Unbuilt):
         return found
-    return Unbuilt(f"the system gives this process no {isa.title} tiles") if found.allow() else Tiles(found, isa)
+    return Unbuilt(f"the system gives this process no {isa.title} tiles") if found.allow() else found
 
 
 def refuse_tensors(scale: float, *tensors: Tensor) -> str | None:

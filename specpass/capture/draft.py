@@ -98,12 +98,9 @@ def capture_draft(draft: nn.Module, method: Method | None = None, goes_on: bool 
         int(value(results_of(step.graph)[0]).shape[-1]),
         eos_ids(config),
         pad_id(config),
-        0.0,
-        0,
-        None,
-        None if method is None else method.prompt,
-        extend,
-        plain_step,
+        prompt=None if method is None else method.prompt,
+        extend=extend,
+        plain_step=plain_step,
     )
 
 
