@@ -2,7 +2,8 @@
 
 Prompts are windows of this repository's text and code, which the target goes on writing greedily. Each prompt is
 answered by every engine, one after the other. Beside the rates: proposed and taken tokens, and how often the answers
-agree (in bfloat16 a call of five tokens and one of one may round a near tie differently).
+agree (in bfloat16 a call of five tokens and one of one may round a near tie differently). "4, 8 bits": four tokens, of
+a draft whose steps read its weights in 8 bits.
 
     python -m bench.speculation
     python -m bench.speculation --target smollm2-135m --draft smollm2-135m --prompts 1
@@ -44,15 +45,18 @@ def main() -> None:
 
     tokenizer = common.load_tokenizer(args.target)
     target, draft = (common.load_model(name) for name in (args.target, args.draft))
-    engines: dict[int, Any] = {}
-    for count in (0, *args.proposed):
-        method = specpass.SpecKV(args.budget, lookahead=32)
-        engines[count] = specpass.compile(common.twin(target), draft=draft, method=method, speculate=count)
-        answer(engines[count], list(range(100, 100 + args.budget + 100)), 48)
+    method = specpass.SpecKV(args.budget, lookahead=32)
+    engines: dict[str, Any] = {}
+    for count, bits in ((0, None), *((count, bits) for count in args.proposed for bits in (None, 8))):
+        name = f"{count}, {bits} bits" if bits else str(count)
+        engines[name] = specpass.compile(
+            common.twin(target), draft=draft, method=method, speculate=count, draft_bits=bits
+        )
+        answer(engines[name], list(range(100, 100 + args.budget + 100)), 48)
     prompts = common.own_text(tokenizer, args.prompts, args.tokens)
-    found: dict[int, list[Any]] = {count: [] for count in engines}
+    found: dict[str, list[Any]] = {name: [] for name in engines}
     for ids in track(prompts, "answers"):
-        for count, model in engines.items():
+        for name, model in engines.items():
             report = specpass.report(model)
             before = report.replayed, report.proposed, report.accepted
             tokens, rate = answer(model, ids, args.new)
@@ -60,18 +64,18 @@ def main() -> None:
                 now - then
                 for now, then in zip((report.replayed, report.proposed, report.accepted), before, strict=True)
             ]
-            found[count].append((tokens, rate, *counts))
+            found[name].append((tokens, rate, *counts))
     engines_found = {}
-    for count, records in found.items():
-        ratios = [record[1] / plain[1] for record, plain in zip(records, found[0], strict=True)]
-        engines_found[str(count)] = {
+    for name, records in found.items():
+        ratios = [record[1] / plain[1] for record, plain in zip(records, found["0"], strict=True)]
+        engines_found[name] = {
             "tokens_per_second": [round(record[1], 3) for record in records],
             "median": common.median((record[1] for record in records), 3),
             "ratio": common.median(ratios, 3),
             "free": [record[2] for record in records],
             "proposed": sum(record[3] for record in records),
             "accepted": sum(record[4] for record in records),
-            "same_answers": sum(record[0] == plain[0] for record, plain in zip(records, found[0], strict=True)),
+            "same_answers": sum(record[0] == plain[0] for record, plain in zip(records, found["0"], strict=True)),
         }
     settings = {name: getattr(args, name) for name in ("tokens", "new", "budget", "prompts")}
     settings |= {"target": Path(args.target).name, "draft": Path(args.draft).name, "dtype": "bfloat16"}

@@ -10,6 +10,7 @@ a number, and in which symbolic, is Dynamo's choice: the operator looks at the r
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import ClassVar
 
 from torch import fx
@@ -59,12 +60,14 @@ def linear_notes(gm: fx.GraphModule) -> list[str]:
 
 
 def served(graph: fx.Graph) -> list[list[Linear]]:
-    """Linear layers that could be linear_rows: those of one input and decoder layer together, where their weights stand
-    in front of the first."""
+    """Linear layers that could be linear_rows, together where they can be one call."""
+    return together(linear for linear in Linear.find(graph) if serves(value(linear.weight), value(linear.bias)))
+
+
+def together(linears: Iterable[Linear]) -> list[list[Linear]]:
+    """Those of one input and decoder layer, where their weights stand in front of the first."""
     groups: dict[tuple[fx.Node, str | None], list[Linear]] = {}
-    for linear in Linear.find(graph):
-        if not serves(value(linear.weight), value(linear.bias)):
-            continue
+    for linear in linears:
         group = groups.setdefault((linear.input, layer_of(linear.node)), [])
         given = [source for source in (linear.weight, linear.bias) if source is not None]
         if not group or all(source < group[0].node for source in given):

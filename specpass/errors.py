@@ -42,6 +42,10 @@ class SpeculationError(SpecpassError, ValueError):
     """The draft cannot go on as a speculator, or not by so many tokens."""
 
 
+class DraftBitsError(SpecpassError, ValueError):
+    """A draft's weights cannot be read in so many bits."""
+
+
 class TokenizerMismatchError(SpecpassError, ValueError):
     """Draft and target read different tokens."""
 

@@ -20,4 +20,5 @@ AVX512 = Isa(
     ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
 )
 AMX = Isa("AMX", (*AVX512.needs, "amx_tile", "amx_bf16"), (*AVX512.flags, "-mamx-tile", "-mamx-bf16"))
+VNNI = Isa("AVX-512 VNNI", (*AVX512.needs, "avx512_vnni"), (*AVX512.flags, "-mavx512vnni"))
 ANY = Isa("any")

@@ -1,18 +1,13 @@
 // out = x W^T + bias for few rows of x, all in bfloat16, summed in float32: W is read once, as it lies, at the rate of
 // memory. Several matrices that multiply the same x are one call: waking threads costs as much as a small matrix.
 //
-// Blocks of 16 rows of W are dealt to threads. With AMX, 16 x 32 numbers of W are a tile just as they lie; x is turned
-// once, so that two numbers of each of its rows lie side by side (M = 1: it already is). Otherwise dot products of
-// AVX-512. In both, lines of W are asked for AHEAD bytes before they are read, the next block's where a row ends: the
-// hardware does not look over the end of a row, and at 3 KiB a row it is behind most of the time.
+// With AMX, 16 x 32 numbers of W are a tile just as they lie; x is turned once, so that two numbers of each of its rows
+// lie side by side (M = 1: it already is). Otherwise dot products of AVX-512.
 //
 // M rows of x, K columns (a multiple of 32), N rows of W (16 at least).
 
-#include <immintrin.h>
-#include <omp.h>
+#include "linear.h"
 
-#include <algorithm>
-#include <cstdint>
 #include <vector>
 
 #ifdef __AMX_BF16__
@@ -22,33 +17,8 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 16, DEPTH = 32, AHEAD = 512, MAX_ROWS = 32;
-constexpr int64_t PARALLEL = 1 << 17;  // numbers of W from which threads are woken
-
-struct Part {
-  const uint16_t *weight;  // [N, K]
-  int64_t stride;          // numbers from one row of it to the next
-  const uint16_t *bias;    // [N], or null
-  uint16_t *out;           // [M, N]
-  int64_t n;
-
-  int64_t blocks() const { return (n + BLOCK - 1) / BLOCK; }
-  // The last block is whole: it begins early, and what was done before is done again, and not written.
-  int64_t first(int64_t block) const { return std::min(block * BLOCK, n - BLOCK); }
-};
-
-// sums[m * step + 16] of the block's 16 rows -> out, rounded to nearest even.
-inline void write(const Part &part, int64_t block, int64_t m, __m512 sums) {
-  const int64_t first = part.first(block);
-  if (part.bias) {
-    const __m512i bias = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(part.bias + first)));
-    sums = _mm512_add_ps(sums, _mm512_castsi512_ps(_mm512_slli_epi32(bias, 16)));
-  }
-  const __mmask16 fresh = (__mmask16)(0xffffu << (block * BLOCK - first));
-  _mm256_mask_storeu_epi16(part.out + m * part.n + first, fresh, (__m256i)_mm512_cvtneps_pbh(sums));
-}
-
-inline void ask(const uint16_t *row) { _mm_prefetch((const char *)row, _MM_HINT_T0); }
+constexpr int64_t DEPTH = 32, MAX_ROWS = 32;
+using Weights = Part<uint16_t>;
 
 #ifdef __AMX_BF16__
 
@@ -82,7 +52,7 @@ class Worker {
     else _tile_release();
   }
 
-  template <bool TWO> void multiply(const Part &part, int64_t block, const uint16_t *next, int64_t next_stride) {
+  template <bool TWO> void multiply(const Weights &part, int64_t block, const uint16_t *next, int64_t next_stride) {
     const uint16_t *weight = part.weight + part.first(block) * part.stride;
     const int64_t step = part.stride * 2, wide = low * 4, wide_high = high * 4;
     const uint16_t *behind = turned + low * inner;
@@ -124,18 +94,18 @@ class Worker {
     finish(part, block, sums, low, high);
   }
 
-  void operator()(const Part &part, int64_t block, const uint16_t *next, int64_t next_stride) {
+  void operator()(const Weights &part, int64_t block, const uint16_t *next, int64_t next_stride) {
     if (high) multiply<true>(part, block, next, next_stride);
     else multiply<false>(part, block, next, next_stride);
   }
 
  private:
-  static void finish(const Part &part, int64_t block, float (*sums)[BLOCK * BLOCK], int64_t first, int64_t count) {
+  static void finish(const Weights &part, int64_t block, float (*sums)[BLOCK * BLOCK], int64_t first, int64_t count) {
     const __m512i across = _mm512_mullo_epi32(
       _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32((int)count));
     for (int64_t m = 0; m < count; m++) {
       const __m512 even = _mm512_i32gather_ps(across, sums[0] + m, 4);
-      write(part, block, first + m, _mm512_add_ps(even, _mm512_i32gather_ps(across, sums[1] + m, 4)));
+      part.write(block, first + m, _mm512_add_ps(even, _mm512_i32gather_ps(across, sums[1] + m, 4)));
     }
   }
 };
@@ -167,7 +137,7 @@ class Worker {
  public:
   Worker(const uint16_t *x, int64_t rows, int64_t inner) : rows(rows), inner(inner), x(x) {}
 
-  void operator()(const Part &part, int64_t block, const uint16_t *next, int64_t next_stride) {
+  void operator()(const Weights &part, int64_t block, const uint16_t *next, int64_t next_stride) {
     for (int64_t m = 0; m < rows; m += 4) switch (std::min<int64_t>(4, rows - m)) {
       case 1: multiply<1>(part, block, next, next_stride, m); break;
       case 2: multiply<2>(part, block, next, next_stride, m); break;
@@ -179,7 +149,7 @@ class Worker {
  private:
   // COUNT rows of x from `m` on; 4 rows of W at a time. Behind the first rows of x the block lies in a cache.
   template <int COUNT>
-  void multiply(const Part &part, int64_t block, const uint16_t *next, int64_t next_stride, int64_t m) {
+  void multiply(const Weights &part, int64_t block, const uint16_t *next, int64_t next_stride, int64_t m) {
     alignas(64) float found[COUNT][BLOCK];
     const uint16_t *weight = part.weight + part.first(block) * part.stride;
     for (int64_t r = 0; r < BLOCK; r += 4) {
@@ -205,7 +175,7 @@ class Worker {
       }
       for (int c = 0; c < COUNT; c++) for (int i = 0; i < 4; i++) found[c][r + i] = _mm512_reduce_add_ps(sums[c][i]);
     }
-    for (int c = 0; c < COUNT; c++) write(part, block, m + c, _mm512_load_ps(found[c]));
+    for (int c = 0; c < COUNT; c++) part.write(block, m + c, _mm512_load_ps(found[c]));
   }
 };
 
@@ -225,26 +195,7 @@ extern "C" int linear_prepare() {
 }
 
 // `parts` multiply the same x [rows, inner]; rows from 1 to MAX_ROWS.
-extern "C" void linear_rows(const Part *parts, int64_t count, const uint16_t *x, int64_t rows, int64_t inner) {
-  int64_t total = 0, numbers = 0;
-  for (int64_t i = 0; i < count; i++) total += parts[i].blocks(), numbers += parts[i].n * inner;
+extern "C" void linear_rows(const Weights *parts, int64_t count, const uint16_t *x, int64_t rows, int64_t inner) {
   const uint16_t *turned = turn(x, rows, inner);
-#pragma omp parallel if (numbers >= PARALLEL)
-  {
-    const int64_t threads = omp_get_num_threads(), own = omp_get_thread_num();
-    int64_t block = total * own / threads, left = total * (own + 1) / threads - block;
-    const Part *part = parts;
-    while (left && block >= part->blocks()) block -= part->blocks(), part++;
-    if (left) {
-      Worker work(turned, rows, inner);
-      for (; left; left--) {
-        const Part *then = part;
-        int64_t next = block + 1;
-        if (next == part->blocks() && left > 1) next = 0, then++;
-        const uint16_t *rows_of_next = then->weight + then->first(next) * then->stride;
-        work(*part, block, rows_of_next, then->stride);
-        part = then, block = next;
-      }
-    }
-  }
+  deal(parts, count, inner, [&] { return Worker(turned, rows, inner); });
 }

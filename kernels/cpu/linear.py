@@ -43,9 +43,13 @@ def prepared(isa: Isa, most: int, how: str) -> Rows | Unbuilt:
         return library
     if library.linear_prepare():
         return Unbuilt(f"the system does not let this process use {how}")
-    run = library.linear_rows
-    run.restype, run.argtypes = None, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    return Rows(run, most, how)
+    return Rows(typed(library.linear_rows), most, how)
+
+
+def typed(run: Callable[..., None]) -> Callable[..., None]:
+    """A library's function, told how it is called."""
+    run.restype, run.argtypes = None, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]  # type: ignore[attr-defined]
+    return run
 
 
 def serves(weight: Tensor, bias: Tensor | None) -> bool:
@@ -66,20 +70,29 @@ def multiply(rows: Rows, x: Tensor, weights: Sequence[Tensor], biases: Sequence[
 
     Args: x with 1 to `rows.most` rows, bfloat16; weights that are served, all of K columns.
     """
+    return call(rows.run, x, weights, [None] * len(weights), biases)
+
+
+def call(
+    run: Callable[..., None],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """A library's function on the parts of linear.h: x W^T scale + bias for each weight, [..., K] -> [..., N]."""
     inner = x.shape[-1]
     x = x.contiguous()
     outs = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
     parts = [
         number
-        for weight, bias, out in zip(weights, biases, outs, strict=True)
-        for number in (
-            weight.data_ptr(),
-            weight.stride(0),
-            0 if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            weight.shape[0],
-        )
+        for weight, scale, bias, out in zip(weights, scales, biases, outs, strict=True)
+        for number in (weight.data_ptr(), weight.stride(0), _at(scale), _at(bias), out.data_ptr(), weight.shape[0])
     ]
     torch.get_num_threads()  # sets OpenMP's number in a thread of Python's that has not run torch yet
-    rows.run((ctypes.c_int64 * len(parts))(*parts), len(outs), x.data_ptr(), x.numel() // inner, inner)
+    run((ctypes.c_int64 * len(parts))(*parts), len(outs), x.data_ptr(), x.numel() // inner, inner)
     return outs
+
+
+def _at(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -13,6 +13,7 @@ from torch import nn
 from specpass.errors import (
     BudgetError,
     DeviceMismatchError,
+    DraftBitsError,
     EncoderDecoderError,
     FirstLayerError,
     FuturesError,
@@ -62,6 +63,23 @@ def check_draft(draft: Any, method: Method) -> None:
     check_asked(draft, method)
     check_decoder(draft, "draft")
     check_first_layer(draft, method)
+
+
+def check_draft_bits(bits: Any, draft: nn.Module | None, method: Method) -> int | None:
+    """Bits of the weights that a draft's steps read; None as they are."""
+    if bits is None:
+        return None
+    if isinstance(bits, bool) or bits != 8:
+        raise DraftBitsError(f"draft_bits={bits!r}: expected 8, or None for the draft's weights as they are.")
+    if draft is None or not method.drafts:
+        raise DraftBitsError(f"draft_bits=8 is said of a draft, and {method.name} has none here: pass draft=.")
+    weight = next(draft.parameters())
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        raise DraftBitsError(
+            f"draft_bits=8 copies weights in bfloat16 on a CPU, and the draft's are {str(weight.dtype)[6:]} on "
+            f"{weight.device.type}: leave it out, or load the draft with dtype=torch.bfloat16."
+        )
+    return 8
 
 
 def check_speculate(count: Any, draft: Any, method: Method) -> int:

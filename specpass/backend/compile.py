@@ -25,6 +25,9 @@ from specpass.dialect.cache import Advance, ExtendKv, Fill
 from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError, UnsplicedGraphError
 from specpass.graph.edit import copy_module
 from specpass.graph.operands import results_of
+from specpass.kernels.cpu.build import Unbuilt
+from specpass.kernels.cpu.linear8 import rows8
+from specpass.lowering.eight_bits import eight_bits
 from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import NGRAM, Method
@@ -50,6 +53,9 @@ class Backend:
         cudagraphs: replay decode steps, and the draft's, as one CUDA graph each. None: wherever there is CUDA and they
             can be recorded (the report says where not); True: an error without CUDA.
         lookahead_ids: [B, L] token ids in place of the draft's.
+        draft_bits: 8: the draft's steps read copies of its weights in 8 bits, made once, which takes half as long where
+            memory is what they wait for (bfloat16, on a CPU). Its lookahead and its proposals may be others; what the
+            target says of them is not touched. None: the weights as they are.
         skip_passes: names of passes to leave out, for experiments.
         full_verify: propagate fake values through the whole graph after each pass.
         keep_stages: keep copies of the graphs of these stages ("DRAFTED", "PRUNED") in `backend.stages`.
@@ -57,7 +63,7 @@ class Backend:
             pass, by the pass's name.
 
     Raises:
-        MissingDraftError, GradientsError, EncoderDecoderError, NoCudaError: see specpass.errors.
+        MissingDraftError, GradientsError, EncoderDecoderError, NoCudaError, DraftBitsError: see specpass.errors.
     """
 
     backend_ctx_ctor = staticmethod(raised_limit)  # Dynamo enters it around each call
@@ -70,6 +76,7 @@ class Backend:
         lowering: str = "inductor",
         cudagraphs: bool | None = None,
         lookahead_ids: Any = None,
+        draft_bits: int | None = None,
         skip_passes: Iterable[str] = (),
         full_verify: bool = False,
         keep_stages: Iterable[str] = (),
@@ -81,6 +88,7 @@ class Backend:
         checks.check_draft(draft, method)
         checks.check_lowering(lowering)
         checks.check_cudagraphs(cudagraphs)
+        self.draft_bits = checks.check_draft_bits(draft_bits, draft, method)
         self.draft, self.method, self.lowering, self.cudagraphs = draft, method, lowering, cudagraphs is not False
         self.skip_passes, self.full_verify = tuple(skip_passes), full_verify
         check_names(self.skip_passes, (*PASSES, *FUSION))  # unknown names are an error now, not at the first call
@@ -269,6 +277,8 @@ class Backend:
             except Refusal as refusal:
                 self._uncaptured = f"the draft cannot be captured: {refusal}"
                 raise Unspliced(self._uncaptured) from refusal
+            if self.draft_bits:
+                self._copy_weights(self._graphs[how])
             self.report.draft_seconds = time.perf_counter() - start
         method, vocab = cache.method, cache.config.vocab_size
         return dataclasses.replace(
@@ -278,6 +288,16 @@ class Backend:
             target_vocab=vocab,
             futures=method.futures,
         )
+
+    def _copy_weights(self, graphs: DraftGraphs) -> None:
+        """Let the draft's steps read weights in 8 bits, where this machine can."""
+        library = rows8()
+        if isinstance(library, Unbuilt):
+            self.report.note(f"draft_bits=8: the draft's weights are read as they are: {library}")
+            return
+        steps = {id(gm): gm for gm in (graphs.step, graphs.extend, graphs.plain_step) if gm is not None}
+        size = eight_bits(steps.values(), [graphs.prefill], graphs.params)
+        self.report.note(f"the draft's steps read copies of its weights in 8 bits, {size / 2**20:,.0f} MiB")
 
     def check_cache(self, cache: BudgetCache) -> None:
         """Raises: MethodMismatchError: the cache was made for another method."""

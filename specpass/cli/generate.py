@@ -17,6 +17,7 @@ from specpass.cli.options import (
     Budget,
     Choice,
     Draft,
+    DraftBits,
     Dtype,
     Json,
     Lookahead,
@@ -39,7 +40,7 @@ from specpass.cli.options import (
     shown,
     silence_libraries,
 )
-from specpass.errors import SpeculationError
+from specpass.errors import DraftBitsError, SpeculationError
 from specpass.observe import progress
 
 ORDER = 1
@@ -57,6 +58,7 @@ def generate(
     window: Window = None,
     lookahead: Lookahead = None,
     speculate: Speculate = 0,
+    draft_bits: DraftBits = None,
     option: Options = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="The prompt as UTF-8 text.")] = None,
@@ -95,7 +97,9 @@ def generate(
     choice = choose(
         target, draft, method, budget, window, lookahead, option, dtype, lowering, revision, trust_remote_code
     )
-    choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice))
+    choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice), draft_bits=draft_bits)
+    if draft_bits and choice.method is None:
+        raise DraftBitsError(f"--draft-bits {draft_bits} needs a method with a draft, such as --method speckv.")
     text = read_prompt(prompt, prompt_file)
     check_device(device)
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "temperature": None, "top_p": None, "top_k": None}

@@ -41,6 +41,9 @@ Options = Annotated[
 Speculate = Annotated[
     int, typer.Option(min=0, help="Tokens that the draft proposes at a time behind its lookahead; 0: none.")
 ]
+DraftBits = Annotated[
+    int | None, typer.Option(help="8: the draft's steps read copies of its weights in 8 bits (bfloat16, on a CPU).")
+]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")]
 Lowering = Annotated[str, typer.Option(help="inductor, or eager: the same passes without a compiler.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")]
@@ -69,7 +72,8 @@ def example(line: str) -> str:
 class Choice:
     """The models and the method that the options name; nothing is loaded yet. `method` None: full KV.
 
-    `speculate`: tokens that the draft proposes at a time. `trust`: code that the models bring along may run.
+    `speculate`: tokens that the draft proposes at a time. `draft_bits`: of the weights that its steps read. `trust`:
+    code that the models bring along may run.
     """
 
     target: str
@@ -78,6 +82,7 @@ class Choice:
     dtype: str
     lowering: str
     speculate: int = 0
+    draft_bits: int | None = None
     trust: bool = False
 
     @property
@@ -170,7 +175,12 @@ def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
             )
     if choice.method is not None:
         specpass.compile(
-            target, draft=draft, method=choice.method, lowering=choice.lowering, speculate=choice.speculate
+            target,
+            draft=draft,
+            method=choice.method,
+            lowering=choice.lowering,
+            speculate=choice.speculate,
+            draft_bits=choice.draft_bits,
         )
     return target, draft, tokenizer
 

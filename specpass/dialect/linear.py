@@ -19,3 +19,18 @@ class LinearRows(
     @staticmethod
     def fake(input, weights, biases):
         return [input.new_empty(*input.shape[:-1], weight.shape[0]) for weight in weights]
+
+
+class LinearRows8(
+    Operator, schema="linear_rows8(Tensor input, Tensor[] weights, Tensor[] scales, Tensor?[] biases) -> Tensor[]"
+):
+    """The same of weights [N, K] in int8, each of whose rows is multiplied by its scale [N] in float32."""
+
+    input: fx.Node
+    weights: list[fx.Node]
+    scales: list[fx.Node]
+    biases: list[fx.Node | None]
+
+    @staticmethod
+    def fake(input, weights, scales, biases):
+        return LinearRows.fake(input, weights, biases)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specpass.dialect.linear import LinearRows
+from specpass.dialect.linear import LinearRows, LinearRows8
 from specpass.kernels.cpu.build import Unbuilt
 from specpass.kernels.cpu.linear import few_rows, multiply, serves
+from specpass.kernels.cpu.linear8 import multiply8, rows8
 from specpass.ops.bind import bind
 
 
@@ -28,9 +29,21 @@ def linear_rows(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
     return [F.linear(input, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
+def linear_rows8(
+    input: Tensor, weights: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """[..., K] -> [..., N] for each weight [N, K] in int8, with a scale [N] in float32 for each row."""
+    run = rows8()
+    if not isinstance(run, Unbuilt) and input.dtype == torch.bfloat16 and input.numel():
+        return multiply8(run, input, weights, scales, biases)
+    whole = [(weight * scale[:, None]).to(input.dtype) for weight, scale in zip(weights, scales, strict=True)]
+    return [F.linear(input, weight, bias) for weight, bias in zip(whole, biases, strict=True)]
+
+
 def linear_flops(input: torch.Size, weights: Sequence[torch.Size], *_: Any, **__: Any) -> int:
     """input [..., K], weights [N, K]."""
     return sum(2 * input.numel() * weight[0] for weight in weights)
 
 
 bind(LinearRows, linear_rows, flops=linear_flops)
+bind(LinearRows8, linear_rows8, flops=linear_flops)

@@ -67,6 +67,23 @@ def test_a_draft_beside_a_lookahead_of_the_prompts_own() -> None:
 
 
 @pytest.mark.parametrize(
+    ("bits", "draft", "texts"),
+    [
+        (4, "bfloat16", ["draft_bits=4", "expected 8"]),
+        (True, "bfloat16", ["draft_bits=True"]),
+        (8, "float32", ["float32 on cpu", "dtype=torch.bfloat16"]),
+        (8, None, ["SnapKV has none here", "pass draft="]),
+    ],
+)
+def test_bits_that_a_draft_cannot_be_read_in(bits: Any, draft: str | None, texts: list[str]) -> None:
+    how = specpass.SnapKV(budget=C, window=W) if draft is None else METHOD
+    given = None if draft is None else tiny(seed=1).to(getattr(torch, draft))
+    target = tiny()
+    with refused(target, errors.DraftBitsError, *texts):
+        specpass.compile(target, draft=given, method=how, draft_bits=bits)
+
+
+@pytest.mark.parametrize(
     ("arguments", "texts"),
     [
         ({"budget": 0}, ["budget=0"]),

@@ -65,6 +65,19 @@ def test_bfloat16_by_the_cpus_own_kernels() -> None:
     assert float((found.float() - due).abs().max()) < 0.1 * float(due.std())
 
 
+def test_a_draft_in_eight_bits_changes_no_answer() -> None:
+    """Its proposals may be others: they are the target's to take."""
+    plain, fast = (
+        compile_eager(tiny().to(torch.bfloat16), METHODS["unverified"], tiny().to(torch.bfloat16), **options)
+        for options in ({}, {"speculate": 3, "draft_bits": 8})
+    )
+    ids = prompt(60, seed=60)
+    assert run(fast, ids, 12).tokens == run(plain, ids, 12).tokens
+    found = specpass.report(fast)
+    assert found.accepted > 0
+    assert "8 bits" in str(found)
+
+
 def test_a_draft_that_is_right_saves_calls_of_the_target() -> None:
     """Where nothing is dropped, the target's twin is always right: one call for four tokens."""
     model = compile_eager(tiny(), specpass.SpecKV(budget=60, window=W, lookahead=L), tiny(), speculate=3)

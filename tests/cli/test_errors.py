@@ -323,6 +323,16 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
         ("claims.json", "the score is 1.0", "--restart"),
     ),
     (
+        errors.DraftBitsError,
+        lambda f: generate(f.good, "-d", f.good, *SMALL, "--draft-bits", "8"),
+        ("draft_bits=8", "float32 on cpu", "dtype=torch.bfloat16"),
+    ),
+    (
+        errors.DraftBitsError,
+        lambda f: generate(f.good, "-m", "full", "--draft-bits", "8"),
+        ("--draft-bits 8", "--method speckv"),
+    ),
+    (
         errors.SpeculationError,
         lambda f: generate(f.good, "-m", "snapkv", "--budget", "8", "--window", "4", "--speculate", "4"),
         ("speculate=4", "SnapKV", "pass draft="),
