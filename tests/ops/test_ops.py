@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from specpass.dialect import OPERATORS
+from specpass.kernels.cpu.linear8 import quantized
 from specpass.ops import IMPLEMENTATIONS
 
 SPEC = torch.ops.specpass
@@ -127,6 +128,11 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "append_attend_lse": [(keys, values, used, query[:, :, :1], *(states[:, :, :1] for states in step), 0.3)],
         "linear_rows": [(x, [weight, weight[:20]], [bias, None]) for x, weight, bias in linears],
+        "linear_rows8": [
+            (x, [numbers, numbers[:20]], [scale, scale[:20]], [bias, None])
+            for x, weight, bias in linears
+            for numbers, scale in [quantized(weight)]
+        ],
         "read_prompt": [(key,)],
         "widen": [(keys, K, C + N), (keys, K, C + N + 3)],
         "advance": [(torch.tensor(5), None, 2), (torch.tensor(5), lengths, 2)],
