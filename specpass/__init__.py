@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from specpass.backend.compile import Backend as Backend
     from specpass.backend.doors import compile as compile
     from specpass.backend.doors import restore as restore
+    from specpass.backend.prefix import read as read
     from specpass.cache.budget import BudgetCache as BudgetCache
+    from specpass.cache.prefix import Prefix as Prefix
     from specpass.export.api import export_onnx as export_onnx
     from specpass.methods.base import Method as Method
     from specpass.methods.pyramidkv import PyramidKV as PyramidKV
@@ -30,6 +32,8 @@ _HOME = {
     "restore": "specpass.backend.doors",
     "Backend": "specpass.backend.compile",
     "BudgetCache": "specpass.cache",
+    "Prefix": "specpass.cache.prefix",
+    "read": "specpass.backend.prefix",
     "Method": "specpass.methods.base",
     "export_onnx": "specpass.export.api",
     "progress": "specpass.observe.display",

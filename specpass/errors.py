@@ -118,6 +118,34 @@ class UnsupportedCallError(SpecpassError, ValueError):
     """A call with arguments that specpass cannot serve."""
 
 
+class PrefixModelError(SpecpassError, ValueError):
+    """A prefix that another target has read, or this one with other weights."""
+
+
+class PrefixDraftError(SpecpassError, ValueError):
+    """A prefix that another draft has read, or none, where the draft is to go on from it."""
+
+
+class PrefixDtypeError(SpecpassError, ValueError):
+    """A prefix whose keys and values have another dtype than the model's."""
+
+
+class PrefixFileError(SpecpassError, ValueError):
+    """A file that is no prefix, or a part of one."""
+
+
+class PrefixVersionError(SpecpassError, ValueError):
+    """A prefix file of another version."""
+
+
+class PrefixCacheError(SpecpassError, ValueError):
+    """A prefix with a cache that holds something else, or that holds no prefix."""
+
+
+class PrefixUnsupportedError(SpecpassError, ValueError):
+    """A model or a method that cannot go on from a prefix; the message names the reason."""
+
+
 class CorruptWeightsError(SpecpassError, ValueError):
     """A weight file is truncated or does not match its checksum or header."""
 

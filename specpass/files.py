@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -32,20 +34,29 @@ def write_file(path: Path, content: str | bytes) -> None:
 
     Raises: OutputFileError: the file cannot be written there.
     """
+    write_whole(path, lambda place: place.write_bytes(content.encode() if isinstance(content, str) else content))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """What `write` puts into the file that it is handed appears at `path`, or nothing does; its folder is made.
+
+    Raises: OutputFileError: the file cannot be written there.
+    """
     name = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        os.close(handle)
+        write(Path(name))
         os.chmod(name, 0o644)  # mkstemp makes it private
         os.replace(name, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
         raise OutputFileError(
             f"{path} cannot be written: {error.strerror or error}. Name a file in a folder that you may write to."
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(name)  # gone where it was renamed
 
 
 def cache_dir() -> Path:

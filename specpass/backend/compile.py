@@ -259,9 +259,10 @@ class Backend:
         source = self.draft.generation_config if self.draft is not None else cache.config
         return eos_ids(source)
 
-    def draft_graphs(self, cache: BudgetCache) -> DraftGraphs:
+    def draft_graphs(self, cache: BudgetCache, goes_on: bool = False) -> DraftGraphs:
         """The draft's two graphs, captured once; once more where autocast changes what they compute.
 
+        Args: goes_on: also those by which it goes on behind what it has read.
         Raises: Refusal: they cannot be had.
         """
         if self._uncaptured:
@@ -269,11 +270,13 @@ class Backend:
         assert self.draft is not None
         device = checks.device_of(self.draft).type
         how = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if how not in self._graphs:
+        goes_on = goes_on or self.speculate > 0
+        known = self._graphs.get(how)
+        if known is None or (goes_on and known.extend is None):
             checks.check_draft(self.draft, self.method)  # train() may have been called since
             start = time.perf_counter()
             try:
-                self._graphs[how] = capture(self.draft, self.method, self.speculate > 0)
+                self._graphs[how] = capture(self.draft, self.method, goes_on)
             except Refusal as refusal:
                 self._uncaptured = f"the draft cannot be captured: {refusal}"
                 raise Unspliced(self._uncaptured) from refusal

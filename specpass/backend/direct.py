@@ -21,6 +21,7 @@ from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
 from specpass.backend.pieces import piece_of_lookahead, piece_of_prompt
 from specpass.backend.positions import number, number_step, take_one_axis
+from specpass.backend.prefix import Questions, check_same
 from specpass.backend.speculate import Speculator
 from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncaptured, why_uncompiled
 from specpass.cache.budget import BudgetCache
@@ -29,7 +30,7 @@ from specpass.cache.states import why_unheld
 from specpass.capture.dynamo import holds_cache_ops
 from specpass.capture.model import asks_for_length
 from specpass.capture.rope import following
-from specpass.errors import GraphLimitError, MaskError, PositionsError, UnsupportedCallError
+from specpass.errors import GraphLimitError, MaskError, PositionsError, PrefixCacheError, UnsupportedCallError
 from specpass.interpret.beside import leave_out_kinds
 from specpass.observe import progress
 
@@ -94,6 +95,11 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, BudgetCache):
             kwargs.pop("lookahead_ids", None)
+            if kwargs.pop("prefix", None) is not None:
+                raise PrefixCacheError(
+                    f"prefix= and past_key_values={type(cache).__name__}: answers behind a prefix need a BudgetCache. "
+                    "Leave past_key_values out of generate(), or pass specpass.BudgetCache(model.config, method)."
+                )
             if not warned and not why_unheld(target.config):  # else the report says why, and no cache helps
                 warnings.warn(
                     f"specpass: past_key_values is {type(cache).__name__}, not a BudgetCache, so the model runs "
@@ -110,6 +116,10 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         given = kwargs.pop("lookahead_ids", None)
         if not cache.filled:  # generate() passes it with every token
             cache.look_ahead(given)
+        prefix = kwargs.pop("prefix", None)
+        if prefix is not None and not cache.filled:
+            return questions(cache, kwargs, prefix)
+        check_same(cache, prefix)
         if cache.padded and "position_ids" in names:
             number_step(target, cache, kwargs)
         piece = piece_of_lookahead(cache, kwargs, call)
@@ -137,6 +147,7 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
                 uncompiled.failed(error, cache)
         return uncompiled(target, cache, kwargs)
 
+    questions = Questions(target, backend, uncompiled, call)
     return call
 
 

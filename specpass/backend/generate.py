@@ -10,8 +10,11 @@ import torch
 from transformers.generation.configuration_utils import GenerationMode
 
 from specpass.backend.compile import Backend
+from specpass.backend.prefix import check_same
 from specpass.cache.budget import BudgetCache
+from specpass.cache.prefix import Prefix
 from specpass.cache.states import why_unheld
+from specpass.errors import PrefixCacheError, PrefixUnsupportedError
 
 
 def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
@@ -20,6 +23,9 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
     ) -> Any:
         """Stands in for the method of the same name, and asks it wherever the user chose a cache."""
         chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
+        prefix = model_kwargs.get("prefix")
+        if prefix is not None:
+            check_prefix(prefix, model_kwargs, generation_config, generation_mode)
         unheld = why_unheld(target.config)
         if unheld:
             backend.report.refuse(unheld)
@@ -33,7 +39,7 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
             target.config,
             backend.method,
             max_new_tokens=new_tokens(generation_config, model_kwargs),
-            prompt_length=prompt,
+            prompt_length=prompt if prompt is None or prefix is None else prompt + len(prefix),
             early_exit=not backend.speculate,  # the draft of a speculator reads every prompt
         )
         cache.assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
@@ -42,6 +48,27 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
         return None
 
     return prepare_cache
+
+
+def check_prefix(prefix: Any, model_kwargs: dict, generation_config: Any, mode: Any) -> None:
+    """Raises: PrefixCacheError: a cache that is none of ours, or is full of something else. PrefixUnsupportedError."""
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(prefix, Prefix):
+        return  # the call says it
+    if mode == GenerationMode.ASSISTED_GENERATION:
+        raise PrefixUnsupportedError(
+            "prefix= with assisted decoding, whose assistant has not read the document: leave assistant_model and "
+            "prompt_lookup_num_tokens out; specpass.compile(..., speculate=4) lets the draft propose."
+        )
+    other = "use_cache=False" if generation_config.use_cache is False else generation_config.cache_implementation
+    if cache is not None and not isinstance(cache, BudgetCache):
+        other = f"past_key_values={type(cache).__name__}"
+    if other:
+        raise PrefixCacheError(
+            f"prefix= and {other}: answers behind a prefix need a BudgetCache. Leave it out of generate()."
+        )
+    if cache is not None and cache.filled:
+        check_same(cache, prefix)
 
 
 def announce(cache: Any, columns: int | None) -> None:
@@ -70,8 +97,8 @@ def new_tokens(generation_config: Any, model_kwargs: dict) -> int:
 
 def kwargs_check(target: Any) -> Callable[[dict[str, Any]], None]:
     def validate_model_kwargs(model_kwargs: dict[str, Any]) -> None:
-        """Stands in for the method of the same name: generate(lookahead_ids=...) is no typing error."""
-        own = {name: given for name, given in model_kwargs.items() if name != "lookahead_ids"}
+        """Stands in for the method of the same name: generate(lookahead_ids=..., prefix=...) are no typing errors."""
+        own = {name: given for name, given in model_kwargs.items() if name not in ("lookahead_ids", "prefix")}
         type(target)._validate_model_kwargs(target, own)
 
     return validate_model_kwargs

@@ -114,6 +114,7 @@ class BudgetCache(CacheProtocol):
         self.lookahead_ids: Tensor | None = None
         self.prompt_positions: Tensor | None = None
         self.shift: Tensor | None = None  # [B] what generate counts less what the target was told (SpecPC)
+        self.behind = ""  # the key of the prefix that its prompt stands behind
         self.served = False  # whether a graph of ours has read its prompt
         self.padded = False
         self.exact = False  # whether the prefill was refused and kept everything

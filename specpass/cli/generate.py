@@ -34,6 +34,7 @@ from specpass.cli.options import (
     check_device,
     choose,
     encode,
+    encode_question,
     example,
     load_pair,
     read_prompt,
@@ -72,6 +73,9 @@ def generate(
     lowering: Lowering = "inductor",
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    prefix: Annotated[
+        Path | None, typer.Option(help="A document's file by `specpass read`; the prompt is a question behind it.")
+    ] = None,
     onnx: Annotated[Path | None, typer.Option(help="Answer from a folder of `specpass export`, without torch.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -81,6 +85,8 @@ def generate(
     Ends with 0; 1 for a mistake, which is named; 2 for a wrong option; 130 after Ctrl-C, with what was written so far.
     """
     if onnx is not None:
+        if prefix is not None:
+            raise typer.BadParameter("is read by PyTorch models: leave --onnx out.", param_hint="--prefix")
         if target or draft or revision:
             raise typer.BadParameter(
                 "holds its own models: leave --target, --draft and --revision out.", param_hint="--onnx"
@@ -102,12 +108,15 @@ def generate(
         raise DraftBitsError(f"--draft-bits {draft_bits} needs a method with a draft, such as --method speckv.")
     text = read_prompt(prompt, prompt_file)
     check_device(device)
+    if prefix is not None and choice.method is None:
+        raise typer.BadParameter("needs a method that prunes: leave --method full out.", param_hint="--prefix")
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p}
     silence_libraries()
     with shown(quiet):
-        answer = _answer(choice, text, raw, device, seed, echo=not as_json, max_new_tokens=max_new_tokens, **sampling)
+        asked = _Asked(text, raw, prefix)
+        answer = _answer(choice, asked, device, seed, echo=not as_json, max_new_tokens=max_new_tokens, **sampling)
     _finish(answer, as_json)
 
 
@@ -136,7 +145,25 @@ def _write(text: str, nl: bool) -> None:
     typer.echo(text, nl=nl)
 
 
-def _answer(choice: Choice, text: str, raw: bool, device: str, seed: int, echo: bool, **options: Any) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A prompt, or a question behind the document in the file `prefix`."""
+
+    text: str
+    raw: bool
+    prefix: Path | None
+
+    def inputs(self, tokenizer: Any, device: str) -> dict[str, Any]:
+        """Arguments for generate()."""
+        if self.prefix is None:
+            return dict(encode(tokenizer, self.text, self.raw, device))
+        import specpass
+
+        question = encode_question(tokenizer, self.text, self.raw, device)
+        return {**question, "prefix": specpass.Prefix.load(self.prefix)}
+
+
+def _answer(choice: Choice, asked: _Asked, device: str, seed: int, echo: bool, **options: Any) -> dict[str, Any]:
     """Generate and describe what came; an interrupt ends generation, not the description."""
     from transformers import set_seed
 
@@ -148,7 +175,7 @@ def _answer(choice: Choice, text: str, raw: bool, device: str, seed: int, echo: 
     start = time.perf_counter()
     model, _draft, tokenizer = load_pair(choice, device)
     loaded = time.perf_counter()
-    inputs = encode(tokenizer, text, raw, device)
+    inputs = asked.inputs(tokenizer, device)
     streamer = Streamer(tokenizer, _write if echo else None)
     set_seed(seed)
     out = None
@@ -173,6 +200,7 @@ def _answer(choice: Choice, text: str, raw: bool, device: str, seed: int, echo: 
         "draft": choice.draft,
         "method": choice.label,
         "prompt_tokens": inputs["input_ids"].shape[1],
+        "prefix_tokens": len(inputs.get("prefix", ())),
         "new_tokens": len(ids),
         "free_tokens": 0 if report is None else report.replayed,
         "accepted_tokens": 0 if report is None else report.accepted,

@@ -18,6 +18,7 @@ from specpass.methods.registry import FULL, make_method, names
 from specpass.observe.display import progress
 
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+MARK = "<document and question>"  # stands for them while a chat template is applied
 MODELS = "name (see `specpass models list`), hub id, folder, or GGUF file"
 
 Target = Annotated[str, typer.Option("--target", "-t", help=f"The model that answers: {MODELS}.")]
@@ -210,6 +211,44 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     return text
 
 
+def template_of(tokenizer: Any) -> Any:
+    """The tokenizer's chat template, to be called with messages.
+
+    Raises: PromptError: it has none.
+    """
+    if not tokenizer.chat_template:
+        raise PromptError("the model's tokenizer has no chat template: pass --raw to feed the prompt as it is.")
+    return tokenizer.apply_chat_template
+
+
+def around_document(tokenizer: Any, raw: bool) -> tuple[str, str]:
+    """What stands in front of a document and behind a question: the chat template's words around a user's message."""
+    if raw:
+        return "", ""
+    chat = [{"role": "user", "content": MARK}]
+    front, back = template_of(tokenizer)(chat, add_generation_prompt=True, tokenize=False).split(MARK)
+    return front, back
+
+
+def encode_document(tokenizer: Any, text: str, raw: bool) -> list[int]:
+    """Token ids of a document as the beginning of a prompt: of a user's message in the chat template unless `raw`.
+
+    Raises: PromptError: the tokenizer has no chat template.
+    """
+    front, _ = around_document(tokenizer, raw)
+    return list(tokenizer(front + text, add_special_tokens=raw).input_ids)
+
+
+def encode_question(tokenizer: Any, text: str, raw: bool, device: str = "cpu") -> Any:
+    """A question [1, Q] behind such a document: a paragraph of its own, and the message's end, unless `raw`.
+
+    Raises: PromptError: the tokenizer has no chat template.
+    """
+    _, back = around_document(tokenizer, raw)
+    text = text if raw else f"\n\n{text}{back}"
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt").to(device)
+
+
 def encode(tokenizer: Any, text: str, raw: bool, device: str = "cpu") -> Any:
     """The prompt as model inputs [1, S], as a user's message in the chat template unless `raw`.
 
@@ -217,8 +256,6 @@ def encode(tokenizer: Any, text: str, raw: bool, device: str = "cpu") -> Any:
     """
     if raw:
         return tokenizer(text, return_tensors="pt").to(device)
-    if not tokenizer.chat_template:
-        raise PromptError("the model's tokenizer has no chat template: pass --raw to feed the prompt as it is.")
     chat = [{"role": "user", "content": text}]
-    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = template_of(tokenizer)(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     return inputs.to(device)

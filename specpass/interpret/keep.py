@@ -26,6 +26,7 @@ class Keeper:
         short: the prompt fits the budget and is kept whole.
         rows: [B, W + L] packed positions of the query rows, None where nothing is scored.
         read: [B, C1] prompt tokens that the target reads, None: all.
+        ahead: lookahead tokens L behind each row, whose keys and values lie in the first free slots (see gather_prune).
     """
 
     cache: BudgetCache
@@ -33,6 +34,7 @@ class Keeper:
     short: bool
     rows: Tensor | None = None
     read: Tensor | None = None
+    ahead: int = 0
 
     @property
     def method(self) -> Method:
@@ -43,7 +45,12 @@ class Keeper:
         positions = self.positions(layer, key.shape[1], scores)
         if layer.widest is not None and self.packing.order is not None:  # of a padded batch, rows that fit keep all
             positions = SPEC.keep_short_rows(positions, self.packing.lengths, self.cache.whole)
-        layer.key_buffer, layer.value_buffer, layer.lengths = SPEC.gather_kv(key, value, positions, self.cache.room)
+        stored = positions
+        if self.ahead:
+            stored = SPEC.add_lookahead(positions, SPEC.ahead_index(self.packing.lengths, self.ahead))
+        room = self.cache.room - self.ahead
+        layer.key_buffer, layer.value_buffer, used = SPEC.gather_kv(key, value, stored, room)
+        layer.lengths = used - self.ahead if self.ahead else used
         layer.kept_positions = positions if self.read is None else SPEC.map_positions(positions, self.read)
         layer.is_initialized = True
 

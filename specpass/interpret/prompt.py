@@ -73,7 +73,7 @@ class ReadPrompt(Listener):
             self._read_again(layer, call, made)
             return out
         key, value = self.open.pop(layer)
-        call = call.unfolded(key.shape[2])
+        call = call.unfolded(self._rows(key))
         self.raw[layer] = (weakref.ref(key), weakref.ref(value), call.query.shape[1])
         reason = self._masked(layer, call) or (self._changed(layer, call) if made else repeats(call, key))
         if reason:
@@ -82,6 +82,16 @@ class ReadPrompt(Listener):
             self.cache.layers[layer].made = made
             self._prune(layer, key, value, call, not made or self._heads_apart(call))
         return out
+
+    def _rows(self, key: Tensor) -> int:
+        """Queries of a call whose attention reads `key` [B, K, T, D]."""
+        return key.shape[2]
+
+    def _window(self, query: Tensor) -> Tensor:
+        """[B, H, W, D] of the queries that score, of those of a call."""
+        rows = self.keeper.rows
+        assert rows is not None, "something is scored"
+        return self.keeper.packing.take(query, rows[:, : self.keeper.method.window])
 
     def _masked(self, layer: int, call: Attention) -> str:
         return self.masks.meaning(call, self.cache.layers[layer].span or FULL)
@@ -147,7 +157,7 @@ class ReadPrompt(Listener):
         if keeper.rows is None or own.is_sliding:
             keeper.compact(own, *packed, None)
             return
-        window = packing.take(call.query, keeper.rows[:, : keeper.method.window])
+        window = self._window(call.query)
         if self.ahead:
             self.waiting[layer] = Waiting(*packed, (key, value), window, call.scale, apart)
             return

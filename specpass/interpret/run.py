@@ -48,7 +48,7 @@ class Call:
     target: nn.Module
     cache: BudgetCache
     kwargs: dict[str, Any]
-    write: Write
+    write: Write | None = None
     eos_ids: tuple[int, ...] = ()
     context: int | None = None
 
@@ -139,6 +139,7 @@ class Call:
             )
         if cache.method.looks_up:
             return Written(SPEC.prompt_lookup(packing.ids(ids), packing.lengths, cache.lookahead))
+        assert self.write is not None, "whoever reads a prompt says who writes"
         return self.write(ids, mask, packing, cache.lookahead, kwargs)
 
     def _part(self, packing: Packing, ids: Tensor | None, written: Written | None, short: bool) -> Part:

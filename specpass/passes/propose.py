@@ -18,8 +18,11 @@ from specpass.graph.walk import ATEN, output_of, value
 from specpass.passes.draft import DraftGraphs
 
 
-def proposal_graph(draft: DraftGraphs, count: int) -> fx.GraphModule:
-    """ids [B, k] for k = `count`, greedily, from inputs as those of `draft.extend`; the caches are written in place."""
+def proposal_graph(draft: DraftGraphs, count: int, *, lookahead: bool = False) -> fx.GraphModule:
+    """ids [B, k] for k = `count`, from inputs as those of `draft.extend`; the caches are written in place.
+
+    Args: lookahead: they are chosen, and end, as behind a prompt; else greedily, whatever they are.
+    """
     assert draft.extend is not None, "captured to go on"
     assert draft.plain_step is not None
     gm = copy_module(draft.extend)
@@ -31,14 +34,17 @@ def proposal_graph(draft: DraftGraphs, count: int) -> fx.GraphModule:
     ended = editor.call(ATEN.to.dtype, ended, torch.bool, before=output)
     gm.add_submodule("draft_step", draft.plain_step)
     val, logits = value(results_of(draft.plain_step.graph)[0]), results_of(gm.graph)[0]
+    temperature, seed = (draft.temperature, draft.seed) if lookahead else (0.0, 0)
+    ends = list(draft.eos_ids) if lookahead else []
     tokens: list[fx.Node] = []
     for index in range(count):
         if index:
             told = editor.call(ATEN.add.Tensor, last, index, before=output)
             logits = editor.call_module("draft_step", tokens[-1], told, *rest, before=output, val=val)
-        pair = editor.call(
-            SPEC.next_token, logits, ended, draft.shared_vocab, 0.0, 0, index, [], draft.pad_id, before=output
-        )
+        how = (draft.shared_vocab, temperature, seed, index, ends, draft.pad_id)
+        pair = editor.call(SPEC.next_token, logits, ended, *how, before=output)
+        if lookahead:
+            ended = editor.item(pair, 1, output)
         tokens.append(editor.item(pair, 0, output))
     output.args = (editor.call(ATEN.cat, tokens, 1, before=output),)
     gm.recompile()

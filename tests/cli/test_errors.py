@@ -43,6 +43,8 @@ NOT_HERE = {
     errors.SpreadError: "how budgets are spread is chosen in Python",
     errors.GatedModelError: "needs the hub's answer: tests/hub/test_online.py",
     errors.PeerError: "a benchmark goes on without the peer, and says so",
+    errors.PrefixCacheError: "one prompt, one cache",
+    errors.PrefixVersionError: "needs a file of another version: tests/cache/test_prefix_file.py",
     errors.UnsupportedCallError: "--lowering is checked as an option; no labels",
 }
 
@@ -81,6 +83,14 @@ class Folders:
             target, tokenizer = hub.load(self.good)
             specpass.export_onnx(target, method=specpass.StreamingLLM(budget=24), out=folder, tokenizer=tokenizer)
         return str(folder)
+
+    def prefix(self) -> str:
+        """What the good model has read of a document, without a draft."""
+        file = self.root / "good.prefix"
+        if not file.exists():
+            model = specpass.compile(hub.load(self.good)[0], method=specpass.SnapKV(budget=40), lowering="eager")
+            specpass.read(model, list(range(4, 64))).save(file)
+        return str(file)
 
     def results(self) -> str:
         """A quality file whose only record claims more than its answer is worth."""
@@ -133,6 +143,7 @@ def generate(target: str, *args: str, prompt: str = TEXT) -> list[str]:
 
 
 Case = Callable[[Folders], list[str]]
+READ = ("-m", "snapkv", "-b", "40", "--raw", "-o", "out.prefix", "-f", __file__)
 SMALL = ("-b", "24", "--window", "8", "--lookahead", "4")
 CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     (errors.BudgetError, lambda f: generate(f.good, "-d", f.good, "-b", "lots"), ("'lots'", "256")),
@@ -337,6 +348,33 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
         lambda f: generate(f.good, "-m", "snapkv", "--budget", "8", "--window", "4", "--speculate", "4"),
         ("speculate=4", "SnapKV", "pass draft="),
     ),
+    (
+        errors.PrefixFileError,
+        lambda f: generate(f.good, "-m", "snapkv", "-b", "40", "--prefix", f"{f.good}/no.prefix"),
+        ("no.prefix is no file", "Prefix.save"),
+    ),
+    (
+        errors.PrefixModelError,
+        lambda f: generate(f.make("seeded", seed=7), "-m", "snapkv", "-b", "40", "--prefix", f.prefix()),
+        ("other weights", "read the document with this target"),
+    ),
+    (
+        errors.PrefixDtypeError,
+        lambda f: generate(f.good, "-m", "snapkv", "-b", "40", "--dtype", "bfloat16", "--prefix", f.prefix()),
+        ("in float32", "in bfloat16", "load the target in float32"),
+    ),
+    (
+        errors.PrefixDraftError,
+        lambda f: generate(f.good, "-d", f.good, *SMALL, "--prefix", f.prefix()),
+        ("no draft has read", "lookahead_ids"),
+    ),
+    (
+        errors.PrefixUnsupportedError,
+        lambda f: ["read", "-t", f.make("recurrent", family="lfm2"), *READ],
+        ("layer 0", "as one prompt"),
+    ),
+    (errors.PromptError, lambda f: ["read", "-t", f.good, *READ[:-1], "/dev/null"], ("empty",)),
+    (errors.OutputFileError, lambda f: ["read", "-t", f.good, *READ, "-o", "/dev/null/x"], ("/dev/null", "may write")),
     (
         errors.DraftContextError,
         lambda f: generate(f.good, "-d", f.make("short", max_position_embeddings=48), *SMALL),

@@ -1,0 +1,183 @@
+"""A question behind a document that was read before: its rows alone run, and each layer is pruned as a prompt's is.
+
+The target reads the last R tokens of each row, question and lookahead, against the document's keys and values:
+
+    columns of row b     [ padding | document, in front of its last R tokens | R - L tokens | L lookahead tokens ]
+
+Rows of a batch end in the same column, so padding stands in front, where masks and windows expect it. R is what the
+longest question has, and a method's window at least: whose question is shorter reads the document's last tokens again,
+whose queries score too. The lookahead goes through in the same call, as it does in a graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specpass.cache.budget import BudgetCache
+from specpass.cache.prefix import Pair
+from specpass.dialect.define import SPEC
+from specpass.errors import PrefixDtypeError
+from specpass.interpret.keep import Keeper
+from specpass.interpret.prompt import ReadPrompt
+from specpass.interpret.rows import Packing
+from specpass.interpret.run import Call
+from specpass.observe.layers import reading_by_layers
+from specpass.reports.record import PromptRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Questions behind a document, packed.
+
+    Args:
+        ids: [B, S] document and question, row b's tokens first.
+        lengths: [B].
+        own: columns of the longest question, padding included.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    own: int
+
+    @classmethod
+    def of(cls, document: Tensor, questions: Tensor, mask: Tensor | None) -> Rows:
+        """Of document [P], questions [B, Q] and their mask [B, Q] or None."""
+        before = document.to(questions.device).expand(questions.shape[0], -1)
+        ids = torch.cat([before, questions], 1)
+        whole = None if mask is None else torch.cat([mask.new_ones(before.shape), mask], 1)
+        packing = Packing.of(ids, whole)
+        packed = packing.ids(ids)[:, : int(packing.lengths.max())]
+        return cls(packed, packing.lengths, questions.shape[1])
+
+    @property
+    def size(self) -> int:
+        """S, of the longest row."""
+        return self.ids.shape[1]
+
+    @property
+    def padding(self) -> Tensor:
+        """[B] columns in front of each row, where rows end together."""
+        return self.size - self.lengths
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows are of one length."""
+        return not bool(self.padding.any())
+
+    def positions(self, count: int) -> Tensor:
+        """[B, count] of the last `count` tokens of each row."""
+        return self.lengths[:, None] - count + torch.arange(count, device=self.lengths.device)
+
+    def last(self, count: int) -> Tensor:
+        """[B, count] of each row's last tokens; of shorter rows the first one stands in front."""
+        return self.ids.gather(1, self.positions(count).clamp(min=0))
+
+    def mask(self, ahead: int = 0) -> Tensor:
+        """[B, S + L] with ones where rows, which end together, have tokens."""
+        column = torch.arange(self.size + ahead, device=self.lengths.device)
+        return (column >= self.padding[:, None]).to(torch.int64)
+
+    def packing(self, ahead: int) -> Packing:
+        """Of the columns [B, S + L]: each row's tokens first, and its lookahead right behind them."""
+        if self.even:
+            return Packing(self.lengths)
+        mask = self.mask(ahead)
+        return Packing(self.lengths, mask != 0, SPEC.pack_order(mask, mask)[0])
+
+
+class ReadQuestion(ReadPrompt):
+    """Layers whose keys and values are the document's and those of the call's R rows, the last L of them ahead."""
+
+    def __init__(
+        self, cache: BudgetCache, keeper: Keeper, layers: dict[int, Pair], rows: Rows, count: int, length: int
+    ) -> None:
+        """Args: count: tokens that the call reads of each row; length: L behind them."""
+        super().__init__(cache, keeper, False)
+        self.layers, self.rows, self.count, self.length = layers, rows, count, length
+        self.before = rows.size - count  # columns in front of the call's
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Raises: PrefixDtypeError: autocast makes other numbers of this call than of the document's."""
+        document = self.layers[layer]
+        if key.dtype != document[0].dtype:
+            raise PrefixDtypeError(
+                f"the prefix holds {str(document[0].dtype).removeprefix('torch.')} keys and this call makes "
+                f"{str(key.dtype).removeprefix('torch.')}: ask and read under the same autocast."
+            )
+        joined = [torch.cat([self._document(of), own], 2) for of, own in zip(document, (key, value), strict=True)]
+        return super().update(*joined, layer)
+
+    def _document(self, states: Tensor) -> Tensor:
+        """[1, K, P, D] -> [B, K, T, D]: what stands in front of the call's columns."""
+        states, batch = states.to(self.rows.lengths.device, non_blocking=True), len(self.rows.lengths)
+        if self.rows.even:
+            return states[:, :, : self.before].expand(batch, -1, -1, -1)
+        column = torch.arange(self.before, device=states.device) - self.rows.padding[:, None]
+        return states[0][:, column.clamp(min=0)].transpose(0, 1)
+
+    def keep_whole(self, layer: int, key: Tensor, value: Tensor, reason: str) -> None:
+        """Without the lookahead's columns."""
+        super().keep_whole(layer, key[:, :, : self.rows.size], value[:, :, : self.rows.size], reason)
+
+    def _rows(self, key: Tensor) -> int:
+        return self.count + self.length
+
+    def _window(self, query: Tensor) -> Tensor:
+        """Of the rows that score: the window and the lookahead."""
+        rows = self.keeper.rows
+        assert rows is not None, "something is scored"
+        return SPEC.take_rows(query, rows - self.rows.lengths[:, None] + self.count)
+
+
+@dataclasses.dataclass
+class Question(Call):
+    """One call behind a prefix; see Call for the other arguments."""
+
+    layers: dict[int, Pair] = dataclasses.field(default_factory=dict)
+    rows: Rows = dataclasses.field(kw_only=True)
+
+    def read(self, count: int, ahead: Tensor | None, short: bool, verify: bool) -> tuple[Any, Tensor, PromptRecord]:
+        """The last `count` tokens of each row, and the lookahead [B, L] behind them.
+
+        Args: verify: the lookahead's keys and values are to wait in the free slots.
+        Returns: the model's output for the question; logits [B, L, V] behind each lookahead token; what was done.
+        """
+        cache, rows, length = self.cache, self.rows, 0 if ahead is None else ahead.shape[1]
+        packing, method = rows.packing(length), cache.method
+        scored = SPEC.score_rows(rows.lengths, ahead, method.window, list(self.eos_ids)) if method.scored else None
+        keeper = Keeper(cache, packing, short, None if short else scored, ahead=length if verify else 0)
+        reading = ReadQuestion(cache, keeper, self.layers, rows, count, length)
+        ids = rows.last(count)
+        kwargs = {
+            "output_hidden_states": self.kwargs.get("output_hidden_states"),
+            "input_ids": ids if ahead is None else torch.cat([ids, ahead], 1),
+            "position_ids": rows.positions(count)[:, :1] + torch.arange(count + length, device=ids.device),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if packing.real is not None:
+            kwargs["attention_mask"] = rows.mask(length)
+        wanted = min(self.kwargs.get("logits_to_keep") or rows.own, rows.own)
+        if "logits_to_keep" in inspect.signature(self.target.forward).parameters:
+            kwargs["logits_to_keep"] = wanted + length
+        cache.columns, cache.read_mask = reading.before, None
+        with reading_by_layers(self.target, "reading the question"):
+            out = self._forward(reading, kwargs)
+        cache.columns = rows.size
+        cache.read_mask = None if packing.real is None else rows.mask()
+        logits = out.logits[:, out.logits.shape[1] - length :]
+        out.logits = part(out.logits, wanted, length)
+        if out.get("hidden_states") is not None:
+            out.hidden_states = tuple(part(states, rows.own, length) for states in out.hidden_states)
+        return out, logits, self._record(reading, short, None)
+
+
+def part(states: Tensor, wanted: int, ahead: int) -> Tensor:
+    """The last `wanted` rows of states [B, T, E] in front of `ahead` others."""
+    end = states.shape[1] - ahead
+    return states[:, max(0, end - wanted) : end]

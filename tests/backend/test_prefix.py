@@ -1,0 +1,231 @@
+"""A question behind a document that was read once is pruned and answered as if both had come as one prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from recorder import Recorder
+from support import call, compile_eager, padded, run
+from tiny import prompt, tiny
+from torch import Tensor
+from transformers import DynamicCache
+
+import specpass
+from specpass import errors
+from specpass.observe.progress import watching
+
+W = 8
+DOCUMENT = prompt(60)
+QUESTIONS = [prompt(11, seed=1), prompt(3, seed=2), prompt(14, seed=3)]
+METHODS = {
+    "speckv": specpass.SpecKV(budget=24, window=W, lookahead=5),
+    "sampled": specpass.SpecKV(budget=24, window=W, lookahead=4, temperature=0.8, seed=3),
+    "ngram": specpass.SpecKV(budget=24, window=W, lookahead="ngram"),
+    "snapkv": specpass.SnapKV(budget=24, window=W),
+    "streamingllm": specpass.StreamingLLM(budget=24),
+    "pyramidkv": specpass.PyramidKV(budget=24, window=W),
+}
+FAMILIES = ["mistral-sliding", "gemma3", "llama4", "gpt2", "opt", "qwen3"]
+
+
+def pair_of(family: str, method: Any, **settings: Any) -> Any:
+    draft = tiny(family, seed=1000) if method.needs_draft else None
+    return compile_eager(tiny(family), method, draft, **settings)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return pair_of("llama", METHODS["speckv"])
+
+
+@pytest.fixture(scope="module")
+def prefix(model: Any) -> specpass.Prefix:
+    return specpass.read(model, DOCUMENT)
+
+
+def check_same(whole: Any, ours: Any, row: int = 0) -> None:
+    """Row 0 of a prompt read whole, and a row of questions behind a prefix."""
+    assert ours.tokens[row] == whole.tokens[0]
+    torch.testing.assert_close(ours.logits[row], whole.logits[0], atol=1e-3, rtol=1e-3)
+    for theirs, layer in zip(whole.cache.layers, ours.cache.layers, strict=True):
+        assert torch.equal(layer.positions[row], theirs.positions[0])
+    if whole.cache.lookahead_ids is not None:
+        assert torch.equal(ours.cache.lookahead_ids[row], whole.cache.lookahead_ids[0])
+
+
+def behind(question: Tensor) -> Tensor:
+    return torch.cat([DOCUMENT, question], 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_questions_and_batches_of_them(name: str) -> None:
+    model = pair_of("llama", METHODS[name])
+    wholes = [run(model, behind(question)) for question in QUESTIONS]
+    free = specpass.report(model).replayed
+    prefix = specpass.read(model, DOCUMENT)
+    before = [states.clone() for pair in prefix.pairs for states in pair]
+    for whole, question in zip(wholes, QUESTIONS, strict=True):  # the second is shorter than the window
+        check_same(whole, run(model, question, prefix=prefix))
+    assert specpass.report(model).replayed == 2 * free
+    if name != "sampled":  # rows of a batch draw other numbers
+        ids, mask = padded(QUESTIONS)
+        ours = run(model, ids, mask=mask, prefix=prefix)
+        for row, whole in enumerate(wholes):
+            check_same(whole, ours, row)
+    after = [states for pair in prefix.pairs for states in pair]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str) -> None:
+    model = pair_of(family, METHODS["speckv"])
+    prefix = specpass.read(model, DOCUMENT)
+    ids, mask = padded(QUESTIONS[:2])
+    ours = run(model, ids, mask=mask, prefix=prefix)
+    for row, question in enumerate(QUESTIONS[:2]):
+        check_same(run(model, behind(question)), ours, row)
+
+
+def test_a_prompt_that_fits_the_budget_is_exact() -> None:
+    model = compile_eager(tiny(), specpass.SnapKV(budget=80, window=W))
+    prefix = specpass.read(model, DOCUMENT[0].tolist())
+    check_same(run(model, behind(QUESTIONS[0])), run(model, QUESTIONS[0], prefix=prefix))
+
+
+def test_a_document_that_is_hardly_there(model: Any) -> None:
+    prefix = specpass.read(model, DOCUMENT[:, :2])
+    question = prompt(40, seed=9)
+    whole = run(model, torch.cat([DOCUMENT[:, :2], prompt(40, seed=9)], 1))
+    check_same(whole, run(model, question, prefix=prefix))
+    ids, mask = padded([question, prompt(3, seed=8)])
+    check_same(whole, run(model, ids, mask=mask, prefix=prefix))
+
+
+def test_several_prefixes_and_a_second_turn(model: Any, prefix: specpass.Prefix) -> None:
+    other = specpass.read(model, prompt(50, seed=5))
+    assert other.key != prefix.key
+    run(model, QUESTIONS[0], prefix=other)
+    first, whole = run(model, QUESTIONS[0], prefix=prefix), run(model, behind(QUESTIONS[0]))
+    check_same(whole, first)
+    turn = torch.cat([QUESTIONS[0], torch.tensor(first.tokens), prompt(7, seed=6)], 1)
+    ours = run(model, turn, past_key_values=first.cache, prefix=prefix)
+    assert ours.tokens == run(model, behind(turn), past_key_values=whole.cache).tokens
+    with pytest.raises(errors.PrefixCacheError, match="another prefix"):
+        run(model, turn, past_key_values=first.cache, prefix=other)
+
+
+def test_beams_and_direct_calls(model: Any, prefix: specpass.Prefix) -> None:
+    question = QUESTIONS[0]
+    beams = {"num_beams": 2, "max_new_tokens": 5, "do_sample": False}
+    ones = {"attention_mask": torch.ones_like(question)}
+    found = model.generate(question, prefix=prefix, **beams, **ones)[:, question.shape[1] :]
+    whole = model.generate(behind(question), **beams, attention_mask=torch.ones_like(behind(question)))
+    assert torch.equal(found, whole[:, -found.shape[1] :])
+    caches = [specpass.BudgetCache(model.config, METHODS["speckv"]) for _ in range(2)]
+    logits = call(model, question, caches[0], prefix=prefix, logits_to_keep=0)
+    expected = call(model, behind(question), caches[1], logits_to_keep=0)
+    torch.testing.assert_close(logits, expected[:, 60:], atol=1e-4, rtol=1e-4)
+    assert int(caches[0].get_seq_length()) == 11
+    token = torch.tensor([[5]])
+    torch.testing.assert_close(call(model, token, caches[0]), call(model, token, caches[1]), atol=1e-4, rtol=1e-4)
+
+
+def test_lookahead_ids_need_no_draft() -> None:
+    model = compile_eager(tiny(), METHODS["speckv"], tiny(seed=1000))
+    whole = run(model, behind(QUESTIONS[0]), lookahead_ids=[[7, 8, 9]])
+    check_same(whole, run(model, QUESTIONS[0], lookahead_ids=[[7, 8, 9]], prefix=specpass.read(model, DOCUMENT)))
+
+
+def test_the_draft_goes_on_as_a_speculator() -> None:
+    model = pair_of("llama", METHODS["speckv"], speculate=3)
+    prefix = specpass.read(model, DOCUMENT)
+    for question in QUESTIONS[:2]:
+        check_same(run(model, behind(question), new=12), run(model, question, new=12, prefix=prefix))
+
+
+def test_bytes_and_progress(model: Any, prefix: specpass.Prefix) -> None:
+    assert len(prefix) == 60
+    assert prefix.nbytes == 2 * 2 * 2 * 2 * 60 * 16 * 4  # models, layers, K and V, heads, tokens, D, float32
+    with watching(recorder := Recorder()):
+        specpass.read(model, DOCUMENT, device="cpu")
+        run(model, QUESTIONS[0], prefix=prefix)
+    told = str(vars(recorder))
+    for what in (
+        "the draft reads the document",
+        "reading the document",
+        "the draft looks ahead",
+        "reading the question",
+    ):
+        assert what in told
+    assert "questions behind a prefix" in str(specpass.report(model))
+
+
+def test_what_another_has_read(model: Any, prefix: specpass.Prefix) -> None:
+    method = METHODS["speckv"]
+    cases = [
+        (errors.PrefixModelError, compile_eager(tiny(layers=3), method, tiny(seed=1000)), "config is another"),
+        (errors.PrefixModelError, compile_eager(tiny(seed=7), method, tiny(seed=1000)), "other weights"),
+        (errors.PrefixDtypeError, compile_eager(tiny().to(torch.float64), method, tiny(seed=1000)), "float64"),
+        (errors.PrefixDraftError, compile_eager(tiny(), method, tiny(seed=8)), "other weights or dtype"),
+    ]
+    for error, other, text in cases:
+        with pytest.raises(error, match=text):
+            run(other, QUESTIONS[0], prefix=prefix)
+    alone = specpass.read(compile_eager(tiny(), specpass.SnapKV(budget=24, window=W)), DOCUMENT)
+    with pytest.raises(errors.PrefixDraftError, match="no draft has read"):
+        run(model, QUESTIONS[0], prefix=alone)
+    check_same(
+        run(model, behind(QUESTIONS[1])), run(model, QUESTIONS[1], prefix=prefix)
+    )  # an error leaves everything as it was
+
+
+def test_calls_that_cannot_be(model: Any, prefix: specpass.Prefix) -> None:
+    question = QUESTIONS[0]
+    for ids in ([], torch.empty(1, 0, dtype=torch.int64), prompt(4, batch=2)):
+        with pytest.raises(errors.PromptError, match="document_ids hold"):
+            specpass.read(model, ids)
+    full = run(model, behind(question)).cache
+    with pytest.raises(errors.PrefixCacheError, match="without a prefix"):
+        run(model, question, past_key_values=full, prefix=prefix)
+    with pytest.raises(errors.PrefixCacheError, match="DynamicCache"):
+        run(model, question, past_key_values=DynamicCache(), prefix=prefix)
+    with pytest.raises(errors.PrefixCacheError, match="use_cache=False"):
+        run(model, question, use_cache=False, prefix=prefix)
+    with pytest.raises(errors.UnsupportedCallError, match="specpass.read"):
+        run(model, question, prefix=question)
+    with pytest.raises(errors.UnsupportedCallError, match="of the question alone"):
+        call(
+            model,
+            question,
+            specpass.BudgetCache(model.config, METHODS["speckv"]),
+            prefix=prefix,
+            attention_mask=torch.ones(1, 71),
+        )
+    with pytest.raises(errors.PrefixUnsupportedError, match="assistant_model"):
+        run(model, question, prompt_lookup_num_tokens=2, prefix=prefix)
+    with pytest.raises(errors.UnsupportedCallError, match=r"specpass\.compile"):
+        specpass.read(tiny(), DOCUMENT)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "reason"),
+    [
+        ("lfm2", METHODS["snapkv"], "layer 0 is configured as conv"),
+        ("llama", specpass.SpecPC(budget=24, window=W), "SpecPC chooses the tokens"),
+        ("llama", specpass.SnapKV(budget=24, window=W, spread="heads"), "spread='heads'"),
+        ("llama", specpass.SpecKV(budget=24, window=W, futures=2), "futures=2"),
+        ("llama", specpass.SpecKV(budget=24, window=W, sparse_prefill=16), "sparse_prefill=16"),
+    ],
+)
+def test_who_cannot_go_on_from_a_prefix(family: str, method: Any, reason: str) -> None:
+    with pytest.raises(errors.PrefixUnsupportedError, match=reason):
+        specpass.read(pair_of(family, method), DOCUMENT)
+
+
+def test_layers_that_only_a_graph_prunes() -> None:
+    model = compile_eager(tiny("bloom"), METHODS["snapkv"])
+    prefix = specpass.read(model, DOCUMENT)
+    with pytest.raises(errors.PrefixUnsupportedError, match="bias"):
+        run(model, QUESTIONS[0], prefix=prefix)

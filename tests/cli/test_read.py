@@ -1,0 +1,50 @@
+"""`specpass read` and `specpass generate --prefix`: the answer is that of document and question as one prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cli_models import save_model
+from typer.testing import CliRunner
+
+from specpass import cli
+
+DOCUMENT = " ".join(f"w{index % 90}" for index in range(60))
+METHOD = ["-d", "{folder}", "-b", "24", "--window", "8", "--lookahead", "4", "--lowering", "eager"]
+
+
+def invoke(*args: str) -> Any:
+    result = CliRunner().invoke(cli.app, list(args))
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_read_and_ask(tmp_path: Path) -> None:
+    folder, document, file = save_model(tmp_path / "tiny"), tmp_path / "document.txt", tmp_path / "doc.prefix"
+    document.write_text(DOCUMENT)
+    how = ["-t", str(folder), *(part.format(folder=folder) for part in METHOD)]
+    told = invoke("read", *how, "-f", str(document), "-o", str(file))
+    assert "doc.prefix: 61 tokens" in told.stdout  # the template's <s> among them
+    answers = [
+        json.loads(invoke("generate", *how, "-n", "6", "--json", *more).stdout)
+        for more in (["-p", f"{DOCUMENT} w7 w8"], ["-p", "w7 w8", "--prefix", str(file)])
+    ]
+    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+    assert [answer["prefix_tokens"] for answer in answers] == [0, 61]
+    assert answers[0]["prompt_tokens"] == 61 + answers[1]["prompt_tokens"]
+
+
+def test_as_it_is_and_as_json(tmp_path: Path) -> None:
+    folder, document, file = save_model(tmp_path / "tiny", template=None), tmp_path / "d.txt", tmp_path / "doc.prefix"
+    document.write_text(DOCUMENT)
+    how = ["-t", str(folder), "-m", "snapkv", "-b", "24", "--window", "8", "--lowering", "eager", "--raw"]
+    told = json.loads(invoke("read", *how, "-f", str(document), "-o", str(file), "--json").stdout)
+    assert told["tokens"] == 60
+    assert told["kv_bytes"] == 2 * 2 * 2 * 60 * 16 * 4  # layers, K and V, heads, tokens, D, float32
+    answers = [
+        json.loads(invoke("generate", *how, "-n", "6", "--json", *more).stdout)["token_ids"]
+        for more in (["-p", f"{DOCUMENT} w7"], ["-p", "w7", "--prefix", str(file)])
+    ]
+    assert answers[0] == answers[1]

@@ -1,0 +1,27 @@
+"""The example of docs/using.md for a document read once, as it stands there, on a tiny model without a compiler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from pages import example
+from support import compile_eager, run
+from tiny import prompt, tiny
+
+import specpass
+
+
+def test_a_document_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = compile_eager(tiny(), specpass.SnapKV(budget=24, window=8))
+    ids = prompt(9, seed=1)
+    names = {
+        "specpass": specpass,
+        "model": model,
+        "document_ids": prompt(60),
+        "question": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+    }
+    exec(example("using.md", "A document read once"), names)
+    assert names["answer"].tolist() == run(model, torch.cat([prompt(60), ids], 1), new=64).tokens[0]
