@@ -133,12 +133,7 @@ class Call:
             torch._dynamo.mark_static(out[index], axis)
             for mark in DYNAMIC_MARKS:
                 out[index].__dict__.pop(mark, None)
-        storages = [out[index] for index in self.static if self.alike and out[index].is_cuda and out[index].dim() == 3]
-        slots = {storage.shape[1] for storage in storages}
-        if slots <= self.sizes or len(self.sizes) < STATIC_SIZES:
-            self.sizes |= slots
-            for storage in storages:
-                torch._dynamo.mark_static(storage, 1)
+        mark_slots([out[index] for index in self.static if self.alike and out[index].dim() == 3], self.sizes)
 
     def _hides_tokens(self, cache: BudgetCache, args: tuple[Any, ...]) -> bool:
         """Whether a step's mask hides some of its tokens: what a bias is made of may hide none (see prepare_bias)."""
@@ -181,6 +176,16 @@ class Call:
         check_prompt(cache, (batch, size), mask, lookahead, self.context)
         if lookahead and prompt == "input_ids":
             check_ids(args[self.places[prompt]], self.vocab)
+
+
+def mark_slots(storages: list[Tensor], sizes: set[int]) -> None:
+    """Slots of storages [B, K * P, D] on a GPU become constants of decode's graphs, unless there are many `sizes`."""
+    storages = [storage for storage in storages if storage.is_cuda]
+    slots = {storage.shape[1] for storage in storages}
+    if slots <= sizes or len(sizes) < STATIC_SIZES:
+        sizes |= slots
+        for storage in storages:
+            torch._dynamo.mark_static(storage, 1)
 
 
 def owner_of(handle: Tensor) -> BudgetCache:

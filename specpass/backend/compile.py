@@ -100,7 +100,7 @@ class Backend:
         self.speculate = 0  # tokens that the draft proposes at a time, through specpass.compile's door
         self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
         self._uncaptured = ""  # why the draft has no graphs
-        self._sizes: set[int] = set()  # of storage, that are constants of decode graphs
+        self.sizes: set[int] = set()  # of storage, that are constants of decode graphs
         self.__name__ = "specpass"
         prepare(lowering)
 
@@ -205,7 +205,7 @@ class Backend:
             () if drafted is None else tuple(drafted.lifted.values()),
             static,
             alike,
-            self._sizes,
+            self.sizes,
             context_length(self.draft.config) if self.draft is not None and DraftGraphs in facts else None,
             self.smaller_vocabulary(traced.cache) if DraftGraphs in facts else None,
             request.lookahead,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from specpass.backend import checks
+from specpass.backend.calls import mark_slots
 from specpass.backend.compile import Backend
 from specpass.backend.uncompiled import Uncompiled, attention_of
 from specpass.cache.budget import BudgetCache
@@ -212,12 +213,12 @@ class Questions:
         graphs = not self.uncompiled.reason
         verify = graphs and ahead is not None and method.verify and not kwargs.get("output_hidden_states")
         question = Question(self.target, cache, kwargs, eos_ids=backend.eos_ids(cache), layers=prefix.layers, rows=rows)
-        out, logits, record = question.read(count, ahead, short, verify)
-        exact = next((site for site in record.sites if site.exact), None)
-        if graphs and exact is not None:
+        out, logits, record, exact = question.read(count, ahead, short, verify)
+        if graphs and exact:
+            layer, reason = min(exact.items())
             raise PrefixUnsupportedError(
-                f"no prefix here: {exact.module} cannot be pruned around the model's own forward ({exact.exact}), "
-                f"which reads a question. Use another model, or {WHOLE}."
+                f"no prefix here: layer {layer} cannot be pruned around the model's own forward, which reads a question "
+                f"({reason}). Use another model, or {WHOLE}."
             )
         cache.lookahead_ids = ahead
         backend.report.read(record)
@@ -234,6 +235,10 @@ class Questions:
         mask = rows.mask()
         whole |= {"input_ids": rows.last(rows.size), "attention_mask": mask, "position_ids": positions_of(mask)}
         out = self.whole(**whole)
+        if kwargs["past_key_values"].exact:
+            raise PrefixUnsupportedError(
+                f"no prefix here: the model runs exactly (specpass.report says why). Use another model, or {WHOLE}."
+            )
         out.logits = out.logits[:, -rows.own :]
         return out
 
@@ -281,11 +286,13 @@ class Questions:
         """Let the cache be what a prompt's graph leaves: steps are told slots, and constants of storage as such."""
         cache.columns, cache.read_mask = None, None
         tell_widest(cache.budgeted)
+        storages: list[Tensor] = []
         for layer in cache.budgeted:
             for tensor, axis in ((layer.key_buffer, 2), (layer.value_buffer, 2), (layer.lengths, 1)):
                 torch._dynamo.mark_static(tensor, axis)
-                if tensor.is_cuda and axis == 2:
-                    torch._dynamo.mark_static(tensor, 1)
+                storages += [tensor] if axis == 2 else []
+        if len({layer.slots for layer in cache.budgeted}) == 1:
+            mark_slots(storages, self.backend.sizes)
 
 
 def check_question(kwargs: dict[str, Any], prefix: Any) -> None:

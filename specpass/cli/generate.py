@@ -115,7 +115,7 @@ def generate(
         sampling |= {"temperature": temperature, "top_p": top_p}
     silence_libraries()
     with shown(quiet):
-        asked = _Asked(text, raw, prefix)
+        asked = _Asked(text, raw, None if prefix is None else _loaded(prefix))
         answer = _answer(choice, asked, device, seed, echo=not as_json, max_new_tokens=max_new_tokens, **sampling)
     _finish(answer, as_json)
 
@@ -145,22 +145,25 @@ def _write(text: str, nl: bool) -> None:
     typer.echo(text, nl=nl)
 
 
+def _loaded(prefix: Path) -> Any:
+    import specpass
+
+    return specpass.Prefix.load(prefix)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """A prompt, or a question behind the document in the file `prefix`."""
+    """A prompt, or a question behind a document's `prefix`."""
 
     text: str
     raw: bool
-    prefix: Path | None
+    prefix: Any
 
     def inputs(self, tokenizer: Any, device: str) -> dict[str, Any]:
         """Arguments for generate()."""
         if self.prefix is None:
             return dict(encode(tokenizer, self.text, self.raw, device))
-        import specpass
-
-        question = encode_question(tokenizer, self.text, self.raw, device)
-        return {**question, "prefix": specpass.Prefix.load(self.prefix)}
+        return {**encode_question(tokenizer, self.text, self.raw, device), "prefix": self.prefix}
 
 
 def _answer(choice: Choice, asked: _Asked, device: str, seed: int, echo: bool, **options: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ whose queries score too. The lookahead goes through in the same call, as it does
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -64,7 +65,7 @@ class Rows:
         """[B] columns in front of each row, where rows end together."""
         return self.size - self.lengths
 
-    @property
+    @functools.cached_property
     def even(self) -> bool:
         """Whether all rows are of one length."""
         return not bool(self.padding.any())
@@ -109,8 +110,8 @@ class ReadQuestion(ReadPrompt):
                 f"the prefix holds {str(document[0].dtype).removeprefix('torch.')} keys and this call makes "
                 f"{str(key.dtype).removeprefix('torch.')}: ask and read under the same autocast."
             )
-        joined = [torch.cat([self._document(of), own], 2) for of, own in zip(document, (key, value), strict=True)]
-        return super().update(*joined, layer)
+        key = torch.cat([self._document(document[0]), key], 2)
+        return super().update(key, torch.cat([self._document(document[1]), value], 2), layer)
 
     def _document(self, states: Tensor) -> Tensor:
         """[1, K, P, D] -> [B, K, T, D]: what stands in front of the call's columns."""
@@ -141,11 +142,14 @@ class Question(Call):
     layers: dict[int, Pair] = dataclasses.field(default_factory=dict)
     rows: Rows = dataclasses.field(kw_only=True)
 
-    def read(self, count: int, ahead: Tensor | None, short: bool, verify: bool) -> tuple[Any, Tensor, PromptRecord]:
+    def read(
+        self, count: int, ahead: Tensor | None, short: bool, verify: bool
+    ) -> tuple[Any, Tensor, PromptRecord, dict[int, str]]:
         """The last `count` tokens of each row, and the lookahead [B, L] behind them.
 
         Args: verify: the lookahead's keys and values are to wait in the free slots.
-        Returns: the model's output for the question; logits [B, L, V] behind each lookahead token; what was done.
+        Returns: the model's output for the question; logits [B, L, V] behind each lookahead token; what was done; and of
+            layers that are kept whole, why.
         """
         cache, rows, length = self.cache, self.rows, 0 if ahead is None else ahead.shape[1]
         packing, method = rows.packing(length), cache.method
@@ -174,7 +178,7 @@ class Question(Call):
         out.logits = part(out.logits, wanted, length)
         if out.get("hidden_states") is not None:
             out.hidden_states = tuple(part(states, rows.own, length) for states in out.hidden_states)
-        return out, logits, self._record(reading, short, None)
+        return out, logits, self._record(reading, short, None), reading.exact
 
 
 def part(states: Tensor, wanted: int, ahead: int) -> Tensor:

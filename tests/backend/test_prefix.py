@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import specpass
 from specpass import errors
+from specpass.backend import direct
 from specpass.observe.progress import watching
 
 W = 8
@@ -30,9 +31,16 @@ METHODS = {
 FAMILIES = ["mistral-sliding", "gemma3", "llama4", "gpt2", "opt", "qwen3"]
 
 
-def pair_of(family: str, method: Any, **settings: Any) -> Any:
+def without_graphs(family: str, method: Any) -> Any:
+    """By the second way, which needs no tracing of the target, and keeps what graphs keep (tests/interpret)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "why_uncompiled", lambda target: "a test says so")
+        return pair_of(family, method)
+
+
+def pair_of(family: str, method: Any, layers: int = 2, **settings: Any) -> Any:
     draft = tiny(family, seed=1000) if method.needs_draft else None
-    return compile_eager(tiny(family), method, draft, **settings)
+    return compile_eager(tiny(family, layers=layers), method, draft, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +58,9 @@ def check_same(whole: Any, ours: Any, row: int = 0) -> None:
     assert ours.tokens[row] == whole.tokens[0]
     torch.testing.assert_close(ours.logits[row], whole.logits[0], atol=1e-3, rtol=1e-3)
     for theirs, layer in zip(whole.cache.layers, ours.cache.layers, strict=True):
-        assert torch.equal(layer.positions[row], theirs.positions[0])
+        own, expected = layer.positions[row], theirs.positions[0]
+        assert torch.equal(own[:, : expected.shape[1]], expected)
+        assert (own[:, expected.shape[1] :] == -1).all()  # of a padded batch, rows have room for what fits the budget
     if whole.cache.lookahead_ids is not None:
         assert torch.equal(ours.cache.lookahead_ids[row], whole.cache.lookahead_ids[0])
 
@@ -59,9 +69,8 @@ def behind(question: Tensor) -> Tensor:
     return torch.cat([DOCUMENT, question], 1)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_questions_and_batches_of_them(name: str) -> None:
-    model = pair_of("llama", METHODS[name])
+def ask(model: Any, batch: bool) -> None:
+    """Each question by itself and all as one batch, against prompts that are read whole."""
     wholes = [run(model, behind(question)) for question in QUESTIONS]
     free = specpass.report(model).replayed
     prefix = specpass.read(model, DOCUMENT)
@@ -69,7 +78,7 @@ def test_questions_and_batches_of_them(name: str) -> None:
     for whole, question in zip(wholes, QUESTIONS, strict=True):  # the second is shorter than the window
         check_same(whole, run(model, question, prefix=prefix))
     assert specpass.report(model).replayed == 2 * free
-    if name != "sampled":  # rows of a batch draw other numbers
+    if batch:
         ids, mask = padded(QUESTIONS)
         ours = run(model, ids, mask=mask, prefix=prefix)
         for row, whole in enumerate(wholes):
@@ -78,9 +87,27 @@ def test_questions_and_batches_of_them(name: str) -> None:
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
+def test_questions_and_batches_of_them(model: Any) -> None:
+    ask(model, batch=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(name: str) -> None:
+    model = without_graphs("llama", METHODS[name])
+    ask(model, batch=name != "sampled")  # rows of a batch draw other numbers
+    assert not specpass.report(model).graphs
+
+
+def test_layers_with_budgets_of_their_own() -> None:
+    """A pyramid of windows and full layers, with steps by graphs."""
+    model = pair_of("gemma3", METHODS["pyramidkv"], layers=3)
+    prefix = specpass.read(model, DOCUMENT)
+    check_same(run(model, behind(QUESTIONS[0])), run(model, QUESTIONS[0], prefix=prefix))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str) -> None:
-    model = pair_of(family, METHODS["speckv"])
+    model = without_graphs(family, METHODS["snapkv"])
     prefix = specpass.read(model, DOCUMENT)
     ids, mask = padded(QUESTIONS[:2])
     ours = run(model, ids, mask=mask, prefix=prefix)
@@ -89,7 +116,7 @@ def test_families(family: str) -> None:
 
 
 def test_a_prompt_that_fits_the_budget_is_exact() -> None:
-    model = compile_eager(tiny(), specpass.SnapKV(budget=80, window=W))
+    model = without_graphs("llama", specpass.SnapKV(budget=80, window=W))
     prefix = specpass.read(model, DOCUMENT[0].tolist())
     check_same(run(model, behind(QUESTIONS[0])), run(model, QUESTIONS[0], prefix=prefix))
 
@@ -128,14 +155,18 @@ def test_beams_and_direct_calls(model: Any, prefix: specpass.Prefix) -> None:
     expected = call(model, behind(question), caches[1], logits_to_keep=0)
     torch.testing.assert_close(logits, expected[:, 60:], atol=1e-4, rtol=1e-4)
     assert int(caches[0].get_seq_length()) == 11
+    cache = specpass.BudgetCache(model.config, METHODS["speckv"])
+    with torch.no_grad():
+        out = model(question, past_key_values=cache, prefix=prefix, logits_to_keep=1, output_hidden_states=True)
+    assert [states.shape[1] for states in (out.logits, *out.hidden_states)] == [1, 11, 11, 11]
     token = torch.tensor([[5]])
     torch.testing.assert_close(call(model, token, caches[0]), call(model, token, caches[1]), atol=1e-4, rtol=1e-4)
 
 
-def test_lookahead_ids_need_no_draft() -> None:
-    model = compile_eager(tiny(), METHODS["speckv"], tiny(seed=1000))
-    whole = run(model, behind(QUESTIONS[0]), lookahead_ids=[[7, 8, 9]])
-    check_same(whole, run(model, QUESTIONS[0], lookahead_ids=[[7, 8, 9]], prefix=specpass.read(model, DOCUMENT)))
+def test_lookahead_ids_in_the_drafts_place(model: Any, prefix: specpass.Prefix) -> None:
+    given = {"lookahead_ids": [[7, 8, 9, 10, 11]]}
+    whole = run(model, behind(QUESTIONS[0]), **given)
+    check_same(whole, run(model, QUESTIONS[0], prefix=prefix, **given))
 
 
 def test_the_draft_goes_on_as_a_speculator() -> None:
@@ -193,7 +224,7 @@ def test_calls_that_cannot_be(model: Any, prefix: specpass.Prefix) -> None:
         run(model, question, past_key_values=DynamicCache(), prefix=prefix)
     with pytest.raises(errors.PrefixCacheError, match="use_cache=False"):
         run(model, question, use_cache=False, prefix=prefix)
-    with pytest.raises(errors.UnsupportedCallError, match="specpass.read"):
+    with pytest.raises(errors.UnsupportedCallError, match=r"specpass\.read"):
         run(model, question, prefix=question)
     with pytest.raises(errors.UnsupportedCallError, match="of the question alone"):
         call(
@@ -225,7 +256,7 @@ def test_who_cannot_go_on_from_a_prefix(family: str, method: Any, reason: str) -
 
 
 def test_layers_that_only_a_graph_prunes() -> None:
-    model = compile_eager(tiny("bloom"), METHODS["snapkv"])
+    model = pair_of("bloom", METHODS["snapkv"])
     prefix = specpass.read(model, DOCUMENT)
-    with pytest.raises(errors.PrefixUnsupportedError, match="bias"):
+    with pytest.raises(errors.PrefixUnsupportedError, match="no scaled_dot_product_attention was seen"):
         run(model, QUESTIONS[0], prefix=prefix)
