@@ -11,10 +11,12 @@ from support import compile_eager, run
 from tiny import prompt, tiny
 
 import specpass
+from specpass.backend import direct
 
 
 def test_a_document_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(direct, "why_uncompiled", lambda target: "no graphs, which take seconds")
     model = compile_eager(tiny(), specpass.SnapKV(budget=24, window=8))
     ids = prompt(9, seed=1)
     names = {

@@ -217,7 +217,7 @@ class Questions:
         if graphs and exact:
             layer, reason = min(exact.items())
             raise PrefixUnsupportedError(
-                f"no prefix here: layer {layer} cannot be pruned around the model's own forward, which reads a question "
+                f"no prefix here: layer {layer} cannot be pruned around the model's own forward, which reads questions "
                 f"({reason}). Use another model, or {WHOLE}."
             )
         cache.lookahead_ids = ahead

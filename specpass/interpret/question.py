@@ -148,8 +148,8 @@ class Question(Call):
         """The last `count` tokens of each row, and the lookahead [B, L] behind them.
 
         Args: verify: the lookahead's keys and values are to wait in the free slots.
-        Returns: the model's output for the question; logits [B, L, V] behind each lookahead token; what was done; and of
-            layers that are kept whole, why.
+        Returns: the model's output for the question; logits [B, L, V] behind each lookahead token; what was done; and
+            why, of layers that are kept whole.
         """
         cache, rows, length = self.cache, self.rows, 0 if ahead is None else ahead.shape[1]
         packing, method = rows.packing(length), cache.method
