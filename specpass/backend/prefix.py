@@ -25,7 +25,7 @@ from specpass.dialect.define import SPEC
 from specpass.errors import PrefixCacheError, PrefixUnsupportedError, PromptError, UnsupportedCallError
 from specpass.interpret.beside import features
 from specpass.interpret.document import placed, read_document
-from specpass.interpret.question import Question, Rows
+from specpass.interpret.question import Question, Rows, part
 from specpass.lowering.lower import lower_draft
 from specpass.methods.base import Method
 from specpass.observe import progress
@@ -234,12 +234,15 @@ class Questions:
         whole = {name: value for name, value in kwargs.items() if name not in ("attention_mask", "position_ids")}
         mask = rows.mask()
         whole |= {"input_ids": rows.last(rows.size), "attention_mask": mask, "position_ids": positions_of(mask)}
-        out = self.whole(**whole)
-        if kwargs["past_key_values"].exact:
+        cache = kwargs["past_key_values"]
+        out = self.whole(**whole, lookahead_ids=cache.given_ids)
+        if cache.exact:
             raise PrefixUnsupportedError(
                 f"no prefix here: the model runs exactly (specpass.report says why). Use another model, or {WHOLE}."
             )
-        out.logits = out.logits[:, -rows.own :]
+        out.logits = part(out.logits, rows.own, 0)
+        if out.get("hidden_states") is not None:
+            out.hidden_states = tuple(part(states, rows.own, 0) for states in out.hidden_states)
         return out
 
     def _ahead(self, cache: BudgetCache, prefix: Prefix, rows: Rows, drafts: bool) -> Tensor:
