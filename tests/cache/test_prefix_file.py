@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -12,13 +13,21 @@ from tiny import prompt, tiny
 
 import specpass
 from specpass import errors
+from specpass.backend import direct
 from specpass.cache import prefix_file
 from specpass.files import write_whole
 
 
+def make_model() -> Any:
+    """Without graphs, which take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "why_uncompiled", lambda target: "a test says so")
+        return compile_eager(tiny(), specpass.SnapKV(budget=24, window=8))
+
+
 @pytest.fixture(scope="module")
 def prefix() -> specpass.Prefix:
-    return specpass.read(compile_eager(tiny(), specpass.SnapKV(budget=24, window=8)), prompt(40))
+    return specpass.read(make_model(), prompt(40))
 
 
 def test_saved_and_loaded(prefix: specpass.Prefix, tmp_path: Path) -> None:
@@ -31,7 +40,7 @@ def test_saved_and_loaded(prefix: specpass.Prefix, tmp_path: Path) -> None:
     assert found.nbytes == prefix.nbytes
     for pair, own in zip(found.pairs, prefix.pairs, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(pair, own, strict=True))
-    model = compile_eager(tiny(), specpass.SnapKV(budget=24, window=8))  # as another process makes it
+    model = make_model()  # as another process makes it
     assert run(model, prompt(9, seed=1), prefix=found).tokens == run(model, prompt(9, seed=1), prefix=prefix).tokens
 
 

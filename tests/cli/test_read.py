@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cli_models import save_model
 from typer.testing import CliRunner
 
 import specpass
 from specpass import cli
+from specpass.backend import direct
 
 DOCUMENT = " ".join(f"w{index % 90}" for index in range(60))
 METHOD = ["-m", "snapkv", "-b", "24", "--window", "8", "--lowering", "eager"]
@@ -20,6 +22,12 @@ def invoke(*args: str) -> Any:
     result = CliRunner().invoke(cli.app, list(args))
     assert result.exit_code == 0, result.output
     return result
+
+
+@pytest.fixture(autouse=True)
+def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take seconds, and have tests of their own."""
+    monkeypatch.setattr(direct, "why_uncompiled", lambda target: "a test says so")
 
 
 def test_read_and_ask(tmp_path: Path) -> None:
