@@ -48,7 +48,7 @@ def read(model: nn.Module, document_ids: Any, *, device: str | torch.device | No
 
     Args:
         model: from `specpass.compile`. Its target reads the document, and its draft, if the method has one.
-        document_ids: [P] or [1, P] token ids, a tensor or a list; what a tokenizer puts in front of texts stands there.
+        document_ids: token ids, a tensor or a list [P] or [1, P]; what a tokenizer puts in front of texts stands there.
         device: where the keys and values are to lie: "cpu" is host memory, from which a question takes one layer at a
             time. None: where the model computes.
 

@@ -24,7 +24,7 @@ class Prefix:
     (on the device, in host memory, in a file that is mapped): a question moves a layer at a time to its model's device.
 
     Attributes:
-        ids: [P] int64 token ids of the document.
+        ids: token ids of the document, int64 [P].
         layers: by the number of each layer of the target that holds keys and values: keys [1, K, P, D], values.
         draft: the same of each layer of the draft that does, in order; None where no draft has read the document.
         target, drafter: which models read it.
