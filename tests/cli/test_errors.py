@@ -211,6 +211,12 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     ),
     (
         errors.BudgetError,
+        lambda f: ["export", "-t", f.good, "-m", "snapkv", "-b", "auto", "--out", "out"],
+        ("'auto'", "budget=256"),
+    ),
+    (errors.BudgetError, lambda f: generate(f.good, "-m", "streamingllm", "-b", "auto"), ("'auto'", "budget=1024")),
+    (
+        errors.BudgetError,
         lambda f: ["export", "-t", f.good, "-m", "snapkv", "-b", "0.5", "--out", "out"],
         ("0.5", "budget=256"),
     ),
