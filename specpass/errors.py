@@ -206,6 +206,10 @@ class OnnxMissingError(SpecpassError, RuntimeError):
     """A package that export or the runtime needs is not installed."""
 
 
+class HarnessMissingError(SpecpassError, RuntimeError):
+    """lm-evaluation-harness is not installed."""
+
+
 class BundleError(SpecpassError, ValueError):
     """An exported folder that is of another version, incomplete, truncated, or leads outside of itself."""
 

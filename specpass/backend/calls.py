@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
+from specpass.cache.choose import Candidates, Kept, choose, shrink
 from specpass.cache.drafting import start_draft
 from specpass.cache.prompt import check_gradients, check_ids, check_prompt
 from specpass.cache.replay import REPLAYS, Replay, follow, hold, put_back
@@ -42,6 +43,8 @@ class Call:
         replays: whether logits are the only result, so that known ones can stand for a step.
         came_free: told how many tokens a step did not compute, and whether a speculator had proposed them.
         work: of a call's compiled layers, for who watches a prompt.
+        candidates: of each layer whose budget is chosen behind the prompt, its outputs by name (see cache/choose.py).
+        chose: told what was chosen.
         drafts: how many results behind the model's own are the draft's caches, from which it goes on.
     """
 
@@ -62,6 +65,8 @@ class Call:
     ahead: tuple[int, ...] | None = None
     replays: bool = False
     came_free: Callable[[int, bool], None] = lambda tokens, proposed: None
+    candidates: Sequence[Mapping[str, int]] = ()
+    chose: Callable[[Kept], None] = lambda kept: None
     drafts: int = 0
     work: int = 0
     refusal: str = ""  # why this graph runs exactly; "" where it was rewritten
@@ -74,6 +79,9 @@ class Call:
             out = self._run(cache, args)
         finally:
             cache.pruned_by = None
+        if self.candidates:
+            out = list(out)
+            self._choose(cache, out)
         self._mark_sizes(out)
         if self.kind in ("prefill", "short"):
             cache.padded, cache.exact = self.packed, bool(self.refusal)
@@ -122,6 +130,17 @@ class Call:
         put_back(cache, held)
         out[0][rows] = replay.known(rows)
         return out
+
+    def _choose(self, cache: BudgetCache, out: list[Any]) -> None:
+        """Move each layer's candidates among the results into the budget that the prompt gets, one after the other."""
+        share = cache.method.share
+        assert share is not None, "a share of the attention chooses"
+        index, cache.kept = choose([out[each["shares"]] for each in self.candidates], cache.rungs, share)
+        self.chose(cache.kept)
+        for each in self.candidates:
+            chosen = shrink(Candidates(**{name: out[at] for name, at in each.items()}), index, cache.rungs[index])
+            for name, at in each.items():
+                out[at] = getattr(chosen, name)
 
     def _mark_sizes(self, out: Any) -> None:
         """On CUDA constants make better kernels, and a decode graph each: from the ninth size on one serves the rest.

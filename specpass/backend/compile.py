@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from specpass.backend import checks
 from specpass.backend.calls import Call
-from specpass.backend.facts import Traced, static_outputs
+from specpass.backend.facts import Traced, candidate_outputs, static_outputs
 from specpass.backend.limit import ensure_limit, raised_limit
 from specpass.cache.budget import BudgetCache
 from specpass.cache.states import recurrent_layer
@@ -186,7 +186,7 @@ class Backend:
         if ahead is not None and ahead.why:
             record.notes.append(f"no verified lookahead: {ahead.why}")
         results = results_of(graph.graph)
-        static = static_outputs(graph)
+        static, candidates = static_outputs(graph), candidate_outputs(graph)
         lowered = lower(
             graph,
             self.lowering,
@@ -216,6 +216,8 @@ class Backend:
             ahead=request.eos_ids if ahead is not None and ahead.tokens else None,
             replays=request.kind == "decode" and "attention_mask" not in traced.places and len(results) == 1,
             came_free=self.report.came_free,
+            candidates=candidates,
+            chose=self.report.chose,
             drafts=0 if drafted is None else len(drafted.caches) * request.goes_on,
             work=lowered.work,
         )
@@ -305,7 +307,7 @@ class Backend:
     def check_cache(self, cache: BudgetCache) -> None:
         """Raises: MethodMismatchError: the cache was made for another method."""
         mine = dataclasses.replace(self.method, budget=cache.method.budget)
-        same_budget = isinstance(self.method.budget, float) or self.method.budget == cache.method.budget
+        same_budget = not isinstance(self.method.budget, int) or self.method.budget == cache.method.budget
         ours, theirs = (
             dataclasses.replace(m, lookahead_ids=None, lookahead=NGRAM if m.looks_up else None)  # type: ignore[call-arg]
             if m.appends

@@ -13,6 +13,7 @@ from specpass.backend.calls import owner_of
 from specpass.cache import BudgetCache
 from specpass.cache.states import recurrent_layer
 from specpass.dialect.cache import AppendKv, Fill, GatherKv, GatherRagged, HeadOffsets, ShareLayers
+from specpass.dialect.select import AddLookahead, SelectRungs
 from specpass.errors import GradientsError, PartialGraphError, UnsupportedCallError
 from specpass.graph.aten import Dropout, Embedding, Sdpa
 from specpass.graph.operands import GetItem, results_of
@@ -128,6 +129,23 @@ def check_inference(gm: fx.GraphModule) -> None:
         raise GradientsError(
             "the target is in training mode (dropout is on), and pruning has no backward: call target.eval()."
         )
+
+
+def candidate_outputs(gm: fx.GraphModule) -> list[dict[str, int]]:
+    """Outputs of a PRUNED graph whose budget is chosen behind it: each layer's candidates, by name."""
+    found: dict[fx.Node, dict[str, int]] = {}
+    for index, node in enumerate(results_of(gm.graph)):
+        item = GetItem.match(node.all_input_nodes[0] if is_op(node, ATEN.sub) else node)
+        if item is None:
+            continue
+        rungs, name = item.source, ("positions", "rung", "shares")
+        if (gather := GatherKv.match(item.source)) is not None:
+            ahead = AddLookahead.match(gather.positions)
+            chosen = GetItem.match(gather.positions if ahead is None else ahead.positions)
+            rungs, name = (None if chosen is None else chosen.source), ("keys", "values", "lengths")
+        if SelectRungs.is_call(rungs):
+            found.setdefault(rungs, {})[name[item.index]] = index
+    return list(found.values())
 
 
 def static_outputs(gm: fx.GraphModule) -> dict[int, int]:

@@ -18,6 +18,7 @@ from specpass.cache.states import recurrent_layer, why_unheld
 from specpass.capture.model import untraceable
 from specpass.capture.rope import following
 from specpass.errors import (
+    BudgetError,
     CacheStateError,
     FuturesError,
     NoAttentionSiteError,
@@ -124,6 +125,12 @@ class Uncompiled:
                 f"{cache.method.name}(futures={cache.method.futures}): several futures are read where a graph reads "
                 f"the prompt, and here the model's own forward does ({self.reason or 'by what the call brings'}): "
                 "leave futures out."
+            )
+        if cache.rungs:
+            raise BudgetError(
+                f"budget={backend.method.budget!r}, share={cache.method.share}: a budget is chosen where a graph reads "
+                f"the prompt, and here the model's own forward does ({self.reason or 'by what the call brings'}): give "
+                "a number of KV slots alone, e.g. budget=1024."
             )
         backend.report.saw(cache.config)
         context = None if backend.draft is None else context_length(backend.draft.config)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
+from specpass.cache.choose import Kept
 from specpass.cache.drafting import DRAFTS
 from specpass.cache.layer import first_room, grown_room, round_room
 from specpass.cache.protocol import BudgetLayer, CacheProtocol, is_traced
@@ -31,7 +32,8 @@ class BudgetCache(CacheProtocol):
         max_new_tokens: tokens to be generated; sets the room N (rounded up to a multiple of 64, at first 512 at most:
             then it grows with what is generated, by half of itself) and, for methods with `lookahead=None`, the
             lookahead L = min(32, max_new_tokens), 32 if left out. Generation beyond max_new_tokens grows the cache too.
-        prompt_length: S in tokens, needed when the method's budget is a ratio.
+        prompt_length: S in tokens, needed when the method's budget is a ratio; with budget="auto", a short prompt's
+            candidates take less memory where it is known.
         lookahead_ids: [B, L] token ids in place of the draft's.
         early_exit: False sends prompts that fit the budget through selection and gather too (layers whose budget is C
             keep everything).
@@ -64,7 +66,9 @@ class BudgetCache(CacheProtocol):
         self.made_with = lookahead_ids
         self.look_ahead()
         self.compresses = method.prompt is not None
-        self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole
+        self.rungs = self.method.rungs  # budgets of which each prompt gets one; (): they all get the same
+        # A prompt of so many tokens is kept whole.
+        self.whole: int = (*self.rungs, self.method.budget)[0]  # type: ignore[assignment]
         super().__init__(layers=make_layers(self, config))
         self.budgeted = [layer for layer in self.layers if isinstance(layer, BudgetLayer)]
         self.in_slots = False  # whether graphs are told the slots as the length (see asks_for_length)
@@ -117,6 +121,7 @@ class BudgetCache(CacheProtocol):
         self.behind = ""  # the key of the prefix that its prompt stands behind
         self.served = False  # whether a graph of ours has read its prompt
         self.padded = False
+        self.kept: Kept | None = None  # what was chosen for it, where a share of the attention chose
         self.exact = False  # whether the prefill was refused and kept everything
         self.columns: int | None = None  # read by a target that runs uncompiled, padding included; None: by graphs
         self.read_mask: Tensor | None = None  # [B, S] of a padded prompt that was read uncompiled

@@ -63,6 +63,8 @@ class Storage:
         self.kept_positions: Tensor | None = None  # [B, K, C]; of ragged heads [B, K * C], one's behind the other's
         self.starts: Tensor | None = None  # [B, K] first slot of each ragged head
         self.counts: Tensor | None = None  # [B, K] slots of each ragged head that hold the prompt's positions
+        self.rung: Tensor | None = None  # [B, K, C] the first budget that keeps each slot; empty once one is chosen
+        self.shares: Tensor | None = None  # [B] of the scored rows' attention that is kept, where it chose the budget
         self.told: Tensor | None = None  # [B, K, C] positions as the target was told them, where it was told others
         self.biased = False  # whether attention adds a bias by the positions of its keys (ALiBi)
 
@@ -141,7 +143,7 @@ class Storage:
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by name; empty before the prefill."""
-        names = ("key_buffer", "value_buffer", "lengths", "kept_positions", "starts", "counts", "told")
+        names = ("key_buffer", "value_buffer", "lengths", "kept_positions", "starts", "counts", "told", "shares")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -188,6 +188,8 @@ class BudgetLayer(Storage, CacheLayerMixin):
             )
             if self.ragged:
                 self.starts, self.counts = SPEC.head_offsets(self.lengths, cache.room)
+            if cache.rungs and not short and not self.is_sliding:
+                self.rung, self.shares = SPEC.kept_shares(self.kept_positions, list(cache.rungs))
             self.is_initialized = True
             return key_states, value_states
         if cache.exact:  # kept whole, without free slots: goes on like transformers' DynamicCache

@@ -208,6 +208,7 @@ def _answer(choice: Choice, asked: _Asked, device: str, seed: int, echo: bool, *
         "free_tokens": 0 if report is None else report.replayed,
         "accepted_tokens": 0 if report is None else report.accepted,
         "kv_bytes": None if out is None else cache_bytes(out.past_key_values),
+        "kept": None if report is None or report.kept is None else dataclasses.asdict(report.kept),
         "refusals": refusals,
         "seconds": {
             "load": round(loaded - start, 3),

@@ -28,7 +28,9 @@ Revision = Annotated[
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that models bring along.")]
 MethodName = Annotated[str, typer.Option("--method", "-m", help=f"{', '.join(names())}, or {FULL}: no pruning.")]
-Budget = Annotated[str, typer.Option("--budget", "-b", help="KV slots per KV head and layer, or a ratio such as 0.25.")]
+Budget = Annotated[
+    str, typer.Option("--budget", "-b", help="KV slots per KV head and layer, a ratio such as 0.25, or auto.")
+]
 Window = Annotated[int | None, typer.Option(help="The last WINDOW prompt tokens are always kept.")]
 Lookahead = Annotated[
     str | None,

@@ -78,6 +78,19 @@ class HeadOffsets(Operator, schema="head_offsets(Tensor lengths, SymInt room) ->
         return torch.empty_like(lengths), torch.empty_like(lengths)
 
 
+class KeptShares(Operator, schema="kept_shares(Tensor positions, int[] rungs) -> (Tensor, Tensor)"):
+    """Of positions [B, K, C] the first of R rungs that keeps each [B, K, C], and each rung's share of the attention
+    [B, R]: rung 0, and all of it, until gather_prune knows better (see select_rungs)."""
+
+    positions: fx.Node
+    rungs: list[int]
+
+    @staticmethod
+    def fake(positions, rungs):
+        shares = positions.new_empty(positions.shape[0], len(rungs), dtype=torch.float32)
+        return torch.empty_like(positions), shares
+
+
 class ShowHeads(Operator, schema="show_heads(Tensor storage, Tensor offsets, SymInt slots) -> Tensor", until="DRAFTED"):
     """What the model's own attention is shown of such heads: [B, K, slots, D], zeros."""
 

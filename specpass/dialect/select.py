@@ -91,6 +91,34 @@ class SelectHeads(
         return scores.new_empty(scores.shape[0], kv_heads, most, dtype=torch.int64)
 
 
+class SelectRungs(
+    Operator,
+    schema="select_rungs(Tensor scores, Tensor attention, Tensor lengths, int budget, int window, int kernel, "
+    "str pool, int[] rungs) -> (Tensor, Tensor, Tensor)",
+    since="PRUNED",
+):
+    """As select, and which of R smaller budgets keeps what: positions and the first rung that keeps each [B, K, C], and
+    the share of the attention that each rung keeps [B, R].
+
+    What a rung keeps, all larger ones keep. The share is 1 less what falls on dropped columns, in the mean over rows
+    and heads: attention to the window and to the lookahead, which are never dropped, counts as kept.
+    """
+
+    scores: fx.Node  # [B, K, T]
+    attention: fx.Node  # [B, K, T] mean over rows
+    lengths: fx.Node  # [B]
+    budget: int
+    window: int
+    kernel: int
+    pool: str
+    rungs: list[int]  # budgets, ascending, the last of which is `budget`
+
+    @staticmethod
+    def fake(scores, attention, lengths, budget, window, kernel, pool, rungs):
+        positions = Select.fake(scores, lengths, budget, window, kernel, pool)
+        return positions, torch.empty_like(positions), scores.new_empty(scores.shape[0], len(rungs))
+
+
 class SelectRecent(
     Operator, schema="select_recent(Tensor lengths, int kv_heads, int budget, int sinks) -> Tensor", since="PRUNED"
 ):

@@ -120,6 +120,11 @@ def check_packages(weights: str) -> None:
 def check_method(method: Method | None) -> None:
     if method is None:
         return
+    if method.share is not None:
+        raise BudgetError(
+            f"budget={method.budget!r}, share={method.share}: a budget is chosen for each prompt, and an export "
+            "has a constant one: give a count alone, e.g. budget=256."
+        )
     if not isinstance(method.budget, int):
         raise BudgetError(
             f"budget={method.budget} is a ratio, and an exported graph has a constant budget: give a "

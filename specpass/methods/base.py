@@ -21,6 +21,9 @@ NGRAM = "ngram"  # a lookahead that is copied from the prompt
 BUDGET_STEP = 64  # ratios are resolved to multiples of this at least
 SPREADS = ("uniform", "heads", "global")  # who shares budgets: nobody, a layer's KV heads, those of all layers
 CANDIDATES = 3  # times its even share that a layer may have of what all layers share
+AUTO = "auto"  # a budget that is chosen for each prompt, by what it would keep of the attention
+LADDER = (128, 256, 512, 1024, 2048, 4096)  # the budgets that it is chosen from: few sizes, few graphs
+SHARE = 0.95  # of the attention that it keeps
 FLOOR = 0.2  # of its even share that each KV head keeps at least, where budgets are spread (AdaKV, arXiv 2407.11550)
 
 
@@ -71,6 +74,7 @@ class Traits:
     futures: int = 1  # branches M of L tokens that the draft writes, each of which scores
     value_norms: bool = False  # whether scores are weighed by the norms of the columns' values
     spread: str = "uniform"  # whether KV heads share their budgets: see SPREADS
+    share: float | None = None  # of the attention that a budget has to keep, where the smallest of a few is chosen
     sparse_prefill: int = 0  # top columns that a prompt's queries read, and last positions besides; 0: all
 
     # A method of one's own replaces these by methods; None stands for the operators `importance` and `select`.
@@ -86,16 +90,23 @@ class Method(Traits):
     """What every method has: a budget C of KV slots per KV head and layer.
 
     Args:
-        budget: slots as an int, or a ratio of the prompt length as a float in (0, 1].
+        budget: slots as an int, or a ratio of the prompt length as a float in (0, 1]; "auto": see Scored.
     """
 
-    budget: int | float
+    budget: int | float | str
 
     def __post_init__(self) -> None:
         self._check_budget()
 
     def _check_budget(self) -> None:
         budget, least = self.budget, max(self.window, self.sinks)
+        if budget == AUTO:
+            if self.share is None:
+                raise BudgetError(
+                    f"budget={budget!r}: {self.name} keeps no share of scored attention that could choose it; give a "
+                    "number of KV slots, e.g. budget=1024, or use SpecKV or SnapKV."
+                )
+            budget = LADDER[-1]
         if isinstance(budget, float):
             if not 0.0 < budget <= 1.0:
                 raise BudgetError(f"budget={budget}: a ratio must be in (0, 1]; give a count as an int.")
@@ -119,10 +130,15 @@ class Method(Traits):
         """This method with its budget as a count for a prompt of `prompt_length` tokens.
 
         A ratio is rounded up to a multiple of 64 slots, or of an eighth of its power of two, so that prompts of all
-        lengths share few graphs (eight for each doubling); it is never below window + 1.
+        lengths share few graphs (eight for each doubling); it is never below window + 1. "auto" is the smallest size of
+        the ladder that holds the prompt, or the largest one: what is kept of it is chosen when it was read (see rungs).
         """
         if isinstance(self.budget, int):
             return self
+        if isinstance(self.budget, str):
+            sizes = [size for size in LADDER if size > self.window]
+            fits = (size for size in sizes if prompt_length is not None and size >= prompt_length)
+            return dataclasses.replace(self, budget=next(fits, sizes[-1]))
         if prompt_length is None:
             raise BudgetError(
                 f"budget={self.budget} is a ratio and the prompt length is not known here: pass prompt_length= to "
@@ -146,6 +162,16 @@ class Method(Traits):
         return LOOKAHEAD if max_new_tokens is None else min(LOOKAHEAD, max_new_tokens)
 
     @property
+    def rungs(self) -> tuple[int, ...]:
+        """Sizes of which a prompt's budget is the smallest that keeps `share` of the attention, or the last.
+
+        Powers of two up to the budget; () where the budget is what it is.
+        """
+        if self.share is None or not isinstance(self.budget, int):
+            return ()
+        return (*(size for size in LADDER if self.window < size < self.budget), self.budget)
+
+    @property
     def looks_up(self) -> bool:
         """Whether the lookahead is copied from the prompt."""
         return self.drafts and self.lookahead == NGRAM
@@ -158,7 +184,7 @@ class Method(Traits):
     def layer_budgets(self, num_layers: int) -> tuple[int, ...]:
         """Budget C of each of `num_layers` layers; equal unless a method spreads it."""
         if not isinstance(self.budget, int):
-            raise BudgetError(f"budget={self.budget} is a ratio: call resolve(prompt_length) first.")
+            raise BudgetError(f"budget={self.budget!r} depends on the prompt: call resolve(prompt_length) first.")
         return (self.budget,) * num_layers
 
     def floor(self, budget: int) -> int:
@@ -194,6 +220,8 @@ class Scored(Method):
     spread: "uniform" gives each KV head C slots. "heads": a layer's K heads share K * C, by one choice of the best
     scores of all of them, where each keeps its window and a fifth of C - W at least (AdaKV, arXiv 2407.11550).
     "global": the same for the heads of all layers, none of which has more than three times C - W for each of its heads.
+    share: each prompt gets the smallest budget of 128, 256, 512, ..., 4096 that keeps this share of the attention of
+    the rows that score, in the mean over layers, and `budget` at most: "auto" stands for 4096, with share=0.95.
     """
 
     window: int = 32
@@ -202,12 +230,14 @@ class Scored(Method):
     kernel: int = 7
     spread: str = dataclasses.field(default="uniform", kw_only=True)
     value_norms: bool = dataclasses.field(default=False, kw_only=True)
+    share: float | None = dataclasses.field(default=None, kw_only=True)
 
     scored: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("window", self.window, 1)
         self._check_spread()
+        self._check_share()
         check_count("kernel", self.kernel, 1)
         if self.kernel % 2 == 0:
             raise BudgetError(f"kernel={self.kernel}: pooling keeps the length only for odd kernels, e.g. kernel=7.")
@@ -227,3 +257,26 @@ class Scored(Method):
                 f"spread={self.spread!r}: {self.name} selects by a function of its own, which chooses for each KV "
                 "head; leave spread out."
             )
+
+    def _check_share(self) -> None:
+        """Raises: BudgetError: no share, or one that nothing can be chosen by."""
+        if self.share is None:
+            if self.budget != AUTO:
+                return
+            object.__setattr__(self, "share", SHARE)
+        share = self.share
+        asked = f"budget={self.budget!r}" if self.budget == AUTO else f"share={share!r}"
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
+            raise BudgetError(f"share={share!r}: expected a part of the attention in (0, 1], e.g. share={SHARE}.")
+        reasons = (
+            (type(self).layer_budgets is not Method.layer_budgets, "gives its layers budgets of their own"),
+            (self.prompt is not None, "reads a part of the prompt"),
+            (self.spread != "uniform", f"spreads budgets over KV heads (spread={self.spread!r})"),
+            (self.select is not None, "selects by a function of its own"),
+        )
+        for found, reason in reasons:
+            if found:
+                raise BudgetError(
+                    f"{asked}: {self.name} {reason}, and one budget for all KV heads is what can be chosen: give a "
+                    "number of KV slots, e.g. budget=1024, or use SpecKV or SnapKV."
+                )

@@ -17,7 +17,7 @@ from typing import Any
 
 import specpass.methods
 from specpass.errors import BudgetError, MethodOptionError
-from specpass.methods.base import Method
+from specpass.methods.base import AUTO, Method
 
 GROUP = "specpass.methods"  # of entry points
 FULL = "full"  # on the command line: no method, the uncompiled model with its whole KV cache
@@ -88,7 +88,7 @@ def make_method(name: str, budget: str | int | float, options: Iterable[str] = (
     """A method from its name, its budget and its options as texts.
 
     Args:
-        budget: slots ("256") or a ratio of the prompt ("0.25").
+        budget: slots ("256"), a ratio of the prompt ("0.25"), or "auto".
         options: NAME=VALUE texts for any field of the class.
         given: fields by name; None means that the user did not say, and the class's default holds. A lookahead may be
             a text ("32", "ngram").
@@ -110,14 +110,14 @@ def make_method(name: str, budget: str | int | float, options: Iterable[str] = (
     return cls(**values)
 
 
-def parse_budget(text: str | int | float) -> int | float:
-    """256 or "256" -> 256 slots; "0.25" -> a ratio of the prompt length."""
-    if not isinstance(text, str):
+def parse_budget(text: str | int | float) -> int | float | str:
+    """256 or "256" -> 256 slots; "0.25" -> a ratio of the prompt length; "auto" as it is."""
+    if not isinstance(text, str) or text == AUTO:
         return text
     try:
         return float(text) if "." in text else int(text)
     except ValueError:
-        raise BudgetError(f"budget={text!r}: expected a count of KV slots (256) or a ratio (0.25).") from None
+        raise BudgetError(f"budget={text!r}: expected a count of KV slots (256), a ratio (0.25) or {AUTO}.") from None
 
 
 def parse_lookahead(text: str) -> int | str:

@@ -15,7 +15,7 @@ class SpecKV(Scored):
     """The target keeps the KV pairs that the window and the L lookahead tokens attend to.
 
     Args:
-        budget: KV slots C per KV head and layer, or a ratio of the prompt length.
+        budget: KV slots C per KV head and layer, or a ratio of the prompt length; "auto": chosen for each prompt.
         window: the last W prompt tokens are always kept and always score.
         lookahead: L tokens that the draft writes, as many as you like; None means min(32, max_new_tokens). "ngram": as
             many as with None, and no draft: those that followed the prompt's last eight tokens, or as many of these as
@@ -32,6 +32,9 @@ class SpecKV(Scored):
             (Ada-SpecKV, arXiv 2407.11550): each keeps its window and a fifth of C - W at least, and the best scores of
             all heads the rest; or "global", where the heads of all layers share. Memory is the same, exactly; until the
             last layer has read the prompt, "global" holds up to three times as much.
+        share: of the attention of the W + L rows, in the mean over rows, heads and layers: each prompt gets the least
+            budget of 128, 256, 512, ..., 4096 that keeps as much, and `budget` at most. "auto" stands for 4096, with
+            0.95. None: every prompt gets `budget`.
         value_norms: scores are weighed by the norms of the positions' values (arXiv 2406.12335); False in the paper.
         futures: M branches of L tokens that the draft writes, by diverse beam search (arXiv 1610.02424, see
             specpass.ops.draft.next_tokens): the first is its greedy lookahead, the others take less likely tokens where

@@ -110,6 +110,11 @@ def widen(storage: Tensor, kv_heads: int, slots: int) -> Tensor:
     return F.pad(view, (0, 0, 0, slots - view.shape[2]))
 
 
+def kept_shares(positions: Tensor, rungs: list[int]) -> tuple[Tensor, Tensor]:
+    """Nothing is dropped: rung 0 of every position [B, K, C], and a share of 1 for each rung [B, R]."""
+    return torch.zeros_like(positions), positions.new_ones(positions.shape[0], len(rungs), dtype=torch.float32)
+
+
 def show_heads(storage: Tensor, offsets: Tensor, slots: int) -> Tensor:
     """[B, K, slots, D] zeros: shapes are traced, and a pass puts attention over the storage in their place."""
     return storage.new_zeros(*offsets.shape, slots, storage.shape[2])
@@ -142,5 +147,6 @@ bind(dialect.Widen, widen)
 bind(dialect.GatherKv, gather_kv, onnx=gather_functional)
 bind(dialect.GatherRagged, gather_ragged)
 bind(dialect.HeadOffsets, offsets_and_lengths)
+bind(dialect.KeptShares, kept_shares)
 bind(dialect.ShowHeads, show_heads)
 bind(dialect.ShareLayers, share_layers)

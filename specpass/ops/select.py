@@ -61,6 +61,35 @@ def select(scores: Tensor, lengths: Tensor, budget: int, window: int, kernel: in
     return _ascending(torch.cat([best, _last(lengths, window, scores.shape[1], never)], -1), never)
 
 
+def select_rungs(
+    scores: Tensor,
+    attention: Tensor,
+    lengths: Tensor,
+    budget: int,
+    window: int,
+    kernel: int,
+    pool: str,
+    rungs: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`select`, the first rung that keeps each position [B, K, C], and what each rung keeps of the attention [B, R].
+
+    Args: scores [B, K, T] float32; attention [B, K, T]: mean probability of each column over the rows that score; both
+    0 outside the scored columns. lengths [B]; rungs: budgets, ascending, the last of which is `budget`.
+    """
+    top, never = budget - window, scores.shape[2] + budget
+    values, index = _best(scores, lengths, top, window, kernel, pool)
+    unused = values < 0
+    found = torch.cat([index.masked_fill(unused, never), _last(lengths, window, scores.shape[1], never)], -1)
+    found, order = found.sort(-1)
+    rank = torch.arange(budget, device=scores.device)
+    first = sum((rank >= rung - window).long() for rung in rungs[:-1]) + torch.zeros_like(rank)
+    first = first.masked_fill(rank >= top, 0)  # the window
+    kept = attention.gather(2, index.clamp(max=scores.shape[2] - 1)).masked_fill(unused, 0.0).cumsum(-1)
+    kept = torch.stack([kept[..., rung - window - 1] for rung in rungs], -1)  # [B, K, R]
+    dropped = (attention.sum(-1, keepdim=True) - kept).clamp(min=0.0).mean(1)
+    return found.masked_fill(found >= never, -1), first.expand_as(order).gather(-1, order), 1.0 - dropped
+
+
 def select_heads(
     scores: Tensor, lengths: Tensor, budget: int, window: int, kernel: int, pool: str, floor: int
 ) -> Tensor:
@@ -180,6 +209,7 @@ def add_lookahead(positions: Tensor, index: Tensor) -> Tensor:
 bind(dialect.Importance, importance, onnx=reference.importance, flops=importance_flops)
 bind(dialect.WeighValues, weigh_values, onnx=weigh_values_onnx)
 bind(dialect.Select, select)
+bind(dialect.SelectRungs, select_rungs)
 bind(dialect.SelectHeads, select_heads)
 bind(dialect.SelectRecent, select_recent)
 bind(dialect.SelectChunk, select_chunk)

@@ -117,6 +117,14 @@ class Branches:
 
 
 @dataclasses.dataclass(frozen=True)
+class Attention:
+    """[B, K, T] float32 of each attention site that is scored: the mean probability of its columns, where a budget is
+    chosen by it."""
+
+    nodes: tuple[fx.Node | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Scores:
     """[B, K, T] float32 of each attention site, in their order; None where a site keeps what it reads."""
 

@@ -17,6 +17,11 @@ after:  positions = select_heads(scores, lengths, C, W, kernel, pool, floor)    
 
 Where those of all layers share, see share_layers.py.
 
+Where the budget is chosen when the prompt was read, C is the largest that it may be, the cache has asked what smaller
+ones keep (kept_shares), and
+
+after:  positions, rung, shares = select_rungs(scores, attention, lengths, C, W, kernel, pool, rungs)
+
 A site with a sliding window or chunks keeps what it can still read, of the prompt and never of the lookahead.
 """
 
@@ -30,12 +35,14 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from specpass.dialect.cache import Fill
+from specpass.dialect.cache import Fill, KeptShares
 from specpass.dialect.define import SPEC
+from specpass.dialect.select import SelectRungs
 from specpass.graph.edit import Editor
+from specpass.graph.operands import items_of
 from specpass.graph.walk import ATEN, skip_full_slices, value
 from specpass.passes.attend_slots import UNSPREAD
-from specpass.passes.facts import Ahead, ReadPositions, Rows, Scores
+from specpass.passes.facts import Ahead, Attention, ReadPositions, Rows, Scores
 from specpass.passes.inline import Inline, check_result
 from specpass.passes.share_layers import Shared, in_prompt, offsets_of, put
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
@@ -52,6 +59,7 @@ class GatherPrune(Pass):
 
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
         editor, sites, scores = Editor(gm), facts[Sites].sites, facts.get(Scores)
+        means = facts.get(Attention)
         alike = len({site.budget for site in sites if site.is_full}) <= 1
         shared = Shared(editor, request, facts)
         rewritten: list[Site] = []
@@ -61,7 +69,8 @@ class GatherPrune(Pass):
                 rewritten.append(dataclasses.replace(site, cache=owner.cache))
                 continue
             own = None if scores is None else scores.nodes[index]
-            before = (site.attention if own is None else max(site.attention, own)).next
+            attention = None if means is None else means.nodes[index]
+            before = max(node for node in (site.attention, own, attention) if node is not None).next
             # A layer's own budget would make its region unlike the others': these nodes then stand outside of it.
             like = site.attention if alike or not site.is_full else None
             offsets = offsets_of(site)
@@ -70,7 +79,15 @@ class GatherPrune(Pass):
             if offsets and request.pruning.spread == "global":
                 rewritten.append(shared.add(site, own, before))
                 continue
-            positions = self._positions(editor, request, facts, site, own, before, like)
+            positions = self._positions(editor, request, facts, site, own, attention, before, like)
+            told: list[fx.Node] = []
+            if SelectRungs.is_call(positions):
+                positions, *told = (editor.item(positions, index, before) for index in range(3))
+            for shares in shares_of(site):
+                if not told:  # its mask says that it reads a window, and it keeps that
+                    every = editor.call(SPEC.kept_shares, positions, shares.rungs, before=before, like=like)
+                    told = [editor.item(every, index, before) for index in (0, 1)]
+                put(editor, shares.node, told)
             # Of a padded batch, rows that fit C keep everything.
             if not alike and site.is_full and facts[Rows].order is not None:
                 whole = request.pruning.budget
@@ -117,10 +134,11 @@ class GatherPrune(Pass):
         facts: Facts,
         site: Site,
         scores: fx.Node | None,
+        attention: fx.Node | None,
         before: fx.Node,
         like: fx.Node | None,
     ) -> fx.Node:
-        """[B, K, C] positions that a site keeps, of the tokens that the target reads."""
+        """[B, K, C] positions that a site keeps, of the tokens that the target reads; or all of select_rungs."""
         method, lengths = request.pruning, editor.beside(facts[Rows].lengths, site.key, before)
         call = functools.partial(editor.call, before=before, like=like)
         if site.span.sliding:
@@ -131,6 +149,10 @@ class GatherPrune(Pass):
             return call(SPEC.keep_all, lengths, site.kv_heads, site.budget)
         if scores is None:
             return call(SPEC.select_recent, lengths, site.kv_heads, site.budget, method.sinks)
+        if method.rungs:
+            rungs = list(method.rungs)
+            plain = (site.budget, method.window, method.kernel, method.pool)
+            return call(SPEC.select_rungs, scores, attention, lengths, *plain, rungs)
         if offsets_of(site):
             settings = (site.budget, method.window, method.kernel, method.pool, method.floor(site.budget))
             return call(SPEC.select_heads, scores, lengths, *settings)
@@ -141,3 +163,9 @@ class GatherPrune(Pass):
         positions = inline(scores, lengths, before=before, like=like)
         shape = (*value(scores).shape[:2], site.budget)
         return check_result(positions, shape, torch.int64, name, "positions [B, K, C]")
+
+
+def shares_of(site: Site) -> list[KeptShares]:
+    """Where the site's cache asks what smaller budgets keep: once, where one of them is chosen."""
+    users = [user for positions in items_of(site.cache).get(3, []) for user in positions.users]
+    return [view for user in users if (view := KeptShares.match(user)) is not None]

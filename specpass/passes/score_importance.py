@@ -7,6 +7,8 @@ Where several futures score, attention has the log-sum-exp of their rows already
 
 With value_norms they are weighed: weigh_values(scores, v).
 
+Where a budget is chosen by the attention that it keeps (`share`), its mean over rows and heads is scored as well.
+
 A method with its own `score` has that function's nodes in the operator's place.
 """
 
@@ -22,7 +24,7 @@ from torch import fx
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.walk import ATEN, value
-from specpass.passes.facts import Branches, Drafted, Rows, Scores
+from specpass.passes.facts import Attention, Branches, Drafted, Rows, Scores
 from specpass.passes.inline import Inline, check_result
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 from specpass.rewrite.sites import Site, Sites
@@ -34,7 +36,7 @@ class ScoreImportance(Pass):
     stage: ClassVar[str] = "PRUNED"
     kinds: ClassVar[tuple[Kind, ...]] = ("prefill",)
     requires: ClassVar[tuple[type, ...]] = (Sites, Rows)
-    provides: ClassVar[tuple[type, ...]] = (Scores,)
+    provides: ClassVar[tuple[type, ...]] = (Attention, Scores)
 
     def applies(self, request: Request) -> bool:
         return request.pruning.scored
@@ -48,35 +50,33 @@ class ScoreImportance(Pass):
         rows = editor.call(SPEC.score_rows, lengths, ahead, method.window, list(request.eos_ids), *count, before=anchor)
         own = OwnScores(editor, request)
         scores: list[fx.Node | None] = []
+        means: list[fx.Node | None] = []
         for index, site in enumerate(facts[Sites].sites):
             if not site.is_full or site.reads:  # an owner's queries choose for all who read its cache
                 scores.append(None)
+                means.append(None)
                 continue
             lse = None if branches is None else branches.lse[index]
             before, like = (lse or site.attention).next, site.attention
             at, until = (editor.beside(node, site.query, before) for node in (rows, lengths))
             taken = editor.call(SPEC.take_rows, site.query, at, before=before, like=like)
-            if method.score is not None:
+            changes = (None, lse, *site.changes) if site.changes or lse is not None else ()  # no weights
+            operands = (taken, site.key, at, until, method.window, site.scale)
+            importance = functools.partial(editor.call, SPEC.importance, *operands, before=before, like=like)
+            plain = None if method.score is not None else importance(method.reduce, *changes)
+            means.append(None)
+            if method.rungs:
+                mean = plain if plain is not None and method.reduce == "mean" else importance("mean", *changes)
+                means[-1] = mean if site.heads_apart else shared(editor, mean, site, "mean")
+            if plain is None:
                 scores.append(own(site, (taken, site.key, site.value, at, until), before))
                 continue
-            changes = (None, lse, *site.changes) if site.changes or lse is not None else ()  # no weights
-            own_scores = editor.call(
-                SPEC.importance,
-                taken,
-                site.key,
-                at,
-                until,
-                method.window,
-                site.scale,
-                method.reduce,
-                *changes,
-                before=before,
-                like=like,
-            )
+            own_scores = plain
             if method.value_norms:
                 own_scores = editor.call(SPEC.weigh_values, own_scores, site.value, before=before, like=like)
             scores.append(own_scores if site.heads_apart else shared(editor, own_scores, site, method.reduce))
         facts.add(Scores(tuple(scores)))
+        facts.add(Attention(tuple(means)))
 
 
 def shared(editor: Editor, scores: fx.Node, site: Site, reduce: str) -> fx.Node:

@@ -10,7 +10,8 @@ Symbols: B batch, S prompt, L lookahead, W window rows that score, C budget, N f
 E hidden, H heads, K key/value heads, D head size, I intermediate, m matrices of the MLP, V vocabulary, b bytes of a
 number. The draft's own have an index d. Where the prompt is compressed: C_p prompt tokens that the target reads, W_p
 rows of the draft's window that score, n_p draft layers that score. Budgets that differ by layer enter as their mean,
-which is exact: everything is linear in C. The forms follow the rewritten graph; tests hold them to measured counts.
+which is exact: everything is linear in C. Where each prompt's budget is chosen, C is the largest
+that it may get. The forms follow the rewritten graph; tests hold them to measured counts.
 """
 
 from __future__ import annotations
@@ -120,6 +121,11 @@ def pruned_forms(method: Method, drafts: bool) -> dict[str, Expr]:
     if method.scored:
         flops += _T.scores(W + ahead, read, _T.n)
         moved += _T.keys(read, _T.n) * (2 if method.value_norms else 1)  # once more, and values for their norms
+    if method.share is not None:  # the mean over rows, where that is no score; and the storage is moved at the end
+        if method.reduce != "mean":
+            flops += _T.scores(W + ahead, read, _T.n)
+            moved += _T.keys(read, _T.n)
+        moved += 2 * _T.kv(C + N)
     if method.futures > 1:  # rows that score need a log-sum-exp, and all futures but the first their values anew
         flops += _T.scores(W + ahead, read, _T.n) + _T.scores(ahead - L, read, _T.n)
         moved += _T.kv(read)
@@ -173,7 +179,8 @@ class Costs:
     def numbers(self, prompt: int, new_tokens: int, batch: int = 1) -> dict[str, tuple[int, int]]:
         """Name -> (full KV, the method) for a prompt of `prompt` tokens."""
         values = self._values(prompt, new_tokens, batch)
-        whole = prompt <= values[C]  # neither draft nor scores: see the module's docstring
+        least = (*self.method.resolve(prompt).rungs, values[C])[0]
+        whole = prompt <= least  # neither draft nor scores: see the module's docstring
         found = {}
         for name, full in self.full.items():
             kept = full if whole and name not in ("kv_bytes", "decode_flops", "decode_bytes") else self.pruned[name]

@@ -23,6 +23,7 @@ def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[
         "interpreted": record.interpreted,
         "prompts": [dataclasses.asdict(prompt) for prompt in record.prompts],
         "notes": list(record.notes),
+        "kept": None if record.kept is None else dataclasses.asdict(record.kept),
         "replayed": record.replayed,
         "proposed": record.proposed,
         "accepted": record.accepted,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from specpass.cache.choose import Kept
 from specpass.kernels.dispatch import Choice
 from specpass.lowering.lower import Lowered
 from specpass.methods.base import Method
@@ -96,6 +97,7 @@ class BackendRecord:
         prompts: what became of prompts then, each outcome once.
         notes: what else there is to say of calls.
         replayed: tokens that came free: the answer followed the lookahead (verified lookahead).
+        kept: the budget that was chosen last, and the attention that it keeps.
         proposed, accepted: tokens that the draft proposed behind its lookahead, and those that the answer took.
     """
 
@@ -111,6 +113,7 @@ class BackendRecord:
     replayed: int = 0
     proposed: int = 0
     accepted: int = 0
+    kept: Kept | None = None
     draft_seconds: float = 0.0
     target_configs: list[Any] = dataclasses.field(default_factory=list, repr=False)
     decoders: tuple[Decoder | None, Decoder | None] | None = dataclasses.field(default=None, repr=False)
@@ -142,6 +145,10 @@ class BackendRecord:
             self.accepted += tokens
         else:
             self.replayed += tokens
+
+    def chose(self, kept: Kept) -> None:
+        """A prompt got a budget of its own."""
+        self.kept = kept
 
     def read(self, prompt: PromptRecord) -> None:
         """Remember what became of a prompt, if it is new."""

@@ -8,7 +8,16 @@ from rich.text import Text
 
 from specpass.reports.cost import BREAK_EVENS, Costs, Forms
 from specpass.reports.record import BackendRecord
-from specpass.reports.text import BREAKS, LENGTHS, NEW_TOKENS, amount, break_even, budget_lines, interpreted_lines
+from specpass.reports.text import (
+    BREAKS,
+    LENGTHS,
+    NEW_TOKENS,
+    amount,
+    break_even,
+    budget_lines,
+    interpreted_lines,
+    kept_lines,
+)
 
 NAMES = {
     "kv_bytes": "KV cache",
@@ -33,6 +42,7 @@ def tables(record: BackendRecord) -> Group:
     if record.draft_seconds:
         parts.append(f"draft captured in {record.draft_seconds:.1f} s")
     parts += [Text(f"  {line}") for line in budget_lines(record)]
+    parts += [Text(line) for line in kept_lines(record)]
     parts += [Text(line) for line in interpreted_lines(record)]
     parts += [Text(f"refused: {reason} (the model runs exactly)", style="red") for reason in record.refusals]
     costs = record.costs()

@@ -30,6 +30,7 @@ def text(record: BackendRecord) -> str:
         lines.append(f"verified lookahead: {record.replayed:,} tokens of answers came free")
     if record.proposed:
         lines.append(f"speculation: {record.accepted:,} of {record.proposed:,} proposed tokens were taken")
+    lines += kept_lines(record)
     lines += interpreted_lines(record)
     lines += [f"refused: {reason} (the model runs exactly)" for reason in record.refusals]
     if record.foreign:
@@ -42,6 +43,22 @@ def text(record: BackendRecord) -> str:
         if record.pruned_by.sparse_prefill:
             lines.append("FLOPs are those of exact attention: sparse_prefill takes fewer on long prompts")
     return "\n".join(lines)
+
+
+def kept_lines(record: BackendRecord) -> list[str]:
+    """How budgets are chosen, which one was last, and which share of the attention each layer keeps."""
+    kept, method = record.kept, record.pruned_by
+    if method.share is None:
+        return []
+    how = f"each prompt gets the smallest size that keeps {method.share} of the attention; costs are the largest one's"
+    if kept is None:
+        return [how]
+    short = "" if kept.share >= kept.asked else f", fewer than the {kept.asked} asked for: no larger size may be chosen"
+    return [
+        how,
+        f"last choice: {kept.budget:,} slots keep {kept.share:.3f} of the attention{short}",
+        f"  by layer: {' '.join(f'{share:.3f}' for share in kept.layers)}",
+    ]
 
 
 def interpreted_lines(record: BackendRecord) -> list[str]:

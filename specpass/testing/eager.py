@@ -116,6 +116,40 @@ def _selection(probabilities: list[torch.Tensor], length: int, budget: int, how:
     return Selection([top_positions(layer, length, budget, how.window) for layer in scores], scores)
 
 
+def kept_attention(probabilities: torch.Tensor, kept: torch.Tensor, prompt_length: int) -> float:
+    """The share of the rows' attention that pruning leaves: 1 less what falls on dropped columns of the prompt.
+
+    Args:
+        probabilities: [K, G * rows, T] of the rows that score; all of their columns, so that each row adds up to 1.
+        kept: positions [K, C].
+    """
+    prompt = probabilities[:, :, :prompt_length].float().mean(1)  # [K, S]
+    return 1.0 - float((prompt.sum(-1) - prompt.gather(-1, kept.to(prompt.device)).sum(-1)).mean())
+
+
+def select_share(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    budgets: Sequence[int],
+    share: float,
+    lookahead: torch.Tensor | None = None,
+    how: Scoring = SPECKV,
+) -> tuple[Selection, list[list[float]]]:
+    """The first of `budgets` whose selection keeps `share` of the attention in the mean over layers, else the last.
+
+    Returns: what is kept, and of each budget, of each layer, the share that it keeps. Arguments as in `select`.
+    """
+    length = ids.shape[1]
+    tokens = ids if lookahead is None else torch.cat([ids, lookahead.to(ids)], dim=1)
+    layers = probabilities_by_capture(model, tokens, how.window + tokens.shape[1] - length)
+    found, shares = [], []
+    for budget in budgets:
+        found.append(_selection(layers, length, min(budget, length), how))
+        shares.append([kept_attention(*each, length) for each in zip(layers, found[-1].positions, strict=True)])
+    enough = [sum(each) >= share * len(each) for each in shares]
+    return found[enough.index(True) if True in enough else -1], shares
+
+
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
     """One full prefill of the prompt `ids` [1, S], shared by several methods where a prefill takes a minute.

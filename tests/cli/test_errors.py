@@ -39,6 +39,7 @@ NOT_HERE = {
     errors.MethodHookError: "needs a method of one's own",
     errors.TritonMissingError: "needs an environment without Triton",
     errors.OnnxMissingError: "needs an environment without onnx or onnxruntime",
+    errors.HarnessMissingError: "its own start, python -m specpass.lm_eval: tests/test_lm_eval.py",
     errors.NoCudaError: "CUDA graphs are asked for in Python",
     errors.SpreadError: "how budgets are spread is chosen in Python",
     errors.GatedModelError: "needs the hub's answer: tests/hub/test_online.py",
@@ -220,6 +221,12 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
         ],
         ("layer 0", "no attention layer"),
     ),
+    (
+        errors.BudgetError,
+        lambda f: ["export", "-t", f.good, "-m", "snapkv", "-b", "auto", "--out", "out"],
+        ("'auto'", "budget=256"),
+    ),
+    (errors.BudgetError, lambda f: generate(f.good, "-m", "streamingllm", "-b", "auto"), ("'auto'", "budget=1024")),
     (
         errors.BudgetError,
         lambda f: ["export", "-t", f.good, "-m", "snapkv", "-b", "0.5", "--out", "out"],

@@ -51,6 +51,14 @@ def test_defaults_are_the_papers() -> None:
         (SpecKV, {"budget": 0.0}, r"budget=0\.0"),
         (SpecKV, {"budget": float("nan")}, "budget=nan"),
         (SpecKV, {"budget": "64"}, "budget='64'"),
+        (SpecKV, {"budget": "auto", "window": 4096}, "window=4096"),
+        (SpecKV, {"budget": "auto", "share": 1.5}, r"share=1\.5"),
+        (SnapKV, {"budget": "auto", "spread": "heads"}, "budget='auto'.*spread='heads'"),
+        (SnapKV, {"budget": 64, "share": 0.9, "spread": "heads"}, r"share=0\.9.*spread='heads'"),
+        (PyramidKV, {"budget": "auto"}, "budget='auto': PyramidKV"),
+        (SpecKVPC, {"budget": "auto"}, "budget='auto': SpecKVPC"),
+        (SpecPC, {"budget": "auto"}, "budget='auto': SpecPC"),
+        (StreamingLLM, {"budget": "auto"}, "budget='auto': StreamingLLM"),
         (SpecKV, {"budget": 64, "window": 0}, "window=0"),
         (SpecKV, {"budget": 64, "window": 8.0}, r"window=8\.0"),
         (SpecKV, {"budget": 64, "lookahead": 1.5}, r"lookahead=1\.5"),
@@ -101,6 +109,7 @@ def test_keys_tell_all_methods_and_all_fields_apart() -> None:
                 "spread": "heads",
                 "value_norms": True,
                 "futures": 4,
+                "share": 0.5,
             }[field.name]
             if getattr(method, field.name) != changed and "lookahead" not in field.name:
                 alone = {"temperature": 0.0, "lookahead_ids": None} if field.name == "futures" else {}

@@ -46,6 +46,11 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     return {
         "weigh_values": [(scores, value)],
         "select_candidates": [(scores, lengths, C, W, 3, "max", 1, 1), (scores, lengths, S + 4, W, 7, "avg", 2, 0)],
+        "select_rungs": [
+            (scores, scores / 9, lengths, C, W, 3, "max", [C - 2, C]),
+            (scores, scores / 9, lengths, S + 4, W, 7, "avg", [S + 4]),
+        ],
+        "kept_shares": [(positions, [C - 2, C])],
         "select_heads": [(scores, lengths, C, W, 3, "max", 1), (scores, lengths, S + 4, W, 7, "avg", 2)],
         "pack_heads": [(some, flat), (worth, flat + 3)],
         "gather_ragged": [(key, value, some, flat, N)],

@@ -23,6 +23,7 @@ STREAMING = specpass.StreamingLLM(budget=C)
 HEADS, GLOBAL = (specpass.SnapKV(budget=C, window=W, spread=spread) for spread in ("heads", "global"))
 AHEAD = specpass.SpecKV(budget=C, window=W, lookahead=4, spread="heads")
 PYRAMID = specpass.PyramidKV(budget=C, window=W)
+CHOSEN = specpass.SnapKV(budget=C, window=W, share=0.9, reduce="max")
 SHORT_IDS, SHORT_MASK = IDS[:, -20:], MASK[:, -20:]
 
 
@@ -105,6 +106,16 @@ def test_text_of_shared_budgets() -> None:
 +gather_ragged(add, transpose, select_candidates[0], 112, 0)
 +pack_heads(select_candidates[0], 112)
 +share_layers([gather_ragged[0]], [gather_ragged[1]], [gather_ragged[2]], [pack_heads], [pack_heads], 24, 0, 64)""",
+    )
+
+
+def test_text_of_a_budget_that_is_chosen() -> None:
+    assert_expected_inline(
+        difference(CHOSEN, mask=True),
+        """\
+-fill(add, transpose, handle, 24, 64, 0, False)
++select_rungs(importance, importance, pack_order[1], 24, 8, 7, avg, [24])
++gather_kv(add, transpose, select_rungs[0], 64)""",
     )
 
 
