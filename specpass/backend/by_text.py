@@ -90,9 +90,10 @@ class DraftByText:
             return
         if ids is None or features(call):
             what = "inputs_embeds" if ids is None else features(call)[0]
+            fix = "input_ids alone" if cache.compresses else "lookahead_ids=[B, L] token ids with it"
             raise UnsupportedCallError(
-                f"the prompt comes with {what}, and a draft with another tokenizer reads text alone: pass "
-                "lookahead_ids=[B, L] token ids with it, or use a draft of the same family."
+                f"the prompt comes with {what}, and a draft with another tokenizer reads text alone: pass {fix}, or "
+                "use a draft of the same family."
             )
         mask = call.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
