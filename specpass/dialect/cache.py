@@ -145,7 +145,7 @@ class Lookahead(Operator, schema="lookahead(Tensor key, Tensor? given, int lengt
         return key.new_empty(key.shape[0], length, dtype=torch.int64)
 
 
-class ReadPrompt(Operator, schema="read_prompt(Tensor key, Tensor? scores=None) -> (Tensor, Tensor)", until="DRAFTED"):
+class ReadPrompt(Operator, schema="read_prompt(Tensor key, Tensor? scores=None) -> (Tensor, Tensor)", until="TRACED"):
     """Prompt positions that the target reads [B, S] and the shift of its positions [B]: all, and 0, until rewritten."""
 
     key: fx.Node
