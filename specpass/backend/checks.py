@@ -27,6 +27,10 @@ from specpass.errors import (
 )
 from specpass.methods.base import NGRAM, Method, check_asked
 
+OTHER_DRAFT = (
+    "Use a draft of the same family, or pass both tokenizers, and the draft reads the prompt's text: "
+    "specpass.compile(target, draft=draft, method=method, tokenizers=(the target's, the draft's))."
+)
 PADDING = 1024  # vocabularies that differ by less may be one tokenizer's, padded to different multiples
 
 
@@ -125,8 +129,8 @@ def check_decoder(model: Any, name: str) -> None:
         raise GradientsError(f"the {name} is in training mode, and pruning has no backward: call {name}.eval() first.")
 
 
-def check_pair(config: Any, device: torch.device, draft: nn.Module | None) -> None:
-    """A draft and a target, known by its config and its device, agree on device and tokenizer.
+def check_pair(config: Any, device: torch.device, draft: nn.Module | None, *, by_text: bool = False) -> None:
+    """A draft and a target, known by its config and its device, agree on device and, unless `by_text`, tokenizer.
 
     Their dtypes need not agree: the draft hands over token ids, and scores in float32.
     """
@@ -138,7 +142,8 @@ def check_pair(config: Any, device: torch.device, draft: nn.Module | None) -> No
         raise DeviceMismatchError(
             f"the target is on {device} and the draft on {theirs}: move the draft with draft.to('{device}')."
         )
-    check_tokenizers(config, draft.config)
+    if not by_text:
+        check_tokenizers(config, draft.config)
 
 
 def check_one_device(name: str, devices: Iterable[torch.device]) -> None:
@@ -183,14 +188,14 @@ def check_tokenizers(target: Any, draft: Any) -> None:
         if unlike or len(ours) != len(theirs):
             raise TokenizerMismatchError(
                 f"draft and target have different tokenizers: {unlike} of the draft's {len(theirs)} tokens mean "
-                f"something else to the target, which has {len(ours)}. Use a draft of the same family."
+                f"something else to the target, which has {len(ours)}. {OTHER_DRAFT}"
             )
         return
     sizes = [config.get_text_config(decoder=True).vocab_size for config in (target, draft)]
     if abs(sizes[0] - sizes[1]) >= PADDING or 2 * min(sizes) <= max(sizes):
         raise TokenizerMismatchError(
             f"the target's vocabulary has {sizes[0]} tokens and the draft's {sizes[1]}: more than padding can explain, "
-            "so their tokenizers differ. Use a draft of the same family."
+            f"so their tokenizers differ. {OTHER_DRAFT}"
         )
 
 

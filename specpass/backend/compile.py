@@ -98,6 +98,7 @@ class Backend:
         self.report = Report(method, lowering, getattr(draft, "config", None))
         self._graphs: dict[Hashable, DraftGraphs] = {}  # by autocast's dtype
         self.speculate = 0  # tokens that the draft proposes at a time, through specpass.compile's door
+        self.eos_of_text: tuple[int, ...] | None = None  # of lookaheads by a draft with another tokenizer (by_text)
         self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
         self._uncaptured = ""  # why the draft has no graphs
         self.sizes: set[int] = set()  # of storage, that are constants of decode graphs
@@ -139,7 +140,8 @@ class Backend:
         self.check_cache(traced.cache)
         checks.check_one_device("target", (weight.device for weight in traced.weights.tensors.values()))
         if traced.embedding is not None and self.method.drafts and not self._graphs:
-            checks.check_pair(traced.cache.config, traced.embedding.device, self.draft)
+            by_text = self.eos_of_text is not None
+            checks.check_pair(traced.cache.config, traced.embedding.device, self.draft, by_text=by_text)
         record = GraphRecord(traced.kind, trace_seconds=trace_seconds)
         self.report.graphs.append(record)
         try:
@@ -258,13 +260,17 @@ class Backend:
 
     def eos_ids(self, cache: BudgetCache) -> tuple[int, ...]:
         """Ids that end what the draft writes."""
+        if self.eos_of_text is not None:
+            return self.eos_of_text
         source = self.draft.generation_config if self.draft is not None else cache.config
         return eos_ids(source)
 
-    def draft_graphs(self, cache: BudgetCache, goes_on: bool = False) -> DraftGraphs:
+    def draft_graphs(self, cache: BudgetCache, goes_on: bool = False, vocab: int | None = None) -> DraftGraphs:
         """The draft's two graphs, captured once; once more where autocast changes what they compute.
 
-        Args: goes_on: also those by which it goes on behind what it has read.
+        Args: goes_on: also those by which it goes on behind what it has read. vocab: ids that the draft may write; None:
+            those that the target knows.
+
         Raises: Refusal: they cannot be had.
         """
         if self._uncaptured:
@@ -285,12 +291,12 @@ class Backend:
             if self.draft_bits:
                 self._copy_weights(self._graphs[how])
             self.report.draft_seconds = time.perf_counter() - start
-        method, vocab = cache.method, cache.config.vocab_size
+        method = cache.method
         return dataclasses.replace(
             self._graphs[how],
             temperature=method.temperature,
             seed=method.seed,
-            target_vocab=vocab,
+            target_vocab=cache.config.vocab_size if vocab is None else vocab,
             futures=method.futures,
         )
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from specpass.backend import checks
+from specpass.backend.by_text import DraftByText
 from specpass.backend.cold import form_of, one_at_a_time
 from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
@@ -64,7 +65,9 @@ def fresh_forward(target: nn.Module) -> types.FunctionType:
     return types.FunctionType(code, forward.__globals__, forward.__name__, None, forward.__closure__)
 
 
-def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backend) -> Callable[..., Any]:
+def compiled_call(
+    target: nn.Module, forward: Callable[..., Any], backend: Backend, by_text: DraftByText | None = None
+) -> Callable[..., Any]:
     speculator = Speculator(backend, backend.speculate) if backend.speculate else None
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
     uncompiled = Uncompiled(backend, why_uncompiled(target))
@@ -120,6 +123,8 @@ def compiled_call(target: nn.Module, forward: Callable[..., Any], backend: Backe
         if prefix is not None and not cache.filled:
             return questions(cache, kwargs, prefix)
         check_same(cache, prefix)
+        if by_text is not None and not cache.filled:
+            by_text(cache, kwargs)
         if cache.padded and "position_ids" in names:
             number_step(target, cache, kwargs)
         piece = piece_of_lookahead(cache, kwargs, call)

@@ -16,6 +16,7 @@ from torch._dynamo.eval_frame import remove_from_cache
 
 import specpass.ops.flops  # noqa: F401  (torch's FLOP counter knows our operators)
 from specpass.backend import checks
+from specpass.backend.by_text import DraftByText
 from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
 from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwargs_check
@@ -60,6 +61,7 @@ def compile(
     lowering: str = "inductor",
     lookahead_ids: Any = None,
     speculate: int = 0,
+    tokenizers: tuple[Any, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Compile `target` in place, so that `generate` and direct calls prune its KV cache.
@@ -70,13 +72,16 @@ def compile(
     Args:
         target: a Hugging Face decoder in eval mode. Of a PEFT model the decoder inside is compiled: its generate()
             prunes, and adapters may be switched, switched off or merged later.
-        draft: a smaller decoder with the same tokenizer, on the same device.
+        draft: a smaller decoder, on the same device; with the same tokenizer, or see `tokenizers`.
         method: e.g. specpass.SpecKV(budget=1024, window=32, lookahead=32).
         lowering: "inductor", or "eager" for the same passes without Inductor.
         lookahead_ids: [B, L] token ids in place of the draft's.
         speculate: tokens that the draft proposes at a time behind its lookahead, to be verified by the pruned target in
             one call: answers stay the same, and come sooner where the draft is often right. The draft then keeps its
             keys and values of the whole prompt. 0: none.
+        tokenizers: (the target's, the draft's), two fast tokenizers of transformers, of a draft with another tokenizer:
+            in front of the compiled call the draft reads the prompt's text in its own tokens, and what it writes and
+            how it scores is carried over to the target's (see specpass.backend.by_text). None: both have one.
         options: further options of specpass.Backend.
 
     Returns: target.
@@ -91,12 +96,13 @@ def compile(
     backend = Backend(draft, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
     backend.speculate = checks.check_speculate(speculate, draft, backend.method)
     checks.check_one_device("target", checks.devices_of(target))
-    checks.check_pair(target.config, checks.device_of(target), draft)
-    _install(base_of(target), backend)
+    checks.check_pair(target.config, checks.device_of(target), draft, by_text=tokenizers is not None)
+    by_text = None if tokenizers is None else DraftByText(backend, target, tokenizers)
+    _install(base_of(target), backend, by_text)
     return target
 
 
-def _install(target: nn.Module, backend: Backend) -> None:
+def _install(target: nn.Module, backend: Backend, by_text: DraftByText | None) -> None:
     """Put the attributes in place through which a decoder is called and generates."""
     restore(target)
     prepare_rope(target)
@@ -106,7 +112,7 @@ def _install(target: nn.Module, backend: Backend) -> None:
     forget = weakref.finalize(target, remove_from_cache, forward.__code__)
     forget.atexit = False
     target._specpass = Compiled(backend, before, forget)
-    target._compiled_call_impl = compiled_call(target, forward, backend)
+    target._compiled_call_impl = compiled_call(target, forward, backend, by_text)
     target._prepare_cache_for_generation = cache_factory(target, backend)
     if hasattr(type(target), "prepare_inputs_for_generation"):
         target._validate_model_kwargs = kwargs_check(target)

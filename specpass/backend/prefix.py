@@ -65,7 +65,7 @@ def read(model: nn.Module, document_ids: Any, *, device: str | torch.device | No
     backend: Backend = state.backend
     checks.check_decoder(target, "target")
     checks.check_draft(backend.draft, backend.method)
-    check_supported(target, backend.method)
+    check_supported(target, backend.method, by_text=backend.eos_of_text is not None)
     ids = document_of(document_ids)
     computes = checks.device_of(target)
     own = ids[None].to(computes)
@@ -92,8 +92,11 @@ def document_of(given: Any) -> Tensor:
     return ids.to("cpu", torch.int64, copy=True)
 
 
-def check_supported(target: nn.Module, method: Method) -> None:
-    """Raises: PrefixUnsupportedError: the target or the method cannot go on from a prefix."""
+def check_supported(target: nn.Module, method: Method, by_text: bool) -> None:
+    """Args: by_text: whether the draft has another tokenizer.
+
+    Raises: PrefixUnsupportedError: the target, the method or the draft cannot go on from a prefix.
+    """
     config: Any = target.config
     state = recurrent_layer(config)
     follows = following(target)
@@ -101,6 +104,8 @@ def check_supported(target: nn.Module, method: Method) -> None:
     reasons = (
         (method.prompt is not None, f"{method.name} chooses the tokens that the target reads by each question"),
         (spread != "uniform", f"spread={spread!r} shares budgets in a prompt's graph"),
+        (method.share is not None, f"share={method.share} chooses a budget in a prompt's graph"),
+        (by_text, "the draft has another tokenizer, and the prefix's tokens are the target's"),
         (futures > 1, f"futures={futures} are read in a prompt's graph"),
         (sparse > 0, f"sparse_prefill={sparse} reads a prompt sparsely, and its keys and values would be others"),
         (bool(why_unheld(config)), why_unheld(config)),
@@ -180,7 +185,7 @@ class Questions:
         """
         check_gradients(self.target.parameters())
         check_question(kwargs, prefix)
-        check_supported(self.target, cache.method)
+        check_supported(self.target, cache.method, by_text=self.backend.eos_of_text is not None)
         self.backend.check_cache(cache)
         prefix.check_target(Identity.of(self.target))
         self.backend.report.saw(cache.config)

@@ -88,6 +88,7 @@ class BudgetCache(CacheProtocol):
             (ids for ids in (lookahead_ids, self.made_with, self.method.lookahead_ids) if ids is not None), None
         )
         self.given_ids: Tensor | None = None
+        self.given_scores: Tensor | None = None
         self.lookahead = self.method.look_ahead(self.max_new_tokens)
         if rows is not None:
             self._take_ids(rows)
@@ -107,9 +108,16 @@ class BudgetCache(CacheProtocol):
                 f"lookahead_ids were given, which are one future, and futures={self.method.futures}: leave one of them "
                 "out."
             )
-        self.given_ids = torch.tensor(as_id_rows(rows))
+        self.take(torch.tensor(as_id_rows(rows)))
+
+    def take(self, lookahead_ids: Tensor, scores: Tensor | None = None) -> None:
+        """[B, L] token ids in the draft's place for the next prompt, and scores [B, S] of its packed tokens."""
+        self.given_ids, self.given_scores = lookahead_ids, scores
         torch._dynamo.mark_static(self.given_ids)  # L is a constant of a graph, also where it happens to be S
         self.lookahead = self.given_ids.shape[1]
+
+    def _scores(self) -> tuple[Tensor, ...]:
+        return () if self.given_scores is None else (self.given_scores,)
 
     def _clear(self) -> None:
         REPLAYS.pop(self, None)
@@ -151,7 +159,7 @@ class BudgetCache(CacheProtocol):
             if self.lookahead > 0 and not self.fits(key_states):
                 self.lookahead_ids = SPEC.lookahead(key_states, self.given_ids, self.lookahead)
             if self.compresses:
-                self.prompt_positions, self.shift = SPEC.read_prompt(key_states)
+                self.prompt_positions, self.shift = SPEC.read_prompt(key_states, *self._scores())
         keys, values = self.layers[layer_idx].update(key_states, value_states)
         if self.layers[layer_idx] is self.budgeted[-1]:
             if first:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from specpass.errors import MissingDraftError, OutputFileError, PromptError
+from specpass.errors import MissingDraftError, OutputFileError, PromptError, TokenizerMismatchError
 from specpass.files import check_folder
 from specpass.methods.base import Method, check_asked
 from specpass.methods.registry import FULL, make_method, names
@@ -22,7 +22,7 @@ MARK = "<document and question>"  # stands for them while a chat template is app
 MODELS = "name (see `specpass models list`), hub id, folder, or GGUF file"
 
 Target = Annotated[str, typer.Option("--target", "-t", help=f"The model that answers: {MODELS}.")]
-Draft = Annotated[str | None, typer.Option("--draft", "-d", help=f"The small model with the same tokenizer: {MODELS}.")]
+Draft = Annotated[str | None, typer.Option("--draft", "-d", help=f"The small model that looks ahead: {MODELS}.")]
 Revision = Annotated[
     str | None, typer.Option(help="The target's branch, tag or commit on the hub; a draft's: OWNER/NAME@REVISION.")
 ]
@@ -163,11 +163,13 @@ def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
 
     target, tokenizer = hub.load(choice.target, choice.dtype, trust_remote_code=choice.trust)
     target.requires_grad_(False).to(device)
-    draft = None
+    draft, tokenizers = None, None
     if choice.draft == choice.target:
         draft = target
     elif choice.draft is not None:
-        draft, _ = hub.load(choice.draft, choice.dtype, trust_remote_code=choice.trust)
+        draft, own = hub.load(choice.draft, choice.dtype, trust_remote_code=choice.trust)
+        if reads_text(target.config, draft.config):
+            tokenizers = (tokenizer, own)
         draft.requires_grad_(False).to(device)
         sizes = [sum(weight.numel() for weight in model.parameters()) for model in (draft, target)]
         if sizes[0] > sizes[1]:
@@ -184,8 +186,21 @@ def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
             lowering=choice.lowering,
             speculate=choice.speculate,
             draft_bits=choice.draft_bits,
+            tokenizers=tokenizers,
         )
     return target, draft, tokenizer
+
+
+def reads_text(target: Any, draft: Any) -> bool:
+    """Whether two models, known by their configs, have different tokenizers; a note says so."""
+    from specpass.backend.checks import check_tokenizers
+
+    try:
+        check_tokenizers(target, draft)
+    except TokenizerMismatchError:
+        typer.echo("note: the draft has another tokenizer than the target: it reads the prompt's text", err=True)
+        return True
+    return False
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -158,13 +158,14 @@ class Lookahead(Operator, schema="lookahead(Tensor key, Tensor? given, int lengt
         return key.new_empty(key.shape[0], length, dtype=torch.int64)
 
 
-class ReadPrompt(Operator, schema="read_prompt(Tensor key) -> (Tensor, Tensor)", until="TRACED"):
+class ReadPrompt(Operator, schema="read_prompt(Tensor key, Tensor? scores=None) -> (Tensor, Tensor)", until="TRACED"):
     """Prompt positions that the target reads [B, S] and the shift of its positions [B]: all, and 0, until rewritten."""
 
     key: fx.Node
+    scores: fx.Node | None  # [B, S] of the prompt's tokens, packed, where the draft read them in front of the graph
 
     @staticmethod
-    def fake(key):
+    def fake(key, scores=None):
         return (
             key.new_empty(key.shape[0], key.shape[2], dtype=torch.int64),
             key.new_empty(key.shape[0], dtype=torch.int64),

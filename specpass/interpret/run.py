@@ -124,7 +124,7 @@ class Call:
         """Lookahead tokens: the caller's, the prompt's own, or the draft's."""
         cache, ids = self.cache, kwargs.get("input_ids")
         if cache.given_ids is not None:
-            return Written(cache.given_ids.to(device, copy=True))
+            return Written(cache.given_ids.to(device, copy=True), cache.given_scores)
         if ids is None and cache.compresses:
             raise UnsupportedCallError(
                 f"the prompt came as inputs_embeds, and {cache.method.name} chooses among token ids: pass "

@@ -87,7 +87,7 @@ def lookahead(key: Tensor, given: Tensor | None, length: int) -> Tensor:
     return torch.full((key.shape[0], length), -1, dtype=torch.int64, device=key.device)
 
 
-def read_prompt(key: Tensor) -> tuple[Tensor, Tensor]:
+def read_prompt(key: Tensor, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Every position of key [B, K, S, D], read without a shift: [B, S] and [B]."""
     batch, size = key.shape[0], key.shape[2]
     positions = torch.arange(size, device=key.device).expand(batch, -1).contiguous()

@@ -8,7 +8,8 @@ after:  caches, logits = draft_prefill(ids, lengths, L); token = next_token(logi
 Several futures (M branches of L tokens) stand side by side there, S + M L: their positions count from the prompt's end
 each, and attend_branches keeps them apart.
 
-Without a draft the lookahead is the caller's ids, or prompt_lookup(ids, lengths, L).
+Without a draft the lookahead is the caller's ids, or prompt_lookup(ids, lengths, L). A draft with another tokenizer
+reads the prompt in front of the graph: its tokens and scores, in the target's, come as inputs like the caller's.
 
 The target's own nodes do what they did; in their fake values s + L stands where s, the symbol of the inputs' length,
 stood. Where the prompt is compressed (SpecPC), the draft also yields scores [B, S] of the
@@ -24,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from specpass.dialect.cache import Fill, Lookahead, Size
+from specpass.dialect.cache import Fill, Lookahead, ReadPrompt, Size
 from specpass.dialect.define import SPEC
 from specpass.dialect.rows import ExpandRows, FullLengths, PackIds, PackOrder
 from specpass.graph.aten import Largest
@@ -74,7 +75,7 @@ class InsertDraft(Pass):
             drafted = Drafted(found, anchor)
         elif draft is None:  # the caller's ids
             given = editor.call(SPEC.lookahead, ids, placeholder.given, request.lookahead, before=anchor)
-            drafted = Drafted(given, anchor)
+            drafted = Drafted(given, anchor, next((read.scores for read in ReadPrompt.find(gm.graph)), None))
         else:
             room = Fill.find(gm.graph)[0].room if request.goes_on else 0
             drafted = draft.insert(editor, request.lookahead, ids, rows.lengths, anchor, room)

@@ -265,6 +265,7 @@ def test_calls_that_cannot_be(model: Any, prefix: specpass.Prefix) -> None:
         ("llama", specpass.SnapKV(budget=24, window=W, spread="heads"), "spread='heads'"),
         ("llama", specpass.SpecKV(budget=24, window=W, futures=2), "futures=2"),
         ("llama", specpass.SpecKV(budget=24, window=W, sparse_prefill=16), "sparse_prefill=16"),
+        ("llama", specpass.SnapKV(budget="auto", window=W), "share=0.95"),
     ],
 )
 def test_who_cannot_go_on_from_a_prefix(family: str, method: Any, reason: str) -> None:

@@ -251,7 +251,7 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     (
         errors.TokenizerMismatchError,
         lambda f: ["demo", "-t", f.good, "-d", f.make("other", words=60), "-b", "40"],
-        ("different tokenizers", "same family"),
+        ("different tokenizers", "same family", "tokenizers=(the target's, the draft's)"),
     ),
     (errors.UnknownModelError, lambda f: ["demo", "-t", "gpt-none", "-d", f.good], ("'gpt-none'", "smollm2-135m")),
     (errors.UnknownModelError, lambda f: ["explain", "-t", "gpt-none", "-m", "snapkv"], ("'gpt-none'",)),
@@ -314,9 +314,9 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     (errors.CorruptWeightsError, lambda f: generate(f.truncated(), "-m", "full"), ("bytes", "fetch or convert")),
     (errors.EncoderDecoderError, lambda f: generate(f.t5(), "-m", "full"), ("t5", "decoder-only")),
     (
-        errors.TokenizerMismatchError,
-        lambda f: generate(f.good, "-d", f.make("other", words=60), *SMALL),
-        ("different tokenizers", "same family"),
+        errors.SpeculationError,
+        lambda f: generate(f.good, "-d", f.make("other", words=60), *SMALL, "--speculate", "4"),
+        ("speculate=4", "leave speculate out"),
     ),
     (
         errors.BenchmarkError,

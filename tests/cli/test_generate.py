@@ -85,6 +85,17 @@ def test_a_lookahead_of_the_prompts_own(folder: Path) -> None:
     assert answer["refusals"] == []
 
 
+def test_a_draft_with_another_tokenizer_reads_the_text(folder: Path, tmp_path: Path) -> None:
+    """Half the words are unknown to the draft."""
+    draft = save_model(tmp_path / "draft", words=60, layers=1, seed=1)
+    method = ("-b", "24", "--window", "8", "--lookahead", "4")
+    result = generate(folder, "-d", str(draft), *method, "-p", TEXT, "--raw", "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert (answer["draft"], answer["refusals"], answer["new_tokens"]) == (str(draft), [], 6)
+    assert "another tokenizer" in result.stderr
+
+
 def test_text_of_the_answer_alone_goes_to_stdout(folder: Path) -> None:
     common = ("-m", "full", "-p", TEXT, "--raw")
     text = generate(folder, *common)

@@ -138,7 +138,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             for x, weight, bias in linears
             for numbers, scale in [quantized(weight)]
         ],
-        "read_prompt": [(key,)],
+        "read_prompt": [(key,), (key, scores[:, 0, :S])],
         "widen": [(keys, K, C + N), (keys, K, C + N + 3)],
         "advance": [(torch.tensor(5), None, 2), (torch.tensor(5), lengths, 2)],
         "told_positions": [(order, lengths), (order[:1], lengths)],
