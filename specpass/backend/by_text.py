@@ -141,7 +141,7 @@ class DraftByText:
         lengths = torch.tensor([len(reading.ids) for reading in readings], device=device)
         vocab, method = len(self.pair.draft), cache.method
         try:
-            graphs: DraftGraphs = self.backend.draft_graphs(cache, vocab)
+            graphs: DraftGraphs = self.backend.draft_graphs(cache, vocab=vocab)
         except Refusal as refusal:
             if cache.compresses:
                 raise UnsupportedCallError(

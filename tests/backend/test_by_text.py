@@ -168,3 +168,8 @@ def test_a_draft_that_reads_less_than_the_text() -> None:
     model = by_text(METHODS["speckv"], pairs_draft(max_position_embeddings=30))
     with pytest.raises(errors.DraftContextError, match=r"tokens of the draft's.*at most 30"):
         run(model, PROMPTS[0])
+
+
+def test_no_document_is_read_for_two_tokenizers(speckv: tuple[Any, Any]) -> None:
+    with pytest.raises(errors.PrefixUnsupportedError, match="another tokenizer"):
+        specpass.read(speckv[0], PROMPTS[0])
