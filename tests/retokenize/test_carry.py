@@ -33,7 +33,7 @@ def naive(scores: list[float], ours: list[Span], theirs: list[Span]) -> list[flo
     ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(PLAIN, st.sampled_from(TOKENIZERS))
 def test_spans_follow_each_other_and_cover_the_text(text: str, tokenizer: Any) -> None:
     ids = encode(tokenizer, text)["input_ids"]
@@ -46,14 +46,14 @@ def test_spans_follow_each_other_and_cover_the_text(text: str, tokenizer: Any) -
     assert all(start < end for start, end in spans)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(PLAIN, st.sampled_from(TOKENIZERS))
 def test_a_tokenizers_own_offsets_say_the_same(text: str, tokenizer: Any) -> None:
     made = encode(tokenizer, text)
     assert shared(made["offset_mapping"]) == spell(tokenizer, made["input_ids"])[1]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(PLAIN, st.sampled_from(TOKENIZERS))
 def test_one_tokenizer_keeps_every_score(text: str, tokenizer: Any) -> None:
     ids = encode(tokenizer, text, add_special_tokens=True)["input_ids"]
@@ -63,7 +63,7 @@ def test_one_tokenizer_keeps_every_score(text: str, tokenizer: Any) -> None:
     assert torch.equal(reading.pairs.carry(scores), scores)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(PLAIN, st.permutations(TOKENIZERS), st.randoms())
 def test_scores_are_the_highest_of_what_overlaps(text: str, pair: Any, chance: Any) -> None:
     ours, theirs = pair[:2]
@@ -106,7 +106,7 @@ def test_ids_that_no_text_is_read_as() -> None:
     assert reading.pairs.count == len(ids)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(PLAIN, PLAIN.filter(bool), st.permutations(TOKENIZERS))
 def test_a_continuation_comes_back_as_its_text(before: str, after: str, pair: Any) -> None:
     ours, theirs = pair[:2]
