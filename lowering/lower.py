@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from specpass.files import name_inductors_folder
 from specpass.kernels.dispatch import Choice
 from specpass.lowering.choose import choose_sites
 from specpass.lowering.cuda_graph import GraphedModule, GraphedStep, input_kinds, on_cuda, operand_kinds
@@ -49,6 +50,7 @@ def prepare(lowering: str) -> None:
     if lowering == "inductor":
         from specpass.lowering.inductor import compiler_probe
 
+        name_inductors_folder()
         compiler_probe()
 
 

@@ -13,6 +13,8 @@ import platformdirs
 
 from specpass.errors import OutputFileError
 
+COMPILED, INDUCTOR = "SPECPASS_COMPILED", "TORCHINDUCTOR_CACHE_DIR"  # variables that name folders
+
 
 def check_folder(folder: Path) -> None:
     """Make `folder` and see that a file can be written to it: before the work whose result belongs there.
@@ -69,11 +71,22 @@ def tiles_dir() -> Path:
     return cache_dir() / "tune"
 
 
+def compiled_dir() -> Path:
+    """The folder of what is compiled: ``SPECPASS_COMPILED``, which can be carried along, else `cache_dir`."""
+    return Path(os.environ.get(COMPILED) or cache_dir())
+
+
 def libraries_dir() -> Path:
     """The folder of compiled C++."""
-    return cache_dir() / "libraries"
+    return compiled_dir() / "libraries"
 
 
 def graphs_dir() -> Path:
     """The folder of captured drafts."""
-    return cache_dir() / "graphs"
+    return compiled_dir() / "graphs"
+
+
+def name_inductors_folder() -> None:
+    """Have Inductor keep its code in ``SPECPASS_COMPILED`` too, where that is set: torch reads its own variable."""
+    if kept := os.environ.get(COMPILED):
+        os.environ[INDUCTOR] = str(Path(kept).absolute() / "inductor")

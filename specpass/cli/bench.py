@@ -170,12 +170,13 @@ def verify(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="By default what `quality --quick` wrote.")] = False,
     target: Annotated[str | None, typer.Option("--target", "-t", help="The target, where it was a folder.")] = None,
+    revision: Revision = None,
 ) -> None:
     """Make the prompts anew from their seeds, score the answers anew; ends with 1 where anything differs."""
     _quiet_threads()
     from specpass.benchmarks.quality.verify import verify as check
 
-    count = check(file or _default("quality", quick), target)
+    count = check(file or _default("quality", quick), target, revision)
     typer.echo(f"{count} answers verified: prompts, scores and summary are those of the seeds")
 
 

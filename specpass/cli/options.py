@@ -12,12 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from specpass.errors import MissingDraftError, OutputFileError, PromptError, TokenizerMismatchError
-from specpass.files import check_folder
+from specpass.files import COMPILED, INDUCTOR, check_folder
 from specpass.methods.base import Method, check_asked
 from specpass.methods.registry import FULL, make_method, names
 from specpass.observe.display import progress
 
-INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 MARK = "<document and question>"  # stands for them while a chat template is applied
 MODELS = "name (see `specpass models list`), hub id, folder, or GGUF file"
 
@@ -99,11 +98,12 @@ def check_words(dtype: str, lowering: str) -> None:
         raise typer.BadParameter(f"{lowering!r} is neither 'inductor' nor 'eager'.", param_hint="--lowering")
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise typer.BadParameter(f"{dtype!r} is none of auto, bfloat16, float16, float32.", param_hint="--dtype")
-    if lowering == "inductor" and (kept := os.environ.get(INDUCTOR)):
+    variable = COMPILED if os.environ.get(COMPILED) else INDUCTOR
+    if lowering == "inductor" and (kept := os.environ.get(variable)):
         try:
             check_folder(Path(kept))
         except OutputFileError as error:
-            raise OutputFileError(f"{INDUCTOR}, where torch keeps what it compiles: {error}") from error
+            raise OutputFileError(f"{variable}, where torch keeps what it compiles: {error}") from error
 
 
 def check_device(device: str) -> None:

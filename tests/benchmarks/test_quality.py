@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import specpass
 from specpass import cli, hub
 from specpass.benchmarks import pace
-from specpass.benchmarks.models import Pair, told
+from specpass.benchmarks.models import Pair, load_tokenizer, told
 from specpass.benchmarks.peers import run as peers
 from specpass.benchmarks.quality import run as quality
 from specpass.benchmarks.quality import summary, variants
@@ -193,6 +193,22 @@ def test_other_machines_and_versions_are_not_mixed_into_a_file(file: Path, folde
         other.write_text(json.dumps(document))
         with pytest.raises(BenchmarkError, match=f"{name} of long ago.*--restart"):
             Run(pair(folder), Grid(), other, minutes=1)
+
+
+def test_verify_takes_a_revision_of_the_target(
+    file: Path, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = json.loads(file.read_text())
+    document["settings"]["target"] = "org/model"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(document))
+    asked = []
+    monkeypatch.setattr("specpass.benchmarks.quality.verify.load_tokenizer", lambda name: asked.append(name) or made)
+    made = load_tokenizer(folder)
+    for named in ([], ["-t", "org/model"]):
+        done = runner.invoke(cli.app, ["bench", "verify", str(other), "--revision", "v1", *named])
+        assert done.exit_code == 0, done.output
+    assert asked == ["org/model@v1"] * 2
 
 
 def test_verify_and_plot_find_the_default_files(

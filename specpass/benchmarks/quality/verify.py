@@ -14,15 +14,18 @@ from specpass.benchmarks.results import read_results
 from specpass.benchmarks.tasks.prompts import Prompt
 from specpass.benchmarks.tasks.table import TASKS
 from specpass.errors import BenchmarkError, VerificationError
+from specpass.hub import at_revision
 
 TOLERANCE = 1e-6
 FIELDS = ("task", "length", "seed", "digest", "expected", "answer", "tokens", "score")
 
 
-def verify(path: Path, target: str | None = None) -> int:
+def verify(path: Path, target: str | None = None, revision: str | None = None) -> int:
     """The number of records found right.
 
-    Args: target: model name or folder whose tokenizer wrote the prompts; None: the file's own.
+    Args:
+        target: model name or folder whose tokenizer wrote the prompts; None: the file's own.
+        revision: of a model on the hub, where the name has none.
 
     Raises: BenchmarkError: no quality file, or another tokenizer. VerificationError: what differs.
     """
@@ -30,9 +33,11 @@ def verify(path: Path, target: str | None = None) -> int:
     records, named = document["results"], document["settings"].get("target")
     if document["settings"].get("kind") != "quality" or not records:
         raise BenchmarkError(f"{path} holds no answers to verify: name a file that `specpass bench quality` wrote.")
-    if target is not None and label(target) != named:
-        raise BenchmarkError(f"{path} was made with --target {named}, not {label(target)}: its tokenizer is needed.")
-    tokenizer = load_tokenizer(target or named)
+    asked = target or named
+    at = at_revision(asked, revision)
+    if named not in (label(asked), label(at)):
+        raise BenchmarkError(f"{path} was made with --target {named}, not {label(at)}: its tokenizer is needed.")
+    tokenizer = load_tokenizer(at)
     made = _Prompts(tokenizer, {_key(record) for record in records})
     wrong = [fault for record in records for fault in _faults(record, made)]
     if not wrong and document.get("summary") != summarise(records):
