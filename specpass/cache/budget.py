@@ -65,6 +65,8 @@ class BudgetCache(CacheProtocol):
         self.look_ahead()
         self.compresses = method.prompt is not None
         self.whole: int = self.method.budget  # type: ignore[assignment]  # a prompt of so many tokens is kept whole
+        # A number, so that graphs of longer prompts do not depend on early_exit, nor those without it on the budget.
+        self.longest_short = self.whole if early_exit else -1
         super().__init__(layers=make_layers(self, config))
         self.budgeted = [layer for layer in self.layers if isinstance(layer, BudgetLayer)]
         self.in_slots = False  # whether graphs are told the slots as the length (see asks_for_length)
@@ -156,7 +158,7 @@ class BudgetCache(CacheProtocol):
 
     def fits(self, key_states: Tensor) -> bool:
         """Whether a prompt's keys [B, K, S, D] are kept whole, without draft or scores."""
-        return self.early_exit and bool(key_states.shape[2] <= self.whole)
+        return bool(key_states.shape[2] <= self.longest_short)
 
     def reset(self) -> None:
         """Forget everything; the next prompt is pruned anew."""
