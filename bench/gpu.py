@@ -17,6 +17,7 @@ nothing. The exit code is 1 if a token or a kernel was wrong.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 import traceback
@@ -99,6 +100,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --device cpu --tiny proves the script anywhere")
+    gc.collect()
+    gc.freeze()  # each step ends with a collection: what torch brought is not looked at again
     wrong = []
     for part in options.part or PARTS:
         path = options.out / f"gpu_{part}{'_tiny' if options.tiny else ''}.json"

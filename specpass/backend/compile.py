@@ -268,8 +268,9 @@ class Backend:
     def draft_graphs(self, cache: BudgetCache, goes_on: bool = False, vocab: int | None = None) -> DraftGraphs:
         """The draft's two graphs, captured once; once more where autocast changes what they compute.
 
-        Args: goes_on: also those by which it goes on behind what it has read. vocab: ids that the draft may write, if
-            not those that the target knows.
+        Args:
+            goes_on: also those by which it goes on behind what it has read.
+            vocab: ids that the draft may write, if not those that the target knows.
 
         Raises: Refusal: they cannot be had.
         """

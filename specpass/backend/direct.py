@@ -8,7 +8,7 @@ import inspect
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -138,6 +138,7 @@ def compiled_call(
             return uncompiled(target, cache, kwargs)
         take_one_axis(kwargs)
         leave_out_kinds(kwargs)
+        leave_out_idle(target, names, kwargs)
         if not uncompiled.reason:
             try:
                 out = None if speculator is None else speculator.step(cache, kwargs, through_graph)
@@ -164,6 +165,20 @@ def check_outputs(target: nn.Module, kwargs: dict[str, Any]) -> None:
             "output_attentions=True: pruned attention computes no [S, S] probabilities. Leave it out, or call "
             "specpass.restore(model) first."
         )
+
+
+def leave_out_idle(target: nn.Module, names: Container[str], kwargs: dict[str, Any]) -> None:
+    """What changes nothing is no reason for a graph of its own.
+
+    These are defaults that greedy search names and an assistant's does not, and the tokenizer that generate() has for
+    stop strings.
+    """
+    configs = (target.config, target.config.get_text_config(decoder=True))
+    for name in ("use_cache", "return_dict"):
+        if kwargs.get(name) is True and all(getattr(config, name, False) for config in configs):
+            del kwargs[name]
+    if "tokenizer" not in names:
+        kwargs.pop("tokenizer", None)
 
 
 @contextlib.contextmanager
@@ -215,7 +230,15 @@ def prepare(cache: BudgetCache, kwargs: dict[str, Any], numbered: bool) -> None:
         prepare_prompt(kwargs, numbered)
     for name, value in kwargs.items():
         if isinstance(value, torch.Tensor):
-            kwargs[name] = value.contiguous()  # graphs differ by strides: generate hands over slices too
+            kwargs[name] = packed(value)
+
+
+def packed(value: torch.Tensor) -> torch.Tensor:
+    """Graphs differ by strides, and generate hands over slices too; one of a single row counts as contiguous."""
+    value = value.contiguous()
+    if value.dim() and len(value) == 1 and value.stride(0) != value.numel():
+        return value.clone(memory_format=torch.contiguous_format)
+    return value
 
 
 def prepare_prompt(kwargs: dict[str, Any], numbered: bool) -> None:

@@ -69,6 +69,8 @@ class BudgetCache(CacheProtocol):
         self.rungs = self.method.rungs  # budgets of which each prompt gets one; (): they all get the same
         # A prompt of so many tokens is kept whole.
         self.whole: int = (*self.rungs, self.method.budget)[0]  # type: ignore[assignment]
+        # A number, so that graphs of longer prompts do not depend on early_exit, nor those without it on the budget.
+        self.longest_short = self.whole if early_exit else -1
         super().__init__(layers=make_layers(self, config))
         self.budgeted = [layer for layer in self.layers if isinstance(layer, BudgetLayer)]
         self.in_slots = False  # whether graphs are told the slots as the length (see asks_for_length)
@@ -170,7 +172,7 @@ class BudgetCache(CacheProtocol):
 
     def fits(self, key_states: Tensor) -> bool:
         """Whether a prompt's keys [B, K, S, D] are kept whole, without draft or scores."""
-        return self.early_exit and bool(key_states.shape[2] <= self.whole)
+        return bool(key_states.shape[2] <= self.longest_short)
 
     def reset(self) -> None:
         """Forget everything; the next prompt is pruned anew."""

@@ -14,6 +14,7 @@ from specpass.cli.generate import check_speculation
 from specpass.cli.options import (
     Budget,
     Draft,
+    DraftBits,
     Dtype,
     Lookahead,
     MaxNewTokens,
@@ -50,6 +51,7 @@ def compile(
     window: Window = None,
     lookahead: Lookahead = None,
     speculate: Speculate = 0,
+    draft_bits: DraftBits = None,
     option: Options = None,
     max_new_tokens: MaxNewTokens = 256,
     out: Annotated[
@@ -72,7 +74,7 @@ def compile(
     )
     if choice.method is None:
         raise typer.BadParameter("without a method nothing is compiled.", param_hint="--method")
-    choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice))
+    choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice), draft_bits=draft_bits)
     if out is not None:
         check_folder(out)
         os.environ[COMPILED] = str(out.absolute())

@@ -70,14 +70,14 @@ def named(target: Any, draft: Any) -> Any:
 
 @pytest.mark.parametrize("door", [ours, restored])
 def test_a_compiled_pair_is_freed(door: Callable[[Any, Any], Any]) -> None:
-    for traces in [used(door) for _ in range(3)]:
+    for traces in [used(door) for _ in range(2)]:
         assert traces.alive() == [False, False, False]
 
 
 def test_pairs_leave_no_weight_behind() -> None:
     """Compiled, called, restored (every other one) and deleted, in one process; bench.steady does so with twenty."""
     storages = []
-    for number in range(6):
+    for number in range(4):
         target, draft = tiny(layers=1, seed=number), tiny(seed=number + 100, layers=1)
         storages += [StorageWeakRef(p.untyped_storage()) for model in (target, draft) for p in model.parameters()]
         compile_eager(target, METHOD, draft)

@@ -121,3 +121,25 @@ def test_few_graphs_serve_rooms_beams_batches_and_turns_of_every_size() -> None:
             answer(47 + new // 5, new, batch, **options)
             answer(11, new, batch, **options)
     assert len(specpass.report(model).graphs) == len(kinds)
+
+
+def test_what_changes_nothing_makes_no_graph() -> None:
+    """A slice as a prompt, an assistant's arguments, a tokenizer for stop strings, no early way out."""
+    method = specpass.SnapKV(budget=24, window=8)
+    model, ids = compile_eager(tiny(layers=1), method), prompt(60)
+    tokens = model.generate(ids, max_new_tokens=3, do_sample=False)[:, 60:]
+    kinds = sorted(record.kind for record in specpass.report(model).graphs)
+    assert kinds == ["decode", "prefill"]
+
+    def first(ids: torch.Tensor, early_exit: bool = True, **how: Any) -> torch.Tensor:
+        cache = specpass.BudgetCache(model.config, method, 3, early_exit=early_exit)
+        positions = torch.arange(ids.shape[1])[None]
+        return call(model, ids, cache, position_ids=positions, **how).argmax(-1)
+
+    for how in ({}, {"use_cache": True, "return_dict": True}, {"tokenizer": object()}, {"early_exit": False}):
+        assert torch.equal(first(prompt(61)[:, :60], **how), tokens[:, :1])
+    first(prompt(20), early_exit=False)
+    assert len(specpass.report(model).graphs) == len(kinds)
+    cache = specpass.BudgetCache(model.config, method, 3)
+    with torch.no_grad():
+        assert isinstance(model(ids, past_key_values=cache, return_dict=False), tuple)

@@ -24,13 +24,13 @@ def method(**options: Any) -> specpass.SpecKV:
     return specpass.SpecKV(budget=C, window=W, lookahead=L, **options)
 
 
-def pair(**options: Any) -> Any:
+def pair(layers: int = 1, **options: Any) -> Any:
     """A target whose draft is its twin: the lookahead is full KV's own answer."""
-    return compile_eager(tiny(), method(**options), tiny())
+    return compile_eager(tiny(layers=layers), method(**options), tiny(layers=layers))
 
 
-def full(ids: Tensor, new: int) -> eager.Generation:
-    return eager.generate_full(tiny(), ids, new, eos_ids=())
+def full(ids: Tensor, new: int, layers: int = 1) -> eager.Generation:
+    return eager.generate_full(tiny(layers=layers), ids, new, eos_ids=())
 
 
 def came_free(model: Any) -> int:
@@ -38,7 +38,7 @@ def came_free(model: Any) -> int:
 
 
 def test_the_answer_is_full_kvs_for_as_long_as_the_lookahead() -> None:
-    model, due = pair(), full(IDS, L + 1)
+    model, due = pair(layers=2), full(IDS, L + 1, layers=2)
     ours = run(model, IDS, L + 4)
     assert ours.tokens[0][: L + 1] == due.tokens
     torch.testing.assert_close(ours.logits[0, : L + 1], due.logits, atol=1e-4, rtol=1e-4)
@@ -50,17 +50,20 @@ def test_the_answer_is_full_kvs_for_as_long_as_the_lookahead() -> None:
 def test_without_it_every_token_is_decoded() -> None:
     model = pair(verify=False)
     ours = run(model, IDS, L)
-    check_answer(ours, tiny(), IDS, kept(ours.cache))
+    check_answer(ours, tiny(layers=1), IDS, kept(ours.cache))
     assert came_free(model) == 0
     assert ours.cache not in REPLAYS
 
 
 def test_a_lookahead_of_the_prompts_own() -> None:
     how = specpass.SpecKV(budget=C, window=W, lookahead="ngram")
-    model, cache = compile_eager(tiny(), how), specpass.BudgetCache(tiny().config, how, max_new_tokens=L)
+    model, cache = (
+        compile_eager(tiny(layers=1), how),
+        specpass.BudgetCache(tiny(layers=1).config, how, max_new_tokens=L),
+    )
     first = call(model, IDS, cache)
     ahead = cache.lookahead_ids
-    due = tiny()(input_ids=torch.cat([IDS, ahead], 1)).logits
+    due = tiny(layers=1)(input_ids=torch.cat([IDS, ahead], 1)).logits
     assert ahead.shape == (1, L)
     torch.testing.assert_close(first[:, -1], due[:, 59], atol=1e-4, rtol=1e-4)
     for step in range(3):
@@ -70,10 +73,10 @@ def test_a_lookahead_of_the_prompts_own() -> None:
 
 
 def test_the_plain_door() -> None:
-    model = tiny()
-    model.compile(backend=specpass.Backend(tiny(), method(), lowering="eager"), dynamic=True)
+    model = tiny(layers=1)
+    model.compile(backend=specpass.Backend(tiny(layers=1), method(), lowering="eager"), dynamic=True)
     ours = run(model, IDS, L + 3, past_key_values=specpass.BudgetCache(model.config, method(), max_new_tokens=L + 3))
-    check_answer(ours, tiny(), IDS, kept(ours.cache))
+    check_answer(ours, tiny(layers=1), IDS, kept(ours.cache))
     assert came_free(model) == L
 
 
@@ -82,9 +85,9 @@ def test_a_lookahead_that_is_left(follows: int) -> None:
     """Steps after that know nothing of it; a draft that is wrong from its first token leaves nothing behind."""
     ahead = full(IDS, L).tokens
     ahead[follows:] = [token % 100 + 1 for token in ahead[follows:]]
-    model = compile_eager(tiny(), specpass.SpecKV(budget=C, window=W, lookahead_ids=[ahead]))
+    model = compile_eager(tiny(layers=1), specpass.SpecKV(budget=C, window=W, lookahead_ids=[ahead]))
     ours = run(model, IDS, L + 2)
-    check_answer(ours, tiny(), IDS, kept(ours.cache))
+    check_answer(ours, tiny(layers=1), IDS, kept(ours.cache))
     assert came_free(model) == follows
     assert ours.cache not in REPLAYS
     assert int(ours.cache.layers[0].lengths[0, 0]) == C + L + 1
@@ -98,16 +101,16 @@ def test_rows_of_a_batch_leave_one_by_one() -> None:
         ahead = full(own, L).tokens
         aheads.append(ahead[:right] + [token % 100 + 1 + row for token in ahead[right:]])
     how = specpass.SpecKV(budget=C, window=W, lookahead_ids=aheads)
-    model, (ids, mask) = compile_eager(tiny(), how), padded(rows)
+    model, (ids, mask) = compile_eager(tiny(layers=1), how), padded(rows)
     ours = run(model, ids, L + 3, mask)
     assert came_free(model) == L + 3
     for row, own in enumerate(rows):
-        check_answer(ours, tiny(), own, kept(ours.cache, row), row)
+        check_answer(ours, tiny(layers=1), own, kept(ours.cache, row), row)
 
 
 def test_sampling_draws_from_full_kvs_logits() -> None:
     """The same numbers draw the same tokens, and a token that the draft did not write ends it."""
-    model, twin = pair(), tiny()
+    model, twin = pair(), tiny(layers=1)
     options = {"do_sample": True, "temperature": 0.5, "return_dict_in_generate": True, "output_logits": True}
     for seed in range(3):
         torch.manual_seed(seed)
@@ -123,7 +126,7 @@ def test_sampling_draws_from_full_kvs_logits() -> None:
 def test_beams_are_reordered_with_what_is_known_of_them() -> None:
     """Where nothing is dropped, beams that follow and leave the lookahead are the model's own."""
     how = specpass.SpecKV(budget=60, window=W, lookahead=L)
-    model, twin = compile_eager(tiny(), how, tiny()), tiny()
+    model, twin = compile_eager(tiny(layers=1), how, tiny(layers=1)), tiny(layers=1)
     options = {"num_beams": 3, "max_new_tokens": 6, "num_return_sequences": 2, "do_sample": False}
     cache = specpass.BudgetCache(model.config, how, max_new_tokens=6, early_exit=False)
     ours, theirs = model.generate(IDS, past_key_values=cache, **options), twin.generate(IDS, **options)
@@ -161,10 +164,10 @@ def test_an_assistants_candidates_follow_it_too(right: int) -> None:
     ahead = full(IDS, L).tokens
     ahead[right:] = [token % 100 + 1 for token in ahead[right:]]
     how = specpass.SpecKV(budget=C, window=W, lookahead_ids=[ahead])
-    model = compile_eager(tiny(), how)
+    model = compile_eager(tiny(layers=1), how)
     alone = model.generate(IDS, max_new_tokens=L + 6, do_sample=False)
     free = came_free(model)
-    for helper in (tiny(), tiny(seed=1, layers=1)):
+    for helper in (tiny(layers=1), tiny(seed=1, layers=1)):
         assert torch.equal(model.generate(IDS, max_new_tokens=L + 6, do_sample=False, assistant_model=helper), alone)
     assert came_free(model) >= 2 * free
 
@@ -183,9 +186,9 @@ def test_it_is_freed_with_the_answer() -> None:
 
 
 def test_behind_an_end_nothing_is_asked_for() -> None:
-    draft, due = tiny(), full(IDS, L).tokens
+    draft, due = tiny(layers=1), full(IDS, L).tokens
     draft.generation_config.eos_token_id = due[3]
-    model = compile_eager(tiny(), method(), draft)
+    model = compile_eager(tiny(layers=1), method(), draft)
     end = due.index(due[3])
     ours = run(model, IDS, L, eos_token_id=due[3])
     assert ours.tokens[0] == due[: end + 1]
@@ -210,7 +213,7 @@ def test_a_compressed_prompt_is_what_is_verified() -> None:
     """SpecKV-PC: full KV of the prompt tokens that the target read."""
     sizes = {"prompt_budget": 40, "prompt_window": W, "prompt_kernel": 3, "neighbours": 3, "first_layer": 0}
     how = specpass.SpecKVPC(budget=C, window=W, lookahead=L, **sizes)
-    model = compile_eager(tiny(), how, tiny())
+    model = compile_eager(tiny(layers=1), how, tiny(layers=1))
     ours = run(model, IDS, L)
     read = ours.cache.prompt_positions[0]
     due = full(IDS[:, read], L)
@@ -224,7 +227,7 @@ def test_a_compressed_prompt_is_what_is_verified() -> None:
 def test_more_results_than_logits_are_decoded() -> None:
     model = pair()
     ours = run(model, IDS, 3, output_hidden_states=True)
-    check = run(compile_eager(tiny(), method(verify=False), tiny()), IDS, 3)
+    check = run(compile_eager(tiny(layers=1), method(verify=False), tiny(layers=1)), IDS, 3)
     assert ours.tokens == check.tokens
     assert came_free(model) == 0
     assert "no verified lookahead: the call returns more than logits" in str(specpass.report(model))

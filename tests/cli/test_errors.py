@@ -280,7 +280,11 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     (errors.RevisionError, lambda f: generate(f.good, "-m", "full", "--revision", "v1"), ("'v1'", "Leave it out")),
     (errors.RevisionError, lambda f: ["models", "path", f.good, "--revision", "v1"], ("'v1'", "Leave it out")),
     (errors.RevisionError, lambda f: ["tune", "-t", f.good, "--revision", "v1"], ("'v1'", "Leave it out")),
-    (errors.RevisionError, lambda f: ["demo", "-t", f.good, "--revision", "v1"], ("'v1'", "Leave it out")),
+    (
+        errors.RevisionError,
+        lambda f: ["demo", "-t", f.good, "-d", f.good, "--revision", "v1"],
+        ("'v1'", "Leave it out"),
+    ),
     (
         errors.RevisionError,
         lambda f: ["export", "-t", f.good, "-m", "none", "--out", "out", "--revision", "v1"],

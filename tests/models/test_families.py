@@ -16,7 +16,7 @@ C, W, L = 24, 8, 5
 IDS = {"vocab_size": 128, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 _SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 2}
 _ROTARY = {**_SIZES, "num_key_value_heads": 2, "max_position_embeddings": 512}
-_GPT = {"n_embd": 64, "n_inner": 96, "n_head": 4, "n_positions": 512, "n_layer": 2, "rotary_dim": 8}
+_GPT = {"n_embd": 64, "n_inner": 96, "n_head": 4, "n_positions": 512, "n_layer": 1, "rotary_dim": 8}
 _MLA = {
     **_SIZES,
     "num_key_value_heads": 4,
@@ -32,12 +32,13 @@ _MLA = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
+# One layer where layers do not differ: tracing costs by the layer.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "chunked gate (phi3)": ("Phi3", _ROTARY),
-    "norms around (glm4)": ("Glm4", {**_ROTARY, "head_dim": 16}),
+    "chunked gate (phi3)": ("Phi3", {**_ROTARY, "num_hidden_layers": 1}),
+    "norms around (glm4)": ("Glm4", {**_ROTARY, "num_hidden_layers": 1, "head_dim": 16}),
     "permuted heads (falcon)": (
         "Falcon",
-        {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "num_kv_heads": 2, "alibi": False}
+        {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "num_kv_heads": 2, "alibi": False}
         | {"new_decoder_architecture": True},
     ),
     "casts (gptj)": ("GPTJ", _GPT),
@@ -51,7 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "two attentions (diffllama)": ("DiffLlama", {**_ROTARY, "head_dim": 16}),
     "size handed over twice (opt)": (
         "OPT",
-        {"hidden_size": 64, "ffn_dim": 96, "num_attention_heads": 4, "num_hidden_layers": 2, "word_embed_proj_dim": 64},
+        {"hidden_size": 64, "ffn_dim": 96, "num_attention_heads": 4, "num_hidden_layers": 1, "word_embed_proj_dim": 64},
     ),
 }
 EAGER = ("GPTJ", "CodeGen", "GPTNeo")
