@@ -206,7 +206,7 @@ class OnnxMissingError(SpecpassError, RuntimeError):
     """A package that export or the runtime needs is not installed."""
 
 
-class HarnessMissingError(SpecpassError, RuntimeError):
+class HarnessMissingError(SpecpassError, ModuleNotFoundError):
     """lm-evaluation-harness is not installed."""
 
 

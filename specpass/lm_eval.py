@@ -29,7 +29,7 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise HarnessMissingError(
-        f"lm-evaluation-harness cannot be imported ({error}): pip install 'specpass[lm_eval]'"
+        f"lm-evaluation-harness cannot be imported ({error}): pip install 'specpass[lm_eval]'", name="lm_eval"
     ) from error
 
 Request = tuple[Any, list[int], list[int]]  # texts (the harness's key), context and continuation as token ids
