@@ -72,7 +72,9 @@ def test_bfloat16_by_the_cpus_own_kernels() -> None:
 def test_a_draft_in_eight_bits_changes_no_answer() -> None:
     """Its proposals may be others: they are the target's to take."""
     plain, fast = (
-        compile_eager(tiny().to(torch.bfloat16), METHODS["unverified"], tiny().to(torch.bfloat16), **options)
+        compile_eager(
+            tiny(layers=1).to(torch.bfloat16), METHODS["unverified"], tiny(layers=1).to(torch.bfloat16), **options
+        )
         for options in ({}, {"speculate": 3, "draft_bits": 8})
     )
     ids = prompt(60, seed=60)
