@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from specpass.backend import checks
 from specpass.backend.calls import mark_slots
 from specpass.backend.compile import Backend
+from specpass.backend.speculate import lower_proposals
 from specpass.backend.uncompiled import Uncompiled, attention_of
 from specpass.cache.budget import BudgetCache
 from specpass.cache.drafting import start_draft
@@ -26,12 +27,9 @@ from specpass.errors import PrefixCacheError, PrefixUnsupportedError, PromptErro
 from specpass.interpret.beside import features
 from specpass.interpret.document import placed, read_document
 from specpass.interpret.question import Question, Rows, part
-from specpass.lowering.lower import lower_draft
 from specpass.methods.base import Method
 from specpass.observe import progress
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.pipeline import fingerprint
-from specpass.passes.propose import proposal_graph
 from specpass.reports.report import base_of
 from specpass.rewrite import Refusal
 from specpass.sizes import context_length
@@ -274,15 +272,7 @@ class Questions:
         inputs = (rows.last(unread), rows.positions(unread), *caches, *graphs.params.values())
         known = self.runs.get(length)
         if known is None or known[0].extend is not graphs.extend:
-            run = lower_draft(
-                proposal_graph(graphs, length, lookahead=True),
-                backend.lowering,
-                inputs,
-                cudagraphs=backend.cudagraphs,
-                fingerprint=fingerprint(backend.skip_passes),
-                skip=backend.skip_passes,
-                note=backend.report.note,
-            )
+            run = lower_proposals(backend, graphs, length, inputs, lookahead=True)
             known = self.runs[length] = (graphs, run)
         with progress.task("the draft looks ahead"):
             ahead = known[1](*inputs)

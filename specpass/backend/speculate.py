@@ -20,9 +20,30 @@ from specpass.cache.budget import BudgetCache
 from specpass.cache.drafting import DRAFTS, Drafting
 from specpass.cache.replay import REPLAYS, Replay
 from specpass.lowering.lower import lower_draft
+from specpass.passes.draft import DraftGraphs
 from specpass.passes.pipeline import fingerprint
 from specpass.passes.propose import proposal_graph
 from specpass.sizes import context_length
+
+
+def lower_proposals(
+    backend: Backend, graphs: DraftGraphs, count: int, inputs: tuple[Tensor, ...], *, lookahead: bool = False
+) -> Callable[..., Any]:
+    """The draft's next `count` tokens as one compiled call.
+
+    Args:
+        inputs: of the first call.
+        lookahead: see proposal_graph.
+    """
+    return lower_draft(
+        proposal_graph(graphs, count, lookahead=lookahead),
+        backend.lowering,
+        inputs,
+        cudagraphs=backend.cudagraphs,
+        fingerprint=fingerprint(backend.skip_passes),
+        skip=backend.skip_passes,
+        note=backend.report.note,
+    )
 
 
 @dataclasses.dataclass
@@ -91,16 +112,7 @@ class Speculator:
         graphs = self.backend.draft_graphs(cache)
         inputs = (drafting.told[:, -unread:].contiguous(), positions, *drafting.caches, *graphs.params.values())
         if self.run is None:
-            backend = self.backend
-            self.run = lower_draft(
-                proposal_graph(graphs, self.count),
-                backend.lowering,
-                inputs,
-                cudagraphs=backend.cudagraphs,
-                fingerprint=fingerprint(backend.skip_passes),
-                skip=backend.skip_passes,
-                note=backend.report.note,
-            )
+            self.run = lower_proposals(self.backend, graphs, self.count, inputs)
         proposed = self.run(*inputs)
         drafting.read = torch.cat([drafting.told[:, 1:], proposed[:, :-1]], 1)
         return proposed
