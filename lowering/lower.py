@@ -16,7 +16,7 @@ from specpass.lowering.cuda_graph import GraphedModule, GraphedStep, input_kinds
 from specpass.lowering.few_rows import linear_notes
 from specpass.lowering.fuse import fuse
 from specpass.observe import progress
-from specpass.rewrite import Observer, Request
+from specpass.rewrite import Kind, Observer, Request
 from specpass.rewrite.base import PROMPTS, STEPS
 
 
@@ -114,13 +114,16 @@ def lower_draft(
     fingerprint: str = "",
     skip: Iterable[str] = (),
     note: Callable[[str], None] = lambda text: None,
+    kind: Kind = "append",
 ) -> Callable[..., Any]:
-    """A graph of the draft's own tokens (see passes/propose.py), compiled for calls of such `sizes`.
+    """A graph of the draft's alone, compiled for calls of such `sizes`.
 
-    Args: sizes: of the first call, one for each input: a tensor.
+    Args:
+        sizes: of the first call, one for each input: a tensor, or a number.
+        kind: "append" for its own tokens (see passes/propose.py), "prefill" for a prompt.
     """
     graphs = cudagraphs and on_cuda(gm)
-    fuse(gm, Request("append", model="draft"), skip)
+    fuse(gm, Request(kind, model="draft"), skip)
     if lowering == "inductor":
         from specpass.lowering.inductor import hints_of, lower_regions, tagged
 

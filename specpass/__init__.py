@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from specpass.backend.doors import compile as compile
     from specpass.backend.doors import restore as restore
     from specpass.backend.prefix import read as read
+    from specpass.backend.shorten import PromptCompressor as PromptCompressor
     from specpass.cache.budget import BudgetCache as BudgetCache
     from specpass.cache.prefix import Prefix as Prefix
     from specpass.export.api import export_onnx as export_onnx
@@ -34,6 +35,7 @@ _HOME = {
     "BudgetCache": "specpass.cache",
     "Prefix": "specpass.cache.prefix",
     "read": "specpass.backend.prefix",
+    "PromptCompressor": "specpass.backend.shorten",
     "Method": "specpass.methods.base",
     "export_onnx": "specpass.export.api",
     "progress": "specpass.observe.display",
