@@ -22,6 +22,10 @@ class SpreadError(SpecpassError, ValueError):
     """Budgets that KV heads are to share, where that is not served."""
 
 
+class GeneratedError(SpecpassError, ValueError):
+    """Slots for generated tokens, or a way of evicting them, that cannot be had."""
+
+
 class FuturesError(SpecpassError, ValueError):
     """Several futures, with something that looks ahead in one way only."""
 

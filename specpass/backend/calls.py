@@ -181,7 +181,7 @@ class Call:
                 "a padded batch is decoded without position_ids, so each row's next position is unknown: pass "
                 "position_ids [B, 1] (generate() does)."
             )
-        needed, free = self._query_length(args), cache.free_at_prefill - cache.appended
+        needed, free = self._query_length(args), cache.free
         if needed > free:
             raise CacheStateError(
                 f"{needed} tokens are appended and the cache has {free} free slots: call cache.reserve({needed}) first."

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from specpass.cache.evict import Bound
 from specpass.errors import (
     BudgetError,
     DeviceMismatchError,
@@ -100,6 +101,17 @@ def check_speculate(count: Any, draft: Any, method: Method) -> int:
             f"speculate={count} goes on behind one lookahead, and futures={method.futures}: leave one of them out."
         )
     return count
+
+
+def check_generated(generated: Any, evict: Any, speculate: int) -> Bound | None:
+    """How generated tokens are bounded; None: they are not."""
+    bound = Bound.of(generated, evict)
+    if bound is not None and speculate:
+        raise SpeculationError(
+            f"speculate={speculate} takes proposed tokens back, and generated={generated} evicts others to make room "
+            "for them, so answers would not be those without a speculator: leave one of them out."
+        )
+    return bound
 
 
 def check_first_layer(draft: nn.Module, method: Method) -> None:

@@ -22,7 +22,7 @@ from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, tra
 from specpass.capture.model import untraceable
 from specpass.capture.rope import following
 from specpass.dialect.cache import Advance, ExtendKv, Fill
-from specpass.errors import LookaheadError, MethodMismatchError, SpecpassError, UnsplicedGraphError
+from specpass.errors import GeneratedError, LookaheadError, MethodMismatchError, SpecpassError, UnsplicedGraphError
 from specpass.graph.edit import copy_module
 from specpass.graph.operands import results_of
 from specpass.kernels.cpu.build import Unbuilt
@@ -180,6 +180,11 @@ class Backend:
                 "a bias is added to the attention logits (ALiBi), and steps behind a pruned prompt must be told of it: "
                 "use specpass.compile(model, ...)"
             )
+        if traced.cache.bound is not None and sites is not None and any(site.alibi for site in sites.sites):
+            raise GeneratedError(
+                f"generated={traced.cache.bound.slots}: attention adds a bias by the positions of its keys (ALiBi), "
+                "and those that stay would no longer stand side by side: leave generated out."
+            )
         counts = any(len(advance.seen.users) > 1 for advance in Advance.find(graph.graph))
         record.sites = [] if sites is None else [SiteRecord.of(site, self.method.spread) for site in sites.sites]
         # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
@@ -313,6 +318,7 @@ class Backend:
 
     def check_cache(self, cache: BudgetCache) -> None:
         """Raises: MethodMismatchError: the cache was made for another method."""
+        self.report.bound = cache.bound or self.report.bound
         mine = dataclasses.replace(self.method, budget=cache.method.budget)
         same_budget = not isinstance(self.method.budget, int) or self.method.budget == cache.method.budget
         ours, theirs = (

@@ -20,7 +20,7 @@ from specpass.backend.by_text import DraftByText
 from specpass.backend.cold import form_of, one_at_a_time
 from specpass.backend.compile import Backend
 from specpass.backend.limit import raised_limit
-from specpass.backend.pieces import piece_of_lookahead, piece_of_prompt
+from specpass.backend.pieces import piece_of_append, piece_of_lookahead, piece_of_prompt
 from specpass.backend.positions import number, number_step, take_one_axis
 from specpass.backend.prefix import Questions, check_same
 from specpass.backend.speculate import Speculator
@@ -128,6 +128,8 @@ def compiled_call(
         if cache.padded and "position_ids" in names:
             number_step(target, cache, kwargs)
         piece = piece_of_lookahead(cache, kwargs, call)
+        if piece is None:
+            piece = piece_of_append(cache, kwargs, call)
         if piece is not None:
             return piece
         if isinstance(cache.seen, torch.Tensor) and cache.columns is not None:

@@ -62,6 +62,8 @@ def compile(
     lookahead_ids: Any = None,
     speculate: int = 0,
     tokenizers: tuple[Any, Any] | None = None,
+    generated: int | None = None,
+    evict: str = "recent",
     **options: Any,
 ) -> nn.Module:
     """Compile `target` in place, so that `generate` and direct calls prune its KV cache.
@@ -82,6 +84,9 @@ def compile(
         tokenizers: (the target's, the draft's), two fast tokenizers of transformers, of a draft with another tokenizer:
             in front of the compiled call the draft reads the prompt's text in its own tokens, and what it writes and
             how it scores is carried over to the target's (see specpass.backend.by_text). None: both have one.
+        generated: slots of each KV head for the answer's tokens, beyond which older ones are evicted. A BudgetCache
+            that is passed to generate() says so itself. None: the cache grows.
+        evict: which of them stay: see specpass.BudgetCache.
         options: further options of specpass.Backend.
 
     Returns: target.
@@ -89,12 +94,13 @@ def compile(
     Raises:
         SpecpassError: before anything is changed, with a message that names the fix: BudgetError, MissingDraftError,
             TokenizerMismatchError, DeviceMismatchError, SeveralDevicesError, GradientsError, EncoderDecoderError,
-            SpeculationError.
+            SpeculationError, GeneratedError.
     """
     checks.check_method(method)
     checks.check_decoder(target, "target")
     backend = Backend(draft, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
     backend.speculate = checks.check_speculate(speculate, draft, backend.method)
+    backend.report.bound = checks.check_generated(generated, evict, backend.speculate)
     checks.check_one_device("target", checks.devices_of(target))
     checks.check_pair(target.config, checks.device_of(target), draft, by_text=tokenizers is not None)
     by_text = None if tokenizers is None else DraftByText(backend, target, tokenizers)

@@ -12,9 +12,10 @@ from transformers.generation.configuration_utils import GenerationMode
 from specpass.backend.compile import Backend
 from specpass.backend.prefix import check_same
 from specpass.cache.budget import BudgetCache
+from specpass.cache.evict import Bound
 from specpass.cache.prefix import Prefix
 from specpass.cache.states import why_unheld
-from specpass.errors import PrefixCacheError, PrefixUnsupportedError
+from specpass.errors import GeneratedError, PrefixCacheError, PrefixUnsupportedError
 
 
 def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
@@ -30,24 +31,36 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
         if unheld:
             backend.report.refuse(unheld)
         if chosen or unheld or generation_config.use_cache is False:
+            check_unassisted(getattr(model_kwargs.get("past_key_values"), "bound", None), generation_mode)
             announce(model_kwargs.get("past_key_values"), prompt_length(generation_config, model_kwargs))
             return type(target)._prepare_cache_for_generation(
                 target, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
-        prompt = prompt_length(generation_config, model_kwargs)
+        prompt, bound = prompt_length(generation_config, model_kwargs), backend.report.bound
         model_kwargs["past_key_values"] = cache = BudgetCache(
             target.config,
             backend.method,
             max_new_tokens=new_tokens(generation_config, model_kwargs),
             prompt_length=prompt if prompt is None or prefix is None else prompt + len(prefix),
+            **({} if bound is None else {"generated": bound.slots, "evict": bound.policy}),
             early_exit=not backend.speculate,  # the draft of a speculator reads every prompt
         )
         cache.assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        check_unassisted(cache.bound, generation_mode)
         announce(cache, prompt)
         generation_config.disable_compile = True  # generate would compile the call a second time on a GPU
         return None
 
     return prepare_cache
+
+
+def check_unassisted(bound: Bound | None, mode: Any) -> None:
+    """Raises: GeneratedError: candidates, which may be taken back, would evict tokens that are to stay."""
+    if bound is not None and mode == GenerationMode.ASSISTED_GENERATION:
+        raise GeneratedError(
+            f"generated={bound.slots} with assisted decoding, whose candidates would evict tokens before they are "
+            "accepted: leave assistant_model and prompt_lookup_num_tokens out, or generated."
+        )
 
 
 def check_prefix(prefix: Any, model_kwargs: dict, generation_config: Any, mode: Any) -> None:

@@ -1,6 +1,7 @@
 """Prompts that generate() hands over in pieces, or with more behind them, are read as the prompts that they are.
 
 prefill_chunk_size: what a chunk keeps cannot be chosen before the prompt's end, so chunks wait for the last of them.
+Generated tokens that are bounded (generated=): more than there are slots for go in parts, each of which makes room.
 Assisted decoding: the first call brings candidates behind the prompt. They are appended to the pruned prompt, so that
 those which are not accepted can be taken out again. Candidates that are the lookahead's go one by one, so that what is
 known of them is not computed (verified lookahead), and the same tokens are chosen as without an assistant.
@@ -67,6 +68,17 @@ def piece_of_lookahead(cache: BudgetCache, kwargs: dict[str, Any], call: Callabl
     if not replay.fits(cache, ids) or not all(replay.matching(ids)):
         return None
     return with_candidates(kwargs, "input_ids", 1, call)
+
+
+def piece_of_append(cache: BudgetCache, kwargs: dict[str, Any], call: Callable[..., Any]) -> Any | None:
+    """What the model returns where more tokens come at once than generated ones have slots; None where they fit."""
+    name = next((name for name in TOKENS if kwargs.get(name) is not None), None)
+    if name is None or cache.bound is None or not cache.filled or cache.exact or features(kwargs):
+        return None
+    count = kwargs[name].shape[1]
+    if count <= max(cache.bound.most, cache.bound.slots - cache.appended + cache.evictions):
+        return None
+    return with_candidates(kwargs, name, cache.bound.most, call)
 
 
 def with_candidates(kwargs: dict[str, Any], name: str, columns: int, call: Callable[..., Any]) -> Any:

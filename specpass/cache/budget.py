@@ -12,12 +12,21 @@ from torch import Tensor
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
 from specpass.cache.choose import Kept
 from specpass.cache.drafting import DRAFTS
+from specpass.cache.evict import Bound, evict
 from specpass.cache.layer import first_room, grown_room, round_room
 from specpass.cache.protocol import BudgetLayer, CacheProtocol, is_traced
 from specpass.cache.replay import REPLAYS
 from specpass.cache.states import make_layers, why_unheld
 from specpass.dialect.define import SPEC
-from specpass.errors import BudgetError, FuturesError, LookaheadError, UncompiledCacheError, UnsupportedCallError
+from specpass.errors import (
+    BudgetError,
+    CacheStateError,
+    FuturesError,
+    GeneratedError,
+    LookaheadError,
+    UncompiledCacheError,
+    UnsupportedCallError,
+)
 from specpass.methods.base import Method
 from specpass.methods.speckv import as_id_rows
 from specpass.observe.kept import kept_html
@@ -35,11 +44,16 @@ class BudgetCache(CacheProtocol):
         prompt_length: S in tokens, needed when the method's budget is a ratio; with budget="auto", a short prompt's
             candidates take less memory where it is known.
         lookahead_ids: [B, L] token ids in place of the draft's.
+        generated: slots M of each KV head for tokens behind the prompt, 8 at least: where they are full, older tokens
+            are evicted, a block at a time, and the cache grows no further. None: it grows.
+        evict: which of these tokens stay beside the newest: "recent", those whose keys are least "redundant", or
+            "random" ones (see cache/evict.py).
         early_exit: False sends prompts that fit the budget through selection and gather too (layers whose budget is C
             keep everything).
 
     Raises:
         BudgetError: a ratio without prompt_length. LookaheadError: lookahead_ids with a method that cannot use them.
+        GeneratedError: M or `evict` is none, or the lookahead that an answer follows does not fit in M.
         UnsupportedCallError: the model's layers hold no keys, or in another form.
     """
 
@@ -52,6 +66,8 @@ class BudgetCache(CacheProtocol):
         prompt_length: int | None = None,
         lookahead_ids: Any = None,
         early_exit: bool = True,
+        generated: int | None = None,
+        evict: str = "recent",
     ) -> None:
         if max_new_tokens is not None and max_new_tokens < 1:
             raise BudgetError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
@@ -61,6 +77,7 @@ class BudgetCache(CacheProtocol):
         if unheld:
             raise UnsupportedCallError(f"{unheld}: leave past_key_values out, or pass transformers' own cache.")
         self.method = method.resolve(prompt_length)
+        self.bound = Bound.of(generated, evict)
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
         self.made_with = lookahead_ids
@@ -95,9 +112,23 @@ class BudgetCache(CacheProtocol):
         if rows is not None:
             self._take_ids(rows)
         self.room = first_room(self.max_new_tokens or 1)
-        if self.method.verify:  # the lookahead's keys and values wait in the free slots
+        if self.bound is not None:
+            self._bound_room(self.bound)
+        elif self.method.verify:  # the lookahead's keys and values wait in the free slots
             self.room = max(self.room, round_room(self.lookahead))
         self.free_at_prefill = self.room
+
+    def _bound_room(self, bound: Bound) -> None:
+        """All of M from the start where it can be filled: one size, one decode graph."""
+        self.room = min(bound.slots, round_room(self.max_new_tokens or bound.slots))
+        if not self.method.verify:
+            return
+        if self.lookahead > bound.most:  # its keys and values wait in the free slots, which none evicts from
+            raise GeneratedError(
+                f"generated={bound.slots} and a lookahead of {self.lookahead} tokens, which answers follow by the "
+                f"target's own logits: raise generated, lower lookahead below {bound.most + 1}, or pass verify=False."
+            )
+        self.room = max(self.room, min(bound.slots, round_room(self.lookahead)))
 
     def _take_ids(self, rows: Any) -> None:
         if self.method.prompt is not None or not self.method.drafts:
@@ -138,6 +169,8 @@ class BudgetCache(CacheProtocol):
         self.assisted = False  # whether generate has an assistant, whose candidates come several at a time
         self.awaited: int | None = None  # columns of the prompt that generate is about to hand over
         self.held: list[Tensor] = []  # those of its tokens that have come so far, where they come in chunks
+        self.evictions = 0  # upper bound of those that were evicted, and what stands in slots no longer
+        self.settled = 0  # so many were appended that crop may not go below, as older ones were evicted
         self.appended = 0  # upper bound of tokens written behind the prompt, kept on the host
         self.uneven = 0  # so many of these were written when some of them were last masked
 
@@ -184,13 +217,47 @@ class BudgetCache(CacheProtocol):
         """Make room for `tokens` more tokens (see layer.grown_room); nothing happens if there is room."""
         if not self.filled or self.exact:
             return
-        needed = self.appended + tokens
+        needed = self.appended - self.evictions + tokens
+        if self.bound is not None and needed > self.bound.slots:
+            self._evict(self.bound, tokens)
+            needed = self.appended - self.evictions + tokens
         if needed > self.free_at_prefill:
             room = grown_room(self.free_at_prefill, needed)
+            if self.bound is not None:
+                room = min(room, self.bound.slots)
             for layer in self.budgeted:
                 if not layer.exact:
                     layer.grow(room - self.free_at_prefill)
             self.free_at_prefill = room
+
+    @property
+    def free(self) -> int:
+        """Slots of each KV head that a token surely finds free."""
+        return self.free_at_prefill - (self.appended - self.evictions)
+
+    def _evict(self, bound: Bound, tokens: int) -> None:
+        """Make room for `tokens` more tokens without growing.
+
+        Raises: CacheStateError: there are not so many slots.
+        """
+        if tokens > bound.most:
+            raise CacheStateError(
+                f"{tokens} tokens are appended at once and generated={bound.slots} has room for {bound.most} beside "
+                "the newest: append them in parts (generate() and calls of a model from specpass.compile do), or raise "
+                "generated."
+            )
+        if self.free_at_prefill < bound.slots:
+            for layer in self.budgeted:
+                if not layer.exact:
+                    layer.grow(bound.slots - self.free_at_prefill)
+            self.free_at_prefill = bound.slots
+        kept = bound.kept(tokens)
+        for layer in self.budgeted:
+            if not layer.exact:
+                evict(layer, bound, kept, self.appended)
+        self.evictions = max(self.evictions, self.appended - kept)
+        self.settled = max(self.settled, self.appended - bound.window)
+        REPLAYS.pop(self, None)  # what waits in slots is used up by now, or was left (see _bound_room)
 
     def _repr_html_(self) -> str:
         """For notebooks: what was kept of the prompt, as a picture."""

@@ -66,6 +66,9 @@ class Storage:
         self.rung: Tensor | None = None  # [B, K, C] the first budget that keeps each slot; empty once one is chosen
         self.shares: Tensor | None = None  # [B] of the scored rows' attention that is kept, where it chose the budget
         self.told: Tensor | None = None  # [B, K, C] positions as the target was told them, where it was told others
+        self.ordinals: Tensor | None = None  # [B, K, M] of generated tokens, once some were evicted: see evict.py
+        self.settled: Tensor | None = None  # [B, K] slots of which they are told
+        self.evicted: Tensor | None = None  # [B, K] generated tokens that were
         self.biased = False  # whether attention adds a bias by the positions of its keys (ALiBi)
 
     @property
@@ -129,6 +132,18 @@ class Storage:
         rooms = torch.arange(first, first + self.kv_heads, device=self.starts.device) * self.room
         return by_head(self.kept_positions, self.starts - rooms, self.counts, -1)
 
+    @property
+    def generated(self) -> Tensor | None:
+        """[B, K, M] numbers, from 0, of the generated tokens that a bounded layer holds, ascending; unused slots -1.
+
+        None before any was evicted.
+        """
+        if self.ordinals is None or self.settled is None or self.evicted is None:
+            return None
+        slot = torch.arange(self.ordinals.shape[2], device=self.ordinals.device)
+        numbers = torch.where(slot < self.settled[..., None], self.ordinals, slot + self.evicted[..., None])
+        return numbers.masked_fill(slot >= (self.lengths - self.prompt_slots)[..., None], -1)
+
     def places(self, slots: Tensor, rows: Tensor) -> Tensor:
         """[R, K * n]: where slots [R, K, n] of each head's own lie in the storage, of rows [R]."""
         if self.starts is None:
@@ -144,6 +159,7 @@ class Storage:
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by name; empty before the prefill."""
         names = ("key_buffer", "value_buffer", "lengths", "kept_positions", "starts", "counts", "told", "shares")
+        names += ("ordinals", "settled", "evicted")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -40,6 +40,7 @@ class CacheProtocol(Cache):
     seen: Any  # tokens that generate counts: 0, or a 0-d tensor after the prefill
     appended: int
     uneven: int
+    settled: int
     lookahead_ids: Tensor | None
     prompt_positions: Tensor | None
     shift: Tensor | None
@@ -93,6 +94,11 @@ class CacheProtocol(Cache):
             raise CacheStateError(
                 f"crop({tokens_to_remove}): only the {self.appended} tokens behind the pruned prompt can be removed; "
                 "call reset() to prune a prompt anew."
+            )
+        if self.appended - tokens_to_remove < self.settled:
+            raise CacheStateError(
+                f"crop({tokens_to_remove}): tokens in front of the last {self.appended - self.settled} were evicted "
+                "(generated= bounds them), and would be missed: remove fewer, raise generated, or call reset()."
             )
         if self.appended - tokens_to_remove < self.uneven:
             raise CacheStateError(

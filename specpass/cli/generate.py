@@ -19,6 +19,8 @@ from specpass.cli.options import (
     Draft,
     DraftBits,
     Dtype,
+    Evict,
+    Generated,
     Json,
     Lookahead,
     Lowering,
@@ -41,7 +43,7 @@ from specpass.cli.options import (
     shown,
     silence_libraries,
 )
-from specpass.errors import DraftBitsError, SpeculationError
+from specpass.errors import DraftBitsError, GeneratedError, SpeculationError
 from specpass.observe import progress
 
 ORDER = 1
@@ -60,6 +62,8 @@ def generate(
     lookahead: Lookahead = None,
     speculate: Speculate = 0,
     draft_bits: DraftBits = None,
+    generated: Generated = None,
+    evict: Evict = "recent",
     option: Options = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="The prompt as UTF-8 text.")] = None,
@@ -104,6 +108,7 @@ def generate(
         target, draft, method, budget, window, lookahead, option, dtype, lowering, revision, trust_remote_code
     )
     choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice), draft_bits=draft_bits)
+    choice = dataclasses.replace(choice, **check_bound(generated, evict, choice))
     if draft_bits and choice.method is None:
         raise DraftBitsError(f"--draft-bits {draft_bits} needs a method with a draft, such as --method speckv.")
     text = read_prompt(prompt, prompt_file)
@@ -129,6 +134,16 @@ def check_speculation(count: int, choice: Choice) -> int:
     from specpass.backend.checks import check_speculate
 
     return check_speculate(count, choice.draft, choice.method)
+
+
+def check_bound(generated: int | None, evict: str, choice: Choice) -> dict[str, Any]:
+    """The options' fields. Raises: GeneratedError, SpeculationError."""
+    from specpass.backend.checks import check_generated
+
+    if generated is not None and choice.method is None:
+        raise GeneratedError(f"--generated {generated} needs a method that prunes, such as --method snapkv.")
+    check_generated(generated, evict, choice.speculate)
+    return {"generated": generated, "evict": evict}
 
 
 def _finish(answer: dict[str, Any], as_json: bool) -> None:
@@ -209,6 +224,7 @@ def _answer(choice: Choice, asked: _Asked, device: str, seed: int, echo: bool, *
         "accepted_tokens": 0 if report is None else report.accepted,
         "kv_bytes": None if out is None else cache_bytes(out.past_key_values),
         "kept": None if report is None or report.kept is None else dataclasses.asdict(report.kept),
+        "generated": None if report is None else report.data()["generated"],
         "refusals": refusals,
         "seconds": {
             "load": round(loaded - start, 3),

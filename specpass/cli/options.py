@@ -46,6 +46,10 @@ Speculate = Annotated[
 DraftBits = Annotated[
     int | None, typer.Option(help="8: the draft's steps read copies of its weights in 8 bits (bfloat16, on a CPU).")
 ]
+Generated = Annotated[
+    int | None, typer.Option(help="KV slots for the answer's own tokens: beyond them older ones are evicted.")
+]
+Evict = Annotated[str, typer.Option(help="Which of these stay beside the newest: recent, redundant or random.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")]
 Lowering = Annotated[str, typer.Option(help="inductor, or eager: the same passes without a compiler.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")]
@@ -74,8 +78,9 @@ def example(line: str) -> str:
 class Choice:
     """The models and the method that the options name; nothing is loaded yet. `method` None: full KV.
 
-    `speculate`: tokens that the draft proposes at a time. `draft_bits`: of the weights that its steps read. `trust`:
-    code that the models bring along may run.
+    `speculate`: tokens that the draft proposes at a time. `draft_bits`: of the weights that its steps read.
+    `generated`, `evict`: slots for the answer's tokens, and which stay. `trust`: code that the models bring along may
+    run.
     """
 
     target: str
@@ -85,6 +90,8 @@ class Choice:
     lowering: str
     speculate: int = 0
     draft_bits: int | None = None
+    generated: int | None = None
+    evict: str = "recent"
     trust: bool = False
 
     @property
@@ -186,6 +193,8 @@ def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
             lowering=choice.lowering,
             speculate=choice.speculate,
             draft_bits=choice.draft_bits,
+            generated=choice.generated,
+            evict=choice.evict,
             tokenizers=tokenizers,
         )
     return target, draft, tokenizer

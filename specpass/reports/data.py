@@ -24,6 +24,7 @@ def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[
         "prompts": [dataclasses.asdict(prompt) for prompt in record.prompts],
         "notes": list(record.notes),
         "kept": None if record.kept is None else dataclasses.asdict(record.kept),
+        "generated": None if record.bound is None else dataclasses.asdict(record.bound),
         "replayed": record.replayed,
         "proposed": record.proposed,
         "accepted": record.accepted,

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from specpass.cache.choose import Kept
+from specpass.cache.evict import Bound
 from specpass.kernels.dispatch import Choice
 from specpass.lowering.lower import Lowered
 from specpass.methods.base import Method
@@ -98,6 +99,7 @@ class BackendRecord:
         notes: what else there is to say of calls.
         replayed: tokens that came free: the answer followed the lookahead (verified lookahead).
         kept: the budget that was chosen last, and the attention that it keeps.
+        bound: of the slots for generated tokens, as it was last; None: caches grow.
         proposed, accepted: tokens that the draft proposed behind its lookahead, and those that the answer took.
     """
 
@@ -114,6 +116,7 @@ class BackendRecord:
     proposed: int = 0
     accepted: int = 0
     kept: Kept | None = None
+    bound: Bound | None = None
     draft_seconds: float = 0.0
     target_configs: list[Any] = dataclasses.field(default_factory=list, repr=False)
     decoders: tuple[Decoder | None, Decoder | None] | None = dataclasses.field(default=None, repr=False)

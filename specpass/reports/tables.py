@@ -13,6 +13,7 @@ from specpass.reports.text import (
     LENGTHS,
     NEW_TOKENS,
     amount,
+    bound_lines,
     break_even,
     budget_lines,
     interpreted_lines,
@@ -42,7 +43,7 @@ def tables(record: BackendRecord) -> Group:
     if record.draft_seconds:
         parts.append(f"draft captured in {record.draft_seconds:.1f} s")
     parts += [Text(f"  {line}") for line in budget_lines(record)]
-    parts += [Text(line) for line in kept_lines(record)]
+    parts += [Text(line) for line in (*kept_lines(record), *bound_lines(record))]
     parts += [Text(line) for line in interpreted_lines(record)]
     parts += [Text(f"refused: {reason} (the model runs exactly)", style="red") for reason in record.refusals]
     costs = record.costs()

@@ -31,6 +31,7 @@ def text(record: BackendRecord) -> str:
     if record.proposed:
         lines.append(f"speculation: {record.accepted:,} of {record.proposed:,} proposed tokens were taken")
     lines += kept_lines(record)
+    lines += bound_lines(record)
     lines += interpreted_lines(record)
     lines += [f"refused: {reason} (the model runs exactly)" for reason in record.refusals]
     if record.foreign:
@@ -58,6 +59,17 @@ def kept_lines(record: BackendRecord) -> list[str]:
         how,
         f"last choice: {kept.budget:,} slots keep {kept.share:.3f} of the attention{short}",
         f"  by layer: {' '.join(f'{share:.3f}' for share in kept.layers)}",
+    ]
+
+
+def bound_lines(record: BackendRecord) -> list[str]:
+    """How many generated tokens are held, and which ones."""
+    bound = record.bound
+    if bound is None:
+        return []
+    return [
+        f"generated tokens: {bound.slots:,} slots of each KV head behind the prompt's; where they are full, "
+        f"{bound.kept(1):,} tokens stay (evict={bound.policy!r}), the newest {bound.window} among them"
     ]
 
 

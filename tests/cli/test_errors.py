@@ -358,6 +358,16 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
         ("--draft-bits 8", "--method speckv"),
     ),
     (
+        errors.GeneratedError,
+        lambda f: generate(f.good, "-m", "snapkv", "--budget", "8", "--window", "4", "--generated", "3"),
+        ("generated=3", "8 at least"),
+    ),
+    (
+        errors.GeneratedError,
+        lambda f: generate(f.good, "-m", "full", "--generated", "64"),
+        ("--generated 64", "--method snapkv"),
+    ),
+    (
         errors.SpeculationError,
         lambda f: generate(f.good, "-m", "snapkv", "--budget", "8", "--window", "4", "--speculate", "4"),
         ("speculate=4", "SnapKV", "pass draft="),

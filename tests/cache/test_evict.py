@@ -1,0 +1,184 @@
+"""Generated tokens are bounded: slots, positions, what stays, against eager attention that masks the evicted ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import call, compile_eager, padded, run
+from tiny import prompt, tiny
+from torch import Tensor
+
+import specpass
+from specpass import errors
+from specpass.cache.evict import POLICIES, Bound, drop
+from specpass.observe.storage import cache_bytes
+
+C, M, NEW = 24, 16, 60  # W = 4: eleven evictions
+METHOD = specpass.StreamingLLM(budget=C)
+
+
+def step(model: Any, cache: Any, token: int) -> Tensor:
+    return call(model, torch.tensor([[token]]), cache)[0, -1]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return compile_eager(tiny(), METHOD, generated=M)
+
+
+def seen_by_step(cache: Any, length: int, total: int) -> list[Tensor]:
+    """Of each layer [K, T] bool: which of `total` tokens lie in slots."""
+    found = []
+    for layer in cache.budgeted:
+        mask = torch.zeros(layer.kv_heads, total, dtype=torch.bool)
+        mask.scatter_(1, layer.positions[0], True)
+        numbers = layer.generated
+        if numbers is None:
+            mask[:, length:] = True
+        else:
+            for head, own in enumerate(numbers[0]):
+                mask[head, length + own[own >= 0]] = True
+        found.append(mask)
+    return found
+
+
+def rotated_apart(target: Any, ids: Tensor, masks: list[list[Tensor]], length: int) -> Tensor:
+    """Logits [n, V] of ids [1, T] behind the prompt, each token attending to what `masks[i]` shows: plain attention."""
+    layers, group = target.config.num_hidden_layers, 2
+    total = ids.shape[1]
+    allowed = torch.ones(total, total).tril().bool().expand(layers, 4, -1, -1).clone()
+    for index, own in enumerate(masks):
+        for layer, mask in enumerate(own):
+            row = length + index
+            allowed[layer, :, row, : mask.shape[1]] &= mask.repeat_interleave(group, 0)
+    calls = iter(range(layers))
+    before = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+        how = {"scale": how.get("scale"), "enable_gqa": True}
+        return before(query, key, value, attn_mask=allowed[next(calls)][None], **how)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+        return target(ids, use_cache=False).logits[0, length:]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_steps_are_attention_over_what_stays(model: Any, policy: str) -> None:
+    """Slots and bytes are bounded, positions go on, one decode graph serves; logits are those of masked attention."""
+    ids = prompt(40)
+    cache = specpass.BudgetCache(model.config, METHOD, max_new_tokens=NEW, generated=M, evict=policy)
+    logits, masks, sizes, answer = [call(model, ids, cache)[0, -1]], [], set(), []
+    for index in range(NEW):
+        answer.append(int(logits[-1].argmax()))
+        cache.reserve(1)
+        shown = seen_by_step(cache, 40, 40 + index)
+        masks.append([torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.bool)], 1) for mask in shown])
+        logits.append(step(model, cache, answer[-1]))
+        if index > M:
+            sizes.add((cache.layers[0].slots, cache_bytes(cache), cache.layers[0].key_buffer.data_ptr()))
+        assert (cache.layers[0].lengths <= C + M).all()
+    assert len(sizes) == 1
+    assert cache.get_seq_length() == 40 + NEW
+    whole = torch.cat([ids, torch.tensor([answer])], 1)
+    torch.testing.assert_close(torch.stack(logits[1:]), rotated_apart(tiny(), whole, masks, 40), atol=1e-4, rtol=1e-4)
+    newest = cache.layers[0].generated[0, 0]
+    newest = newest[newest >= 0]
+    assert newest.tolist() == sorted(set(newest.tolist()))
+    assert newest[-4:].tolist() == list(range(NEW - 4, NEW))
+    if policy == "recent":
+        assert newest.tolist() == list(range(NEW - len(newest), NEW))
+    assert sum(graph.kind == "decode" for graph in specpass.report(model).graphs) == 1
+
+
+def test_what_fits_is_generated_as_without_a_bound(model: Any) -> None:
+    ids, mask = padded([prompt(50), prompt(30, seed=1)])
+    ours = run(model, ids, M, mask)
+    caches = specpass.BudgetCache(model.config, METHOD, max_new_tokens=M)
+    assert ours.tokens == run(model, ids, M, mask, past_key_values=caches).tokens
+    assert ours.cache.layers[0].generated is None
+    assert "16 slots of each KV head" in str(specpass.report(model))
+    assert specpass.report(model).data()["generated"] == {"slots": M, "policy": "recent"}
+
+
+def test_padded_rows_answer_as_they_do_alone(model: Any) -> None:
+    """Rows whose prompts differ in length; beams, whose rows change places."""
+    ids, mask = padded([prompt(50), prompt(12, seed=1)])
+    together = run(model, ids, 40, mask)
+    for row, own in enumerate((prompt(50), prompt(12, seed=1))):
+        assert together.tokens[row] == run(model, own, 40).tokens[0]
+    beams = model.generate(prompt(50), max_new_tokens=40, num_beams=3, do_sample=False)
+    assert beams.shape == (1, 90)
+
+
+def test_a_second_turn_longer_than_the_slots_comes_in_parts(model: Any) -> None:
+    """Its logits are those of the same tokens one by one in the last of the parts' slots; crops reach the newest."""
+    ids, more = prompt(40), prompt(30, seed=3)
+    cache = specpass.BudgetCache(model.config, METHOD, max_new_tokens=4, generated=M)
+    call(model, ids, cache)
+    logits = call(model, more, cache, logits_to_keep=0)
+    assert logits.shape[:2] == (1, 30)
+    assert cache.get_seq_length() == 70
+    assert (cache.layers[0].lengths <= C + M).all()
+    cache.crop(2)
+    assert cache.get_seq_length() == 68
+    with pytest.raises(errors.CacheStateError, match=r"crop\(\d+\).*were evicted"):
+        cache.crop(20)
+
+
+def test_windows_drop_what_nobody_reads() -> None:
+    """A model with sliding layers: bounded by more than is written, and by less, where only they would lose tokens."""
+    target = compile_eager(tiny("mistral-sliding", layers=1), METHOD)
+    caches = [
+        specpass.BudgetCache(target.config, METHOD, max_new_tokens=NEW, **({"generated": M} if bounded else {}))
+        for bounded in (False, True)
+    ]
+    for ids in (prompt(40), prompt(9, seed=2)):
+        for cache in caches:
+            cache.reset()
+        plain, bounded = (run(target, ids, NEW, past_key_values=cache) for cache in caches)
+        assert plain.tokens == bounded.tokens
+        assert bounded.cache.layers[0].slots == 24 + M
+
+
+def test_dropping_keeps_order_and_spares_the_newest() -> None:
+    score = torch.tensor([[[5.0, 1.0, 4.0, 0.0, 9.0, 9.0, 0.0, 0.0]]])
+    used, excess = torch.tensor([[6]]), torch.tensor([[2]])
+    assert drop(score, used, excess, 2).tolist() == [[[0, 2, 4, 5, 6, 7, 1, 3]]]
+    assert drop(score, used, torch.tensor([[0]]), 2).tolist() == [[list(range(8))]]
+    assert (Bound(512).window, Bound(512).kept(1), Bound(512).most) == (32, 448, 480)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"generated": 4}, "generated=4: expected"),
+        ({"generated": True}, "generated=True"),
+        ({"generated": 64, "evict": "oldest"}, "evict='oldest': expected one of"),
+        ({"evict": "random"}, "generated=None sets no such number"),
+    ],
+)
+def test_bounds_that_there_are_not(given: dict[str, Any], text: str) -> None:
+    target = tiny(layers=1)
+    for make in (
+        lambda: specpass.compile(target, method=METHOD, **given),
+        lambda: specpass.BudgetCache(target.config, METHOD, **given),
+    ):
+        with pytest.raises(errors.GeneratedError, match=text):
+            make()
+
+
+def test_what_does_not_go_with_a_bound(model: Any) -> None:
+    how = specpass.SpecKV(budget=C, window=8, lookahead=14)
+    with pytest.raises(errors.GeneratedError, match="lookahead of 14 tokens"):
+        specpass.BudgetCache(model.config, how, generated=M)
+    target = tiny(layers=1)
+    with pytest.raises(errors.SpeculationError, match=r"speculate=2 .* generated=16"):
+        specpass.compile(target, draft=tiny(seed=1), method=how, speculate=2, generated=M)
+    with pytest.raises(errors.GeneratedError, match="assisted decoding"):
+        model.generate(prompt(40), max_new_tokens=4, prompt_lookup_num_tokens=2)
+    biased = compile_eager(tiny("bloom", layers=1), METHOD, generated=M)
+    with pytest.raises(errors.GeneratedError, match="ALiBi"):
+        run(biased, prompt(40), 2)
