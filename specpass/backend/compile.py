@@ -16,6 +16,7 @@ from specpass.backend.calls import Call
 from specpass.backend.facts import Traced, candidate_outputs, static_outputs
 from specpass.backend.limit import ensure_limit, raised_limit
 from specpass.cache.budget import BudgetCache
+from specpass.cache.evict import Bound
 from specpass.cache.states import recurrent_layer
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
@@ -98,6 +99,7 @@ class Backend:
         self.report = Report(method, lowering, getattr(draft, "config", None))
         self._graphs: dict[Hashable, DraftGraphs] = {}  # by autocast's dtype
         self.speculate = 0  # tokens that the draft proposes at a time, through specpass.compile's door
+        self.bound: Bound | None = None  # of generated tokens, in the caches that generate() makes
         self.eos_of_text: tuple[int, ...] | None = None  # of lookaheads by a draft with another tokenizer (by_text)
         self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
         self._uncaptured = ""  # why the draft has no graphs

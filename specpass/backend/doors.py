@@ -100,7 +100,7 @@ def compile(
     checks.check_decoder(target, "target")
     backend = Backend(draft, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
     backend.speculate = checks.check_speculate(speculate, draft, backend.method)
-    backend.report.bound = checks.check_generated(generated, evict, backend.speculate)
+    backend.bound = backend.report.bound = checks.check_generated(generated, evict, backend.speculate)
     checks.check_one_device("target", checks.devices_of(target))
     checks.check_pair(target.config, checks.device_of(target), draft, by_text=tokenizers is not None)
     by_text = None if tokenizers is None else DraftByText(backend, target, tokenizers)

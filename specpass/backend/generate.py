@@ -36,7 +36,7 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
             return type(target)._prepare_cache_for_generation(
                 target, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
-        prompt, bound = prompt_length(generation_config, model_kwargs), backend.report.bound
+        prompt, bound = prompt_length(generation_config, model_kwargs), backend.bound
         model_kwargs["past_key_values"] = cache = BudgetCache(
             target.config,
             backend.method,
