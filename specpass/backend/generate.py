@@ -42,7 +42,8 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
             backend.method,
             max_new_tokens=new_tokens(generation_config, model_kwargs),
             prompt_length=prompt if prompt is None or prefix is None else prompt + len(prefix),
-            **({} if bound is None else {"generated": bound.slots, "evict": bound.policy}),
+            generated=None if bound is None else bound.slots,
+            evict="recent" if bound is None else bound.policy,
             early_exit=not backend.speculate,  # the draft of a speculator reads every prompt
         )
         cache.assisted = generation_mode == GenerationMode.ASSISTED_GENERATION

@@ -158,8 +158,8 @@ class Storage:
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by name; empty before the prefill."""
-        names = ("key_buffer", "value_buffer", "lengths", "kept_positions", "starts", "counts", "told", "shares")
-        names += ("ordinals", "settled", "evicted")
+        stored = ("key_buffer", "value_buffer", "lengths", "kept_positions", "starts", "counts", "told", "shares")
+        names = (*stored, "ordinals", "settled", "evicted")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
