@@ -66,6 +66,14 @@ class SeveralDevicesError(SpecpassError, ValueError):
     """A model is spread over several devices."""
 
 
+class ParallelPlanError(SpecpassError, ValueError):
+    """A model is spread over processes in a way that cannot be pruned."""
+
+
+class RanksDisagreeError(SpecpassError, RuntimeError):
+    """Processes that share a model were told different things, or one of them failed."""
+
+
 class DtypeMismatchError(SpecpassError, ValueError):
     """A model in a dtype that an export cannot be made in."""
 

@@ -23,7 +23,14 @@ from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, tra
 from specpass.capture.model import untraceable
 from specpass.capture.rope import following
 from specpass.dialect.cache import Advance, ExtendKv, Fill
-from specpass.errors import GeneratedError, LookaheadError, MethodMismatchError, SpecpassError, UnsplicedGraphError
+from specpass.errors import (
+    GeneratedError,
+    LookaheadError,
+    MethodMismatchError,
+    ParallelPlanError,
+    SpecpassError,
+    UnsplicedGraphError,
+)
 from specpass.graph.edit import copy_module
 from specpass.graph.operands import results_of
 from specpass.kernels.cpu.build import Unbuilt
@@ -32,6 +39,7 @@ from specpass.lowering.eight_bits import eight_bits
 from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import NGRAM, Method
+from specpass.parallel.shards import is_spread
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Ahead, Drafted, Spans
 from specpass.passes.pipeline import PASSES, fingerprint
@@ -114,6 +122,13 @@ class Backend:
         if not holds_cache_ops(gm):
             self._warn_foreign(gm)
             return gm.forward
+        if any(map(is_spread, example_inputs)):
+            return _raiser(
+                ParallelPlanError(
+                    "the target's weights are spread over processes, which the plain door does not read: use "
+                    "specpass.compile(model, ...)."
+                )
+            )
         restart_if_specialised(gm, example_inputs)
         start = time.perf_counter()
         try:

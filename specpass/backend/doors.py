@@ -21,7 +21,10 @@ from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
 from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwargs_check
 from specpass.capture.rope import prepare_rope
+from specpass.errors import BudgetError, SpreadError
 from specpass.methods.base import Method
+from specpass.parallel.agree import about, agreement
+from specpass.parallel.shards import Ranks, local_part, ranks_of
 from specpass.reports.report import base_of
 
 ATTRIBUTES = (
@@ -94,31 +97,68 @@ def compile(
     Raises:
         SpecpassError: before anything is changed, with a message that names the fix: BudgetError, MissingDraftError,
             TokenizerMismatchError, DeviceMismatchError, SeveralDevicesError, GradientsError, EncoderDecoderError,
-            SpeculationError, GeneratedError.
+            SpeculationError, GeneratedError; of a target that is spread over processes ParallelPlanError,
+            RanksDisagreeError.
     """
-    checks.check_method(method)
     checks.check_decoder(target, "target")
-    backend = Backend(draft, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
-    backend.speculate = checks.check_speculate(speculate, draft, backend.method)
-    backend.bound = backend.report.bound = checks.check_generated(generated, evict, backend.speculate)
-    checks.check_one_device("target", checks.devices_of(target))
-    checks.check_pair(target.config, checks.device_of(target), draft, by_text=tokenizers is not None)
-    by_text = None if tokenizers is None else DraftByText(backend, target, tokenizers)
-    _install(base_of(target), backend, by_text)
+    inside = base_of(target)
+    ranks = ranks_of(inside)
+    with agreement(ranks) as told:
+        method = checks.check_method(method)
+        part, reads = (None, draft) if ranks is None else check_spread_out(inside, ranks, draft, method)
+        backend = Backend(reads, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
+        backend.speculate = checks.check_speculate(speculate, draft, backend.method)
+        backend.bound = backend.report.bound = checks.check_generated(generated, evict, backend.speculate)
+        checks.check_one_device("target", checks.devices_of(target))
+        checks.check_pair(target.config, checks.device_of(target), draft, by_text=tokenizers is not None)
+        by_text = None if tokenizers is None else DraftByText(backend, target, tokenizers)
+        comparable = [item for item in options.items() if item[0] != "observe"]  # a function of each process's own
+        told |= {"the target": about(target), "the draft": about(draft), "method": backend.method.key}
+        told |= {"lowering": lowering, "speculate": repr(speculate), "options": repr(sorted(comparable))}
+        told |= {"generated": repr(generated), "evict": evict}
+    _install(inside, part, backend, by_text)
     return target
 
 
-def _install(target: nn.Module, backend: Backend, by_text: DraftByText | None) -> None:
-    """Put the attributes in place through which a decoder is called and generates."""
+def check_spread_out(
+    target: nn.Module, ranks: Ranks, draft: nn.Module | None, method: Method
+) -> tuple[nn.Module, nn.Module | None]:
+    """What runs on this rank in the place of a target that is spread over processes, and of its draft.
+
+    Raises: ParallelPlanError: it cannot be spread so. SpreadError, BudgetError: what all heads decide together.
+    """
+    if method.spread != "uniform":
+        raise SpreadError(
+            f"{method.name}(spread={method.spread!r}): KV heads share budgets within one process, and the target's are "
+            f"spread over {ranks.size}: use spread='uniform'."
+        )
+    if method.rungs:
+        raise BudgetError(
+            f"budget={method.budget!r}: a budget is chosen by all KV heads, and the target's are spread over "
+            f"{ranks.size} processes: give a number of KV slots, e.g. budget=1024."
+        )
+    part = local_part(target, ranks)
+    if draft is target:
+        return part, part
+    theirs = None if draft is None else ranks_of(draft)
+    return part, draft if draft is None or theirs is None else local_part(draft, theirs)
+
+
+def _install(target: nn.Module, part: nn.Module | None, backend: Backend, by_text: DraftByText | None) -> None:
+    """Put the attributes in place through which a decoder is called and generates.
+
+    Args: part: what runs in its place, of one that is spread over processes.
+    """
     restore(target)
-    prepare_rope(target)
+    runs = target if part is None else part
+    prepare_rope(runs)
     before = {name: target.__dict__.get(name, _ABSENT) for name in ATTRIBUTES}
-    forward = fresh_forward(target)
+    forward = fresh_forward(runs)
     # Dynamo's cache would outlive the model: what it holds of a code object is out of the garbage collector's sight.
     forget = weakref.finalize(target, remove_from_cache, forward.__code__)
     forget.atexit = False
     target._specpass = Compiled(backend, before, forget)
-    target._compiled_call_impl = compiled_call(target, forward, backend, by_text)
+    target._compiled_call_impl = compiled_call(runs, forward, backend, by_text)
     target._prepare_cache_for_generation = cache_factory(target, backend)
     if hasattr(type(target), "prepare_inputs_for_generation"):
         target._validate_model_kwargs = kwargs_check(target)

@@ -9,6 +9,12 @@ from specpass.graph.aten import Cat, Chunks, Reduction, Select, Slice
 from specpass.graph.operands import GetItem
 from specpass.graph.walk import ATEN, FULL, is_op, is_size, value
 
+# Of a model that is spread over processes: every rank adds its summand to the same rows.
+COLLECTIVES = (
+    (torch.ops._c10d_functional.all_reduce, torch.ops._c10d_functional.wait_tensor)
+    if torch.distributed.is_available()
+    else ()
+)
 POINTWISE_TAGS = torch.Tag.pointwise
 ROW_OPS = (
     ATEN.linear,
@@ -70,7 +76,7 @@ def keeps_rows(node: fx.Node, columns: object) -> bool:
     """Whether each row of the result depends on the same row alone."""
     if node.op != "call_function" or not has_rows(node, columns):
         return False
-    if POINTWISE_TAGS in getattr(node.target, "tags", ()) or is_op(node, *ROW_OPS):
+    if POINTWISE_TAGS in getattr(node.target, "tags", ()) or is_op(node, *ROW_OPS, *COLLECTIVES):
         return True
     reduction, cut, chunks, one = (view.match(node) for view in (Reduction, Slice, Chunks, Select))
     if reduction is not None:

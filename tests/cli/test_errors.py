@@ -25,6 +25,8 @@ NOT_HERE = {
     errors.SpecpassError: "the base class",
     errors.DeviceMismatchError: "both models go to --device",
     errors.SeveralDevicesError: "both models go to --device",
+    errors.ParallelPlanError: "commands run in one process: tests/parallel",
+    errors.RanksDisagreeError: "commands run in one process: tests/parallel",
     errors.DtypeMismatchError: "both models get --dtype",
     errors.UnsplicedGraphError: "the call goes on the second way",
     errors.GradientsError: "models are loaded in eval mode, without gradients",

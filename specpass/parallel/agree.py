@@ -1,0 +1,64 @@
+"""Processes that share a model compile the same, or all of them raise: what one does alone is a hang of the others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from specpass.errors import RanksDisagreeError, SpecpassError
+from specpass.parallel.shards import Ranks
+
+Told = dict[str, str]
+
+
+@contextlib.contextmanager
+def agreement(ranks: Ranks | None) -> Iterator[Told]:
+    """What is put into the dictionary inside is equal on all ranks afterwards; a mistake of one is an error on all.
+
+    Every rank enters this, and each leaves it with an error if one does. Nothing is asked without ranks.
+
+    Raises: RanksDisagreeError: they were told different things, or another rank raised. A mistake of this rank's as
+        it is.
+    """
+    told: Told = {}
+    own: SpecpassError | None = None
+    try:
+        yield told
+    except SpecpassError as error:
+        if ranks is None:
+            raise
+        own = error
+    if ranks is None:
+        return
+    answers: list[Any] = [None] * ranks.size
+    dist.all_gather_object(answers, (told, None if own is None else f"{type(own).__name__}: {own}"), ranks.group)
+    if own is not None:
+        raise own
+    for rank, (_, failed) in enumerate(answers):
+        if failed is not None:
+            raise RanksDisagreeError(f"rank {rank} of {ranks.size} did not compile the model ({failed})")
+    compare([theirs for theirs, _ in answers])
+
+
+def compare(answers: list[Told]) -> None:
+    """Raises: RanksDisagreeError: rank 0 was told another thing than some other rank."""
+    for rank, theirs in enumerate(answers):
+        for name, first in answers[0].items():
+            if theirs.get(name) != first:
+                raise RanksDisagreeError(
+                    f"{name} is {theirs.get(name)} on rank {rank} and {first} on rank 0: every process calls "
+                    "specpass.compile with the same arguments."
+                )
+
+
+def about(model: nn.Module | None) -> str:
+    """A model by what decides its graphs: class, sizes, dtype."""
+    if model is None:
+        return "none"
+    text: Any = model.config.get_text_config(decoder=True)
+    sizes = ", ".join(f"{name}={getattr(text, name, None)}" for name in ("num_hidden_layers", "hidden_size"))
+    return f"{type(model).__name__}({sizes}, vocab_size={text.vocab_size}, {next(model.parameters()).dtype})"

@@ -1,0 +1,213 @@
+"""One of two processes that share models: runs every case, and leaves what became of each as JSON.
+
+Started by test_tensor_parallel.py: `python ranks.py RANK FOLDER`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from support import compile_eager, padded
+from tiny import EAGER, prompt, tiny
+from transformers.distributed import DistributedConfig
+
+import specpass
+from specpass import errors
+
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm", "gemma2", "mistral")
+METHODS = {
+    "speckv": specpass.SpecKV(budget=24, window=8, lookahead=4),
+    "snapkv": specpass.SnapKV(budget=24, window=8),
+    "pyramidkv": specpass.PyramidKV(budget=24, window=8),
+    "streamingllm": specpass.StreamingLLM(budget=24),
+    "specpc": specpass.SpecPC(budget=24, window=8),
+    "speckvpc": specpass.SpecKVPC(budget=16, window=4, lookahead=4, prompt_budget=32, prompt_window=8),
+}
+SPECKV = METHODS["speckv"]
+
+
+def spread(family: str, folder: Path, **settings: Any) -> tuple[Any, Any]:
+    """(a model of one process, the same one spread over both)."""
+    whole = tiny(family, **{"layers": 1, **settings})
+    path = folder / "-".join([family, *map(str, settings.values())])
+    if dist.get_rank() == 0:
+        whole.save_pretrained(path)
+    dist.barrier()
+    how = "eager" if family in EAGER else "sdpa"
+    plan = DistributedConfig(tp_plan="auto", tp_size=dist.get_world_size())
+    return whole, type(whole).from_pretrained(
+        path, distributed_config=plan, attn_implementation=how, dtype=torch.float32
+    ).eval()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    return padded([prompt(60), prompt(47, seed=1)])
+
+
+def answer(model: Any, method: Any, draft: Any, lowering: str = "eager") -> tuple[torch.Tensor, Any]:
+    ids, mask = batch()
+    specpass.compile(model, draft=draft if method.needs_draft else None, method=method, lowering=lowering)
+    cache = specpass.BudgetCache(model.config, method, max_new_tokens=5)
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert not specpass.report(model).interpreted, specpass.report(model).interpreted
+    specpass.restore(model)
+    return out, cache
+
+
+def same(whole: Any, parts: Any, method: Any, draft: Any, lowering: str = "eager", spread_draft: Any = None) -> None:
+    """Tokens are one process's, and so are the positions that this rank's heads keep.
+
+    Args: spread_draft: the draft as both processes have it, where they share it too.
+    """
+    tokens, kept = on_rank_0(lambda: told(*answer(whole, method, draft)))
+    mine, own = told(*answer(parts, method, spread_draft or draft, lowering))
+    assert mine == tokens
+    assert len(own) == len(kept)
+    for part, all_heads in zip(own, kept, strict=True):
+        heads = len(part[0])
+        first = heads * dist.get_rank()
+        assert part == [row[first : first + heads] for row in all_heads]
+        assert heads * dist.get_world_size() == len(all_heads[0])
+
+
+def told(tokens: torch.Tensor, cache: Any) -> tuple[Any, Any]:
+    """Tokens, and each layer's positions, as lists."""
+    return tokens.tolist(), [layer.positions.tolist() for layer in cache.layers]
+
+
+def on_rank_0(act: Callable[[], Any]) -> Any:
+    """What rank 0 finds, on both: one process's answers are computed once."""
+    found = [act() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, 0)
+    return found[0]
+
+
+def turns(model: Any, draft: Any) -> list[int]:
+    """Three turns behind one pruned prompt."""
+    compile_eager(model, SPECKV, draft)
+    cache, ids = specpass.BudgetCache(model.config, SPECKV, max_new_tokens=24), prompt(60)
+    for turn in range(3):
+        ids = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+        ids = torch.cat([ids, prompt(7, seed=turn)], 1)
+    specpass.restore(model)
+    return ids[0].tolist()
+
+
+def raises(error: type[Exception], *texts: str) -> Callable[[Callable[[], Any]], None]:
+    def check(act: Callable[[], Any]) -> None:
+        with pytest.raises(error) as raised:
+            act()
+        assert all(text in str(raised.value) for text in texts), str(raised.value)
+
+    return check
+
+
+def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    whole, parts = spread("llama", folder, layers=2)
+    draft, rank = tiny("llama", layers=1, seed=7), dist.get_rank()
+    yield "vocabulary that does not divide", lambda: same(*spread("llama", folder, vocab=127), METHODS["snapkv"], None)
+    yield "inductor", lambda: same(whole, parts, SPECKV, draft, "inductor")
+    yield "draft spread too", lambda: same(whole, parts, SPECKV, whole, spread_draft=parts)
+
+    def three_turns() -> None:
+        assert turns(parts, draft) == on_rank_0(lambda: turns(whole, draft))
+
+    yield "three turns", three_turns
+
+    def left_alone() -> None:
+        before = dict(parts.named_parameters())
+        forwards = {name: module.__dict__.get("forward") for name, module in parts.named_modules()}
+        same(whole, parts, METHODS["snapkv"], None)
+        assert all(weight is before[name] for name, weight in parts.named_parameters())
+        assert all(module.__dict__.get("forward") is forwards[name] for name, module in parts.named_modules())
+
+    yield "model left alone", left_alone
+    disagree, budget = errors.RanksDisagreeError, 24 + 8 * rank
+    other = tiny("llama", layers=1 + rank, seed=7)
+    yield (
+        "another method",
+        lambda: raises(disagree, "method is", "on rank 1", "on rank 0")(
+            lambda: compile_eager(parts, specpass.SnapKV(budget=budget, window=8))
+        ),
+    )
+    yield (
+        "another draft",
+        lambda: raises(disagree, "the draft is", "num_hidden_layers=2", "num_hidden_layers=1")(
+            lambda: compile_eager(parts, SPECKV, other)
+        ),
+    )
+    yield (
+        "a mistake of one",
+        lambda: raises(
+            disagree if rank == 0 else errors.MissingDraftError, *(["rank 1", "MissingDraft"] if rank == 0 else [])
+        )(lambda: compile_eager(parts, SPECKV, draft if rank == 0 else None)),
+    )
+    yield (
+        "spread budgets",
+        lambda: raises(errors.SpreadError, "over 2", "spread='uniform'")(
+            lambda: compile_eager(parts, specpass.SnapKV(budget=24, window=8, spread="global"))
+        ),
+    )
+    yield (
+        "budgets that are chosen",
+        lambda: raises(errors.BudgetError, "2 processes", "budget=1024")(
+            lambda: compile_eager(parts, specpass.SnapKV(budget="auto"))
+        ),
+    )
+    plan = errors.ParallelPlanError
+    one_head, no_style = spread("llama", folder, num_key_value_heads=1)[1], spread("smollm", folder)[1]
+    yield (
+        "heads that do not divide",
+        lambda: raises(plan, "1 KV heads", "2 processes")(lambda: compile_eager(one_head, METHODS["snapkv"])),
+    )
+    no_style._tp_plan = {**no_style._tp_plan, "model.norm": "sequence_parallel"}
+    yield (
+        "a style without a form",
+        lambda: raises(plan, "model.norm", "'sequence_parallel'")(lambda: compile_eager(no_style, METHODS["snapkv"])),
+    )
+
+    def plain_door() -> None:
+        method = METHODS["snapkv"]
+        parts.compile(backend=specpass.Backend(method=method, lowering="eager"), dynamic=True)
+        try:
+            parts(input_ids=prompt(60), past_key_values=specpass.BudgetCache(parts.config, method))
+        finally:
+            parts._compiled_call_impl = None
+
+    yield "the plain door", lambda: raises(plan, "specpass.compile")(plain_door)
+    for name, method in METHODS.items():
+        yield f"llama-{name}", lambda method=method: same(whole, parts, method, draft)
+    for family in FAMILIES[1:]:
+        yield family, lambda family=family: same(*spread(family, folder), SPECKV, tiny(family, layers=1, seed=7))
+
+
+def main(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    transformers.utils.logging.disable_progress_bar()
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
+    results = {}
+    for name, case in cases(folder):
+        try:
+            case()
+            results[name] = ""
+        except Exception:
+            results[name] = traceback.format_exc()
+        print(rank, name, "failed" if results[name] else "passed", flush=True)
+        (folder / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
