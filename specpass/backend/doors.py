@@ -132,7 +132,7 @@ def check_spread_out(
             f"{method.name}(spread={method.spread!r}): KV heads share budgets within one process, and the target's are "
             f"spread over {ranks.size}: use spread='uniform'."
         )
-    if method.rungs:
+    if method.share is not None:
         raise BudgetError(
             f"budget={method.budget!r}: a budget is chosen by all KV heads, and the target's are spread over "
             f"{ranks.size} processes: give a number of KV slots, e.g. budget=1024."
