@@ -49,12 +49,14 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def drafts_are_traced() -> Iterator[None]:
-    """No draft's graphs on disk: tests put their own passes and functions in others' places, which no key tells."""
+def calls_are_traced() -> Iterator[None]:
+    """No graphs on disk: tests put their own passes and functions in others' places, which no key tells."""
+    from specpass.backend.kept import KeptCalls
     from specpass.capture import stored
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stored, "graphs_dir", lambda: Path(os.devnull) / "graphs")
+        patch.setattr(KeptCalls, "usable", False)
         yield
 
 

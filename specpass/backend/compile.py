@@ -9,12 +9,13 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from specpass.backend import checks
 from specpass.backend.calls import Call
-from specpass.backend.facts import Traced, candidate_outputs, static_outputs
+from specpass.backend.facts import Traced
 from specpass.backend.limit import ensure_limit, raised_limit
+from specpass.backend.pruned import Pruned
 from specpass.cache.budget import BudgetCache
 from specpass.cache.evict import Bound
 from specpass.cache.states import recurrent_layer
@@ -22,7 +23,7 @@ from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.capture.model import untraceable
 from specpass.capture.rope import following
-from specpass.dialect.cache import Advance, ExtendKv, Fill
+from specpass.dialect.cache import ExtendKv, Fill
 from specpass.errors import (
     GeneratedError,
     LookaheadError,
@@ -32,7 +33,6 @@ from specpass.errors import (
     UnsplicedGraphError,
 )
 from specpass.graph.edit import copy_module
-from specpass.graph.operands import results_of
 from specpass.kernels.cpu.build import Unbuilt
 from specpass.kernels.cpu.linear8 import rows8
 from specpass.lowering.eight_bits import eight_bits
@@ -41,9 +41,9 @@ from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import NGRAM, Method
 from specpass.parallel.shards import is_spread
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.facts import Ahead, Drafted, Spans
+from specpass.passes.facts import Drafted, Spans
 from specpass.passes.pipeline import PASSES, fingerprint
-from specpass.reports.record import GraphRecord, SiteRecord
+from specpass.reports.record import GraphRecord
 from specpass.reports.report import Report
 from specpass.rewrite import Facts, Observer, Pipeline, Refusal, Request
 from specpass.rewrite.base import PROMPTS, STEPS, Unspliced
@@ -110,6 +110,7 @@ class Backend:
         self.bound: Bound | None = None  # of generated tokens, in the caches that generate() makes
         self.eos_of_text: tuple[int, ...] | None = None  # of lookaheads by a draft with another tokenizer (by_text)
         self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
+        self.keep: Callable[[Pruned], None] | None = None  # told of each rewritten graph (see backend/kept.py)
         self._uncaptured = ""  # why the draft has no graphs
         self.sizes: set[int] = set()  # of storage, that are constants of decode graphs
         self.__name__ = "specpass"
@@ -202,19 +203,20 @@ class Backend:
                 f"generated={traced.cache.bound.slots}: attention adds a bias by the positions of its keys (ALiBi), "
                 "and those that stay would no longer stand side by side: leave generated out."
             )
-        counts = any(len(advance.seen.users) > 1 for advance in Advance.find(graph.graph))
-        record.sites = [] if sites is None else [SiteRecord.of(site, self.method.spread) for site in sites.sites]
-        # Before lowering replaces the operators that say so. Unlike budgets stay symbols: one region serves all layers.
-        alike = len({site.budget for site in record.sites if not site.exact}) <= 1
-        ahead = facts.get(Ahead)
-        if ahead is not None and ahead.why:
-            record.notes.append(f"no verified lookahead: {ahead.why}")
-        results = results_of(graph.graph)
-        static, candidates = static_outputs(graph), candidate_outputs(graph)
+        pruned = Pruned.of(graph, request, facts, traced.places, self.method.spread)
+        pruned.context = context_length(self.draft.config) if self.draft is not None and pruned.drafted else None
+        pruned.vocab = self.smaller_vocabulary(traced.cache) if pruned.drafted else None
+        if self.keep is not None:
+            self.keep(pruned)  # before the lowering changes the graph
+        return self.lower(pruned, () if drafted is None else tuple(drafted.lifted.values()), record)
+
+    def lower(self, pruned: Pruned, lifted: tuple[Tensor, ...], record: GraphRecord) -> Call:
+        """What runs a rewritten graph. Args: lifted: the draft's tensors, behind Dynamo's inputs."""
+        record.sites, record.notes = list(pruned.sites), list(pruned.notes)
         lowered = lower(
-            graph,
+            pruned.graph,
             self.lowering,
-            request,
+            pruned.request,
             cudagraphs=self.cudagraphs,
             fingerprint=fingerprint(self.skip_passes),
             skip=self.skip_passes,
@@ -222,29 +224,7 @@ class Backend:
             note=self.report.note,
         )
         record.add(lowered)
-        return Call(
-            lowered.run,
-            request.kind,
-            traced.places,
-            () if drafted is None else tuple(drafted.lifted.values()),
-            static,
-            alike,
-            self.sizes,
-            context_length(self.draft.config) if self.draft is not None and DraftGraphs in facts else None,
-            self.smaller_vocabulary(traced.cache) if DraftGraphs in facts else None,
-            request.lookahead,
-            packed="attention_mask" in traced.places and request.kind in PROMPTS,
-            spans={} if sites is None else {site.layer: site.span for site in sites.sites},
-            biased=frozenset(() if sites is None else (site.layer for site in sites.sites if site.alibi is not None)),
-            counts=counts,
-            ahead=request.eos_ids if ahead is not None and ahead.tokens else None,
-            replays=request.kind == "decode" and "attention_mask" not in traced.places and len(results) == 1,
-            came_free=self.report.came_free,
-            candidates=candidates,
-            chose=self.report.chose,
-            drafts=0 if drafted is None else len(drafted.caches) * request.goes_on,
-            work=lowered.work,
-        )
+        return pruned.call(lowered, lifted, self.sizes, self.report)
 
     def _request(self, traced: Traced) -> tuple[Request, Facts]:
         """What is asked of the passes, and what they are told.

@@ -19,6 +19,7 @@ from specpass.backend import checks
 from specpass.backend.by_text import DraftByText
 from specpass.backend.cold import form_of, one_at_a_time
 from specpass.backend.compile import Backend
+from specpass.backend.kept import KeptCalls
 from specpass.backend.limit import raised_limit
 from specpass.backend.pieces import piece_of_append, piece_of_lookahead, piece_of_prompt
 from specpass.backend.positions import number, number_step, take_one_axis
@@ -66,8 +67,13 @@ def fresh_forward(target: nn.Module) -> types.FunctionType:
 
 
 def compiled_call(
-    target: nn.Module, forward: Callable[..., Any], backend: Backend, by_text: DraftByText | None = None
+    target: nn.Module,
+    forward: types.FunctionType,
+    backend: Backend,
+    by_text: DraftByText | None = None,
+    apart: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
+    """Args: apart: the target's attributes that specpass.compile puts in place."""
     speculator = Speculator(backend, backend.speculate) if backend.speculate else None
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
     uncompiled = Uncompiled(backend, why_uncompiled(target))
@@ -76,17 +82,19 @@ def compiled_call(
     names = tuple(inspect.signature(target.forward).parameters)
     warned = False
     known: set[Hashable] = set()  # forms of calls that were compiled
+    kept = KeptCalls(target, forward, backend, apart)
 
     def through_graph(**kwargs: Any) -> Any:
         cache = kwargs["past_key_values"]
         prepare(cache, kwargs, numbered)
+        form = form_of(cache, kwargs)
         with (
             raised_limit(specialize_float=True),
-            one_at_a_time(known, form_of(cache, kwargs)),
+            one_at_a_time(known, form),
             collector_rests_while_compiling(),
             told_of_compilation(),
         ):
-            return compiled(**kwargs)
+            return kept.call(form, kwargs, compiled)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned

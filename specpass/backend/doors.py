@@ -158,7 +158,7 @@ def _install(target: nn.Module, part: nn.Module | None, backend: Backend, by_tex
     forget = weakref.finalize(target, remove_from_cache, forward.__code__)
     forget.atexit = False
     target._specpass = Compiled(backend, before, forget)
-    target._compiled_call_impl = compiled_call(runs, forward, backend, by_text)
+    target._compiled_call_impl = compiled_call(runs, forward, backend, by_text, ATTRIBUTES)
     target._prepare_cache_for_generation = cache_factory(target, backend)
     if hasattr(type(target), "prepare_inputs_for_generation"):
         target._validate_model_kwargs = kwargs_check(target)

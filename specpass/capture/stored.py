@@ -16,7 +16,7 @@ import inspect
 import pickle
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,7 +49,7 @@ class Undescribed(Exception):
     """A module has something that no hash tells."""
 
 
-class _Pickler(GraphPickler):
+class Pickler(GraphPickler):
     """torch's own describes a fake tensor with the tensors that it is a view of; here sizes and strides are all."""
 
     def reducer_override(self, obj: object) -> Any:
@@ -75,10 +75,10 @@ class Key:
         return graphs_dir() / f"{self.name}.graphs"
 
 
-def key_of(draft: nn.Module, *options: Any) -> Key | None:
+def key_of(draft: nn.Module, *options: Any, apart: Collection[str] = ()) -> Key | None:
     """What decides the draft's graphs; None where it cannot be told.
 
-    Args: options: of the capture, whose repr says all of them.
+    Args: options: of the capture, whose repr says all of them. apart: attributes of the model itself that say nothing.
     """
     attention = getattr(draft.config, "_attn_implementation", None)
     if attention not in ATTENTION:
@@ -88,7 +88,8 @@ def key_of(draft: nn.Module, *options: Any) -> Key | None:
     lines += [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     try:
         for path, module in draft.named_modules():
-            lines.append(f"{path} {described(type(module))} {described(settings_of(module))}")
+            own = {name: held for name, held in settings_of(module).items() if path or name not in apart}
+            lines.append(f"{path} {described(type(module))} {described(own)}")
         kinds = {type(module) for module in draft.modules()}
         modules = {name: sys.modules[name] for name in sorted({kind.__module__ for kind in kinds})}
         models = [text for module in modules.values() for text in (inspect.getsource(module), *functions_of(module))]
@@ -187,6 +188,6 @@ def save(key: Key, graphs: Graphs) -> None:
     if any(graph.graph.find_nodes(op="get_attr") for graph in graphs if graph is not None):
         return
     try:
-        write_file(key.path, key.maker.encode() + _Pickler.dumps(graphs, OPTIONS))
+        write_file(key.path, key.maker.encode() + Pickler.dumps(graphs, OPTIONS))
     except (OutputFileError, AssertionError, NotImplementedError, TypeError, AttributeError, pickle.PicklingError):
         return  # no folder for caches, or a value that torch's pickler does not know: traced each time
