@@ -42,6 +42,7 @@ from specpass.graph.edit import copy_module
 from specpass.graph.walk import value
 from specpass.lowering.guards import Guards
 from specpass.lowering.restate import Place, sizes_at
+from specpass.observe import progress
 from specpass.reports.record import GraphRecord
 
 NOTE = "its graph was kept by an earlier process"
@@ -309,7 +310,7 @@ class KeptCalls:
         record = GraphRecord(pruned.request.kind)
         report.saw(self.target.config.get_text_config(decoder=True))
         report.graphs.append(record)
-        with torch.no_grad():
+        with torch.no_grad(), progress.task("compiling"):
             run = self.backend.lower(pruned, lifted, record)
         record.notes.append(NOTE)
         record.seconds = read + time.perf_counter() - start

@@ -173,7 +173,11 @@ def load(key: Key) -> Graphs | None:
         return None
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     try:
-        return GraphPickler.loads(data[DIGITS:], mode)
+        graphs = GraphPickler.loads(data[DIGITS:], mode)
+        for graph in graphs:
+            if graph is not None:
+                graph.recompile()  # a pickle holds no code, and not all callers compile a copy
+        return graphs
     except Exception as error:  # of whatever kind: a damaged pickle may raise any
         warnings.warn(
             f"specpass: {key.path} cannot be read ({type(error).__name__}: {error}), so the draft is traced anew and "
