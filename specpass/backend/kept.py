@@ -17,7 +17,6 @@ import pickle
 import sys
 import time
 import types
-import warnings
 from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
@@ -268,27 +267,21 @@ class KeptCalls:
 
     def _load(self, form: Hashable) -> Callable[..., Any] | None:
         assert self.key is not None
-        path, start = self._path(form), time.perf_counter()
-        try:
-            data = path.read_bytes()
-        except OSError:
-            return None
-        if data[: stored.DIGITS] != self.key.maker.encode():
-            return None
-        try:
-            code, modules, name, inputs, graph = pickle.loads(data[stored.DIGITS :])
-            pruned, code = unpacked(graph), marshal.loads(code)
+        start = time.perf_counter()
+
+        def parse(data: bytes) -> tuple[Any, ...]:
+            code, modules, name, inputs, graph = pickle.loads(data)
+            pruned = unpacked(graph)
             named = {} if self.backend.draft is None else weights_of(self.backend.draft)
             tensors = {"draft_" + own.replace(".", "_"): tensor for own, tensor in named.items()}
             lifted = tuple(tensors[each] for each in pruned.lifted)
             space: dict[str, Any] = {own: sys.modules[module] for own, module in modules.items()}
-        except Exception as error:  # of whatever kind: a damaged pickle may raise any
-            warnings.warn(
-                f"specpass: {path} cannot be read ({type(error).__name__}: {error}), so the call is traced anew and "
-                "the file replaced.",
-                stacklevel=2,
-            )
+            return marshal.loads(code), name, inputs, pruned, lifted, space
+
+        held = stored.read(self._path(form), self.key.maker, parse, "the call")
+        if held is None:
             return None
+        code, name, inputs, pruned, lifted, space = held
         read = time.perf_counter() - start
         passed: set[tuple[int, ...]] = set()
         lowered: list[Callable[..., Any]] = []

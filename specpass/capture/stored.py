@@ -16,10 +16,10 @@ import inspect
 import pickle
 import sys
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -32,6 +32,7 @@ from specpass.errors import OutputFileError
 from specpass.files import graphs_dir, write_file
 from specpass.passes.pipeline import fingerprint
 
+T = TypeVar("T")
 Graphs = tuple[fx.GraphModule | None, ...]
 
 DIGITS = 32
@@ -165,24 +166,35 @@ def own_sources() -> str:
 
 def load(key: Key) -> Graphs | None:
     """The graphs kept under `key`, with a shape environment of their own; None where there are none."""
-    try:
-        data = key.path.read_bytes()
-    except OSError:
-        return None
-    if data[:DIGITS] != key.maker.encode():
-        return None
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    try:
-        graphs = GraphPickler.loads(data[DIGITS:], mode)
+
+    def parse(data: bytes) -> Graphs:
+        graphs = GraphPickler.loads(data, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
         for graph in graphs:
             if graph is not None:
                 graph.recompile()  # a pickle holds no code, and not all callers compile a copy
         return graphs
+
+    return read(key.path, key.maker, parse, "the draft")
+
+
+def read(path: Path, maker: str, parse: Callable[[bytes], T], what: str) -> T | None:
+    """What `parse` makes of a file that the same `maker` wrote; None where there is no such file.
+
+    A file that cannot be read is a warning. Args: what: is traced anew then.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    if data[:DIGITS] != maker.encode():
+        return None
+    try:
+        return parse(data[DIGITS:])
     except Exception as error:  # of whatever kind: a damaged pickle may raise any
         warnings.warn(
-            f"specpass: {key.path} cannot be read ({type(error).__name__}: {error}), so the draft is traced anew and "
-            "the file replaced.",
-            stacklevel=2,
+            f"specpass: {path} cannot be read ({type(error).__name__}: {error}), so {what} is traced anew and the file "
+            "replaced.",
+            stacklevel=3,
         )
         return None
 
