@@ -18,7 +18,7 @@ from specpass import cli
 from specpass.cli import entry
 
 runner = CliRunner()
-THERE = ["generate", "compile", "explain", "read", "export", "tune", "demo", "coverage", "models", "bench"]
+THERE = ["generate", "compile", "explain", "read", "export", "serve", "tune", "demo", "coverage", "models", "bench"]
 HELLO = """
 import typer
 
@@ -53,7 +53,7 @@ def test_the_commands_stand_in_their_order() -> None:
 
 def test_a_command_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = entry.build([module_of("hello_command", HELLO, tmp_path, monkeypatch)])
-    assert names(app) == [*THERE[:8], "hello", *THERE[8:]]  # groups come last
+    assert names(app) == [*THERE[:9], "hello", *THERE[9:]]  # groups come last
     assert runner.invoke(app, ["hello", "you"]).stdout == "hello you\n"
     wrong = runner.invoke(app, ["hello", ""])
     assert (wrong.exit_code, wrong.stderr) == (1, "error: there is no name: give one.\n")
