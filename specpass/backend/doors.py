@@ -21,7 +21,7 @@ from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
 from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwargs_check
 from specpass.capture.rope import prepare_rope
-from specpass.errors import BudgetError, SpreadError
+from specpass.errors import BudgetError, ParallelPlanError, SpreadError
 from specpass.methods.base import Method
 from specpass.parallel.agree import about, agreement
 from specpass.parallel.shards import Ranks, local_part, ranks_of
@@ -137,10 +137,15 @@ def check_spread_out(
             f"budget={method.budget!r}: a budget is chosen by all KV heads, and the target's are spread over "
             f"{ranks.size} processes: give a number of KV slots, e.g. budget=1024."
         )
+    theirs = None if draft is None else ranks_of(draft)
+    if theirs is not None and method.prompt is not None:
+        raise ParallelPlanError(
+            f"{method.name} chooses tokens by all of the draft's heads, and the draft's are spread over {theirs.size} "
+            "processes: load it whole in each of them, without tp_plan."
+        )
     part = local_part(target, ranks)
     if draft is target:
         return part, part
-    theirs = None if draft is None else ranks_of(draft)
     return part, draft if draft is None or theirs is None else local_part(draft, theirs)
 
 

@@ -117,9 +117,7 @@ def raises(error: type[Exception], *texts: str) -> Callable[[Callable[[], Any]],
 def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     whole, parts = spread("llama", folder)
     draft, rank = tiny("llama", layers=1, seed=7), dist.get_rank()
-    yield "vocabulary that does not divide", lambda: same(*spread("llama", folder, vocab=127), METHODS["snapkv"], None)
     yield "inductor", lambda: same(whole, parts, SPECKV, draft, "inductor")
-    yield "draft spread too", lambda: same(whole, parts, SPECKV, whole, spread_draft=parts)
 
     def three_turns() -> None:
         assert turns(parts, draft) == on_rank_0(lambda: turns(whole, draft))
@@ -127,13 +125,14 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "three turns", three_turns
 
     def left_alone() -> None:
+        """The model is as before, behind an answer of one process."""
         before = dict(parts.named_parameters())
         forwards = {name: module.__dict__.get("forward") for name, module in parts.named_modules()}
-        answer(parts, METHODS["snapkv"], None)
+        same(whole, parts, METHODS["snapkv"], None)
         assert all(weight is before[name] for name, weight in parts.named_parameters())
         assert all(module.__dict__.get("forward") is forwards[name] for name, module in parts.named_modules())
 
-    yield "model left alone", left_alone
+    yield "llama-snapkv", left_alone
     disagree, budget = errors.RanksDisagreeError, 24 + 8 * rank
     other = tiny("llama", layers=1 + rank, seed=7)
     yield (
@@ -167,6 +166,12 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         ),
     )
     plan = errors.ParallelPlanError
+    yield (
+        "a draft that scores",
+        lambda: raises(plan, "SpecPC", "the draft", "2 processes")(
+            lambda: compile_eager(parts, METHODS["specpc"], parts)
+        ),
+    )
     one_head, no_style = spread("llama", folder, num_key_value_heads=1)[1], spread("smollm", folder)[1]
     yield (
         "heads that do not divide",
@@ -187,10 +192,13 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
             parts._compiled_call_impl = None
 
     yield "the plain door", lambda: raises(plan, "specpass.compile")(plain_door)
-    for name, method in METHODS.items():
-        yield f"llama-{name}", lambda method=method: same(whole, parts, method, draft)
+    yield "llama-speckv", lambda: same(whole, parts, SPECKV, whole, spread_draft=parts)
+    for name in ("pyramidkv", "streamingllm", "specpc", "speckvpc"):
+        yield f"llama-{name}", lambda method=METHODS[name]: same(whole, parts, method, draft)
     for family in FAMILIES[1:]:
-        yield family, lambda family=family: same(*spread(family, folder), METHODS["snapkv"], None)
+        sizes = {"vocab": 127} if family == "qwen2" else {}  # which does not divide
+        models = spread(family, folder, **sizes)
+        yield family, lambda models=models: same(*models, METHODS["snapkv"], None)
 
 
 def main(rank: int, folder: Path) -> None:
