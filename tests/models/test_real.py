@@ -183,7 +183,7 @@ def test_the_qwen_pair_answers_lookups_from_96_slots() -> None:
 
 @SMOL
 def test_smollm2_as_its_own_draft_in_onnx_runtime(smol: Smol, tmp_path: Path) -> None:
-    """Tokens, lookahead and every kept position of the long prompt are torch.compile's; the short one alone is the batch's row."""
+    """Tokens, lookahead and every kept position of the long prompt are torch.compile's; the short one is as alone."""
     runtime = pytest.importorskip("specpass.runtime")
     pytest.importorskip("onnxruntime")
     model = runtime.load(specpass.export_onnx(smol.twin, smol.twin, smol.method, tmp_path / "out"))
