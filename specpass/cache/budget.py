@@ -225,10 +225,14 @@ class BudgetCache(CacheProtocol):
             room = grown_room(self.free_at_prefill, needed)
             if self.bound is not None:
                 room = min(room, self.bound.slots)
-            for layer in self.budgeted:
-                if not layer.exact:
-                    layer.grow(room - self.free_at_prefill)
-            self.free_at_prefill = room
+            self._grow(room)
+
+    def _grow(self, room: int) -> None:
+        """Widen the layers' storage to `room` slots behind the prompt."""
+        for layer in self.budgeted:
+            if not layer.exact:
+                layer.grow(room - self.free_at_prefill)
+        self.free_at_prefill = room
 
     @property
     def free(self) -> int:
@@ -247,10 +251,7 @@ class BudgetCache(CacheProtocol):
                 "generated."
             )
         if self.free_at_prefill < bound.slots:
-            for layer in self.budgeted:
-                if not layer.exact:
-                    layer.grow(bound.slots - self.free_at_prefill)
-            self.free_at_prefill = bound.slots
+            self._grow(bound.slots)
         kept = bound.kept(tokens)
         for layer in self.budgeted:
             if not layer.exact:

@@ -104,8 +104,12 @@ def scores(layer: Storage, place: Tensor, used: Tensor, bound: Bound, seed: int)
 
 def taken(buffer: Tensor, place: Tensor) -> Tensor:
     """[B, K, M, D]: what lies at place [B, K, M] of a storage [B, T, D]."""
-    index = place.flatten(1)[..., None].expand(-1, -1, buffer.shape[2])
-    return buffer.gather(1, index).unflatten(1, place.shape[1:])
+    return buffer.gather(1, _index(buffer, place)).unflatten(1, place.shape[1:])
+
+
+def _index(buffer: Tensor, place: Tensor) -> Tensor:
+    """[B, K * M, D] of place [B, K, M], for gather and scatter along a storage."""
+    return place.flatten(1)[..., None].expand(-1, -1, buffer.shape[2])
 
 
 def drop(score: Tensor, used: Tensor, excess: Tensor, window: int) -> Tensor:
@@ -148,8 +152,7 @@ def evict(layer: BudgetLayer, bound: Bound, kept: int, seed: int) -> None:
     for buffer in (layer.key_buffer, layer.value_buffer):
         assert buffer is not None
         states = taken(buffer, place.gather(-1, order))
-        index = place.flatten(1)[..., None].expand(-1, -1, buffer.shape[2])
-        buffer.scatter_(1, index, states.flatten(1, 2))
+        buffer.scatter_(1, _index(buffer, place), states.flatten(1, 2))
     layer.lengths.sub_(excess)
     layer.evicted.add_(excess)
     layer.settled.copy_(used - excess)
