@@ -47,8 +47,8 @@ def prompt(length: int) -> Any:
     return torch.randint(100, 20_000, (1, length), generator=torch.Generator().manual_seed(0))
 
 
-def specpass_call(args: argparse.Namespace) -> Callable[[], None]:
-    """A generation through specpass: draft, target, prefill and decode."""
+def specpass_call(args: argparse.Namespace) -> Callable[[], list[float]]:
+    """A generation through specpass: draft, target, prefill and decode; returns each graph's seconds so far."""
     import torch
 
     import specpass
@@ -60,7 +60,7 @@ def specpass_call(args: argparse.Namespace) -> Callable[[], None]:
         method = specpass.SpecKV(budget=args.budget, lookahead=args.lookahead)
     model, ids = specpass.compile(target, draft=draft, method=method), prompt(args.tokens)
 
-    def call() -> None:
+    def call() -> list[float]:
         model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -69,11 +69,12 @@ def specpass_call(args: argparse.Namespace) -> Callable[[], None]:
             do_sample=False,
             pad_token_id=0,
         )
+        return [round(graph.seconds, 2) for graph in specpass.report(model).graphs]
 
     return call
 
 
-def stock_call(args: argparse.Namespace) -> Callable[[], None]:
+def stock_call(args: argparse.Namespace) -> Callable[[], list[float]]:
     """Prefill and decode steps of both models, each compiled by torch.compile as it comes."""
     import torch
     from transformers import DynamicCache
@@ -84,13 +85,14 @@ def stock_call(args: argparse.Namespace) -> Callable[[], None]:
         model.compile(backend="inductor", dynamic=True)
 
     @torch.no_grad()
-    def call() -> None:
+    def call() -> list[float]:
         for model in models:
             cache = DynamicCache(config=model.config)
             token = ids
             for _ in range(args.new_tokens):
                 logits = model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits
                 token = logits[:, -1:].argmax(-1)
+        return []
 
     return call
 
@@ -101,10 +103,16 @@ def child(args: argparse.Namespace) -> None:
     seconds = []
     for _ in range(2):
         since = time.perf_counter()
-        call()
+        graphs = call()
         seconds.append(time.perf_counter() - since)
     cpu = sum(os.times()[:4])  # children included: Inductor compiles C++ in worker processes
-    found = {"first_s": round(seconds[0], 2), "second_s": round(seconds[1], 2), "process_cpu_s": round(cpu, 1)}
+    found: dict[str, Any] = {
+        "first_s": round(seconds[0], 2),
+        "second_s": round(seconds[1], 2),
+        "process_cpu_s": round(cpu, 1),
+    }
+    if graphs:  # from the traced model, or the file of an earlier process, to what runs
+        found["graphs_s"] = graphs
     print(json.dumps({"compile_s": round(seconds[0] - seconds[1], 2), **found}))
 
 

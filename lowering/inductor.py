@@ -23,6 +23,7 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from specpass.graph.edit import copy_module
 from specpass.graph.walk import value
@@ -159,7 +160,7 @@ def extract(gm: fx.GraphModule, region: Region) -> fx.GraphModule:
     for node in region.nodes:
         env[node] = graph.node_copy(node, lambda n: env[n])
     graph.output(tuple(env[node] for node in region.outputs))
-    return fx.GraphModule(gm, graph)
+    return _LazyGraphModule(gm, graph)
 
 
 def compile_region(

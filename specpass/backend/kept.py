@@ -175,6 +175,8 @@ def packed(pruned: Pruned) -> bytes:
     graph = copy_module(pruned.graph)
     if any(each.graph.find_nodes(op="get_attr") for each in (graph, *copies.values())):
         raise stored.Undescribed
+    for each in (graph, *copies.values()):
+        stored.share_values(each)
     for name in children:
         del graph._modules[name]
     return pickle.dumps((_dumps(copies), _dumps(dataclasses.replace(pruned, graph=graph))))
@@ -185,8 +187,9 @@ def unpacked(data: bytes) -> Pruned:
     pruned = _loads(own)
     for name, child in _loads(drafts).items():
         pruned.graph.add_submodule(name, child)
-    pruned.graph.recompile()
-    return pruned
+    return dataclasses.replace(
+        pruned, graph=copy_module(pruned.graph)
+    )  # whose code is written once, when it is lowered
 
 
 class KeptCalls:

@@ -27,6 +27,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._graph_pickler import GraphPickler, Options
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
 
 from specpass.errors import OutputFileError
 from specpass.files import graphs_dir, write_file
@@ -62,6 +63,25 @@ class Pickler(GraphPickler):
 def _fake(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, state: Any) -> torch.Tensor:
     with state.fake_mode:
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def share_values(gm: fx.GraphModule) -> None:
+    """Let nodes whose fake values look alike hold one and the same, in place: of thousands some hundred are left.
+
+    Making them is what reading a graph takes longest for. That two of them share a storage says nothing: no pass asks,
+    and a region that is compiled gets fresh ones (lowering/restate.py).
+    """
+    held: dict[Any, FakeTensor] = {}
+
+    def shared(val: Any) -> Any:
+        if not isinstance(val, FakeTensor):
+            return val
+        sizes = [size.node.expr if isinstance(size, torch.SymInt) else size for size in (*val.shape, *val.stride())]
+        return held.setdefault((*sizes, val.dtype, val.device), val)
+
+    for node in gm.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(shared, node.meta["val"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +223,9 @@ def save(key: Key, graphs: Graphs) -> None:
     """Keep the graphs under `key`, where they can be: without tensors of their own, in a folder that can be written."""
     if any(graph.graph.find_nodes(op="get_attr") for graph in graphs if graph is not None):
         return
+    for graph in graphs:
+        if graph is not None:
+            share_values(graph)
     try:
         write_file(key.path, key.maker.encode() + Pickler.dumps(graphs, OPTIONS))
     except (OutputFileError, AssertionError, NotImplementedError, TypeError, AttributeError, pickle.PicklingError):

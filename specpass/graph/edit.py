@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
@@ -96,10 +97,13 @@ class Editor:
 
 
 def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph as it is now, with its nodes' metadata; passes go on changing the original."""
+    """The graph as it is now, with its nodes' metadata; passes go on changing the original.
+
+    Its code is written when it is first called, as that of Dynamo's graphs is: most copies are changed before.
+    """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, env))
     for old, new in env.items():
         new.meta = dict(old.meta)
-    return fx.GraphModule(gm, graph)
+    return _LazyGraphModule(gm, graph)
