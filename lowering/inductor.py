@@ -32,13 +32,6 @@ from specpass.lowering.restate import Hints, Size, hint_of, symbolic_sizes
 from specpass.lowering.variants import Variants
 from specpass.observe import progress
 
-# Whether C++ for a CPU rounds between fused operators as the model does (emulate_precision_casts, see variants.py).
-ROUNDS_ON_CPU = torch.__version__ >= (2, 13)
-UNROUNDED = (
-    f"PyTorch {torch.__version__} keeps float32 between operators that it fuses for a CPU, where models round: logits "
-    "differ in their last digits (2.13 and newer round as the model does)"
-)
-
 
 class CompiledRegion(nn.Module):
     """A compiled region as a callable that a graph can hold; equal regions share one.
@@ -127,13 +120,6 @@ def distinct_regions(gm: fx.GraphModule) -> int:
     inside = [child for child in gm.children() if isinstance(child, fx.GraphModule)]
     still = [child for child in inside if "specpass_lowered" not in child.meta]
     return len({region.key() for region in find_regions(gm)}) + sum(map(distinct_regions, still))
-
-
-def unrounded(gm: fx.GraphModule) -> bool:
-    """Whether a graph's compiled layers round less often than the model, as this PyTorch compiles them."""
-    inputs = [value(node) for node in gm.graph.find_nodes(op="placeholder")]
-    low = [val for val in inputs if isinstance(val, Tensor) and val.dtype in (torch.bfloat16, torch.float16)]
-    return not ROUNDS_ON_CPU and any(val.device.type == "cpu" for val in low)
 
 
 def weights_of(region: Region) -> int:

@@ -82,14 +82,12 @@ def lower(
     notes = linear_notes(gm) if request.kind in STEPS else []
     regions = distinct = work = 0
     if lowering == "inductor":
-        from specpass.lowering.inductor import UNROUNDED, distinct_regions, lower_regions, tagged, unrounded, work_of
+        from specpass.lowering.inductor import distinct_regions, lower_regions, tagged, work_of
 
         count = distinct_regions(gm) if progress.watched() else None
         with tagged(fingerprint), progress.task("layers", count):
             regions, distinct = lower_regions(gm, note)
         work = work_of(gm)
-        if unrounded(gm):
-            notes.append(UNROUNDED)
     if graphs and graph_subgraphs(gm, note):
         notes.append("the draft's steps are replayed as one CUDA graph")
     gm.recompile()

@@ -12,7 +12,6 @@ from tiny import prompt, tiny
 
 import specpass
 from specpass.kernels.cpu import blocks
-from specpass.lowering import inductor
 from specpass.observe import progress
 
 C, W, L, LAYERS = 24, 8, 4, 3
@@ -88,7 +87,6 @@ def test_another_length_compiles_nothing(models: tuple[Any, Any], runs: list[Run
     assert not specpass.report(models[0]).notes  # no region's code took the first prompt's length for granted
 
 
-@pytest.mark.skipif(not inductor.ROUNDS_ON_CPU, reason="this PyTorch's C++ does not")
 def test_bfloat16_rounds_where_the_model_does() -> None:
     """A fused region that kept float32 between operators would differ from the model in three logits of four."""
     torch._dynamo.reset()
@@ -98,16 +96,6 @@ def test_bfloat16_rounds_where_the_model_does() -> None:
     ours, theirs = (run(model_, ids, 4) for model_ in (model, twin))
     assert torch.equal(ours.logits[:, 0], theirs.logits[:, 0])  # the prefill, bit for bit
     assert ours.tokens == theirs.tokens
-
-
-def test_an_older_torch_is_noted_where_it_rounds_less(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = torch.fx.Graph()
-    graph.placeholder("weight").meta["val"] = torch.empty(2, dtype=torch.bfloat16)
-    graph.output(())
-    gm = torch.fx.GraphModule({}, graph)
-    for rounds in (True, False):
-        monkeypatch.setattr(inductor, "ROUNDS_ON_CPU", rounds)
-        assert inductor.unrounded(gm) is not rounds
 
 
 def test_a_prompt_reuses_the_memory_of_its_layers(
