@@ -30,7 +30,7 @@ def one_at_a_time(known: set[Hashable], form: Hashable) -> Iterator[None]:
     known.add(form)
 
 
-def form_of(cache: BudgetCache, kwargs: Mapping[str, Any]) -> Hashable:
+def coarse_form_of(cache: BudgetCache, kwargs: Mapping[str, Any]) -> Hashable:
     """What decides by which graph a call is served; two graphs of one form are compiled at the same time, no worse."""
     layer = cache.budgeted[0]
     tokens = tokens_of(kwargs)

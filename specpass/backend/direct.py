@@ -17,7 +17,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from specpass.backend import checks
 from specpass.backend.by_text import DraftByText
-from specpass.backend.cold import form_of, one_at_a_time
+from specpass.backend.cold import coarse_form_of, one_at_a_time
 from specpass.backend.compile import Backend
 from specpass.backend.kept import KeptCalls
 from specpass.backend.limit import raised_limit
@@ -87,7 +87,7 @@ def compiled_call(
     def through_graph(**kwargs: Any) -> Any:
         cache = kwargs["past_key_values"]
         prepare(cache, kwargs, numbered)
-        form = form_of(cache, kwargs)
+        form = coarse_form_of(cache, kwargs)
         with (
             raised_limit(specialize_float=True),
             one_at_a_time(known, form),

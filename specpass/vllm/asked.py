@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from specpass.errors import ServingError
+from specpass.errors import BudgetError, ServingError
 from specpass.methods.registry import FULL, parse_budget
 
 HEADER, XARG = "x-specpass-", "specpass_"
@@ -26,7 +27,7 @@ class Asked:
     def but(self, values: Mapping[str, Any], prefix: str) -> Asked:
         """With those of `values` whose names begin with `prefix`; others are left alone.
 
-        Raises: ServingError, BudgetError.
+        Raises: ServingError.
         """
         found = {
             name.lower().removeprefix(prefix): value
@@ -41,10 +42,15 @@ class Asked:
                 f"{prefix}method={method!r}: expected {METHOD}, or {FULL} for all of it; other methods prune the KV "
                 "cache, which is the engine's."
             )
+        return dataclasses.replace(self, budget=_tokens(budget, f"{prefix}budget"), method=method)
+
+
+def _tokens(budget: Any, name: str) -> int | float | None:
+    with contextlib.suppress(BudgetError):  # which speaks of KV slots
         parsed = parse_budget(budget) if budget is not None else None
-        if isinstance(parsed, str):
-            raise ServingError(f"{prefix}budget={budget!r}: expected a number of tokens, or a ratio of the prompt.")
-        return dataclasses.replace(self, budget=parsed, method=method)
+        if not isinstance(parsed, str):
+            return parsed
+    raise ServingError(f"{name}={budget!r}: expected a number of tokens, or a ratio of the prompt.")
 
 
 CURRENT: contextvars.ContextVar[Asked | None] = contextvars.ContextVar("specpass_asked", default=None)
