@@ -21,9 +21,9 @@ from specpass.rewrite.base import PROMPTS
 from specpass.sizes import Span
 
 STATIC_SIZES = 8
-# Left on what a compiled layer returns (by 2.12 and older, with which the GPU checks ran, and by 2.13): which of its sizes
-# were symbols. Dynamo would make each a symbol of its own, two a layer in a step's graph, where all are one number: that
-# takes a minute for 30 layers.
+# Left on what a compiled layer returns (by 2.12 and older, with which the GPU checks ran, and by 2.13): which of its
+# sizes were symbols. Dynamo would make each a symbol of its own, two a layer in a step's graph, where all are one
+# number: that takes a minute for 30 layers.
 DYNAMIC_MARKS = ("_dynamo_weak_dynamic_indices", "_dynamo_propagated_dynamic_indices")
 
 
