@@ -117,7 +117,9 @@ def main() -> None:
         child(args)
         return
     if len(set(args.lengths)) < 2:
-        raise SystemExit(f"--lengths {args.lengths[0]}: growth is told by two lengths at least, e.g. --lengths 2048 8192.")
+        raise SystemExit(
+            f"--lengths {args.lengths[0]}: growth is told by two lengths at least, e.g. --lengths 2048 8192."
+        )
     peaks = {engine: {n: measure(engine, n, args) for n in args.lengths} for engine in args.engines}
     low, high = min(args.lengths), max(args.lengths)
     growth = {engine: round((found[high] - found[low]) / (high - low), 1) for engine, found in peaks.items()}

@@ -86,7 +86,10 @@ class Decode(Kernel):
         # Where there are more programs than that, two stages let more of them in: on an H200 at B = 64 67 us, not 76.
         # In float32 a third one does not fit the registers.
         roomy, splits = arch.shared > 140 * KIB and arch.backend == "cuda", splits_for(shapes, arch, block_n)
-        warps, stages = 8 if wide > 256 else 4, 3 if roomy and shapes.itemsize == 2 and wide <= 256 and splits > 1 else 2
+        warps, stages = (
+            8 if wide > 256 else 4,
+            3 if roomy and shapes.itemsize == 2 and wide <= 256 and splits > 1 else 2,
+        )
         return Tile(block_n, splits=splits, warps=warps, stages=stages)
 
     def choices(self, shapes: Shapes, arch: Arch) -> Iterable[Tile]:
