@@ -26,6 +26,10 @@ class GeneratedError(SpecpassError, ValueError):
     """Slots for generated tokens, or a way of evicting them, that cannot be had."""
 
 
+class DroppedError(SpecpassError, ValueError):
+    """Keys and values that are dropped are to be held for later turns, where that cannot be."""
+
+
 class FuturesError(SpecpassError, ValueError):
     """Several futures, with something that looks ahead in one way only."""
 

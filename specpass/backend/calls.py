@@ -15,7 +15,7 @@ from specpass.cache.drafting import start_draft
 from specpass.cache.prompt import check_gradients, check_ids, check_prompt
 from specpass.cache.replay import REPLAYS, Replay, follow, hold, put_back
 from specpass.cache.states import tell_widest
-from specpass.errors import CacheStateError, PositionsError
+from specpass.errors import CacheStateError, DroppedError, PositionsError
 from specpass.observe import progress
 from specpass.rewrite.base import PROMPTS
 from specpass.sizes import Span
@@ -169,6 +169,11 @@ class Call:
     def check(self, cache: BudgetCache, args: tuple[Any, ...]) -> None:
         check_gradients(args)
         if self.kind in ("prefill", "short"):
+            if cache.dropped is not None:  # our own door reads such prompts by the model's forward
+                raise DroppedError(
+                    f"dropped={cache.dropped!r} through the plain door, whose graphs keep no more than the budget: use "
+                    "specpass.compile(model, ...), or leave dropped out."
+                )
             if not self.refusal:
                 self._check_prompt(cache, args)
             return

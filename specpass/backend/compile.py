@@ -108,6 +108,7 @@ class Backend:
         self._graphs: dict[Hashable, DraftGraphs] = {}  # by autocast's dtype
         self.speculate = 0  # tokens that the draft proposes at a time, through specpass.compile's door
         self.bound: Bound | None = None  # of generated tokens, in the caches that generate() makes
+        self.dropped: str | None = None  # where what these caches drop stays, through the same door
         self.eos_of_text: tuple[int, ...] | None = None  # of lookaheads by a draft with another tokenizer (by_text)
         self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
         self.keep: Callable[[Pruned], None] | None = None  # told of each rewritten graph (see backend/kept.py)

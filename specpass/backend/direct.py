@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from specpass.backend import checks
+from specpass.backend.behind import Behind
 from specpass.backend.by_text import DraftByText
 from specpass.backend.cold import coarse_form_of, one_at_a_time
 from specpass.backend.compile import Backend
@@ -25,6 +26,7 @@ from specpass.backend.pieces import piece_of_append, piece_of_lookahead, piece_o
 from specpass.backend.positions import number, number_step, take_one_axis
 from specpass.backend.prefix import Questions, check_same
 from specpass.backend.speculate import Speculator
+from specpass.backend.turns import Turns
 from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncaptured, why_uncompiled
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import tokens_of
@@ -128,9 +130,14 @@ def compiled_call(
         if not cache.filled:  # generate() passes it with every token
             cache.look_ahead(given)
         prefix = kwargs.pop("prefix", None)
-        if prefix is not None and not cache.filled:
+        if cache.filled:
+            check_same(cache, prefix)
+        if cache.dropped is not None:
+            out = turns(cache, kwargs, given, prefix)
+            if out is not None:
+                return out
+        elif prefix is not None and not cache.filled:
             return questions(cache, kwargs, prefix)
-        check_same(cache, prefix)
         if by_text is not None and not cache.filled:
             by_text(cache, kwargs)
         if cache.padded and "position_ids" in names:
@@ -163,7 +170,8 @@ def compiled_call(
                 uncompiled.failed(error, cache)
         return uncompiled(target, cache, kwargs)
 
-    questions = Questions(target, backend, uncompiled, call)
+    behind = Behind(target, backend, uncompiled)
+    questions, turns = Questions(behind, call), Turns(behind)
     return call
 
 

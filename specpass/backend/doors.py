@@ -20,6 +20,8 @@ from specpass.backend.by_text import DraftByText
 from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
 from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwargs_check
+from specpass.backend.turns import check_holds
+from specpass.cache.conversation import check_place
 from specpass.capture.rope import prepare_rope
 from specpass.errors import BudgetError, ParallelPlanError, SpreadError
 from specpass.methods.base import Method
@@ -67,6 +69,7 @@ def compile(
     tokenizers: tuple[Any, Any] | None = None,
     generated: int | None = None,
     evict: str = "recent",
+    dropped: str | None = None,
     **options: Any,
 ) -> nn.Module:
     """Compile `target` in place, so that `generate` and direct calls prune its KV cache.
@@ -90,6 +93,8 @@ def compile(
         generated: slots of each KV head for the answer's tokens, beyond which older ones are evicted. A BudgetCache
             that is passed to generate() says so itself. None: the cache grows.
         evict: which of them stay: see specpass.BudgetCache.
+        dropped: "host": what is dropped stays in host memory, and a later turn chooses among all of it anew, by its own
+            question. A BudgetCache that is passed to generate() says so itself. None: what is dropped is gone.
         options: further options of specpass.Backend.
 
     Returns: target.
@@ -97,7 +102,7 @@ def compile(
     Raises:
         SpecpassError: before anything is changed, with a message that names the fix: BudgetError, MissingDraftError,
             TokenizerMismatchError, DeviceMismatchError, SeveralDevicesError, GradientsError, EncoderDecoderError,
-            SpeculationError, GeneratedError; of a target that is spread over processes ParallelPlanError,
+            SpeculationError, GeneratedError, DroppedError; of a target that is spread over processes ParallelPlanError,
             RanksDisagreeError.
     """
     checks.check_decoder(target, "target")
@@ -109,13 +114,17 @@ def compile(
         backend = Backend(reads, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
         backend.speculate = checks.check_speculate(speculate, draft, backend.method)
         backend.bound = backend.report.bound = checks.check_generated(generated, evict, backend.speculate)
+        backend.dropped = dropped
+        check_place(dropped)
+        if dropped is not None:
+            check_holds(inside, backend.method, by_text=tokenizers is not None)
         checks.check_one_device("target", checks.devices_of(target))
         checks.check_pair(target.config, checks.device_of(target), draft, by_text=tokenizers is not None)
         by_text = None if tokenizers is None else DraftByText(backend, target, tokenizers)
         comparable = [item for item in options.items() if item[0] != "observe"]  # a function of each process's own
         told |= {"the target": about(target), "the draft": about(draft), "method": backend.method.key}
         told |= {"lowering": lowering, "speculate": repr(speculate), "options": repr(sorted(comparable))}
-        told |= {"generated": repr(generated), "evict": evict}
+        told |= {"generated": repr(generated), "evict": evict, "dropped": repr(dropped)}
     _install(inside, part, backend, by_text)
     return target
 

@@ -12,10 +12,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from specpass.backend.compile import Backend
 from specpass.backend.prefix import check_same
 from specpass.cache.budget import BudgetCache
-from specpass.cache.evict import Bound
 from specpass.cache.prefix import Prefix
 from specpass.cache.states import why_unheld
-from specpass.errors import GeneratedError, PrefixCacheError, PrefixUnsupportedError
+from specpass.errors import DroppedError, GeneratedError, PrefixCacheError, PrefixUnsupportedError
 
 
 def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
@@ -31,7 +30,7 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
         if unheld:
             backend.report.refuse(unheld)
         if chosen or unheld or generation_config.use_cache is False:
-            check_unassisted(getattr(model_kwargs.get("past_key_values"), "bound", None), generation_mode)
+            check_unassisted(model_kwargs.get("past_key_values"), generation_mode)
             announce(model_kwargs.get("past_key_values"), prompt_length(generation_config, model_kwargs))
             return type(target)._prepare_cache_for_generation(
                 target, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -44,10 +43,11 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
             prompt_length=prompt if prompt is None or prefix is None else prompt + len(prefix),
             generated=None if bound is None else bound.slots,
             evict="recent" if bound is None else bound.policy,
+            dropped=backend.dropped,
             early_exit=not backend.speculate,  # the draft of a speculator reads every prompt
         )
         cache.assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
-        check_unassisted(cache.bound, generation_mode)
+        check_unassisted(cache, generation_mode)
         announce(cache, prompt)
         generation_config.disable_compile = True  # generate would compile the call a second time on a GPU
         return None
@@ -55,12 +55,20 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
     return prepare_cache
 
 
-def check_unassisted(bound: Bound | None, mode: Any) -> None:
-    """Raises: GeneratedError: candidates, which may be taken back, would evict tokens that are to stay."""
-    if bound is not None and mode == GenerationMode.ASSISTED_GENERATION:
+def check_unassisted(cache: Any, mode: Any) -> None:
+    """Raises: GeneratedError, DroppedError: candidates, which may be taken back, would be taken for more than that."""
+    if not isinstance(cache, BudgetCache) or mode != GenerationMode.ASSISTED_GENERATION:
+        return
+    without = "leave assistant_model and prompt_lookup_num_tokens out, or"
+    if cache.bound is not None:
         raise GeneratedError(
-            f"generated={bound.slots} with assisted decoding, whose candidates would evict tokens before they are "
-            "accepted: leave assistant_model and prompt_lookup_num_tokens out, or generated."
+            f"generated={cache.bound.slots} with assisted decoding, whose candidates would evict tokens before they "
+            f"are accepted: {without} generated."
+        )
+    if cache.dropped is not None:
+        raise DroppedError(
+            f"dropped={cache.dropped!r} with assisted decoding, whose candidates come several at a time, as a turn "
+            f"does: {without} dropped; specpass.compile(..., speculate=4) lets the draft propose."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,23 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from specpass.backend import checks
-from specpass.backend.calls import mark_slots
+from specpass.backend.behind import LEAST, Behind, graphs_that_go_on, pairs_of, why_nothing_is_held
 from specpass.backend.compile import Backend
-from specpass.backend.speculate import lower_proposals
-from specpass.backend.uncompiled import Uncompiled, attention_of
 from specpass.cache.budget import BudgetCache
-from specpass.cache.drafting import start_draft
 from specpass.cache.identity import Identity
 from specpass.cache.prefix import Pair, Prefix
 from specpass.cache.prompt import check_gradients, check_ids, check_prompt, positions_of
-from specpass.cache.replay import REPLAYS, Replay
-from specpass.cache.states import recurrent_layer, tell_widest, why_unheld
-from specpass.capture.rope import following
 from specpass.dialect.define import SPEC
 from specpass.errors import PrefixCacheError, PrefixUnsupportedError, PromptError, UnsupportedCallError
 from specpass.interpret.beside import features
 from specpass.interpret.document import placed, read_document
-from specpass.interpret.question import Question, Rows, part
+from specpass.interpret.question import Front, Rows, part
 from specpass.methods.base import Method
 from specpass.observe import progress
 from specpass.passes.draft import DraftGraphs
@@ -95,25 +90,9 @@ def check_supported(target: nn.Module, method: Method, by_text: bool) -> None:
 
     Raises: PrefixUnsupportedError: the target, the method or the draft cannot go on from a prefix.
     """
-    config: Any = target.config
-    state = recurrent_layer(config)
-    follows = following(target)
-    spread, futures, sparse = method.spread, method.futures, method.sparse_prefill
-    reasons = (
-        (method.prompt is not None, f"{method.name} chooses the tokens that the target reads by each question"),
-        (spread != "uniform", f"spread={spread!r} shares budgets in a prompt's graph"),
-        (method.share is not None, f"share={method.share} chooses a budget in a prompt's graph"),
-        (by_text, "the draft has another tokenizer, and the prefix's tokens are the target's"),
-        (futures > 1, f"futures={futures} are read in a prompt's graph"),
-        (sparse > 0, f"sparse_prefill={sparse} reads a prompt sparsely, and its keys and values would be others"),
-        (bool(why_unheld(config)), why_unheld(config)),
-        (bool(state), f"{state}, whose state cannot be taken back to where a question's rows begin"),
-        (bool(follows), f"its rotary frequencies follow the length (rope_type {'/'.join(follows)})"),
-        (attention_of(target).startswith("flex"), f"its attention is {attention_of(target)}"),
-    )
-    for found, reason in reasons:
-        if found:
-            raise PrefixUnsupportedError(f"no prefix here: {reason}. Use another method or model, or {WHOLE}.")
+    reason = why_nothing_is_held(target, method, by_text)
+    if reason:
+        raise PrefixUnsupportedError(f"no prefix here: {reason}. Use another method or model, or {WHOLE}.")
 
 
 def _read_by_draft(backend: Backend, cache: BudgetCache, ids: Tensor, device: torch.device) -> list[Pair] | None:
@@ -129,21 +108,14 @@ def _read_by_draft(backend: Backend, cache: BudgetCache, ids: Tensor, device: to
     lengths = SPEC.full_lengths(ids)
     with progress.task("the draft reads the document"):
         _, *rest = graphs.prefill(ids, lengths, 1, *graphs.params.values())
-    found: list[Pair] = []
-    for index in range(0, 3 * graphs.layers, 3):
-        key, value = (states.unflatten(1, (rest[index + 2].shape[1], -1)) for states in rest[index : index + 2])
-        found.append((placed(key[:, :, : ids.shape[1]], device), placed(value[:, :, : ids.shape[1]], device)))
-    return found
+    pairs = pairs_of(graphs, rest, slice(ids.shape[1]))
+    return [(placed(key, device), placed(value, device)) for key, value in pairs]
 
 
 def _graphs(backend: Backend, cache: BudgetCache) -> DraftGraphs:
     """Raises: PrefixUnsupportedError: the draft has none."""
-    assert backend.draft is not None
-    follows = following(backend.draft)
     try:
-        if follows:
-            raise Refusal(f"its rotary frequencies follow the length (rope_type {'/'.join(follows)})")
-        return backend.draft_graphs(cache, goes_on=True)
+        return graphs_that_go_on(backend, cache)
     except Refusal as refusal:
         raise PrefixUnsupportedError(
             f"no prefix here: the draft cannot go on from one ({refusal}). Use another draft, SnapKV, or {WHOLE}."
@@ -170,23 +142,21 @@ class Questions:
     Args: whole: the compiled call, for what is no longer than the rows that a question needs.
     """
 
-    target: nn.Module
-    backend: Backend
-    uncompiled: Uncompiled
+    behind: Behind
     whole: Callable[..., Any]
-    runs: dict[int, tuple[DraftGraphs, Callable[..., Any]]] = dataclasses.field(default_factory=dict)  # by L
 
     def __call__(self, cache: BudgetCache, kwargs: dict[str, Any], prefix: Prefix) -> Any:
         """The model's output for question rows in `kwargs`, which are pruned into the empty cache.
 
         Raises: SpecpassError: see the checks.
         """
-        check_gradients(self.target.parameters())
+        target, backend = self.behind.target, self.behind.backend
+        check_gradients(target.parameters())
         check_question(kwargs, prefix)
-        check_supported(self.target, cache.method, by_text=self.backend.eos_of_text is not None)
-        self.backend.check_cache(cache)
-        prefix.check_target(Identity.of(self.target))
-        self.backend.report.saw(cache.config)
+        check_supported(target, cache.method, by_text=backend.eos_of_text is not None)
+        backend.check_cache(cache)
+        prefix.check_target(Identity.of(target))
+        backend.report.saw(cache.config)
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         rows = Rows.of(prefix.ids, ids, mask if isinstance(mask, Tensor) else None)
         try:
@@ -200,37 +170,29 @@ class Questions:
         return out
 
     def _read(self, cache: BudgetCache, kwargs: dict[str, Any], prefix: Prefix, rows: Rows) -> Any:
-        backend, method = self.backend, cache.method
-        short = cache.early_exit and rows.size <= cache.whole
-        drafts = not short and cache.lookahead > 0 and cache.given_ids is None and not method.looks_up
-        context = context_length(backend.draft.config) if drafts and backend.draft is not None else None
-        check_prompt(cache, (len(rows.ids), rows.size), None, 0 if short else cache.lookahead, context)
+        behind, method = self.behind, cache.method
+        short, drafts = behind.fits(cache, rows), behind.check(cache, rows)
         if drafts:
-            assert backend.draft is not None, "checked when the model was compiled"
-            prefix.check_draft(Identity.of(backend.draft))
-            check_ids(rows.ids, backend.smaller_vocabulary(cache))
-        count = max(rows.own, 1 if short or not method.scored else method.window, 2 if drafts else 1)
+            assert behind.backend.draft is not None, "checked when the model was compiled"
+            prefix.check_draft(Identity.of(behind.backend.draft))
+        count = max(rows.own, 1 if short or not method.scored else method.window, LEAST if drafts else 1)
         if int(rows.lengths.min()) < count:  # a document that is hardly there
             return self._as_one(kwargs, rows)
-        ahead = None if short or not cache.lookahead else self._ahead(cache, prefix, rows, drafts)
-        graphs = not self.uncompiled.reason
-        verify = graphs and ahead is not None and method.verify and not kwargs.get("output_hidden_states")
-        question = Question(self.target, cache, kwargs, eos_ids=backend.eos_ids(cache), layers=prefix.layers, rows=rows)
-        out, logits, record, exact = question.read(count, ahead, short, verify)
-        if graphs and exact:
-            layer, reason = min(exact.items())
-            raise PrefixUnsupportedError(
-                f"no prefix here: layer {layer} cannot be pruned around the model's own forward, which reads questions "
-                f"({reason}). Use another model, or {WHOLE}."
-            )
-        cache.lookahead_ids = ahead
-        backend.report.read(record)
-        backend.report.note("questions behind a prefix: the model's own forward reads them, not a graph of the prompt")
-        if graphs:
-            self._go_on_by_graphs(cache)
-        if verify:
-            REPLAYS[cache] = Replay(logits, backend.eos_ids(cache))
+        ahead = behind.ahead(cache, rows, functools.partial(self._written, cache, prefix, rows) if drafts else None)
+        try:
+            out = behind.read(cache, kwargs, rows, Front(prefix.layers), count, ahead)
+        except Refusal as refusal:
+            raise PrefixUnsupportedError(f"no prefix here: {refusal}. Use another model, or {WHOLE}.") from refusal
+        note = "questions behind a prefix: the model's own forward reads them, not a graph of the prompt"
+        behind.backend.report.note(note)
         return out
+
+    def _written(self, cache: BudgetCache, prefix: Prefix, rows: Rows) -> Tensor:
+        """What the draft writes, which goes on from a copy of its own keys and values."""
+        assert prefix.draft is not None, "a draft has read it"
+        graphs, unread = _graphs(self.behind.backend, cache), max(LEAST, rows.own)
+        caches = self.behind.copies(cache, rows, prefix.draft, unread)
+        return self.behind.write(cache, graphs, rows, caches, unread)
 
     def _as_one(self, kwargs: dict[str, Any], rows: Rows) -> Any:
         """Document and question as one prompt, read by whatever reads prompts."""
@@ -247,50 +209,6 @@ class Questions:
         if out.get("hidden_states") is not None:
             out.hidden_states = tuple(part(states, rows.own, 0) for states in out.hidden_states)
         return out
-
-    def _ahead(self, cache: BudgetCache, prefix: Prefix, rows: Rows, drafts: bool) -> Tensor:
-        """[B, L] lookahead tokens: the caller's, the prompt's own, or the draft's."""
-        if cache.given_ids is not None:
-            return cache.given_ids.to(rows.ids.device, copy=True)
-        if not drafts:
-            return SPEC.prompt_lookup(rows.ids, rows.lengths, cache.lookahead)
-        return self._written(cache, prefix, rows)
-
-    def _written(self, cache: BudgetCache, prefix: Prefix, rows: Rows) -> Tensor:
-        """What the draft writes, which goes on from a copy of its own keys and values."""
-        assert prefix.draft is not None, "a draft has read it"
-        backend, length, unread = self.backend, cache.lookahead, max(2, rows.own)
-        graphs = _graphs(backend, cache)
-        device, batch, slots = rows.ids.device, len(rows.ids), rows.size + length
-        caches: list[Tensor] = []
-        for pair in prefix.draft:
-            for states in pair:
-                own = torch.zeros(batch, states.shape[1], slots, states.shape[3], dtype=states.dtype, device=device)
-                own[:, :, : len(prefix)] = states.to(device, non_blocking=True)
-                caches.append(own.flatten(1, 2))
-            caches.append((rows.lengths - unread)[:, None].repeat(1, pair[0].shape[1]))
-        inputs = (rows.last(unread), rows.positions(unread), *caches, *graphs.params.values())
-        known = self.runs.get(length)
-        if known is None or known[0].extend is not graphs.extend:
-            run = lower_proposals(backend, graphs, length, inputs, lookahead=True)
-            known = self.runs[length] = (graphs, run)
-        with progress.task("the draft looks ahead"):
-            ahead = known[1](*inputs)
-        if backend.speculate and not self.uncompiled.reason:
-            start_draft(cache, caches, rows.ids, length)
-        return ahead
-
-    def _go_on_by_graphs(self, cache: BudgetCache) -> None:
-        """Let the cache be what a prompt's graph leaves: steps are told slots, and constants of storage as such."""
-        cache.columns, cache.read_mask = None, None
-        tell_widest(cache.budgeted)
-        storages: list[Tensor] = []
-        for layer in cache.budgeted:
-            for tensor, axis in ((layer.key_buffer, 2), (layer.value_buffer, 2), (layer.lengths, 1)):
-                torch._dynamo.mark_static(tensor, axis)
-                storages += [tensor] if axis == 2 else []
-        if len({layer.slots for layer in cache.budgeted}) == 1:
-            mark_slots(storages, self.backend.sizes)
 
 
 def check_question(kwargs: dict[str, Any], prefix: Any) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
 from specpass.cache.choose import Kept
+from specpass.cache.conversation import CONVERSATIONS, check_place
 from specpass.cache.drafting import DRAFTS
 from specpass.cache.evict import Bound, evict
 from specpass.cache.layer import first_room, grown_room, round_room
@@ -48,12 +49,15 @@ class BudgetCache(CacheProtocol):
             are evicted, a block at a time, and the cache grows no further. None: it grows.
         evict: which of these tokens stay beside the newest: "recent", those whose keys are least "redundant", or
             "random" ones (see cache/evict.py).
+        dropped: "host": keys and values of all tokens stay in host memory, beside the cache, and a later turn (several
+            tokens behind a prompt) scores all of them anew, with its own question. None: what is dropped is gone.
         early_exit: False sends prompts that fit the budget through selection and gather too (layers whose budget is C
             keep everything).
 
     Raises:
         BudgetError: a ratio without prompt_length. LookaheadError: lookahead_ids with a method that cannot use them.
         GeneratedError: M or `evict` is none, or the lookahead that an answer follows does not fit in M.
+        DroppedError: another word for `dropped`.
         UnsupportedCallError: the model's layers hold no keys, or in another form.
     """
 
@@ -68,6 +72,7 @@ class BudgetCache(CacheProtocol):
         early_exit: bool = True,
         generated: int | None = None,
         evict: str = "recent",
+        dropped: str | None = None,
     ) -> None:
         if max_new_tokens is not None and max_new_tokens < 1:
             raise BudgetError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
@@ -78,6 +83,8 @@ class BudgetCache(CacheProtocol):
             raise UnsupportedCallError(f"{unheld}: leave past_key_values out, or pass transformers' own cache.")
         self.method = method.resolve(prompt_length)
         self.bound = Bound.of(generated, evict)
+        check_place(dropped)
+        self.dropped = dropped
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
         self.made_with = lookahead_ids
@@ -155,6 +162,7 @@ class BudgetCache(CacheProtocol):
     def _clear(self) -> None:
         REPLAYS.pop(self, None)
         DRAFTS.pop(self, None)
+        CONVERSATIONS.pop(self, None)
         self.seen: Any = 0  # a 0-d tensor after the prefill; logical length: tokens that generate counts
         self.lookahead_ids: Tensor | None = None
         self.prompt_positions: Tensor | None = None
@@ -235,6 +243,11 @@ class BudgetCache(CacheProtocol):
         self.free_at_prefill = room
 
     @property
+    def host_bytes(self) -> int:
+        """Bytes of keys and values that are held in host memory for later turns (`dropped="host"`)."""
+        return CONVERSATIONS[self].nbytes if self in CONVERSATIONS else 0
+
+    @property
     def free(self) -> int:
         """Slots of each KV head that a token surely finds free."""
         return self.free_at_prefill - (self.appended - self.evictions)
@@ -275,4 +288,6 @@ class BudgetCache(CacheProtocol):
         twin.handle._specpass_cache = weakref.ref(twin)
         if self in REPLAYS:
             REPLAYS[twin] = REPLAYS[self].copy()
+        if self in CONVERSATIONS:
+            CONVERSATIONS[twin] = copy.deepcopy(CONVERSATIONS[self], memo)
         return twin

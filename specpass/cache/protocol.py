@@ -16,6 +16,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.cache_utils import LinearAttentionCacheLayerMixin as Recurrent
 
+from specpass.cache.conversation import CONVERSATIONS
 from specpass.cache.drafting import DRAFTS
 from specpass.cache.layer import Storage
 from specpass.cache.replay import REPLAYS
@@ -135,6 +136,8 @@ class CacheProtocol(Cache):
                 setattr(self, name, change(getattr(self, name)))
         if self in REPLAYS:
             REPLAYS[self].map_rows(change)
+        if self in CONVERSATIONS:
+            CONVERSATIONS[self].map_rows(change)
         DRAFTS.pop(self, None)  # a prompt's keys and values in the draft are not moved from row to row at each token
 
 

@@ -1,4 +1,4 @@
-"""A question behind a document that was read before: its rows alone run, and each layer is pruned as a prompt's is.
+"""A question behind what was read before: its rows alone run, and each layer is pruned as a prompt's is.
 
 The target reads the last R tokens of each row, question and lookahead, against the document's keys and values:
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prefix import Pair
 from specpass.dialect.define import SPEC
-from specpass.errors import PrefixDtypeError
+from specpass.errors import PrefixDtypeError, SpecpassError
 from specpass.interpret.keep import Keeper
 from specpass.interpret.prompt import ReadPrompt
 from specpass.interpret.rows import Packing
@@ -49,11 +50,14 @@ class Rows:
     def of(cls, document: Tensor, questions: Tensor, mask: Tensor | None) -> Rows:
         """Of document [P], questions [B, Q] and their mask [B, Q] or None."""
         before = document.to(questions.device).expand(questions.shape[0], -1)
-        ids = torch.cat([before, questions], 1)
         whole = None if mask is None else torch.cat([mask.new_ones(before.shape), mask], 1)
-        packing = Packing.of(ids, whole)
-        packed = packing.ids(ids)[:, : int(packing.lengths.max())]
-        return cls(packed, packing.lengths, questions.shape[1])
+        return cls.packed(torch.cat([before, questions], 1), whole, questions.shape[1])
+
+    @classmethod
+    def packed(cls, ids: Tensor, mask: Tensor | None, own: int) -> Rows:
+        """Of ids [B, S] and their mask [B, S] or None, the last `own` columns of which are a call's."""
+        packing = Packing.of(ids, mask)
+        return cls(packing.ids(ids)[:, : int(packing.lengths.max())], packing.lengths, own)
 
     @property
     def size(self) -> int:
@@ -91,35 +95,55 @@ class Rows:
         return Packing(self.lengths, mask != 0, SPEC.pack_order(mask, mask)[0])
 
 
-class ReadQuestion(ReadPrompt):
-    """Layers whose keys and values are the document's and those of the call's R rows, the last L of them ahead."""
+@dataclasses.dataclass(frozen=True)
+class Front:
+    """What stands in front of the tokens that a call reads.
 
-    def __init__(
-        self, cache: BudgetCache, keeper: Keeper, layers: dict[int, Pair], rows: Rows, count: int, length: int
-    ) -> None:
+    Args:
+        layers: by layer keys [1 or B, K, P, D] and values, each row's tokens first; a layer that is not there has none.
+        hold: is handed each layer's keys [B, K, S, D] and values, with those of the call, packed.
+        mismatch: the error of a call that makes keys of another dtype.
+    """
+
+    layers: Mapping[int, Pair]
+    hold: Callable[[int, Tensor, Tensor], None] | None = None
+    mismatch: type[SpecpassError] = PrefixDtypeError
+
+
+class ReadQuestion(ReadPrompt):
+    """Layers whose keys and values are those in front and those of the call's R rows, the last L of them ahead."""
+
+    def __init__(self, cache: BudgetCache, keeper: Keeper, front: Front, rows: Rows, count: int, length: int) -> None:
         """Args: count: tokens that the call reads of each row; length: L behind them."""
         super().__init__(cache, keeper, False)
-        self.layers, self.rows, self.count, self.length = layers, rows, count, length
+        self.front, self.rows, self.count, self.length = front, rows, count, length
         self.before = rows.size - count  # columns in front of the call's
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Raises: PrefixDtypeError: autocast makes other numbers of this call than of the document's."""
-        document = self.layers[layer]
-        if key.dtype != document[0].dtype:
-            raise PrefixDtypeError(
-                f"the prefix holds {str(document[0].dtype).removeprefix('torch.')} keys and this call makes "
-                f"{str(key.dtype).removeprefix('torch.')}: ask and read under the same autocast."
-            )
-        key = torch.cat([self._document(document[0]), key], 2)
-        return super().update(key, torch.cat([self._document(document[1]), value], 2), layer)
+        """Raises: front.mismatch: autocast makes other numbers of this call than of what stands in front."""
+        document, hold = self.front.layers.get(layer), self.front.hold
+        if document is not None:
+            if key.dtype != document[0].dtype:
+                held, made = (str(dtype).removeprefix("torch.") for dtype in (document[0].dtype, key.dtype))
+                raise self.front.mismatch(
+                    f"{held} keys are held of what was read before, and this call makes {made}: read all of it under "
+                    "the same autocast."
+                )
+            key = torch.cat([self._document(document[0]), key], 2)
+            value = torch.cat([self._document(document[1]), value], 2)
+        if hold is not None:
+            packing, size = self.keeper.packing, self.rows.size
+            hold(layer, packing.states(key)[:, :, :size], packing.states(value)[:, :, :size])
+        return super().update(key, value, layer)
 
     def _document(self, states: Tensor) -> Tensor:
-        """[1, K, P, D] -> [B, K, T, D]: what stands in front of the call's columns."""
+        """[1 or B, K, P, D] -> [B, K, T, D]: what stands in front of the call's columns."""
         states, batch = states.to(self.rows.lengths.device, non_blocking=True), len(self.rows.lengths)
         if self.rows.even:
             return states[:, :, : self.before].expand(batch, -1, -1, -1)
-        column = torch.arange(self.before, device=states.device) - self.rows.padding[:, None]
-        return states[0][:, column.clamp(min=0)].transpose(0, 1)
+        column = (torch.arange(self.before, device=states.device) - self.rows.padding[:, None]).clamp(min=0)
+        index = column[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+        return states.expand(batch, -1, -1, -1).gather(2, index)
 
     def keep_whole(self, layer: int, key: Tensor, value: Tensor, reason: str) -> None:
         """Without the lookahead's columns."""
@@ -137,9 +161,9 @@ class ReadQuestion(ReadPrompt):
 
 @dataclasses.dataclass
 class Question(Call):
-    """One call behind a prefix; see Call for the other arguments."""
+    """One call behind what was read before; see Call for the other arguments."""
 
-    layers: dict[int, Pair] = dataclasses.field(default_factory=dict)
+    front: Front = dataclasses.field(kw_only=True)
     rows: Rows = dataclasses.field(kw_only=True)
 
     def read(
@@ -155,12 +179,14 @@ class Question(Call):
         packing, method = rows.packing(length), cache.method
         scored = SPEC.score_rows(rows.lengths, ahead, method.window, list(self.eos_ids)) if method.scored else None
         keeper = Keeper(cache, packing, short, None if short else scored, ahead=length if verify else 0)
-        reading = ReadQuestion(cache, keeper, self.layers, rows, count, length)
+        reading = ReadQuestion(cache, keeper, self.front, rows, count, length)
         ids = rows.last(count)
         kwargs = {
             "output_hidden_states": self.kwargs.get("output_hidden_states"),
             "input_ids": ids if ahead is None else torch.cat([ids, ahead], 1),
-            "position_ids": rows.positions(count)[:, :1] + torch.arange(count + length, device=ids.device),
+            "position_ids": (rows.positions(count)[:, :1] + torch.arange(count + length, device=ids.device)).clamp(
+                min=0
+            ),
             "past_key_values": cache,
             "use_cache": True,
         }

@@ -25,6 +25,7 @@ def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[
         "notes": list(record.notes),
         "kept": None if record.kept is None else dataclasses.asdict(record.kept),
         "generated": None if record.bound is None else dataclasses.asdict(record.bound),
+        "held": None if record.held is None else dataclasses.asdict(record.held),
         "replayed": record.replayed,
         "proposed": record.proposed,
         "accepted": record.accepted,

@@ -84,6 +84,19 @@ class PromptRecord:
     two_phases: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldRecord:
+    """What is held in host memory of a batch of conversations (`dropped="host"`).
+
+    Args: tokens: of the longest. target_bytes, draft_bytes: of either model's keys and values.
+    """
+
+    rows: int
+    tokens: int
+    target_bytes: int
+    draft_bytes: int
+
+
 @dataclasses.dataclass(eq=False)
 class BackendRecord:
     """Everything that one backend has compiled.
@@ -100,6 +113,7 @@ class BackendRecord:
         replayed: tokens that came free: the answer followed the lookahead (verified lookahead).
         kept: the budget that was chosen last, and the attention that it keeps.
         bound: of the slots for generated tokens, as it was last; None: caches grow.
+        held: in host memory, behind the turn that was read last; None: nothing.
         proposed, accepted: tokens that the draft proposed behind its lookahead, and those that the answer took.
     """
 
@@ -117,6 +131,7 @@ class BackendRecord:
     accepted: int = 0
     kept: Kept | None = None
     bound: Bound | None = None
+    held: HeldRecord | None = None
     draft_seconds: float = 0.0
     target_configs: list[Any] = dataclasses.field(default_factory=list, repr=False)
     decoders: tuple[Decoder | None, Decoder | None] | None = dataclasses.field(default=None, repr=False)

@@ -16,6 +16,7 @@ from specpass.reports.text import (
     bound_lines,
     break_even,
     budget_lines,
+    held_lines,
     interpreted_lines,
     kept_lines,
 )
@@ -43,7 +44,7 @@ def tables(record: BackendRecord) -> Group:
     if record.draft_seconds:
         parts.append(f"draft captured in {record.draft_seconds:.1f} s")
     parts += [Text(f"  {line}") for line in budget_lines(record)]
-    parts += [Text(line) for line in (*kept_lines(record), *bound_lines(record))]
+    parts += [Text(line) for line in (*kept_lines(record), *bound_lines(record), *held_lines(record))]
     parts += [Text(line) for line in interpreted_lines(record)]
     parts += [Text(f"refused: {reason} (the model runs exactly)", style="red") for reason in record.refusals]
     costs = record.costs()

@@ -32,6 +32,7 @@ def text(record: BackendRecord) -> str:
         lines.append(f"speculation: {record.accepted:,} of {record.proposed:,} proposed tokens were taken")
     lines += kept_lines(record)
     lines += bound_lines(record)
+    lines += held_lines(record)
     lines += interpreted_lines(record)
     lines += [f"refused: {reason} (the model runs exactly)" for reason in record.refusals]
     if record.foreign:
@@ -70,6 +71,18 @@ def bound_lines(record: BackendRecord) -> list[str]:
     return [
         f"generated tokens: {bound.slots:,} slots of each KV head behind the prompt's; where they are full, "
         f"{bound.kept(1):,} tokens stay (evict={bound.policy!r}), the newest {bound.window} among them"
+    ]
+
+
+def held_lines(record: BackendRecord) -> list[str]:
+    """What lies in host memory for later turns."""
+    held = record.held
+    if held is None:
+        return []
+    rows = "" if held.rows == 1 else f" of each of {held.rows} rows"
+    return [
+        f"dropped='host': keys and values of {held.tokens:,} tokens{rows} lie in host memory, "
+        f"{held.target_bytes / 2**20:,.1f} MiB of the target's and {held.draft_bytes / 2**20:,.1f} MiB of the draft's"
     ]
 
 

@@ -1,0 +1,178 @@
+"""Tokens behind keys and values that are held: of a document that was read once, or of a conversation's earlier turns.
+
+The draft goes on from its own, the target's own forward reads the new tokens and the lookahead against all of it, and
+each layer is pruned into an empty cache as a prompt's is (interpret/question.py). Steps then go by graphs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specpass.backend.calls import mark_slots
+from specpass.backend.compile import Backend
+from specpass.backend.speculate import lower_proposals
+from specpass.backend.uncompiled import Uncompiled, attention_of
+from specpass.cache.budget import BudgetCache
+from specpass.cache.drafting import start_draft
+from specpass.cache.prefix import Pair
+from specpass.cache.prompt import check_ids, check_prompt
+from specpass.cache.replay import REPLAYS, Replay
+from specpass.cache.states import recurrent_layer, tell_widest, why_unheld
+from specpass.capture.rope import following
+from specpass.dialect.define import SPEC
+from specpass.interpret.question import Front, Question, Rows
+from specpass.methods.base import Method
+from specpass.observe import progress
+from specpass.passes.draft import DraftGraphs
+from specpass.rewrite import Refusal
+from specpass.sizes import context_length
+
+LEAST = 2  # tokens that the draft's graph reads at a time: reading one again changes nothing
+
+
+def why_nothing_is_held(target: nn.Module, method: Method, by_text: bool) -> str:
+    """What of the target, the method or the draft cannot go on from keys and values that are held; "" where all can.
+
+    Args: by_text: whether the draft has another tokenizer.
+    """
+    config: Any = target.config
+    state, follows = recurrent_layer(config), following(target)
+    spread, futures, sparse = method.spread, method.futures, method.sparse_prefill
+    reasons = (
+        (method.prompt is not None, f"{method.name} chooses the tokens that the target reads by each question"),
+        (spread != "uniform", f"spread={spread!r} shares budgets in a prompt's graph"),
+        (method.share is not None, f"share={method.share} chooses a budget in a prompt's graph"),
+        (by_text, "the draft has another tokenizer, and the tokens that are held are the target's"),
+        (futures > 1, f"futures={futures} are read in a prompt's graph"),
+        (sparse > 0, f"sparse_prefill={sparse} reads a prompt sparsely, and its keys and values would be others"),
+        (bool(why_unheld(config)), why_unheld(config)),
+        (bool(state), f"{state}, whose state cannot be taken back to where a question's rows begin"),
+        (bool(follows), f"its rotary frequencies follow the length (rope_type {'/'.join(follows)})"),
+        (attention_of(target).startswith("flex"), f"its attention is {attention_of(target)}"),
+    )
+    return next((reason for found, reason in reasons if found), "")
+
+
+def graphs_that_go_on(backend: Backend, cache: BudgetCache) -> DraftGraphs:
+    """Raises: Refusal: the draft cannot go on from what it has read."""
+    assert backend.draft is not None
+    follows = following(backend.draft)
+    if follows:
+        raise Refusal(f"its rotary frequencies follow the length (rope_type {'/'.join(follows)})")
+    return backend.draft_graphs(cache, goes_on=True)
+
+
+def pairs_of(graphs: DraftGraphs, caches: Sequence[Tensor], tokens: slice) -> list[Pair]:
+    """Keys [B, K, n, D] and values of some tokens, by layer, of the draft's caches (see DraftGraphs)."""
+    found: list[Pair] = []
+    for index in range(0, 3 * graphs.layers, 3):
+        heads = caches[index + 2].shape[1]
+        key, value = (states.unflatten(1, (heads, -1))[:, :, tokens] for states in caches[index : index + 2])
+        found.append((key, value))
+    return found
+
+
+@dataclasses.dataclass
+class Behind:
+    """Calls of one compiled target behind what it has read."""
+
+    target: nn.Module
+    backend: Backend
+    uncompiled: Uncompiled
+    runs: dict[int, tuple[DraftGraphs, Callable[..., Any]]] = dataclasses.field(default_factory=dict)  # by L
+
+    @staticmethod
+    def fits(cache: BudgetCache, rows: Rows) -> bool:
+        """Whether all of it is kept, without draft or scores."""
+        return cache.early_exit and rows.size <= cache.whole
+
+    def check(self, cache: BudgetCache, rows: Rows) -> bool:
+        """Whether the draft is to look ahead.
+
+        Raises: SpecpassError: see check_prompt and check_ids.
+        """
+        backend, method, short = self.backend, cache.method, self.fits(cache, rows)
+        drafts = not short and cache.lookahead > 0 and cache.given_ids is None and not method.looks_up
+        context = context_length(backend.draft.config) if drafts and backend.draft is not None else None
+        check_prompt(cache, (len(rows.ids), rows.size), None, 0 if short else cache.lookahead, context)
+        if drafts:
+            assert backend.draft is not None, "checked when the model was compiled"
+            check_ids(rows.ids, backend.smaller_vocabulary(cache))
+        return drafts
+
+    def ahead(self, cache: BudgetCache, rows: Rows, write: Callable[[], Tensor] | None) -> Tensor | None:
+        """[B, L] lookahead tokens: the caller's, those that the draft is to `write`, or the prompt's own."""
+        if self.fits(cache, rows) or not cache.lookahead:
+            return None
+        if cache.given_ids is not None:
+            return cache.given_ids.to(rows.ids.device, copy=True)
+        return SPEC.prompt_lookup(rows.ids, rows.lengths, cache.lookahead) if write is None else write()
+
+    def copies(self, cache: BudgetCache, rows: Rows, pairs: Sequence[Pair], unread: int) -> list[Tensor]:
+        """The draft's caches for `extend`: keys and values that it has read, and room for tokens to come."""
+        device, batch, slots = rows.ids.device, len(rows.ids), rows.size + cache.lookahead
+        caches: list[Tensor] = []
+        for pair in pairs:
+            for states in pair:
+                own = torch.zeros(batch, states.shape[1], slots, states.shape[3], dtype=states.dtype, device=device)
+                own[:, :, : states.shape[2]] = states.to(device, non_blocking=True)
+                caches.append(own.flatten(1, 2))
+            caches.append((rows.lengths - unread)[:, None].repeat(1, pair[0].shape[1]))
+        return caches
+
+    def write(self, cache: BudgetCache, graphs: DraftGraphs, rows: Rows, caches: list[Tensor], unread: int) -> Tensor:
+        """[B, L]: what the draft writes behind the last `unread` tokens of each row, which its caches get too."""
+        length = cache.lookahead
+        inputs = (rows.last(unread), rows.positions(unread), *caches, *graphs.params.values())
+        known = self.runs.get(length)
+        if known is None or known[0].extend is not graphs.extend:
+            run = lower_proposals(self.backend, graphs, length, inputs, lookahead=True)
+            known = self.runs[length] = (graphs, run)
+        with progress.task("the draft looks ahead"):
+            ahead = known[1](*inputs)
+        if self.backend.speculate and not self.uncompiled.reason:
+            start_draft(cache, caches, rows.last(rows.size), length)
+        return ahead
+
+    def read(
+        self, cache: BudgetCache, kwargs: dict[str, Any], rows: Rows, front: Front, count: int, ahead: Tensor | None
+    ) -> Any:
+        """The model's output for the call's rows; each layer is pruned into the empty cache.
+
+        Args: count: tokens of each row that the target reads.
+
+        Raises: Refusal: a layer cannot be pruned so.
+        """
+        backend, graphs, short = self.backend, not self.uncompiled.reason, self.fits(cache, rows)
+        verify = graphs and ahead is not None and cache.method.verify and not kwargs.get("output_hidden_states")
+        question = Question(self.target, cache, kwargs, eos_ids=backend.eos_ids(cache), front=front, rows=rows)
+        out, logits, record, exact = question.read(count, ahead, short, verify)
+        if graphs and exact:
+            layer, reason = min(exact.items())
+            raise Refusal(
+                f"layer {layer} cannot be pruned around the model's own forward, which reads questions ({reason})"
+            )
+        cache.lookahead_ids = ahead
+        backend.report.read(record)
+        if graphs:
+            self._go_on_by_graphs(cache)
+        if verify:
+            REPLAYS[cache] = Replay(logits, backend.eos_ids(cache))
+        return out
+
+    def _go_on_by_graphs(self, cache: BudgetCache) -> None:
+        """Let the cache be what a prompt's graph leaves: steps are told slots, and constants of storage as such."""
+        cache.columns, cache.read_mask = None, None
+        tell_widest(cache.budgeted)
+        storages: list[Tensor] = []
+        for layer in cache.budgeted:
+            for tensor, axis in ((layer.key_buffer, 2), (layer.value_buffer, 2), (layer.lengths, 1)):
+                torch._dynamo.mark_static(tensor, axis)
+                storages += [tensor] if axis == 2 else []
+        if len({layer.slots for layer in cache.budgeted}) == 1:
+            mark_slots(storages, self.backend.sizes)
