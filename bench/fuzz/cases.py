@@ -26,6 +26,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         {"window": 6, "lookahead": 3, "prompt_budget": 30, "prompt_window": 8, "prompt_kernel": 5, "neighbours": 3},
     ),
 }
+CHOOSERS = ("specpc", "speckv-pc")  # of what the target reads: no turn can choose among what was never read
+UNWATCHED = ("gpt_oss",)  # its attention is no scaled_dot_product_attention, and its own forward is not pruned
 OWN_DRAFT = ("speckv-mean",)  # their draft is the target's twin, whose lookahead the answer follows
 BUDGETS = (24, 24, 72, 0.5)  # prompts of up to 64 tokens, padding included, are kept by a ratio; and 72 keeps all
 LENGTHS = (2, 5, 9, 23, 24, 25, 26, 31, 40, 47, 60, 71)
@@ -43,6 +45,7 @@ class Case:
         ragged: what is appended is padded on the left: row i has i tokens fewer, one at least.
         reset: the cache is reset then, and reads another prompt.
         returned: num_return_sequences.
+        dropped: what the cache drops is held, and each turn is a prompt of the whole conversation.
     """
 
     index: int
@@ -60,6 +63,7 @@ class Case:
     turns: tuple[tuple[int, int], ...] = ()
     ragged: bool = False
     reset: bool = False
+    dropped: bool = False
 
     @property
     def subject(self) -> tuple[str, str, int | float]:
@@ -79,6 +83,15 @@ class Case:
 
 def draw(seed: int, index: int, families: tuple[str, ...] = FAMILIES, methods: tuple[str, ...] = ()) -> Case:
     """The case of that number."""
+    case = _drawn(seed, index, families, methods)
+    held = case.method not in CHOOSERS and case.family not in (*RECURRENT, *UNWATCHED)
+    often = 0.5 if case.turns else 0.1
+    if held and case.mode not in ("assisted", "lookup") and random.Random(f"{seed}/{index}/dropped").random() < often:
+        return dataclasses.replace(case, dropped=True)
+    return case
+
+
+def _drawn(seed: int, index: int, families: tuple[str, ...], methods: tuple[str, ...]) -> Case:
     dice = random.Random(f"{seed}/{index}")
     family, method = dice.choice(families), dice.choice(methods or tuple(METHODS))
     rows = dice.choice((1, 1, 1, 2, 3))
@@ -123,7 +136,7 @@ def shrunk(case: Case, fails: Callable[[Case], bool]) -> Case:
 
 def _simpler(case: Case) -> Iterator[Case]:
     plain = Case(case.index, case.family, case.method, case.budget, case.lengths)
-    for field in ("reset", "ragged", "turns", "stop", "eos", "stream", "returned", "mode", "early_exit"):
+    for field in ("reset", "dropped", "ragged", "turns", "stop", "eos", "stream", "returned", "mode", "early_exit"):
         if getattr(case, field) != getattr(plain, field) and not (field == "mode" and case.returned > 1):
             yield dataclasses.replace(case, **{field: getattr(plain, field)})
     if len(case.turns) > 1:

@@ -81,7 +81,7 @@ class Play:
     def __init__(self, case: Case, subject: Subject, dice: torch.Generator, cache: Any = None) -> None:
         self.case, self.subject, self.dice = case, subject, dice
         self.prompts = padded([self._draw(length) for length in case.lengths])
-        own = bool(case.turns) or not case.early_exit
+        own = bool(case.turns) or not case.early_exit or case.dropped
         self.cache = cache if cache is not None else subject.cache(case) if own else None
 
     def _draw(self, length: int) -> Tensor:
@@ -100,12 +100,15 @@ class Play:
                 ids, mask = torch.cat([ids, more.ids], 1), torch.cat([mask, more.mask], 1)
             before = specpass.report(self.subject.model).replayed
             ours = self._generate(self.subject.model, ids, mask)
+            if view is not None and self.case.dropped:  # all of it is a prompt
+                self.prompts, view = padded([row[own != 0] for row, own in zip(ids, mask, strict=True)]), None
             if view is None:
                 view = self._view(ours.past_key_values)
                 if self._candidates():  # several tokens come at once, and what they follow is not looked at
                     view.limit = specpass.report(self.subject.model).replayed - before
             seen = self.prompts.as_read()
-            behind, shown = (own[:, self.prompts.ids.shape[1] :] for own in (ids, mask))
+            turns = 0 if self.case.dropped else ids.shape[1] - self.prompts.ids.shape[1]
+            behind, shown = (own[:, own.shape[1] - turns :] for own in (ids, mask))
             view.mask = torch.cat([seen.mask, shown], 1)
             theirs = self._oracle(torch.cat([seen.ids, behind], 1), view)
             starts = ids.shape[1], seen.ids.shape[1] + behind.shape[1]
@@ -181,7 +184,7 @@ class Play:
         for row in range(count):
             self._check_kept(seen, row, kept, ahead)
         view = oracle.View(seen.ids.shape[1] - seen.mask.sum(1), seen.ids.shape[1], kept)
-        if subject.verifies and ahead is not None:
+        if subject.verifies(self.case) and ahead is not None:
             view.ahead, view.limit = ahead, ahead.shape[1]
         return view
 

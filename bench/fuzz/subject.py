@@ -29,17 +29,23 @@ class Subject:
     def cache(self, case: Case) -> Any:
         method, longest = self.resolved(case), max(case.lengths)
         return specpass.BudgetCache(
-            self.model.config, method, max_new_tokens=case.new, prompt_length=longest, early_exit=case.early_exit
+            self.model.config,
+            method,
+            max_new_tokens=case.new,
+            prompt_length=longest,
+            early_exit=case.early_exit,
+            dropped="host" if case.dropped else None,
         )
 
     def resolved(self, case: Case) -> Any:
         """The method with the budget that a ratio is of the case's padded prompts."""
         return self.method.resolve(max(case.lengths))
 
-    @property
-    def verifies(self) -> bool:
+    def verifies(self, case: Case) -> bool:
         """Whether an answer goes by the prefill's logits while it is the lookahead."""
         report = specpass.report(self.model)
+        if case.dropped:
+            return self.method.verify and not report.interpreted
         notes = [note for graph in report.graphs for note in graph.notes if note.startswith("no verified lookahead")]
         return self.method.verify and not report.interpreted and not notes
 

@@ -215,8 +215,8 @@ def check_tokens(kwargs: dict[str, Any]) -> Tensor:
     ids, seen = kwargs.get("input_ids"), features(kwargs)
     if not isinstance(ids, Tensor) or kwargs.get("inputs_embeds") is not None or seen:
         raise UnsupportedCallError(
-            f"{seen[0] if seen else 'inputs_embeds'} with dropped='host': what is held is of token ids; pass input_ids, "
-            "or leave dropped out."
+            f"{seen[0] if seen else 'inputs_embeds'} with dropped='host': what is held is of token ids; pass "
+            "input_ids, or leave dropped out."
         )
     if not isinstance(kwargs.get("logits_to_keep", 0), int):
         raise UnsupportedCallError("logits_to_keep with dropped='host': expected a number of rows.")

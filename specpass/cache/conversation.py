@@ -1,4 +1,4 @@
-"""What a conversation is made of (`dropped="host"`): all of its tokens, and the keys and values of those that were read.
+"""What a conversation is made of (`dropped="host"`): all of its tokens, and keys and values of those that were read.
 
 They lie in host memory, beside the cache and not in it: what a cache holds on the device is its budget. A turn reads
 them a layer at a time, scores all of them anew, and adds its own; the answer's tokens are read by the turn behind it.
@@ -111,7 +111,7 @@ class Held:
         return int((lengths if self.lengths is None else lengths - self.lengths).max())
 
     def take_rows(self, rows: Tensor) -> None:
-        if self.lengths is None:
+        if self.lengths is None or torch.equal(rows, torch.arange(len(self.lengths))):
             return
         self.lengths = self.lengths[rows]
         for store in self.stores:
@@ -170,7 +170,7 @@ class Conversation:
 
     def settle(self) -> None:
         """Let what is held be in the order of the batch."""
-        if self.order is not None and not torch.equal(self.order, torch.arange(len(self.order))):
+        if self.order is not None:
             self.target.take_rows(self.order)
             self.draft.take_rows(self.order)
         self.order = None

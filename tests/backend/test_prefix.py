@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from recorder import Recorder
-from support import call, compile_eager, padded, run
+from support import call, check_same, compile_eager, padded, run, second_way
 from tiny import prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
 
 import specpass
 from specpass import errors
-from specpass.backend import direct
 from specpass.observe.progress import watching
 
 W = 8
@@ -29,13 +28,6 @@ METHODS = {
     "pyramidkv": specpass.PyramidKV(budget=24, window=W),
 }
 FAMILIES = ["mistral-sliding", "llama4", "gpt2", "opt", "qwen3"]
-
-
-def second_way(target: Any, method: Any, draft: Any = None) -> Any:
-    """It needs no tracing of the target, and keeps what graphs keep (tests/interpret)."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(direct, "why_uncompiled", lambda target: "a test says so")
-        return compile_eager(target, method, draft)
 
 
 def without_graphs(family: str, method: Any) -> Any:
@@ -55,18 +47,6 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def prefix(model: Any) -> specpass.Prefix:
     return specpass.read(model, DOCUMENT)
-
-
-def check_same(whole: Any, ours: Any, row: int = 0) -> None:
-    """Row 0 of a prompt read whole, and a row of questions behind a prefix."""
-    assert ours.tokens[row] == whole.tokens[0]
-    torch.testing.assert_close(ours.logits[row], whole.logits[0], atol=1e-3, rtol=1e-3)
-    for theirs, layer in zip(whole.cache.layers, ours.cache.layers, strict=True):
-        own, expected = layer.positions[row], theirs.positions[0]
-        assert torch.equal(own[:, : expected.shape[1]], expected)
-        assert (own[:, expected.shape[1] :] == -1).all()  # of a padded batch, rows have room for what fits the budget
-    if whole.cache.lookahead_ids is not None:
-        assert torch.equal(ours.cache.lookahead_ids[row], whole.cache.lookahead_ids[0])
 
 
 def behind(question: Tensor) -> Tensor:

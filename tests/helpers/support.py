@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import specpass
+from specpass.backend import direct
 from specpass.testing import eager
 
 MARGIN = -1e-6  # a kept score may lie this far below a dropped one: rounding upstream, not another choice
@@ -48,6 +50,13 @@ def call(model: PreTrainedModel, ids: Tensor, cache: Any, **kwargs: Any) -> Tens
 
 def compile_eager(target: PreTrainedModel, method: Any, draft: PreTrainedModel | None = None, **kwargs: Any) -> Any:
     return specpass.compile(target, draft=draft, method=method, lowering="eager", **kwargs)
+
+
+def second_way(target: Any, method: Any, draft: Any = None, **options: Any) -> Any:
+    """Compiled, and run by its own forward: that needs no tracing, and keeps what graphs keep (tests/interpret)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "why_uncompiled", lambda target: "a test says so")
+        return compile_eager(target, method, draft, **options)
 
 
 def padded(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -125,3 +134,15 @@ def state_of(model: torch.nn.Module) -> tuple[Any, ...]:
         for name, module in model.named_modules()
     }
     return modules, dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+
+
+def check_same(whole: Any, ours: Any, row: int = 0) -> None:
+    """Row 0 of a prompt that was read whole, and a row that was read behind a prefix or a conversation."""
+    assert ours.tokens[row] == whole.tokens[0]
+    torch.testing.assert_close(ours.logits[row], whole.logits[0], atol=1e-3, rtol=1e-3)
+    for theirs, layer in zip(whole.cache.layers, ours.cache.layers, strict=True):
+        own, expected = layer.positions[row], theirs.positions[0]
+        assert torch.equal(own[:, : expected.shape[1]], expected)
+        assert (own[:, expected.shape[1] :] == -1).all()  # of a padded batch, rows have room for what fits the budget
+    if whole.cache.lookahead_ids is not None:
+        assert torch.equal(ours.cache.lookahead_ids[row], whole.cache.lookahead_ids[0])
