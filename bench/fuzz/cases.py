@@ -84,7 +84,8 @@ class Case:
 def draw(seed: int, index: int, families: tuple[str, ...] = FAMILIES, methods: tuple[str, ...] = ()) -> Case:
     """The case of that number."""
     case = _drawn(seed, index, families, methods)
-    held = case.method not in CHOOSERS and case.family not in (*RECURRENT, *UNWATCHED)
+    step = any(crop and fresh == 1 for crop, fresh in case.turns)  # one token behind a crop is no turn
+    held = not step and case.method not in CHOOSERS and case.family not in (*RECURRENT, *UNWATCHED)
     often = 0.5 if case.turns else 0.1
     if held and case.mode not in ("assisted", "lookup") and random.Random(f"{seed}/{index}/dropped").random() < often:
         return dataclasses.replace(case, dropped=True)

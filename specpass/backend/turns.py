@@ -68,13 +68,13 @@ class Turns:
             if ids.shape[1] == 1:
                 talk.tell(ids, cache.appended)
                 return None
-        before = dict(vars(cache))
+        before = dict(cache.__dict__)
         try:
             rows, columns, mask = self._rows(cache, talk, kwargs, ids)
             cache.look_ahead(given)
             drafts = self.behind.check(cache, rows)
         except BaseException:
-            vars(cache).update(before)
+            cache.__dict__.update(before)
             raise
         cache.reset()  # the conversation is put back once it is read
         try:

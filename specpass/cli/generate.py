@@ -18,6 +18,7 @@ from specpass.cli.options import (
     Choice,
     Draft,
     DraftBits,
+    Dropped,
     Dtype,
     Evict,
     Generated,
@@ -31,19 +32,21 @@ from specpass.cli.options import (
     Revision,
     Speculate,
     Target,
+    Then,
     Trust,
     Window,
     check_device,
     choose,
     encode,
     encode_question,
+    encode_turn,
     example,
     load_pair,
     read_prompt,
     shown,
     silence_libraries,
 )
-from specpass.errors import DraftBitsError, GeneratedError, SpeculationError
+from specpass.errors import DraftBitsError, DroppedError, GeneratedError, SpeculationError
 from specpass.observe import progress
 
 ORDER = 1
@@ -64,9 +67,11 @@ def generate(
     draft_bits: DraftBits = None,
     generated: Generated = None,
     evict: Evict = "recent",
+    dropped: Dropped = None,
     option: Options = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="The prompt as UTF-8 text.")] = None,
+    then: Then = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; above, sample.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability mass.")] = 1.0,
@@ -91,6 +96,8 @@ def generate(
     if onnx is not None:
         if prefix is not None:
             raise typer.BadParameter("is read by PyTorch models: leave --onnx out.", param_hint="--prefix")
+        if then:
+            raise typer.BadParameter("goes on from PyTorch models: leave --onnx out.", param_hint="--then")
         if target or draft or revision:
             raise typer.BadParameter(
                 "holds its own models: leave --target, --draft and --revision out.", param_hint="--onnx"
@@ -108,7 +115,9 @@ def generate(
         target, draft, method, budget, window, lookahead, option, dtype, lowering, revision, trust_remote_code
     )
     choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice), draft_bits=draft_bits)
-    choice = dataclasses.replace(choice, **check_bound(generated, evict, choice))
+    choice = dataclasses.replace(choice, **check_bound(generated, evict, choice), dropped=dropped)
+    if dropped is not None and choice.method is None:
+        raise DroppedError(f"--dropped {dropped} needs a method that prunes, such as --method snapkv.")
     if draft_bits and choice.method is None:
         raise DraftBitsError(f"--draft-bits {draft_bits} needs a method with a draft, such as --method speckv.")
     text = read_prompt(prompt, prompt_file)
@@ -120,7 +129,7 @@ def generate(
         sampling |= {"temperature": temperature, "top_p": top_p}
     silence_libraries()
     with shown(quiet):
-        asked = _Asked(text, raw, None if prefix is None else _loaded(prefix))
+        asked = _Asked(text, raw, None if prefix is None else _loaded(prefix), tuple(then or ()))
         answer = _answer(choice, asked, device, seed, echo=not as_json, max_new_tokens=max_new_tokens, **sampling)
     _finish(answer, as_json)
 
@@ -149,7 +158,7 @@ def check_bound(generated: int | None, evict: str, choice: Choice) -> dict[str, 
 def _finish(answer: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(answer, ensure_ascii=False))
-    if answer["stopped"] == "interrupt":
+    if "interrupt" in (answer["stopped"], *(turn["stopped"] for turn in answer.get("turns", ()))):
         raise typer.Exit(INTERRUPTED)
 
 
@@ -168,17 +177,46 @@ def _loaded(prefix: Path) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """A prompt, or a question behind a document's `prefix`."""
+    """A prompt, or a question behind a document's `prefix`, and the turns behind its answer."""
 
     text: str
     raw: bool
     prefix: Any
+    then: tuple[str, ...] = ()
 
     def inputs(self, tokenizer: Any, device: str) -> dict[str, Any]:
         """Arguments for generate()."""
         if self.prefix is None:
             return dict(encode(tokenizer, self.text, self.raw, device))
         return {**encode_question(tokenizer, self.text, self.raw, device), "prefix": self.prefix}
+
+    def further(self, tokenizer: Any, text: str, out: Any) -> dict[str, Any]:
+        """Arguments for generate() of a turn behind what it returned."""
+        import torch
+
+        more = encode_turn(tokenizer, text, self.raw, int(out.sequences[0, -1]))
+        ids = torch.cat([out.sequences, out.sequences.new_tensor([more])], 1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": out.past_key_values}
+        return inputs if self.prefix is None else {**inputs, "prefix": self.prefix}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answered:
+    """An answer, and what generate() returned: None after an interrupt."""
+
+    streamer: Any
+    out: Any
+    most: int
+
+    @property
+    def stopped(self) -> str:
+        if self.out is None:
+            return "interrupt"
+        return "length" if len(self.streamer.ids) == self.most else "eos"
+
+    def data(self) -> dict[str, Any]:
+        ids = self.streamer.ids
+        return {"text": self.streamer.text, "token_ids": ids, "stopped": self.stopped, "new_tokens": len(ids)}
 
 
 def _answer(choice: Choice, asked: _Asked, device: str, seed: int, echo: bool, **options: Any) -> dict[str, Any]:
@@ -194,41 +232,49 @@ def _answer(choice: Choice, asked: _Asked, device: str, seed: int, echo: bool, *
     model, _draft, tokenizer = load_pair(choice, device)
     loaded = time.perf_counter()
     inputs = asked.inputs(tokenizer, device)
-    streamer = Streamer(tokenizer, _write if echo else None)
+    prompt_tokens, prefix_tokens = inputs["input_ids"].shape[1], len(inputs.get("prefix", ()))
     set_seed(seed)
-    out = None
-    try:
-        with reading_by_layers(model) if choice.method is None else contextlib.nullcontext():
-            out = model.generate(**inputs, streamer=streamer, return_dict_in_generate=True, **options)
-    except KeyboardInterrupt:
-        streamer.end()
+
+    def answered(inputs: dict[str, Any]) -> _Answered:
+        streamer, out = Streamer(tokenizer, _write if echo else None), None
+        try:
+            with reading_by_layers(model) if choice.method is None else contextlib.nullcontext():
+                out = model.generate(**inputs, streamer=streamer, return_dict_in_generate=True, **options)
+        except KeyboardInterrupt:
+            streamer.end()
+        return _Answered(streamer, out, options["max_new_tokens"])
+
+    answers = [answered(inputs)]
+    for text in asked.then:
+        if answers[-1].out is None:
+            break
+        answers.append(answered(asked.further(tokenizer, text, answers[-1].out)))
     ended = time.perf_counter()
     report = None if choice.method is None else specpass.report(model)
     refusals = [] if report is None else list(report.refusals)
     if echo:
         for reason in refusals:
             typer.echo(f"note: nothing was pruned: {reason}", err=True)
-    ids = streamer.ids
-    stopped = "interrupt" if out is None else "length" if len(ids) == options["max_new_tokens"] else "eos"
+    cache = None if answers[-1].out is None else answers[-1].out.past_key_values
+    times = answers[0].streamer.times
     return {
-        "text": streamer.text,
-        "token_ids": ids,
-        "stopped": stopped,
+        **answers[0].data(),
+        "turns": [answer.data() for answer in answers[1:]],
         "target": choice.target,
         "draft": choice.draft,
         "method": choice.label,
-        "prompt_tokens": inputs["input_ids"].shape[1],
-        "prefix_tokens": len(inputs.get("prefix", ())),
-        "new_tokens": len(ids),
+        "prompt_tokens": prompt_tokens,
+        "prefix_tokens": prefix_tokens,
         "free_tokens": 0 if report is None else report.replayed,
         "accepted_tokens": 0 if report is None else report.accepted,
-        "kv_bytes": None if out is None else cache_bytes(out.past_key_values),
+        "kv_bytes": None if cache is None else cache_bytes(cache),
+        "host_bytes": getattr(cache, "host_bytes", 0),
         "kept": None if report is None or report.kept is None else dataclasses.asdict(report.kept),
         "generated": None if report is None else report.data()["generated"],
         "refusals": refusals,
         "seconds": {
             "load": round(loaded - start, 3),
-            "first_token": round(streamer.times[0] - loaded, 3) if streamer.times else None,  # compilation included
+            "first_token": round(times[0] - loaded, 3) if times else None,  # compilation included
             "total": round(ended - start, 3),
         },
     }

@@ -50,6 +50,10 @@ Generated = Annotated[
     int | None, typer.Option(help="KV slots for the answer's own tokens: beyond them older ones are evicted.")
 ]
 Evict = Annotated[str, typer.Option(help="Which of these stay beside the newest: recent, redundant or random.")]
+Dropped = Annotated[
+    str | None, typer.Option(help="host: what is dropped stays in host memory, and each turn (--then) chooses anew.")
+]
+Then = Annotated[list[str] | None, typer.Option(help="A further turn behind the answer; may be repeated.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")]
 Lowering = Annotated[str, typer.Option(help="inductor, or eager: the same passes without a compiler.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")]
@@ -79,8 +83,8 @@ class Choice:
     """The models and the method that the options name; nothing is loaded yet. `method` None: full KV.
 
     `speculate`: tokens that the draft proposes at a time. `draft_bits`: of the weights that its steps read.
-    `generated`, `evict`: slots for the answer's tokens, and which stay. `trust`: code that the models bring along may
-    run.
+    `generated`, `evict`: slots for the answer's tokens, and which stay. `dropped`: where what is dropped stays.
+    `trust`: code that the models bring along may run.
     """
 
     target: str
@@ -92,6 +96,7 @@ class Choice:
     draft_bits: int | None = None
     generated: int | None = None
     evict: str = "recent"
+    dropped: str | None = None
     trust: bool = False
 
     @property
@@ -195,6 +200,7 @@ def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
             draft_bits=choice.draft_bits,
             generated=choice.generated,
             evict=choice.evict,
+            dropped=choice.dropped,
             tokenizers=tokenizers,
         )
     return target, draft, tokenizer
@@ -273,6 +279,20 @@ def encode_question(tokenizer: Any, text: str, raw: bool, device: str = "cpu") -
     _, back = around_document(tokenizer, raw)
     text = text if raw else f"\n\n{text}{back}"
     return tokenizer(text, add_special_tokens=False, return_tensors="pt").to(device)
+
+
+def encode_turn(tokenizer: Any, text: str, raw: bool, last: int) -> list[int]:
+    """Token ids of a user's next message behind an answer, whose `last` token may be its end, unless `raw`.
+
+    Raises: PromptError: the tokenizer has no chat template.
+    """
+    if raw:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+    roles = (("user", "-"), ("assistant", MARK), ("user", text))
+    chat = [{"role": role, "content": content} for role, content in roles]
+    _, piece = template_of(tokenizer)(chat, add_generation_prompt=True, tokenize=False).split(MARK, 1)
+    ids = list(tokenizer(piece, add_special_tokens=False).input_ids)
+    return ids[1:] if ids[:1] == [last] else ids
 
 
 def encode(tokenizer: Any, text: str, raw: bool, device: str = "cpu") -> Any:

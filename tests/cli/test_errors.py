@@ -370,6 +370,16 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
         ("--generated 64", "--method snapkv"),
     ),
     (
+        errors.DroppedError,
+        lambda f: generate(f.good, "-m", "snapkv", "--budget", "8", "--window", "4", "--dropped", "disk"),
+        ("dropped='disk'", "expected 'host'"),
+    ),
+    (
+        errors.DroppedError,
+        lambda f: generate(f.good, "-m", "full", "--dropped", "host"),
+        ("--dropped host", "--method snapkv"),
+    ),
+    (
         errors.SpeculationError,
         lambda f: generate(f.good, "-m", "snapkv", "--budget", "8", "--window", "4", "--speculate", "4"),
         ("speculate=4", "SnapKV", "pass draft="),

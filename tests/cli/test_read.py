@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from cli_models import save_model
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import specpass
@@ -53,3 +54,17 @@ def test_as_it_is_and_as_json(tmp_path: Path) -> None:
     assert told["tokens"] == 60
     assert told["kv_bytes"] == 2 * 2 * 2 * 2 * 60 * 16 * 4  # models, layers, K and V, heads, tokens, D, float32
     assert len(specpass.Prefix.load(file)) == 60
+
+
+def test_turns_behind_an_answer(tmp_path: Path) -> None:
+    """Each is what the conversation so far is as one prompt, where what is dropped is held."""
+    folder = save_model(tmp_path / "tiny")
+    how = ["generate", "-t", str(folder), *METHOD, "-n", "6", "--json"]
+    told = json.loads(invoke(*how, "-p", DOCUMENT, "--then", "w7 w8", "--then", "w9", "--dropped", "host").stdout)
+    assert told["host_bytes"] == 2 * 2 * 2 * 128 * 16 * 4  # layers, K and V, heads, tokens in 64s, D, float32
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    first, second = (" ".join(tokenizer.convert_ids_to_tokens(own["token_ids"])) for own in (told, told["turns"][0]))
+    text = f"<s> {DOCUMENT} <a> {first} <s> w7 w8 <a> {second} <s> w9 <a>"
+    whole = json.loads(invoke(*how, "--raw", "-p", text).stdout)
+    assert told["turns"][1]["token_ids"] == whole["token_ids"]
+    assert json.loads(invoke(*how, "-p", DOCUMENT, "--then", "w7 w8").stdout)["host_bytes"] == 0

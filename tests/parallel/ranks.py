@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from support import compile_eager, padded
+from support import compile_eager, padded, second_way
 from tiny import EAGER, prompt, tiny
 from transformers.distributed import DistributedConfig
 
@@ -97,7 +97,17 @@ def on_rank_0(act: Callable[[], Any]) -> Any:
 def turns(model: Any, draft: Any) -> list[int]:
     """Three turns behind one pruned prompt."""
     compile_eager(model, SPECKV, draft)
-    cache, ids = specpass.BudgetCache(model.config, SPECKV, max_new_tokens=24), prompt(60)
+    return asked(model, specpass.BudgetCache(model.config, SPECKV, max_new_tokens=24))
+
+
+def turns_that_hold(model: Any) -> list[int]:
+    """The same, each of which chooses among all of the conversation."""
+    second_way(model, METHODS["snapkv"])
+    return asked(model, specpass.BudgetCache(model.config, METHODS["snapkv"], max_new_tokens=24, dropped="host"))
+
+
+def asked(model: Any, cache: Any) -> list[int]:
+    ids = prompt(60)
     for turn in range(3):
         ids = model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
         ids = torch.cat([ids, prompt(7, seed=turn)], 1)
@@ -121,6 +131,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     def three_turns() -> None:
         assert turns(parts, draft) == on_rank_0(lambda: turns(whole, draft))
+        assert turns_that_hold(parts) == on_rank_0(lambda: turns_that_hold(whole))
 
     yield "three turns", three_turns
 
