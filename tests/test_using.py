@@ -1,4 +1,4 @@
-"""The example of docs/using.md for a document read once, as it stands there, on a tiny model without a compiler."""
+"""Examples of docs/using.md, as they stand there, on a tiny model without a compiler."""
 
 from __future__ import annotations
 
@@ -27,3 +27,19 @@ def test_a_document_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     }
     exec(example("using.md", "A document read once"), names)
     assert names["answer"].tolist() == run(model, torch.cat([prompt(60), ids], 1), new=64).tokens[0]
+
+
+def test_turns_that_ask_about_other_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "why_uncompiled", lambda target: "no graphs, which take seconds")
+    ids, method = prompt(60), specpass.SnapKV(budget=24, window=8)
+    names = {
+        **globals(),
+        "target": tiny(),
+        "draft": None,
+        "method": method,
+        "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        "question_ids": prompt(9, seed=1),
+    }
+    exec(example("using.md", "Turns that ask about other places"), names)
+    whole = run(compile_eager(tiny(), method), names["turn"], new=64)
+    assert names["out"].sequences[0, names["turn"].shape[1] :].tolist() == whole.tokens[0]

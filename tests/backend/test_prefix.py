@@ -165,12 +165,19 @@ def test_lookahead_ids_need_no_draft() -> None:
 
 
 def test_the_draft_goes_on_as_a_speculator() -> None:
-    """Nearly everything is kept, so that a draft of the same weights is right."""
-    model = compile_eager(tiny(), specpass.SpecKV(budget=72, window=W, lookahead=3), tiny(), speculate=3)
-    prefix = specpass.read(model, DOCUMENT)
-    exact = run(tiny(), behind(QUESTIONS[0]), new=12)
+    """Everything is kept, so that a draft of the same weights is right: behind a prefix, and behind a turn."""
+    method = specpass.SpecKV(budget=100, window=W, lookahead=3)
+    model = compile_eager(tiny(), method, tiny(), speculate=3)
+    prefix, plain = specpass.read(model, DOCUMENT), tiny()
+    exact = run(plain, behind(QUESTIONS[0]), new=12)
     assert run(model, QUESTIONS[0], new=12, prefix=prefix).tokens == exact.tokens
-    assert specpass.report(model).accepted
+    report, ids = specpass.report(model), behind(QUESTIONS[0])
+    cache = specpass.BudgetCache(model.config, method, max_new_tokens=12, early_exit=False, dropped="host")
+    for _ in range(2):
+        accepted, theirs = report.accepted, run(plain, ids, new=12)
+        assert run(model, ids, new=12, past_key_values=cache).tokens == theirs.tokens
+        assert report.accepted > accepted > 0
+        ids = torch.cat([ids, torch.tensor(theirs.tokens), QUESTIONS[1]], 1)
 
 
 def test_bytes_and_progress(model: Any, prefix: specpass.Prefix) -> None:
