@@ -61,13 +61,10 @@ class Turns:
         Raises: SpecpassError: see the checks. What is found before anything is read leaves the cache as it was.
         """
         ids = check_tokens(kwargs)
-        if not cache.filled:
-            talk = self._begin(cache, ids, prefix)
-        else:
-            talk = CONVERSATIONS[cache]
-            if ids.shape[1] == 1:
-                talk.tell(ids, cache.appended)
-                return None
+        if cache.filled and ids.shape[1] == 1:
+            CONVERSATIONS[cache].tell(ids, cache.appended)
+            return None
+        talk = self._begun(cache, ids, prefix)
         before = dict(cache.__dict__)
         try:
             rows, columns, mask = self._rows(cache, talk, kwargs, ids)
@@ -89,37 +86,48 @@ class Turns:
         self._told(cache, talk, rows)
         return out
 
-    def _begin(self, cache: BudgetCache, ids: Tensor, prefix: Any) -> Conversation:
-        """A conversation of which nothing was read, or that stands behind a document.
+    def _begun(self, cache: BudgetCache, ids: Tensor, prefix: Any) -> Conversation:
+        """The cache's conversation, or one of which nothing was read, or that stands behind a document.
 
-        Raises: DroppedError, PrefixModelError, PrefixDtypeError, PrefixDraftError.
+        Raises: DroppedError, PrefixModelError, PrefixDtypeError, PrefixDraftError, ...
         """
         target, backend = self.behind.target, self.behind.backend
         check_gradients(target.parameters())
         check_holds(target, cache.method, by_text=backend.eos_of_text is not None)
         backend.check_cache(cache)
         backend.report.saw(cache.config)
+        who = Identity.of(target)
+        drafter = Identity.of(backend.draft) if backend.draft is not None and cache.method.needs_draft else None
+        if cache.filled:
+            CONVERSATIONS[cache].check_reader(who, drafter)
+            return CONVERSATIONS[cache]
         talk = Conversation.of(ids)
-        if prefix is None:
-            return talk
+        talk.reader, talk.drafter = who, drafter
+        if prefix is not None:
+            self._stand_behind(talk, prefix, len(ids))
+        return talk
+
+    @staticmethod
+    def _stand_behind(talk: Conversation, prefix: Any, count: int) -> None:
+        """Let what is held begin with a document, in each of `count` rows."""
         if not isinstance(prefix, Prefix):
             raise UnsupportedCallError(
                 f"prefix={type(prefix).__name__}: expected what specpass.read(model, document_ids) or "
                 "specpass.Prefix.load(path) returned."
             )
-        prefix.check_target(Identity.of(target))
+        assert talk.reader is not None
+        prefix.check_target(talk.reader)
         pairs = [(talk.target, prefix.layers)]
-        if prefix.draft is not None and backend.draft is not None and cache.method.needs_draft:
-            prefix.check_draft(Identity.of(backend.draft))
+        if prefix.draft is not None and talk.drafter is not None:
+            prefix.check_draft(talk.drafter)
             pairs.append((talk.draft, dict(enumerate(prefix.draft))))
-        talk.ids = prefix.ids.to(ids.device).expand(len(ids), -1)
+        talk.ids = prefix.ids.to(talk.ids.device).expand(count, -1)
         talk.mask = torch.ones_like(talk.ids)
         talk.behind, talk.hidden = prefix.key, len(prefix)
         for held, layers in pairs:
             for layer, (key, value) in layers.items():
-                held.write(layer, key.expand(len(ids), -1, -1, -1), value.expand(len(ids), -1, -1, -1), 0)
-            held.lengths = torch.full((len(ids),), len(prefix))
-        return talk
+                held.write(layer, key.expand(count, -1, -1, -1), value.expand(count, -1, -1, -1), 0)
+            held.lengths = torch.full((count,), len(prefix))
 
     def _rows(
         self, cache: BudgetCache, talk: Conversation, kwargs: dict[str, Any], ids: Tensor

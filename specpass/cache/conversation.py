@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from specpass.cache.identity import Identity
 from specpass.cache.prefix import Pair
 from specpass.errors import DroppedError
 
@@ -51,13 +52,11 @@ class Store:
         if self.states is None or self.states.shape[0] < end:
             self._grow(end, states)
         assert self.states is not None
-        self.states[start:end].copy_(states.permute(2, 0, 1, 3), non_blocking=True)
+        self.states[start:end].copy_(states.permute(2, 0, 1, 3), non_blocking=states.is_cuda)
 
     def _grow(self, tokens: int, like: Tensor) -> None:
-        old, room = self.states, -(-tokens // STEP) * STEP
-        if old is not None:
-            room = max(room, len(old) + len(old) // 4)
-        batch, heads, _, width = like.shape
+        old, (batch, heads, _, width) = self.states, like.shape
+        room = -(-max(tokens, 0 if old is None else len(old) * 5 // 4) // STEP) * STEP
         self.states = torch.empty(room, batch, heads, width, dtype=like.dtype, device=HOST, pin_memory=like.is_cuda)
         if old is not None:
             self.states[: len(old)] = old
@@ -134,7 +133,8 @@ class Conversation:
         ids, mask: [B, T] columns that a turn has read, padding included, as the caller counts them.
         answer: [B, n] tokens that were fed one by one behind them; some may have been taken back since.
         target, draft: what either has read of it.
-        order: [B] on the host: of each row of the batch the row of what is held (beams are reordered); None: its own.
+        order: [B] of each row of the batch the row of what is held (beams are reordered); None: its own.
+        reader, drafter: which models have read it.
         behind, hidden: key and tokens of the prefix that it stands behind, which the caller does not count.
     """
 
@@ -144,6 +144,8 @@ class Conversation:
     target: Held = dataclasses.field(default_factory=Held)
     draft: Held = dataclasses.field(default_factory=Held)
     order: Tensor | None = None
+    reader: Identity | None = None
+    drafter: Identity | None = None
     behind: str = ""
     hidden: int = 0
 
@@ -164,16 +166,29 @@ class Conversation:
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """The batch is another one; what is held is moved when it is read."""
-        order = torch.arange(len(self.ids)) if self.order is None else self.order
-        self.order = change(order.to(self.ids.device)).to(HOST)
+        self.order = change(torch.arange(len(self.ids), device=self.ids.device) if self.order is None else self.order)
         self.ids, self.mask, self.answer = (change(own) for own in (self.ids, self.mask, self.answer))
 
     def settle(self) -> None:
         """Let what is held be in the order of the batch."""
         if self.order is not None:
-            self.target.take_rows(self.order)
-            self.draft.take_rows(self.order)
-        self.order = None
+            order, self.order = self.order.to(HOST), None
+            self.target.take_rows(order)
+            self.draft.take_rows(order)
+
+    def check_reader(self, target: Identity, draft: Identity | None) -> None:
+        """What another draft has read is left out: this one reads it anew.
+
+        Raises: DroppedError: another target has read the conversation, or this one with other weights.
+        """
+        if self.reader is not None and (self.reader.config, self.reader.weights) != (target.config, target.weights):
+            raise DroppedError(
+                f"what is held was read by {self.reader.name}, and the target is {target.name} with another config or "
+                "other weights (adapters count): go on with the model that read it, or call cache.reset()."
+            )
+        if draft is None or self.drafter != draft:
+            self.draft = Held()
+        self.reader, self.drafter = target, draft
 
     @property
     def nbytes(self) -> int:

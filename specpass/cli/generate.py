@@ -115,9 +115,9 @@ def generate(
         target, draft, method, budget, window, lookahead, option, dtype, lowering, revision, trust_remote_code
     )
     choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice), draft_bits=draft_bits)
-    choice = dataclasses.replace(choice, **check_bound(generated, evict, choice), dropped=dropped)
-    if dropped is not None and choice.method is None:
-        raise DroppedError(f"--dropped {dropped} needs a method that prunes, such as --method snapkv.")
+    choice = dataclasses.replace(
+        choice, **check_bound(generated, evict, choice), dropped=check_dropped(dropped, choice)
+    )
     if draft_bits and choice.method is None:
         raise DraftBitsError(f"--draft-bits {draft_bits} needs a method with a draft, such as --method speckv.")
     text = read_prompt(prompt, prompt_file)
@@ -153,6 +153,16 @@ def check_bound(generated: int | None, evict: str, choice: Choice) -> dict[str, 
         raise GeneratedError(f"--generated {generated} needs a method that prunes, such as --method snapkv.")
     check_generated(generated, evict, choice.speculate)
     return {"generated": generated, "evict": evict}
+
+
+def check_dropped(place: str | None, choice: Choice) -> str | None:
+    """Raises: DroppedError."""
+    from specpass.cache.conversation import check_place
+
+    if place is not None and choice.method is None:
+        raise DroppedError(f"--dropped {place} needs a method that prunes, such as --method snapkv.")
+    check_place(place)
+    return place
 
 
 def _finish(answer: dict[str, Any], as_json: bool) -> None:

@@ -15,6 +15,8 @@ from transformers import DynamicCache
 import specpass
 from specpass import errors
 from specpass.backend.turns import own_mask
+from specpass.cache.conversation import Conversation
+from specpass.cache.identity import Identity
 from specpass.observe.storage import cache_bytes
 from specpass.testing import eager
 
@@ -207,6 +209,23 @@ def test_a_call_that_cannot_be_leaves_the_conversation_as_it_was(model: Any) -> 
     with pytest.raises(errors.DraftContextError):
         call(model, prompt(4096), ours.cache)
     check_same(run(model, ids), run(model, ids, past_key_values=ours.cache))
+
+
+def test_other_models_go_on() -> None:
+    """Another draft reads the conversation anew; another target would go on from what it has not read."""
+    models = [second_way(tiny(seed=seed), METHODS["snapkv"]) for seed in (0, 3)]
+    cache = host_cache(models[0], METHODS["snapkv"])
+    ids = following(FIRST, run(models[0], FIRST, past_key_values=cache), QUESTIONS[0])
+    with pytest.raises(errors.DroppedError, match="other weights"):
+        run(models[1], ids, past_key_values=cache)
+    check_same(run(models[0], ids), run(models[0], ids, past_key_values=cache))
+    target, *drafts = (Identity.of(tiny(seed=seed, layers=1)) for seed in (0, 1, 2))
+    talk = Conversation.of(FIRST)
+    talk.check_reader(target, drafts[0])
+    talk.draft.write(0, torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), 0)
+    for draft, held in zip(drafts, (2 * 64 * 2 * 4 * 4, 0), strict=True):
+        talk.check_reader(target, draft)
+        assert talk.nbytes == held
 
 
 def test_masks_of_what_comes_behind() -> None:
