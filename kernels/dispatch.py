@@ -119,6 +119,8 @@ def refuse_arch(arch: Arch) -> str | None:
 
 
 def _aten_reason(operator: str, operands: Operands) -> str:
+    if operands.get("quantized") is not None:
+        return "no kernel reads a cache in fewer bits: a layer's codes are made numbers of, in float32"
     if operator == "prefill_attention" and operands["softcap"]:
         return "flash attention knows no soft cap: products of 256 query rows at a time"
     flash = operator == "prefill_attention" and returns_lse(*(operands[name] for name in ("query", "key", "value")))

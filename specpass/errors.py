@@ -26,6 +26,10 @@ class GeneratedError(SpecpassError, ValueError):
     """Slots for generated tokens, or a way of evicting them, that cannot be had."""
 
 
+class CacheBitsError(SpecpassError, ValueError):
+    """A cache that cannot be held in so many bits, or not together with something else that was asked for."""
+
+
 class FuturesError(SpecpassError, ValueError):
     """Several futures, with something that looks ahead in one way only."""
 

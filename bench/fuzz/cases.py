@@ -43,6 +43,7 @@ class Case:
         ragged: what is appended is padded on the left: row i has i tokens fewer, one at least.
         reset: the cache is reset then, and reads another prompt.
         returned: num_return_sequences.
+        bits: of the prompt's slots.
     """
 
     index: int
@@ -60,6 +61,7 @@ class Case:
     turns: tuple[tuple[int, int], ...] = ()
     ragged: bool = False
     reset: bool = False
+    bits: int | None = None
 
     @property
     def subject(self) -> tuple[str, str, int | float]:
@@ -77,8 +79,19 @@ class Case:
         return f"Case({', '.join(shown)})"
 
 
-def draw(seed: int, index: int, families: tuple[str, ...] = FAMILIES, methods: tuple[str, ...] = ()) -> Case:
-    """The case of that number."""
+def draw(
+    seed: int,
+    index: int,
+    families: tuple[str, ...] = FAMILIES,
+    methods: tuple[str, ...] = (),
+    bits: tuple[int | None, ...] = (None,),
+) -> Case:
+    """The case of that number; `bits` are those of which its cache has some."""
+    case = _draw(seed, index, families, methods)
+    return dataclasses.replace(case, bits=random.Random(f"{seed}/{index}/bits").choice(bits))
+
+
+def _draw(seed: int, index: int, families: tuple[str, ...], methods: tuple[str, ...]) -> Case:
     dice = random.Random(f"{seed}/{index}")
     family, method = dice.choice(families), dice.choice(methods or tuple(METHODS))
     rows = dice.choice((1, 1, 1, 2, 3))
@@ -123,7 +136,7 @@ def shrunk(case: Case, fails: Callable[[Case], bool]) -> Case:
 
 def _simpler(case: Case) -> Iterator[Case]:
     plain = Case(case.index, case.family, case.method, case.budget, case.lengths)
-    for field in ("reset", "ragged", "turns", "stop", "eos", "stream", "returned", "mode", "early_exit"):
+    for field in ("bits", "reset", "ragged", "turns", "stop", "eos", "stream", "returned", "mode", "early_exit"):
         if getattr(case, field) != getattr(plain, field) and not (field == "mode" and case.returned > 1):
             yield dataclasses.replace(case, **{field: getattr(plain, field)})
     if len(case.turns) > 1:

@@ -29,7 +29,12 @@ class Subject:
     def cache(self, case: Case) -> Any:
         method, longest = self.resolved(case), max(case.lengths)
         return specpass.BudgetCache(
-            self.model.config, method, max_new_tokens=case.new, prompt_length=longest, early_exit=case.early_exit
+            self.model.config,
+            method,
+            max_new_tokens=case.new,
+            prompt_length=longest,
+            early_exit=case.early_exit,
+            cache_bits=case.bits,
         )
 
     def resolved(self, case: Case) -> Any:

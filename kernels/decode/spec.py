@@ -43,6 +43,9 @@ class Decode(Kernel):
             return "the cache's storage is not dense"
         return None
 
+    def applies(self, operands: Operands) -> bool:
+        return operands.get("quantized") is None
+
     def refuse(self, shapes: Shapes) -> str | None:
         refused = super().refuse(shapes)
         if refused is None and shapes.group > 16:

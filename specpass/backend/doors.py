@@ -20,6 +20,7 @@ from specpass.backend.by_text import DraftByText
 from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
 from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwargs_check
+from specpass.cache.bits import check_bits
 from specpass.capture.rope import prepare_rope
 from specpass.errors import BudgetError, ParallelPlanError, SpreadError
 from specpass.methods.base import Method
@@ -67,6 +68,7 @@ def compile(
     tokenizers: tuple[Any, Any] | None = None,
     generated: int | None = None,
     evict: str = "recent",
+    cache_bits: int | None = None,
     **options: Any,
 ) -> nn.Module:
     """Compile `target` in place, so that `generate` and direct calls prune its KV cache.
@@ -90,6 +92,8 @@ def compile(
         generated: slots of each KV head for the answer's tokens, beyond which older ones are evicted. A BudgetCache
             that is passed to generate() says so itself. None: the cache grows.
         evict: which of them stay: see specpass.BudgetCache.
+        cache_bits: 8, 4 or 2 bits for each number of the prompt's slots: see specpass.BudgetCache, which says so itself
+            where one is passed to generate(). None: the model's dtype.
         options: further options of specpass.Backend.
 
     Returns: target.
@@ -97,8 +101,8 @@ def compile(
     Raises:
         SpecpassError: before anything is changed, with a message that names the fix: BudgetError, MissingDraftError,
             TokenizerMismatchError, DeviceMismatchError, SeveralDevicesError, GradientsError, EncoderDecoderError,
-            SpeculationError, GeneratedError; of a target that is spread over processes ParallelPlanError,
-            RanksDisagreeError.
+            SpeculationError, GeneratedError, CacheBitsError; of a target that is spread over processes
+            ParallelPlanError, RanksDisagreeError.
     """
     checks.check_decoder(target, "target")
     inside = base_of(target)
@@ -109,13 +113,14 @@ def compile(
         backend = Backend(reads, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
         backend.speculate = checks.check_speculate(speculate, draft, backend.method)
         backend.bound = backend.report.bound = checks.check_generated(generated, evict, backend.speculate)
+        backend.bits = backend.report.bits = check_bits(cache_bits, backend.method)
         checks.check_one_device("target", checks.devices_of(target))
         checks.check_pair(target.config, checks.device_of(target), draft, by_text=tokenizers is not None)
         by_text = None if tokenizers is None else DraftByText(backend, target, tokenizers)
         comparable = [item for item in options.items() if item[0] != "observe"]  # a function of each process's own
         told |= {"the target": about(target), "the draft": about(draft), "method": backend.method.key}
         told |= {"lowering": lowering, "speculate": repr(speculate), "options": repr(sorted(comparable))}
-        told |= {"generated": repr(generated), "evict": evict}
+        told |= {"generated": repr(generated), "evict": evict, "cache_bits": repr(cache_bits)}
     _install(inside, part, backend, by_text)
     return target
 

@@ -286,6 +286,9 @@ class Questions:
         tell_widest(cache.budgeted)
         storages: list[Tensor] = []
         for layer in cache.budgeted:
+            if layer.quantized:
+                for tensor, axes in zip(layer.quantized, ((1, 2, 3), 1, (1, 2, 3)), strict=True):
+                    torch._dynamo.mark_static(tensor, axes)
             for tensor, axis in ((layer.key_buffer, 2), (layer.value_buffer, 2), (layer.lengths, 1)):
                 torch._dynamo.mark_static(tensor, axis)
                 storages += [tensor] if axis == 2 else []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
+from specpass.cache.bits import check_bits
 from specpass.cache.choose import Kept
 from specpass.cache.drafting import DRAFTS
 from specpass.cache.evict import Bound, evict
@@ -48,12 +49,15 @@ class BudgetCache(CacheProtocol):
             are evicted, a block at a time, and the cache grows no further. None: it grows.
         evict: which of these tokens stay beside the newest: "recent", those whose keys are least "redundant", or
             "random" ones (see cache/evict.py).
+        cache_bits: 8, 4 or 2: the prompt's slots are quantised in groups once they were gathered, with GEAR's low rank
+            and outliers for 2 (see specpass/bits.py); what follows the prompt is not. None: the model's dtype.
         early_exit: False sends prompts that fit the budget through selection and gather too (layers whose budget is C
             keep everything).
 
     Raises:
         BudgetError: a ratio without prompt_length. LookaheadError: lookahead_ids with a method that cannot use them.
         GeneratedError: M or `evict` is none, or the lookahead that an answer follows does not fit in M.
+        CacheBitsError: no such bits, or the method's budgets cannot be quantised.
         UnsupportedCallError: the model's layers hold no keys, or in another form.
     """
 
@@ -68,6 +72,7 @@ class BudgetCache(CacheProtocol):
         early_exit: bool = True,
         generated: int | None = None,
         evict: str = "recent",
+        cache_bits: int | None = None,
     ) -> None:
         if max_new_tokens is not None and max_new_tokens < 1:
             raise BudgetError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
@@ -78,6 +83,7 @@ class BudgetCache(CacheProtocol):
             raise UnsupportedCallError(f"{unheld}: leave past_key_values out, or pass transformers' own cache.")
         self.method = method.resolve(prompt_length)
         self.bound = Bound.of(generated, evict)
+        self.bits = check_bits(cache_bits, self.method)
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
         self.made_with = lookahead_ids

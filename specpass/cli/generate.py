@@ -15,6 +15,7 @@ from specpass.cli import onnx as cli_onnx
 from specpass.cli.group import INTERRUPTED
 from specpass.cli.options import (
     Budget,
+    CacheBits,
     Choice,
     Draft,
     DraftBits,
@@ -43,7 +44,7 @@ from specpass.cli.options import (
     shown,
     silence_libraries,
 )
-from specpass.errors import DraftBitsError, GeneratedError, SpeculationError
+from specpass.errors import CacheBitsError, DraftBitsError, GeneratedError, SpeculationError
 from specpass.observe import progress
 
 ORDER = 1
@@ -64,6 +65,7 @@ def generate(
     draft_bits: DraftBits = None,
     generated: Generated = None,
     evict: Evict = "recent",
+    cache_bits: CacheBits = None,
     option: Options = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="The prompt as UTF-8 text.")] = None,
@@ -109,6 +111,7 @@ def generate(
     )
     choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice), draft_bits=draft_bits)
     choice = dataclasses.replace(choice, **check_bound(generated, evict, choice))
+    choice = dataclasses.replace(choice, cache_bits=check_cache_bits(cache_bits, choice))
     if draft_bits and choice.method is None:
         raise DraftBitsError(f"--draft-bits {draft_bits} needs a method with a draft, such as --method speckv.")
     text = read_prompt(prompt, prompt_file)
@@ -144,6 +147,17 @@ def check_bound(generated: int | None, evict: str, choice: Choice) -> dict[str, 
         raise GeneratedError(f"--generated {generated} needs a method that prunes, such as --method snapkv.")
     check_generated(generated, evict, choice.speculate)
     return {"generated": generated, "evict": evict}
+
+
+def check_cache_bits(bits: int | None, choice: Choice) -> int | None:
+    """Raises: CacheBitsError: no such bits, or no cache that could be in them."""
+    if bits is None:
+        return None
+    if choice.method is None:
+        raise CacheBitsError(f"--cache-bits {bits} needs a method that prunes, such as --method snapkv.")
+    from specpass.cache.bits import check_bits
+
+    return check_bits(bits, choice.method)
 
 
 def _finish(answer: dict[str, Any], as_json: bool) -> None:

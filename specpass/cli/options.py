@@ -50,6 +50,10 @@ Generated = Annotated[
     int | None, typer.Option(help="KV slots for the answer's own tokens: beyond them older ones are evicted.")
 ]
 Evict = Annotated[str, typer.Option(help="Which of these stay beside the newest: recent, redundant or random.")]
+CacheBits = Annotated[
+    int | None,
+    typer.Option(help="8, 4 or 2: bits of each number of the prompt's KV slots; left out: the model's dtype."),
+]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")]
 Lowering = Annotated[str, typer.Option(help="inductor, or eager: the same passes without a compiler.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")]
@@ -79,8 +83,8 @@ class Choice:
     """The models and the method that the options name; nothing is loaded yet. `method` None: full KV.
 
     `speculate`: tokens that the draft proposes at a time. `draft_bits`: of the weights that its steps read.
-    `generated`, `evict`: slots for the answer's tokens, and which stay. `trust`: code that the models bring along may
-    run.
+    `generated`, `evict`: slots for the answer's tokens, and which stay. `cache_bits`: of the prompt's slots. `trust`:
+    code that the models bring along may run.
     """
 
     target: str
@@ -92,6 +96,7 @@ class Choice:
     draft_bits: int | None = None
     generated: int | None = None
     evict: str = "recent"
+    cache_bits: int | None = None
     trust: bool = False
 
     @property
@@ -195,6 +200,7 @@ def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
             draft_bits=choice.draft_bits,
             generated=choice.generated,
             evict=choice.evict,
+            cache_bits=choice.cache_bits,
             tokenizers=tokenizers,
         )
     return target, draft, tokenizer

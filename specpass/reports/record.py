@@ -26,6 +26,7 @@ class SiteRecord:
         exact: why it keeps all that it reads; "" where it is pruned.
         reads: the site whose keys and values it reads, where it has none of its own.
         spread: who shares the budget (see methods/base.py).
+        unquantized: why its cache stays in the model's dtype where others are in fewer bits.
     """
 
     module: str
@@ -33,12 +34,13 @@ class SiteRecord:
     exact: str = ""
     reads: str = ""
     spread: str = "uniform"
+    unquantized: str = ""
 
     @classmethod
     def of(cls, site: Site, spread: str) -> SiteRecord:
         if not site.is_full:
             return cls(site.module, site.budget, str(site.span), site.reads)
-        return cls(site.module, site.budget, reads=site.reads, spread=spread)
+        return cls(site.module, site.budget, reads=site.reads, spread=spread, unquantized=site.unquantized)
 
 
 @dataclasses.dataclass
@@ -100,6 +102,7 @@ class BackendRecord:
         replayed: tokens that came free: the answer followed the lookahead (verified lookahead).
         kept: the budget that was chosen last, and the attention that it keeps.
         bound: of the slots for generated tokens, as it was last; None: caches grow.
+        bits: of prompts in the cache; 0: the model's dtype.
         proposed, accepted: tokens that the draft proposed behind its lookahead, and those that the answer took.
     """
 
@@ -117,6 +120,7 @@ class BackendRecord:
     accepted: int = 0
     kept: Kept | None = None
     bound: Bound | None = None
+    bits: int = 0
     draft_seconds: float = 0.0
     target_configs: list[Any] = dataclasses.field(default_factory=list, repr=False)
     decoders: tuple[Decoder | None, Decoder | None] | None = dataclasses.field(default=None, repr=False)
@@ -164,4 +168,4 @@ class BackendRecord:
         if self.decoders is None and self.target_configs:
             target = Decoder.of(self.target_configs[-1])
             draft = None if self.draft_config is None else Decoder.of(self.draft_config)
-        return None if target is None else costs_of(self.pruned_by, target, draft)
+        return None if target is None else costs_of(self.pruned_by, target, draft, self.bits)
