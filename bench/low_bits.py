@@ -1,11 +1,12 @@
 """A cache in 8, 4 and 2 bits beside the model's own dtype: bytes, scores at equal slots and at equal bytes, step time.
 
 Lookups where every line is a needle (bench/needles.py). At equal slots each cache keeps C of each KV head; at equal
-bytes each keeps as many as fit into what C slots take in the model's dtype, in whole groups. Beside the share of the expected
-numbers stands how the cache agrees with full KV, whose own answer is fed token by token: the share of its tokens that
-are the likeliest ones, and their mean negative log-likelihood. Bytes are those of the storages that a cache holds once
-the prompt was read, less the free slots for the answer and what is counted and not quantised (positions), beside the
-closed form (specpass/bits.py). Steps are timed by turns.
+bytes each keeps as many as fit into what C slots take in the model's dtype, in whole groups. Beside the share of the
+expected numbers stands how the cache agrees with full KV, whose own answer is fed token by token: the share of its
+tokens that are the likeliest ones, and their mean negative log-likelihood. Bytes are those of the storages that a cache
+holds once the prompt was read, less the free slots for the answer and what is counted and not quantised (positions),
+beside the closed form (specpass/bits.py). A prompt is read once for each number of slots; copies of that cache are
+quantised as its graph would have. Steps are timed by turns.
 
     python -m bench.low_bits
     python -m bench.low_bits --target qwen2.5-coder-1.5b --draft qwen2.5-coder-0.5b --tokens 8192 --budget 1024
@@ -14,6 +15,7 @@ closed form (specpass/bits.py). Steps are timed by turns.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from pathlib import Path
@@ -36,7 +38,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=4, help="prompts 0 .. N-1")
     parser.add_argument("--new", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--steps", type=int, default=24, help="that are timed, of each cache")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no prompt is begun later")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="eager")
@@ -83,16 +84,20 @@ class Bench:
             slots += GROUP
         return slots
 
-    def read(self, ids: Any, bits: int | None, slots: int) -> tuple[Any, Any, float]:
-        """A pruned prompt: (logits [V] behind it, the cache, seconds)."""
+    def compile(self, slots: int) -> None:
+        """Let C slots of each KV head be kept."""
+        import specpass
+
+        self.method = (specpass.SnapKV if self.draft is None else specpass.SpecKV)(budget=slots)
+        specpass.compile(self.model, draft=self.draft, method=self.method, lowering=self.given.lowering)
+
+    def read(self, ids: Any) -> tuple[Any, Any, float]:
+        """A pruned prompt: (logits [V] behind it, the cache in the model's dtype, seconds)."""
         import torch
 
         import specpass
 
-        how = specpass.SnapKV if self.draft is None else specpass.SpecKV
-        method = how(budget=slots)
-        specpass.compile(self.model, draft=self.draft, method=method, lowering=self.given.lowering, cache_bits=bits)
-        cache = specpass.BudgetCache(self.model.config, method, max_new_tokens=2 * self.given.new, cache_bits=bits)
+        cache = specpass.BudgetCache(self.model.config, self.method, max_new_tokens=2 * self.given.new)
         since = time.perf_counter()
         with torch.no_grad():
             out = self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
@@ -120,9 +125,6 @@ class Bench:
 
     def full(self, ids: Any) -> list[int]:
         """The answer of full KV."""
-        import specpass
-
-        specpass.restore(self.model)
         out = self.model.generate(
             input_ids=ids, max_new_tokens=self.given.new, do_sample=False, repetition_penalty=1.0, pad_token_id=0
         )
@@ -131,13 +133,12 @@ class Bench:
     def score(self, tokens: list[int], prompt: Any) -> float:
         return needles.score(self.tokenizer.decode(tokens, skip_special_tokens=True), prompt.answers)
 
-    def run(self, prompt: Any, equal: str, bits: int | None, slots: int, due: list[int]) -> dict[str, Any]:
-        """One prompt with one cache."""
+    def run(self, prompt: Any, equal: str, bits: int | None, read: Any, due: list[int]) -> dict[str, Any]:
+        """One prompt with one cache. Args: read: what `read` returned, which is left as it is."""
         import torch
 
-        ids = torch.tensor([prompt.ids], device=self.given.device)
-        logits, cache, seconds = self.read(ids, bits, slots)
-        measured = held(cache)
+        logits, cache, seconds = read[0], quantized(read[1], bits), read[2]
+        slots, measured = cache.method.budget, held(cache)
         _, seen = self.answer(logits, cache, due)
         cache.crop(len(due))
         tokens, _ = self.answer(logits, cache)
@@ -162,11 +163,10 @@ class Bench:
 
         import specpass
 
-        caches, method = {}, specpass.SnapKV(budget=self.given.budget)
-        specpass.compile(self.model, method=method, lowering=self.given.lowering)
+        caches = {}
         for bits in BITS:
             caches[bits] = specpass.BudgetCache(
-                self.model.config, method, max_new_tokens=self.given.steps, cache_bits=bits
+                self.model.config, self.method, max_new_tokens=self.given.steps, cache_bits=bits
             )
             with torch.no_grad():
                 self.model(input_ids=ids, past_key_values=caches[bits], logits_to_keep=1)
@@ -187,6 +187,16 @@ class Bench:
             }
             for bits, own in found.items()
         ]
+
+
+def quantized(cache: Any, bits: int | None) -> Any:
+    """A copy of a cache that has read its prompt, in so many bits."""
+    found = copy.deepcopy(cache)
+    found.bits = bits or 0
+    for layer in found.budgeted if bits else ():
+        layer.bits = bits
+        layer.quantize(layer.budget)
+    return found
 
 
 def held(cache: Any) -> int:
@@ -219,24 +229,30 @@ def main() -> None:
     given = arguments()
     import torch
 
-    bench, since = Bench(given), time.perf_counter()
-    records: list[dict[str, Any]] = []
-    full: list[float] = []
+    bench = Bench(given)
     settings = {name: value for name, value in vars(given).items() if name != "out"}
     prompts = [needles.make_prompt(given.kind, seed, given.tokens, bench.tokenizer) for seed in range(given.seeds)]
-    times = bench.times(torch.tensor([prompts[0].ids], device=given.device))
-    for prompt in track(prompts, description="prompts"):
-        if time.perf_counter() - since > 60 * given.minutes:
-            break
-        due = bench.full(torch.tensor([prompt.ids], device=given.device))
-        full.append(bench.score(due, prompt))
-        plain = bench.run(prompt, "slots", None, given.budget, due)
-        records += [plain, {**plain, "equal": "bytes"}]
-        for bits in BITS[1:]:
-            for equal, slots in (("slots", given.budget), ("bytes", bench.fitting(bits))):
-                records.append(bench.run(prompt, equal, bits, slots, due))
-        parts = {"full_score": statistics.mean(full), "summary": summary(records), "steps": times, "records": records}
-        common.save_results(given.out, {**settings, "prompts": len(full)}, **parts)
+    ids = [torch.tensor([prompt.ids], device=given.device) for prompt in prompts]
+    answers = [bench.full(own) for own in track(ids, description="full KV")]
+    full = statistics.mean(map(bench.score, answers, prompts))
+    records: list[dict[str, Any]] = []
+    times: list[dict[str, Any]] = []
+    fitting = {bits: bench.fitting(bits) for bits in BITS}
+    for slots in dict.fromkeys(fitting.values()):
+        bench.compile(slots)
+        times = times or bench.times(ids[0])
+        for prompt, own, answer in track(list(zip(prompts, ids, answers, strict=True)), description=f"{slots} slots"):
+            read = bench.read(own)
+            for equal, bits in asked(slots, fitting):
+                records.append(bench.run(prompt, equal, bits, read, answer))
+        parts = {"full_score": full, "summary": summary(records), "steps": times, "records": records}
+        common.save_results(given.out, settings, **parts)
+
+
+def asked(slots: int, fitting: dict[int | None, int]) -> list[tuple[str, int | None]]:
+    """What is run with so many slots: at equal slots all caches, at equal bytes those whose slots these are."""
+    equal = [("slots", bits) for bits in BITS if slots == fitting[None]]
+    return equal + [("bytes", bits) for bits, most in fitting.items() if most == slots]
 
 
 if __name__ == "__main__":
