@@ -1,13 +1,13 @@
 """Where the numbers of a quantised layer lie: one block of bytes for every GROUP slots of a KV head.
 
 Keys are quantised per channel, in groups of GROUP slots; values per token, in groups along the head dimension (KIVI,
-arXiv 2402.02750; GEAR, arXiv 2403.05527, section 3). Each group has a scale and a zero in the model's dtype. A byte
-holds 8 / bits codes: byte j of a row of codes has those of dimensions j, j + w, j + 2 w, ..., lowest bits first, where
-w = D * bits / 8 is the bytes of the row.
+arXiv 2402.02750; GEAR, arXiv 2403.05527). Each group has a scale and a zero in the model's dtype. A byte holds 8 / bits
+codes: byte j of a row of codes has those of dimensions j, j + w, j + 2 w, ..., lowest bits first, where a row has
+w = D * bits / 8 bytes.
 
-With 2 bits there is what GEAR adds (its equation 4, X = D + L + S): of each group of keys and of values the number
-farthest from the group's mean is left out of its range and kept apart with its place (S: one of 64 is the paper's 2 %),
-and what is then missing is made up by RANK columns for all of a head's slots (L = A B^T).
+With 2 bits there is what GEAR adds (X = D + L + S, D the codes): of each group of keys and of values the number that is
+farthest from the group's mean is left out of its range and kept apart with its place (S: one of 64, near the paper's
+2 %), and what is then missing is made up by RANK columns for all of a head's slots (L = A B^T).
 
 Symbols: B batch, K KV heads, C slots, n = ceil(C / GROUP) blocks, D and Dv head dimensions, e bytes of a number.
 """

@@ -41,7 +41,8 @@ def quantize_kv(
     total = own[0].shape[2]
     behind = lengths[..., None] + torch.arange(total - slots, device=keys.device)
     place = (behind + total * torch.arange(heads, device=keys.device)[:, None]).flatten(1)[..., None]
-    free = [states.gather(1, place.expand(-1, -1, states.shape[2])) for states in (keys, values)]  # no views: see grow
+    # No views: Dynamo would look at what they are views of, and trace anew for a storage that was widened.
+    free = [states.gather(1, place.expand(-1, -1, states.shape[2])) for states in (keys, values)]
     return free[0], free[1], torch.zeros_like(lengths), codes, lengths.clone(), torch.cat(basis, -1)
 
 
@@ -84,8 +85,8 @@ def _quantize(codes: Tensor, layout: Layout, name: str, states: Tensor, used: Te
 def low_rank(missing: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A [.., C, r] and B^T [.., r, D] whose product is the best of rank r for missing [.., C, D], nearly.
 
-    By power iteration from a start that is always the same (GEAR, algorithm 2, starts from a random one): rows of a
-    batch are to be quantised as they are alone.
+    By power iteration from a start that is always the same, where GEAR starts from a random one: rows of a batch are to
+    be quantised as they are alone.
     """
     dim = missing.shape[-1]
     index = torch.arange(dim * rank, device=missing.device, dtype=torch.float32).view(dim, rank)

@@ -4,6 +4,9 @@ One buffer [B, K * (C + N), D] for keys and one for values, with `offsets` and `
 `values` are its [B, K, C + N, D] views. The slots of a head are filled from its offset without holes: the kept prompt
 positions first, then the generated tokens.
 
+Of a quantised prompt these buffers hold what follows it alone, [B, K * N, D], and `lengths` counts that; `codes` are
+the prompt's slots (specpass/bits.py).
+
 Where heads have budgets of their own (`ragged`), a head's C_k + N slots lie behind the last head's, in each row by
 itself: the buffers are as large as with equal budgets, and `starts` says where each head begins.
 """
