@@ -148,12 +148,18 @@ def candidate_outputs(gm: fx.GraphModule) -> list[dict[str, int]]:
     return list(found.values())
 
 
-def static_outputs(gm: fx.GraphModule) -> dict[int, int | tuple[int, ...]]:
+def quantized_axes(alike: bool) -> tuple[tuple[int, ...], ...]:
+    """Constants of codes [B, K, n, bytes], counts [B, K] and basis [B, K, r, D + Dv]; n where layers are `alike`."""
+    return ((1, 2, 3) if alike else (1, 3)), (1,), (1, 2, 3)
+
+
+def static_outputs(gm: fx.GraphModule, alike: bool) -> dict[int, int | tuple[int, ...]]:
     """Outputs of a PRUNED graph that are the cache's storage, with the axis of D (keys, values) or K (the others).
 
-    Of a quantised prompt's codes and basis all axes but the batch are constants.
+    Of a quantised prompt see quantized_axes. Args: alike: whether all layers have one budget.
     """
-    axes: dict[int, int | tuple[int, ...]] = {0: 2, 1: 2, 2: 1, 3: (1, 2, 3), 4: 1, 5: (1, 2, 3)}
+    own = quantized_axes(alike)
+    axes: dict[int, int | tuple[int, ...]] = {0: 2, 1: 2, 2: 1, 3: own[0], 4: own[1], 5: own[2]}
     found: dict[int, int | tuple[int, ...]] = {}
     for index, node in enumerate(results_of(gm.graph)):
         item = GetItem.match(node) or (GetItem.match(node.all_input_nodes[0]) if is_op(node, ATEN.sub) else None)

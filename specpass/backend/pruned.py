@@ -59,6 +59,7 @@ class Pruned:
         found, drafted, ahead = facts.get(Sites), facts.get(Drafted), facts.get(Ahead)
         sites = () if found is None else found.sites
         records = [SiteRecord.of(site, spread) for site in sites]
+        alike = len({record.budget for record in records if not record.exact}) <= 1
         return cls(
             graph,
             request,
@@ -67,8 +68,8 @@ class Pruned:
             sites=records,
             notes=[f"no verified lookahead: {ahead.why}"] if ahead is not None and ahead.why else [],
             drafted=DraftGraphs in facts,
-            static=static_outputs(graph),
-            alike=len({record.budget for record in records if not record.exact}) <= 1,
+            static=static_outputs(graph, alike),
+            alike=alike,
             spans={site.layer: site.span for site in sites},
             biased=frozenset(site.layer for site in sites if site.alibi is not None),
             unquantized={site.layer: site.unquantized for site in sites if site.unquantized},

@@ -112,7 +112,8 @@ class GatherPrune(Pass):
                     SPEC.pack_heads, positions, site.kv_heads * site.budget, before=before, like=like
                 )
             for asked in quantized:
-                quantize(editor, asked, site, results[:3], before, like)
+                slots = int(value(positions).shape[2])  # the budget, or more where rows of a padded batch keep all
+                quantize(editor, asked, site, slots, results[:3], before, like)
             put(editor, site.cache, results)
             rewritten.append(dataclasses.replace(site, cache=kept))
         shared.finish()
@@ -183,13 +184,19 @@ def quantizations_of(site: Site) -> list[QuantizeKv]:
 
 
 def quantize(
-    editor: Editor, asked: QuantizeKv, site: Site, kept: list[fx.Node], before: fx.Node, like: fx.Node | None
+    editor: Editor,
+    asked: QuantizeKv,
+    site: Site,
+    slots: int,
+    kept: list[fx.Node],
+    before: fx.Node,
+    like: fx.Node | None,
 ) -> None:
-    """Let what was kept (keys, values, lengths) be quantised, unless the site says why not."""
+    """Let what was kept (keys, values, lengths) in so many slots be quantised, unless the site says why not."""
     if site.unquantized:
         leave_unquantized(editor, asked, kept, before)
         return
-    call = (SPEC.quantize_kv, *kept, site.budget, asked.room, asked.bits)
+    call = (SPEC.quantize_kv, *kept, slots, asked.room, asked.bits)
     found = editor.call(*call, before=before, like=like)
     put(editor, asked.node, [editor.item(found, index, before) for index in range(6)])
 

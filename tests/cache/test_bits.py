@@ -173,6 +173,16 @@ def test_bytes_are_those_of_the_formula(bits: int, budget: int) -> None:
     assert costs.numbers(budget + 9, 1)["kv_bytes"][1] == pytest.approx(cache_bytes(cache), rel=0.03)
 
 
+def test_rows_that_fit_keep_all_where_layers_have_unlike_budgets() -> None:
+    """A padded batch's layers then have more slots than their budget."""
+    method = specpass.PyramidKV(budget=24, window=8, beta=4)
+    ids, mask = padded([prompt(25), prompt(23, seed=1)])
+    target = compile_eager(tiny(), method, cache_bits=8)
+    cache = specpass.BudgetCache(target.config, method, max_new_tokens=2, cache_bits=8)
+    run(target, ids, 1, mask, past_key_values=cache)
+    assert [layer.counts[1].tolist() for layer in cache.layers] == [[23, 23], [23, 23]]
+
+
 @pytest.mark.parametrize("family", ["gemma2", "bloom"])
 def test_layers_that_cannot_be_quantised_stay_as_they_are(family: str) -> None:
     """A window's, and one whose attention adds a bias by positions; the report says which."""
