@@ -46,7 +46,7 @@ ATEN_OPERATORS = {
     "select": "a stable sort promises ties to the lower position, and reads 4 bytes a column",
     "prefill_attention": "torch's flash attention",
     "prefill_attention_lse": "torch's flash attention, whose log-sum-exp saves importance its first pass over K",
-    "append_kv": "several tokens at once; one alone is written by the kernel that attends to it",
+    "append_kv": "several tokens at once, or behind a quantised prompt; else one is written by the kernel that attends",
 }
 
 
@@ -119,8 +119,6 @@ def refuse_arch(arch: Arch) -> str | None:
 
 
 def _aten_reason(operator: str, operands: Operands) -> str:
-    if operands.get("quantized") is not None:
-        return "no kernel reads a cache in fewer bits: a layer's codes are made numbers of, in float32"
     if operator == "prefill_attention" and operands["softcap"]:
         return "flash attention knows no soft cap: products of 256 query rows at a time"
     flash = operator == "prefill_attention" and returns_lse(*(operands[name] for name in ("query", "key", "value")))
