@@ -49,8 +49,8 @@ def make_codes(shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
     heads, room = (shapes.batch, shapes.kv_heads), max(shapes.room, 16)
     operands = _storage(dataclasses.replace(shapes, room=room), device, generator)
     used = torch.full(heads, shapes.budget, device=device)
-    flat = (operands[name].flatten(1, 2) for name in ("keys", "values"))
-    keys, values, _, *quantized = quantize_kv(*flat, used, shapes.budget, room, shapes.bits)
+    flat = [operands[name].flatten(1, 2) for name in ("keys", "values")]
+    keys, values, _, *quantized = quantize_kv(flat[0], flat[1], used, shapes.budget, room, shapes.bits)
     behind = {name: states.unflatten(1, (heads[1], room)) for name, states in (("keys", keys), ("values", values))}
     lengths = torch.full(heads, room, device=device)
     return operands | behind | {"lengths": lengths, "quantized": quantized, "bits": shapes.bits}

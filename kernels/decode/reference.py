@@ -70,7 +70,8 @@ def attend(
         assert bias is None, "such layers are left as they are"
         assert not sliding
         assert not chunk
-        return attend_quantized(query, keys, values, lengths, *quantized, bits, scale, softcap, sinks)
+        codes, counts, basis = quantized
+        return attend_quantized(query, keys, values, lengths, codes, counts, basis, bits, scale, softcap, sinks)
     if offsets is not None:
         assert bias is None, "no pass adds one"
         return attend_ragged(query, keys, values, lengths, offsets, scale, softcap, sinks, sliding, chunk)

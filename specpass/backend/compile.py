@@ -33,7 +33,6 @@ from specpass.errors import (
     UnsplicedGraphError,
 )
 from specpass.graph.edit import Editor, copy_module
-from specpass.graph.operands import GetItem
 from specpass.kernels.cpu.build import Unbuilt
 from specpass.kernels.cpu.linear8 import rows8
 from specpass.lowering.eight_bits import eight_bits
@@ -177,8 +176,7 @@ class Backend:
             for fill in Fill.find(exact.graph):  # everything is kept and nothing else: no free slots
                 fill.update(room=0)
             for asked in QuantizeKv.find(exact.graph):
-                kept = [node for node in asked.node.all_input_nodes if GetItem.is_call(node)]
-                leave_unquantized(Editor(exact), asked, kept, asked.node)
+                leave_unquantized(Editor(exact), asked, [asked.keys, asked.values, asked.lengths], asked.node)
             exact.recompile()
             told = {"attention_mask", "position_ids"} <= traced.places.keys()  # steps must be told positions too
             return Call(exact.forward, traced.kind, traced.places, packed=told, refusal=str(refusal))

@@ -111,9 +111,9 @@ class GatherPrune(Pass):
                 results[3] = editor.call(
                     SPEC.pack_heads, positions, site.kv_heads * site.budget, before=before, like=like
                 )
-            for asked in quantized:
+            for wanted in quantized:
                 slots = int(value(positions).shape[2])  # the budget, or more where rows of a padded batch keep all
-                quantize(editor, asked, site, slots, results[:3], before, like)
+                quantize(editor, wanted, site, slots, results[:3], before, like)
             put(editor, site.cache, results)
             rewritten.append(dataclasses.replace(site, cache=kept))
         shared.finish()

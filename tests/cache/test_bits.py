@@ -42,7 +42,7 @@ def quantized(states: tuple[Tensor, Tensor], used: Tensor, bits: int, slots: int
     return tuple(each[:, :, :slots] for each in made)  # type: ignore[return-value]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     bits=st.sampled_from((8, 4)),
     dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
