@@ -46,7 +46,7 @@ ATEN_OPERATORS = {
     "select": "a stable sort promises ties to the lower position, and reads 4 bytes a column",
     "prefill_attention": "torch's flash attention",
     "prefill_attention_lse": "torch's flash attention, whose log-sum-exp saves importance its first pass over K",
-    "append_kv": "several tokens at once; one alone is written by the kernel that attends to it",
+    "append_kv": "several tokens at once, or behind a quantised prompt; else one is written by the kernel that attends",
 }
 
 

@@ -21,6 +21,7 @@ class Shapes:
         reduce: "max", "mean" or "sum". weighted: whether each query row counts by a weight of its own.
         softcap: logits are softcap * tanh(logits / softcap), 0 for none. sinks: whether each query head has a logit
         that belongs to no key. ragged: whether KV heads have budgets of their own, whose mean is the budget.
+        bits: of a quantised prompt, for kernels that read one.
     """
 
     dtype: str
@@ -39,6 +40,7 @@ class Shapes:
     softcap: float = 0.0
     sinks: bool = False
     ragged: bool = False
+    bits: int = 8
 
     @property
     def slots(self) -> int:

@@ -35,7 +35,7 @@ class FuseAppend(Pass):
             query = value(attend.query)
             tokens = query.shape[2]
             few = (isinstance(tokens, int) and tokens == 1) or query.device.type == "cpu"  # a symbol: any number
-            if append is None or not few or attend.bias is not None:  # no kernel adds one
+            if append is None or not few or attend.bias is not None or attend.quantized is not None:  # no kernel does
                 continue
             operands = {
                 "keys": append.keys,

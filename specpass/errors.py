@@ -30,6 +30,10 @@ class DroppedError(SpecpassError, ValueError):
     """Keys and values that are dropped are to be held for later turns, where that cannot be."""
 
 
+class CacheBitsError(SpecpassError, ValueError):
+    """A cache that cannot be held in so many bits, or not together with something else that was asked for."""
+
+
 class FuturesError(SpecpassError, ValueError):
     """Several futures, with something that looks ahead in one way only."""
 

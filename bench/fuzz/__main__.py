@@ -19,12 +19,14 @@ def main() -> int:
     parser.add_argument("--restart", action="store_true", help="forget what the file holds")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no group of cases after so many")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--bits", type=int, nargs="+", choices=(8, 4), help="caches in one of so many bits")
     arguments = parser.parse_args()
     from bench.fuzz.run import quietly, run
 
     quietly()
     how = (arguments.minutes, arguments.restart, arguments.jobs)
-    store = run(arguments.resume, arguments.seed, arguments.cases, *how)
+    bits = (None,) if arguments.bits is None else tuple(arguments.bits)
+    store = run(arguments.resume, arguments.seed, arguments.cases, *how, bits=bits)
     store.save()
     print(f"wrote {arguments.resume}: {store.parts['summary']}")
     return int(store.parts["summary"]["wrong"] > 0)

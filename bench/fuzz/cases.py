@@ -46,6 +46,7 @@ class Case:
         reset: the cache is reset then, and reads another prompt.
         returned: num_return_sequences.
         dropped: what the cache drops is held, and each turn is a prompt of the whole conversation.
+        bits: of the prompt's slots.
     """
 
     index: int
@@ -64,6 +65,7 @@ class Case:
     ragged: bool = False
     reset: bool = False
     dropped: bool = False
+    bits: int | None = None
 
     @property
     def subject(self) -> tuple[str, str, int | float]:
@@ -81,15 +83,21 @@ class Case:
         return f"Case({', '.join(shown)})"
 
 
-def draw(seed: int, index: int, families: tuple[str, ...] = FAMILIES, methods: tuple[str, ...] = ()) -> Case:
-    """The case of that number."""
+def draw(
+    seed: int,
+    index: int,
+    families: tuple[str, ...] = FAMILIES,
+    methods: tuple[str, ...] = (),
+    bits: tuple[int | None, ...] = (None,),
+) -> Case:
+    """The case of that number; `bits` are those of which its cache has some."""
     case = _drawn(seed, index, families, methods)
     step = any(crop and fresh == 1 for crop, fresh in case.turns)  # one token behind a crop is no turn
     held = not step and case.method not in CHOOSERS and case.family not in (*RECURRENT, *UNWATCHED)
     often = 0.5 if case.turns else 0.1
     if held and case.mode not in ("assisted", "lookup") and random.Random(f"{seed}/{index}/dropped").random() < often:
-        return dataclasses.replace(case, dropped=True)
-    return case
+        case = dataclasses.replace(case, dropped=True)
+    return dataclasses.replace(case, bits=random.Random(f"{seed}/{index}/bits").choice(bits))
 
 
 def _drawn(seed: int, index: int, families: tuple[str, ...], methods: tuple[str, ...]) -> Case:
@@ -137,7 +145,19 @@ def shrunk(case: Case, fails: Callable[[Case], bool]) -> Case:
 
 def _simpler(case: Case) -> Iterator[Case]:
     plain = Case(case.index, case.family, case.method, case.budget, case.lengths)
-    for field in ("reset", "dropped", "ragged", "turns", "stop", "eos", "stream", "returned", "mode", "early_exit"):
+    for field in (
+        "bits",
+        "reset",
+        "dropped",
+        "ragged",
+        "turns",
+        "stop",
+        "eos",
+        "stream",
+        "returned",
+        "mode",
+        "early_exit",
+    ):
         if getattr(case, field) != getattr(plain, field) and not (field == "mode" and case.returned > 1):
             yield dataclasses.replace(case, **{field: getattr(plain, field)})
     if len(case.turns) > 1:

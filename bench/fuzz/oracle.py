@@ -33,6 +33,7 @@ class View:
         rows: probabilities of the last so many rows are noted in `found`, layer -> [B, H, rows, T].
         ahead: [prompts, L] lookahead tokens, which an answer follows for `limit` tokens at most.
         followed: [B] tokens of each row that are, of the call that runs.
+        bits: in which what was kept of a prompt is held, 8 or 4; 0: as it is.
         windows: layer -> columns that a row reads, None where it reads all: noted of each layer that has attention.
     """
 
@@ -44,6 +45,7 @@ class View:
     ahead: Tensor | None = None
     limit: int = 0
     followed: Tensor | None = None
+    bits: int = 0
     found: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     windows: dict[int, int | None] = dataclasses.field(default_factory=dict)
 
@@ -65,9 +67,23 @@ class View:
             held.scatter_(2, place, True)
             held = torch.nn.functional.pad(held[:, :, :-1], (0, tokens - self.prompt), value=True)
             held = held.repeat_interleave(batch // len(kept), 0).repeat_interleave(heads // kept.shape[1], 1)
-            whole = self.prompt if self.followed is None else self.prompt + self.followed[:, None, None, None]
-            seen = seen & (held[:, :, None] | (row < whole))
+            seen = seen & (held[:, :, None] | (row < self.whole))
         return seen | (row == column)  # rows of padding read themselves, which nobody reads
+
+    @property
+    def whole(self) -> int | Tensor:
+        """Rows, [B, 1, 1, 1] or one number, that see the prompt as it is."""
+        return self.prompt if self.followed is None else self.prompt + self.followed[:, None, None, None]
+
+    def held(self, states: Tensor, layer: int, along: int) -> Tensor:
+        """Keys (`along` 0, their slots) or values (`along` 1, their numbers) [B, K, T, D] as the cache holds them."""
+        found, kept = states.clone(), self.kept[layer]
+        for row, own in enumerate(found):
+            prompt = row // (len(states) // len(kept))
+            for head, place in enumerate(kept[prompt]):
+                columns = place[place >= 0] + self.starts[prompt]
+                own[head, columns] = in_bits(own[head, columns], self.bits, along)
+        return found
 
     def follow(self, ids: Tensor) -> None:
         """Count, of ids [B, T], the tokens behind the prompt that are the lookahead's."""
@@ -76,6 +92,17 @@ class View:
         ahead = self.ahead.repeat_interleave(len(ids) // len(self.ahead), 0)
         answer = ids[:, self.prompt :][:, : min(self.limit, ahead.shape[1])]
         self.followed = (answer == ahead[:, : answer.shape[1]]).long().cumprod(1).sum(1)
+
+
+def in_bits(states: Tensor, bits: int, along: int) -> Tensor:
+    """[n, D] and back again: KIVI's groups of 64 (arXiv 2402.02750), a row of numbers whole where it is no multiple."""
+    size = 64 if along == 0 or states.shape[1] % 64 == 0 else states.shape[1]
+    parts = []
+    for group in states.split(size, along):
+        low, high = group.amin(along, keepdim=True), group.amax(along, keepdim=True)
+        step = ((high - low) / (2**bits - 1)).clamp(min=1e-30)
+        parts.append(low + step * ((group - low) / step).round())
+    return torch.cat(parts, along)
 
 
 _views: list[View] = []
@@ -97,8 +124,13 @@ def attend(
     view = _views[-1]
     view.windows[module.layer_idx] = sliding_window
     batch, heads, tokens, size = query.shape
-    key, value = (states.repeat_interleave(heads // states.shape[1], 1) for states in (key, value))
-    scores = query.float() @ key.float().transpose(-1, -2) * (size**-0.5 if scaling is None else scaling)
+    scale, as_it_is = size**-0.5 if scaling is None else scaling, torch.arange(tokens)[:, None] < view.whole
+    pairs = [(key, value)]
+    if view.bits and module.layer_idx in view.kept:
+        pairs += [(view.held(key, module.layer_idx, 0), view.held(value, module.layer_idx, 1))]
+    pairs = [tuple(states.repeat_interleave(heads // states.shape[1], 1).float() for states in pair) for pair in pairs]
+    both = [query.float() @ own.transpose(-1, -2) * scale for own, _ in pairs]
+    scores = torch.where(as_it_is, both[0], both[-1])
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~view.allowed(batch, heads, tokens, module.layer_idx, sliding_window), float("-inf"))
@@ -107,7 +139,8 @@ def attend(
     weights = scores.softmax(-1)[..., :tokens]
     if view.rows:
         view.found[module.layer_idx] = weights[:, :, -view.rows :]
-    return (weights @ value.float()).transpose(1, 2).to(query.dtype), weights
+    out = torch.where(as_it_is, weights @ pairs[0][1], weights @ pairs[-1][1])
+    return out.transpose(1, 2).to(query.dtype), weights
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend)

@@ -35,6 +35,7 @@ class Subject:
             prompt_length=longest,
             early_exit=case.early_exit,
             dropped="host" if case.dropped else None,
+            cache_bits=case.bits,
         )
 
     def resolved(self, case: Case) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specpass.bits import Layout
 from specpass.kernels.attention import soft_capped
+from specpass.kernels.bits.reference import dequantize, quantize_kv
 from specpass.kernels.shapes import Shapes
 from specpass.kernels.spec import Operands
 
@@ -38,6 +41,33 @@ def make_append(shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
         }
         | _offsets(operands, shapes, device)
     )
+
+
+def make_codes(shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
+    """Of `attend` over a quantised prompt of C slots and N behind it, 16 at least, all of them in use."""
+    generator = torch.Generator(device).manual_seed(seed)
+    heads, room = (shapes.batch, shapes.kv_heads), max(shapes.room, 16)
+    operands = _storage(dataclasses.replace(shapes, room=room), device, generator)
+    used = torch.full(heads, shapes.budget, device=device)
+    flat = [operands[name].flatten(1, 2) for name in ("keys", "values")]
+    keys, values, _, *quantized = quantize_kv(flat[0], flat[1], used, shapes.budget, room, shapes.bits)
+    behind = {name: states.unflatten(1, (heads[1], room)) for name, states in (("keys", keys), ("values", values))}
+    lengths = torch.full(heads, room, device=device)
+    return operands | behind | {"lengths": lengths, "quantized": quantized, "bits": shapes.bits}
+
+
+def error_codes(operands: Operands, found: Tensor, shapes: Shapes) -> float:
+    """Against float64 attention over the numbers that the codes are, rounded to the dtype as the kernel rounds them."""
+    codes, _, basis = operands["quantized"]
+    layout = Layout(shapes.bits, shapes.dim, shapes.value_dim, shapes.itemsize)
+    whole = {}
+    for name, part in (("keys", "key"), ("values", "value")):
+        states = operands[name]
+        prompt = dequantize(codes, basis, layout, part, states.dtype)[:, :, : shapes.budget].to(states.dtype)
+        whole[name] = torch.cat([prompt, states], 2)
+    size = whole["keys"].shape[2] - shapes.budget
+    exact = attention({**operands, **whole}, dataclasses.replace(shapes, room=size))
+    return float((found.double() - exact).abs().max()) / TOLERANCE[shapes.dtype]
 
 
 def _offsets(operands: Operands, shapes: Shapes, device: str) -> dict[str, Any]:

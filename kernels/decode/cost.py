@@ -18,3 +18,13 @@ DECODE = Cost(
     programs=B * K * p,
     launches=1 + SPLIT,
 )
+
+CODES = Cost(  # of 8 bits; 4 move half as much of the prompt
+    bytes=B * K * (P + G * e) * (D + V) + SPLIT * 2 * B * K * p * G * (V + 1) * 4,
+    reread=NOTHING,
+    flops=2 * B * K * 16 * P * (Dp + Vp),
+    shared=NOTHING,  # codes become numbers in registers
+    accumulators=16 * (n + Vp),
+    programs=B * K * p,
+    launches=1 + SPLIT,
+)

@@ -15,6 +15,10 @@ Glossary
     LSE         the log-sum-exp of the softmax is returned besides: scores of the same token need it
     WRITE       the new token's K/V goes into its slot in the same launch, and `lengths` is advanced by one
     SOFTCAP, SINKS, UPCAST, PRECISION: as in importance/jit.py
+    A prompt in BITS 8 or 4 lies in `blocks` of GROUP slots and BLOCK_BYTES bytes (specpass/bits.py); KEY_CODES and the
+    like say where the arrays of a block begin: codes in bytes, the rest in numbers of the model's dtype, of which
+    BLOCK_NUMBERS are as long as a block. A byte of a row of codes holds plane 0 and, with 4 bits, plane 1: dimensions
+    0 .. W - 1 and W .. 2 W - 1.
 """
 
 from __future__ import annotations
@@ -121,6 +125,165 @@ def attend_slots(
         tl.store(rows, result.to(out.dtype.element_ty), mask=(g < G)[:, None] & (dv < DV)[None, :])
         if WRITE:
             tl.store(lengths + head, (used + 1).to(tl.int64))
+
+
+@triton.jit
+def softmax_step(best, total, scores):
+    """A running softmax one tile of scores [BLOCK_G, BLOCK_N] on.
+
+    Returns its maximum, its sum, the tile's weights, and what sums so far shrink by.
+    """
+    new = tl.maximum(best, tl.max(scores, 1))  # finite: a tile is entered for its first slot at least
+    weights = tl.exp2(scores - new[:, None])
+    shrink = tl.exp2(best - new)
+    return new, total * shrink + tl.sum(weights, 1), weights, shrink
+
+
+@triton.jit
+def numbers_of(codes, shift, scale, zero, BITS: tl.constexpr):
+    """A plane of a tile of codes, as float32 numbers."""
+    plane = (codes.to(tl.int32) >> shift) & (2**BITS - 1)
+    return zero + scale * plane.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["stride", "blocks", "steps"])
+def attend_codes(
+    query,
+    codes,
+    numbers,
+    counts,
+    keys,
+    values,
+    lengths,
+    sinks,
+    out,
+    partial,
+    lse,
+    stride,
+    blocks,
+    steps,
+    scale,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    BLOCK_NUMBERS: tl.constexpr,
+    KEY_CODES: tl.constexpr,
+    VALUE_CODES: tl.constexpr,
+    KEY_SCALE: tl.constexpr,
+    KEY_ZERO: tl.constexpr,
+    VALUE_SCALE: tl.constexpr,
+    VALUE_ZERO: tl.constexpr,
+    SPLIT_UP: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_WV: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One split of one KV head; grid (B * K, splits). A split has `steps` tiles of BLOCK_N slots of all that there are:
+    the prompt's blocks first, then what stands behind it.
+
+    query [B, H, D]; codes [B, K, blocks, BLOCK_BYTES] uint8, and the same memory as numbers; counts [B, K] slots of the
+    prompt; keys [B, K, stride, D], values [B, K, stride, DV] and lengths [B, K] of what stands behind it; sinks [H].
+    Writes as attend_slots does.
+    """
+    tl.static_assert(BLOCK_G >= G, "a tile holds the whole group")
+    tl.static_assert(GROUP % BLOCK_N == 0, "a tile lies in one block")
+    W: tl.constexpr = D * BITS // 8
+    WV: tl.constexpr = DV * BITS // 8
+    tl.static_assert(BLOCK_W >= W, "a tile holds whole rows of codes")
+    tl.static_assert(BLOCK_WV >= WV, "a tile holds whole rows of codes")
+    head, split = tl.program_id(0), tl.program_id(1)
+    g, w, wv = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_W), tl.arange(0, BLOCK_WV)
+    rows, key_in, value_in = (g < G)[:, None], w < W, wv < WV
+    asked = query + (head * G + g)[:, None] * D + w[None, :]
+    q = tl.load(asked, mask=rows & key_in[None, :], other=0.0)
+    q_high = q
+    if BITS == 4:
+        q_high = tl.load(asked + W, mask=rows & key_in[None, :], other=0.0)
+    if UPCAST:
+        q, q_high = q.to(tl.float32), q_high.to(tl.float32)
+    best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_WV], tl.float32)
+    acc_high = tl.zeros([BLOCK_G, BLOCK_WV], tl.float32)
+    if SINKS and split == 0:  # a logit of the softmax that has no value
+        best, total = add_sink(best, total, sinks, head, g, g < G, K, G)
+    first = split * steps
+    tiles = blocks * (GROUP // BLOCK_N)  # of the prompt
+    count = tl.load(counts + head).to(tl.int32)
+    for tile in tl.range(first, tl.minimum(first + steps, tl.cdiv(count, BLOCK_N))):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside, slot = n < count, n % GROUP
+        block = head.to(tl.int64) * blocks + (tile * BLOCK_N) // GROUP
+        own, floats = codes + block * BLOCK_BYTES, numbers + block * BLOCK_NUMBERS
+        packed = tl.load(own + KEY_CODES + slot[None, :] * W + w[:, None], mask=key_in[:, None], other=0)
+        steps_k = tl.load(floats + KEY_SCALE + w, mask=key_in, other=0.0).to(tl.float32)[:, None]
+        zeros_k = tl.load(floats + KEY_ZERO + w, mask=key_in, other=0.0).to(tl.float32)[:, None]
+        products = tl.dot(q, numbers_of(packed, 0, steps_k, zeros_k, BITS).to(q.dtype), input_precision=PRECISION)
+        if BITS == 4:
+            steps_k = tl.load(floats + KEY_SCALE + W + w, mask=key_in, other=0.0).to(tl.float32)[:, None]
+            zeros_k = tl.load(floats + KEY_ZERO + W + w, mask=key_in, other=0.0).to(tl.float32)[:, None]
+            high = numbers_of(packed, 4, steps_k, zeros_k, BITS).to(q.dtype)
+            products = tl.dot(q_high, high, products, input_precision=PRECISION)
+        scores = tl.where(inside[None, :], base2_logits(products, scale, SOFTCAP), float("-inf"))
+        best, total, weights, shrink = softmax_step(best, total, scores)
+        weights = weights.to(q.dtype)
+        packed = tl.load(own + VALUE_CODES + slot[:, None] * WV + wv[None, :], mask=value_in[None, :], other=0)
+        group = slot[:, None] * (DV // VALUE_GROUP) + wv[None, :] // VALUE_GROUP
+        steps_v = tl.load(floats + VALUE_SCALE + group, mask=value_in[None, :], other=0.0).to(tl.float32)
+        zeros_v = tl.load(floats + VALUE_ZERO + group, mask=value_in[None, :], other=0.0).to(tl.float32)
+        v = numbers_of(packed, 0, steps_v, zeros_v, BITS).to(q.dtype)  # [BLOCK_N, BLOCK_WV]
+        acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
+        if BITS == 4:
+            group = slot[:, None] * (DV // VALUE_GROUP) + (WV + wv)[None, :] // VALUE_GROUP
+            steps_v = tl.load(floats + VALUE_SCALE + group, mask=value_in[None, :], other=0.0).to(tl.float32)
+            zeros_v = tl.load(floats + VALUE_ZERO + group, mask=value_in[None, :], other=0.0).to(tl.float32)
+            v = numbers_of(packed, 4, steps_v, zeros_v, BITS).to(q.dtype)
+            acc_high = tl.dot(weights, v, acc_high * shrink[:, None], input_precision=PRECISION)
+    used = tl.load(lengths + head).to(tl.int32)
+    behind = head.to(tl.int64) * stride
+    last = tl.minimum(first + steps - tiles, tl.cdiv(used, BLOCK_N))
+    for tile in tl.range(tl.maximum(first - tiles, 0), last):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = n < used
+        k_rows = keys + (behind + n)[None, :] * D + w[:, None]
+        v_rows = values + (behind + n)[:, None] * DV + wv[None, :]
+        k_mask, v_mask = inside[None, :] & key_in[:, None], inside[:, None] & value_in[None, :]
+        products = tl.dot(q, tl.load(k_rows, mask=k_mask, other=0.0).to(q.dtype), input_precision=PRECISION)
+        if BITS == 4:
+            k = tl.load(k_rows + W, mask=k_mask, other=0.0).to(q.dtype)
+            products = tl.dot(q_high, k, products, input_precision=PRECISION)
+        scores = tl.where(inside[None, :], base2_logits(products, scale, SOFTCAP), float("-inf"))
+        best, total, weights, shrink = softmax_step(best, total, scores)
+        weights = weights.to(q.dtype)
+        v = tl.load(v_rows, mask=v_mask, other=0.0).to(q.dtype)
+        acc = tl.dot(weights, v, acc * shrink[:, None], input_precision=PRECISION)
+        if BITS == 4:
+            v = tl.load(v_rows + WV, mask=v_mask, other=0.0).to(q.dtype)
+            acc_high = tl.dot(weights, v, acc_high * shrink[:, None], input_precision=PRECISION)
+    share = 1 / tl.where(total > 0, total, 1.0)[:, None]
+    mask = rows & value_in[None, :]
+    if SPLIT_UP:
+        where = (head * tl.num_programs(1) + split) * G + g
+        tl.store(lse + where, tl.where(total > 0, best + tl.log2(tl.maximum(total, 1e-37)), float("-inf")), mask=g < G)
+        place = partial + where[:, None] * DV + wv[None, :]
+        tl.store(place, acc * share, mask=mask)
+        if BITS == 4:
+            tl.store(place + WV, acc_high * share, mask=mask)
+    else:
+        place = out + (head * G + g)[:, None] * DV + wv[None, :]
+        tl.store(place, (acc * share).to(out.dtype.element_ty), mask=mask)
+        if BITS == 4:
+            tl.store(place + WV, (acc_high * share).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -6,11 +6,14 @@ tokens, P = C + N slots, q new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.kernels.attention import biased, first_read, modified_attention
+from specpass.kernels.bits.reference import attend_quantized
 
 
 def append_kv(
@@ -51,15 +54,24 @@ def attend(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
     layers: int = 1,
+    quantized: Sequence[Tensor] | None = None,
+    bits: int = 0,
 ) -> Tensor:
     """Budgeted attention of q new queries; the GQA group is folded into the query length.
 
     Args: query [B, H, q, D]; keys [B, K, P, D], values [B, K, P, Dv]; lengths [B, K] with the q new slots counted;
     softcap, sinks: as `modified_attention`; sliding, chunk: as `first_read`, in slots, which then hold neighbouring
     positions, from the beginning of a chunk on; bias [B or 1, H, P] is added to the logits of each slot; offsets
-    [B, K]: see `attend_ragged`; layers: whose heads lie in that storage, for those who count what is read.
+    [B, K]: see `attend_ragged`; layers: whose heads lie in that storage, for those who count what is read; quantized:
+    codes, counts and basis of a prompt in so many `bits`, which stands in front of the slots (`attend_quantized`).
     Returns: [B, H, q, Dv]; query i reads the slots below lengths - (q - 1 - i).
     """
+    if quantized is not None:
+        assert bias is None, "such layers are left as they are"
+        assert not sliding
+        assert not chunk
+        codes, counts, basis = quantized
+        return attend_quantized(query, keys, values, lengths, codes, counts, basis, bits, scale, softcap, sinks)
     if offsets is not None:
         assert bias is None, "no pass adds one"
         return attend_ragged(query, keys, values, lengths, offsets, scale, softcap, sinks, sliding, chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from specpass.bits import GROUP
 from specpass.kernels.archs import KIB, Arch
 from specpass.kernels.decode import case
-from specpass.kernels.decode.plan import cut, launches
+from specpass.kernels.decode.plan import code_launches, cut, launches
 from specpass.kernels.decode.reference import append_attend, append_attend_lse, attend
 from specpass.kernels.launch import Launch, start
 from specpass.kernels.shapes import Shapes, block_of, constant, dtype_of, power_of_two
@@ -42,6 +44,9 @@ class Decode(Kernel):
         if not all(_dense(operands[name]) for name in ("keys", "values")):
             return "the cache's storage is not dense"
         return None
+
+    def applies(self, operands: Operands) -> bool:
+        return operands.get("quantized") is None
 
     def refuse(self, shapes: Shapes) -> str | None:
         refused = super().refuse(shapes)
@@ -172,6 +177,67 @@ class DecodeAppendLse(DecodeAppend):
         return case.error_lse(operands, found, shapes)
 
 
+class DecodeCodes(Decode):
+    """`attend` of one query over a prompt in 8 or 4 bits, and keys [B, K, N, D], values [B, K, N, Dv] behind it."""
+
+    name = "decode_codes"
+    variants = ({"bits": 4}, {"softcap": 30.0}, {"sinks": True})
+
+    def applies(self, operands: Operands) -> bool:
+        return operands.get("quantized") is not None
+
+    def refuse_layout(self, operands: Operands) -> str | None:
+        if operands["bits"] == 2:
+            return "2 bits: outliers and the low rank are read in aten"
+        return super().refuse_layout(operands)
+
+    def shapes_of(self, operands: Operands) -> Shapes:
+        shapes = super().shapes_of(operands)
+        slots = constant(operands["quantized"][0].shape[2]) * GROUP + shapes.budget
+        return dataclasses.replace(shapes, budget=slots, bits=operands["bits"])
+
+    def table(self, shapes: Shapes, arch: Arch) -> Tile:
+        tile = super().table(shapes, arch)
+        return dataclasses.replace(tile, stages=2)
+
+    def choices(self, shapes: Shapes, arch: Arch) -> Iterable[Tile]:
+        return (tile for tile in super().choices(shapes, arch) if tile.block_n <= GROUP)
+
+    @property
+    def cost(self) -> Cost:
+        from specpass.kernels.decode.cost import CODES
+
+        return CODES
+
+    def plan(self, shapes: Shapes, tile: Tile) -> tuple[Launch, ...]:
+        return code_launches(shapes, tile)
+
+    def run(self, operands: Operands, shapes: Shapes, tile: Tile, plan: tuple[Launch, ...]) -> Tensor:
+        """[B, H, 1, Dv]."""
+        keys, values, lengths, sinks = (operands.get(name) for name in ("keys", "values", "lengths", "sinks"))
+        assert keys is not None
+        codes, counts, _ = operands["quantized"]
+        query = operands["query"].contiguous()
+        out = query.new_empty(*query.shape[:3], shapes.value_dim)
+        (splits, steps), partial, lse = cut(shapes, tile), out, out
+        if len(plan) > 1:
+            partial = out.new_empty(shapes.heads, splits, shapes.group, shapes.value_dim, dtype=torch.float32)
+            lse = out.new_empty(shapes.heads, splits, shapes.group, dtype=torch.float32)
+        read = (query, codes, codes.view(keys.dtype), counts, keys, values, lengths)
+        sizes = (keys.shape[2], codes.shape[2], steps, operands["scale"])
+        own = lse if sinks is None else sinks.float()
+        start(self.code, plan[0], (shapes.heads, splits), *read, own, out, partial, lse, *sizes)
+        if len(plan) > 1:
+            start(self.code, plan[1], (shapes.heads, shapes.group), partial, lse, lengths, out, lse, splits)
+        return out
+
+    def make(self, shapes: Shapes, device: str, seed: int) -> dict[str, Any]:
+        return case.make_codes(shapes, device, seed)
+
+    def error(self, operands: Operands, found: Any, shapes: Shapes) -> float:
+        return case.error_codes(operands, found, shapes)
+
+
 def splits_for(shapes: Shapes, arch: Arch, block_n: int) -> int:
     """Splits of a KV head's slots: two programs for each processor, no split shorter than one step, at most 64."""
     wanted = -(-2 * arch.units // shapes.heads)
@@ -187,4 +253,4 @@ def _dense(states: Tensor) -> bool:
     )
 
 
-KERNELS = (Decode(), DecodeAppend(), DecodeAppendLse())
+KERNELS = (Decode(), DecodeAppend(), DecodeAppendLse(), DecodeCodes())

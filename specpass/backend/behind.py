@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from specpass.backend.calls import mark_slots
 from specpass.backend.compile import Backend
+from specpass.backend.facts import quantized_axes
 from specpass.backend.speculate import lower_proposals
 from specpass.backend.uncompiled import Uncompiled, attention_of
 from specpass.cache.budget import BudgetCache
@@ -170,7 +171,10 @@ class Behind:
         cache.columns, cache.read_mask = None, None
         tell_widest(cache.budgeted)
         storages: list[Tensor] = []
+        alike = len({layer.quantized[0].shape for layer in cache.budgeted if layer.quantized}) <= 1
         for layer in cache.budgeted:
+            for tensor, axes in zip(layer.quantized or (), quantized_axes(alike), strict=False):
+                torch._dynamo.mark_static(tensor, axes)
             for tensor, axis in ((layer.key_buffer, 2), (layer.value_buffer, 2), (layer.lengths, 1)):
                 torch._dynamo.mark_static(tensor, axis)
                 storages += [tensor] if axis == 2 else []

@@ -53,7 +53,7 @@ class Call:
     kind: str
     places: dict[str, int]
     lifted: tuple[Tensor, ...] = ()
-    static: dict[int, int] = dataclasses.field(default_factory=dict)
+    static: dict[int, int | tuple[int, ...]] = dataclasses.field(default_factory=dict)
     alike: bool = True
     sizes: set[int] = dataclasses.field(default_factory=set)
     context: int | None = None
@@ -62,6 +62,7 @@ class Call:
     packed: bool = False
     spans: Mapping[int, Span] = dataclasses.field(default_factory=dict)  # of a prompt's graph, by the cache's layer
     biased: frozenset[int] = frozenset()  # those of its layers whose attention adds a bias of the keys
+    unquantized: Mapping[int, str] = dataclasses.field(default_factory=dict)  # why, of those whose prompt is not
     counts: bool = True  # whether a step takes its positions from the cache's length, where no position_ids are given
     ahead: tuple[int, ...] | None = None
     replays: bool = False
@@ -88,6 +89,9 @@ class Call:
             cache.padded, cache.exact = self.packed, bool(self.refusal)
             for layer in cache.budgeted if cache.exact else ():
                 layer.starts = None  # what is kept whole is as long in every head
+                layer.unquantized = "the model runs exactly"
+            for index, reason in self.unquantized.items():
+                cache.layers[index].unquantized = reason
             for index, span in self.spans.items():
                 cache.layers[index].found, cache.layers[index].biased = span, index in self.biased
             tell_widest(cache.budgeted)

@@ -41,6 +41,7 @@ def coarse_form_of(cache: BudgetCache, kwargs: Mapping[str, Any]) -> Hashable:
         cache.lookahead,
         cache.exact,
         cache.early_exit,
+        cache.bits,
         state,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

@@ -23,7 +23,7 @@ from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.capture.model import untraceable
 from specpass.capture.rope import following
-from specpass.dialect.cache import ExtendKv, Fill
+from specpass.dialect.cache import ExtendKv, Fill, QuantizeKv
 from specpass.errors import (
     GeneratedError,
     LookaheadError,
@@ -32,7 +32,7 @@ from specpass.errors import (
     SpecpassError,
     UnsplicedGraphError,
 )
-from specpass.graph.edit import copy_module
+from specpass.graph.edit import Editor, copy_module
 from specpass.kernels.cpu.build import Unbuilt
 from specpass.kernels.cpu.linear8 import rows8
 from specpass.lowering.eight_bits import eight_bits
@@ -42,6 +42,7 @@ from specpass.methods.base import NGRAM, Method
 from specpass.parallel.shards import is_spread
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Drafted, Spans
+from specpass.passes.gather_prune import leave_unquantized
 from specpass.passes.pipeline import PASSES, fingerprint
 from specpass.reports.record import GraphRecord
 from specpass.reports.report import Report
@@ -109,6 +110,7 @@ class Backend:
         self.speculate = 0  # tokens that the draft proposes at a time, through specpass.compile's door
         self.bound: Bound | None = None  # of generated tokens, in the caches that generate() makes
         self.dropped: str | None = None  # where what these caches drop stays, through the same door
+        self.bits = 0  # of prompts in them; 0: the model's dtype
         self.eos_of_text: tuple[int, ...] | None = None  # of lookaheads by a draft with another tokenizer (by_text)
         self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
         self.keep: Callable[[Pruned], None] | None = None  # told of each rewritten graph (see backend/kept.py)
@@ -174,6 +176,8 @@ class Backend:
             exact = trace_aten(gm)
             for fill in Fill.find(exact.graph):  # everything is kept and nothing else: no free slots
                 fill.update(room=0)
+            for asked in QuantizeKv.find(exact.graph):
+                leave_unquantized(Editor(exact), asked, [asked.keys, asked.values, asked.lengths], asked.node)
             exact.recompile()
             told = {"attention_mask", "position_ids"} <= traced.places.keys()  # steps must be told positions too
             return Call(exact.forward, traced.kind, traced.places, packed=told, refusal=str(refusal))
@@ -317,6 +321,7 @@ class Backend:
     def check_cache(self, cache: BudgetCache) -> None:
         """Raises: MethodMismatchError: the cache was made for another method."""
         self.report.bound = cache.bound or self.report.bound
+        self.report.bits = cache.bits or self.report.bits
         mine = dataclasses.replace(self.method, budget=cache.method.budget)
         same_budget = not isinstance(self.method.budget, int) or self.method.budget == cache.method.budget
         ours, theirs = (

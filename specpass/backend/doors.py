@@ -21,6 +21,7 @@ from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
 from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwargs_check
 from specpass.backend.turns import check_holds
+from specpass.cache.bits import check_bits
 from specpass.cache.conversation import check_place
 from specpass.capture.rope import prepare_rope
 from specpass.errors import BudgetError, ParallelPlanError, SpreadError
@@ -70,6 +71,7 @@ def compile(
     generated: int | None = None,
     evict: str = "recent",
     dropped: str | None = None,
+    cache_bits: int | None = None,
     **options: Any,
 ) -> nn.Module:
     """Compile `target` in place, so that `generate` and direct calls prune its KV cache.
@@ -95,6 +97,8 @@ def compile(
         evict: which of them stay: see specpass.BudgetCache.
         dropped: "host": what is dropped stays in host memory, and a later turn chooses among all of it anew, by its own
             question. A BudgetCache that is passed to generate() says so itself. None: what is dropped is gone.
+        cache_bits: 8, 4 or 2 bits for each number of the prompt's slots: see specpass.BudgetCache, which says so itself
+            where one is passed to generate(). None: the model's dtype.
         options: further options of specpass.Backend.
 
     Returns: target.
@@ -102,8 +106,8 @@ def compile(
     Raises:
         SpecpassError: before anything is changed, with a message that names the fix: BudgetError, MissingDraftError,
             TokenizerMismatchError, DeviceMismatchError, SeveralDevicesError, GradientsError, EncoderDecoderError,
-            SpeculationError, GeneratedError, DroppedError; of a target that is spread over processes ParallelPlanError,
-            RanksDisagreeError.
+            SpeculationError, GeneratedError, DroppedError, CacheBitsError; of a target that is spread over processes
+            ParallelPlanError, RanksDisagreeError.
     """
     checks.check_decoder(target, "target")
     inside = base_of(target)
@@ -118,13 +122,14 @@ def compile(
         check_place(dropped)
         if dropped is not None:
             check_holds(inside, backend.method, by_text=tokenizers is not None)
+        backend.bits = backend.report.bits = check_bits(cache_bits, backend.method)
         checks.check_one_device("target", checks.devices_of(target))
         checks.check_pair(target.config, checks.device_of(target), draft, by_text=tokenizers is not None)
         by_text = None if tokenizers is None else DraftByText(backend, target, tokenizers)
         comparable = [item for item in options.items() if item[0] != "observe"]  # a function of each process's own
         told |= {"the target": about(target), "the draft": about(draft), "method": backend.method.key}
         told |= {"lowering": lowering, "speculate": repr(speculate), "options": repr(sorted(comparable))}
-        told |= {"generated": repr(generated), "evict": evict, "dropped": repr(dropped)}
+        told |= {"generated": repr(generated), "evict": evict, "dropped": repr(dropped), "cache_bits": repr(cache_bits)}
     _install(inside, part, backend, by_text)
     return target
 

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from specpass.backend.calls import owner_of
 from specpass.cache import BudgetCache
 from specpass.cache.states import recurrent_layer
-from specpass.dialect.cache import AppendKv, Fill, GatherKv, GatherRagged, HeadOffsets, ShareLayers
+from specpass.dialect.cache import AppendKv, Fill, GatherKv, GatherRagged, HeadOffsets, QuantizeKv, ShareLayers
 from specpass.dialect.select import AddLookahead, SelectRungs
 from specpass.errors import GradientsError, PartialGraphError, UnsupportedCallError
 from specpass.graph.aten import Dropout, Embedding, Sdpa
@@ -119,7 +119,7 @@ def check_whole(gm: fx.GraphModule, writes: int, layers: int, inputs: Inputs) ->
 def is_written(node: fx.Node) -> bool:
     """Whether a result is a layer's storage, and not the model's own."""
     item = GetItem.match(node)
-    return item is not None and Fill.is_call(item.source)
+    return item is not None and (Fill.is_call(item.source) or QuantizeKv.is_call(item.source))
 
 
 def check_inference(gm: fx.GraphModule) -> None:
@@ -148,16 +148,26 @@ def candidate_outputs(gm: fx.GraphModule) -> list[dict[str, int]]:
     return list(found.values())
 
 
-def static_outputs(gm: fx.GraphModule) -> dict[int, int]:
-    """Outputs of a PRUNED graph that are the cache's storage, with the axis of D (keys, values) or K (the others)."""
-    axes = {0: 2, 1: 2, 2: 1}
-    found = {}
+def quantized_axes(alike: bool) -> tuple[tuple[int, ...], ...]:
+    """Constants of codes [B, K, n, bytes], counts [B, K] and basis [B, K, r, D + Dv]; n where layers are `alike`."""
+    return ((1, 2, 3) if alike else (1, 3)), (1,), (1, 2, 3)
+
+
+def static_outputs(gm: fx.GraphModule, alike: bool) -> dict[int, int | tuple[int, ...]]:
+    """Outputs of a PRUNED graph that are the cache's storage, with the axis of D (keys, values) or K (the others).
+
+    Of a quantised prompt see quantized_axes. Args: alike: whether all layers have one budget.
+    """
+    own = quantized_axes(alike)
+    axes: dict[int, int | tuple[int, ...]] = {0: 2, 1: 2, 2: 1, 3: own[0], 4: own[1], 5: own[2]}
+    found: dict[int, int | tuple[int, ...]] = {}
     for index, node in enumerate(results_of(gm.graph)):
         item = GetItem.match(node) or (GetItem.match(node.all_input_nodes[0]) if is_op(node, ATEN.sub) else None)
         if item is None:
             continue
         source, shared = item.source, GetItem.match(item.source)
-        if GatherKv.is_call(source) or GatherRagged.is_call(source) or (ShareLayers.is_call(source) and item.index < 2):
+        storing = any(view.is_call(source) for view in (GatherKv, GatherRagged, QuantizeKv))
+        if storing or (ShareLayers.is_call(source) and item.index < 2):
             found[index] = axes[item.index]
         elif HeadOffsets.is_call(source) or (shared is not None and ShareLayers.is_call(shared.source)):
             found[index] = 1

@@ -44,6 +44,7 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
             generated=None if bound is None else bound.slots,
             evict="recent" if bound is None else bound.policy,
             dropped=backend.dropped,
+            cache_bits=backend.bits or None,
             early_exit=not backend.speculate,  # the draft of a speculator reads every prompt
         )
         cache.assisted = generation_mode == GenerationMode.ASSISTED_GENERATION

@@ -40,10 +40,11 @@ class Pruned:
     sites: list[SiteRecord]
     notes: list[str]
     drafted: bool
-    static: dict[int, int]
+    static: dict[int, int | tuple[int, ...]]
     alike: bool
     spans: dict[int, Span]
     biased: frozenset[int]
+    unquantized: dict[int, str]
     counts: bool
     ahead: tuple[int, ...] | None
     replays: bool
@@ -58,6 +59,7 @@ class Pruned:
         found, drafted, ahead = facts.get(Sites), facts.get(Drafted), facts.get(Ahead)
         sites = () if found is None else found.sites
         records = [SiteRecord.of(site, spread) for site in sites]
+        alike = len({record.budget for record in records if not record.exact}) <= 1
         return cls(
             graph,
             request,
@@ -66,10 +68,11 @@ class Pruned:
             sites=records,
             notes=[f"no verified lookahead: {ahead.why}"] if ahead is not None and ahead.why else [],
             drafted=DraftGraphs in facts,
-            static=static_outputs(graph),
-            alike=len({record.budget for record in records if not record.exact}) <= 1,
+            static=static_outputs(graph, alike),
+            alike=alike,
             spans={site.layer: site.span for site in sites},
             biased=frozenset(site.layer for site in sites if site.alibi is not None),
+            unquantized={site.layer: site.unquantized for site in sites if site.unquantized},
             counts=any(len(advance.seen.users) > 1 for advance in Advance.find(graph.graph)),
             ahead=request.eos_ids if ahead is not None and ahead.tokens else None,
             replays=request.kind == "decode" and "attention_mask" not in places and len(results_of(graph.graph)) == 1,
@@ -93,6 +96,7 @@ class Pruned:
             packed="attention_mask" in self.places and self.request.kind in PROMPTS,
             spans=self.spans,
             biased=self.biased,
+            unquantized=self.unquantized,
             counts=self.counts,
             ahead=self.ahead,
             replays=self.replays,

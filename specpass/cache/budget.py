@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import specpass.ops  # noqa: F401  (binds the operators that update() traces to)
+from specpass.cache.bits import check_bits
 from specpass.cache.choose import Kept
 from specpass.cache.conversation import CONVERSATIONS, check_place
 from specpass.cache.drafting import DRAFTS
@@ -51,6 +52,8 @@ class BudgetCache(CacheProtocol):
             "random" ones (see cache/evict.py).
         dropped: "host": keys and values of all tokens stay in host memory, beside the cache, and a later turn (several
             tokens behind a prompt) scores all of them anew, with its own question. None: what is dropped is gone.
+        cache_bits: 8, 4 or 2: the prompt's slots are quantised in groups once they were gathered, with GEAR's low rank
+            and outliers for 2 (see specpass/bits.py); what follows the prompt is not. None: the model's dtype.
         early_exit: False sends prompts that fit the budget through selection and gather too (layers whose budget is C
             keep everything).
 
@@ -58,6 +61,7 @@ class BudgetCache(CacheProtocol):
         BudgetError: a ratio without prompt_length. LookaheadError: lookahead_ids with a method that cannot use them.
         GeneratedError: M or `evict` is none, or the lookahead that an answer follows does not fit in M.
         DroppedError: another word for `dropped`.
+        CacheBitsError: no such bits, or the method's budgets cannot be quantised.
         UnsupportedCallError: the model's layers hold no keys, or in another form.
     """
 
@@ -73,6 +77,7 @@ class BudgetCache(CacheProtocol):
         generated: int | None = None,
         evict: str = "recent",
         dropped: str | None = None,
+        cache_bits: int | None = None,
     ) -> None:
         if max_new_tokens is not None and max_new_tokens < 1:
             raise BudgetError(f"max_new_tokens={max_new_tokens}: expected at least 1.")
@@ -85,6 +90,7 @@ class BudgetCache(CacheProtocol):
         self.bound = Bound.of(generated, evict)
         check_place(dropped)
         self.dropped = dropped
+        self.bits = check_bits(cache_bits, self.method)
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
         self.made_with = lookahead_ids

@@ -133,7 +133,7 @@ def evict(layer: BudgetLayer, bound: Bound, kept: int, seed: int) -> None:
     if layer.is_sliding or (layer.found is not None and layer.found.positions):
         _slide(layer, bound.window)
         return
-    prompt = layer.prompt_slots
+    prompt = layer.behind
     assert prompt is not None
     used = layer.lengths - prompt
     excess = (used - kept).clamp(min=0)

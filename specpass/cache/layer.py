@@ -4,6 +4,9 @@ One buffer [B, K * (C + N), D] for keys and one for values, with `offsets` and `
 `values` are its [B, K, C + N, D] views. The slots of a head are filled from its offset without holes: the kept prompt
 positions first, then the generated tokens.
 
+Of a quantised prompt these buffers hold what follows it alone, [B, K * N, D], and `lengths` counts that; `codes` are
+the prompt's slots (specpass/bits.py).
+
 Where heads have budgets of their own (`ragged`), a head's C_k + N slots lie behind the last head's, in each row by
 itself: the buffers are as large as with equal budgets, and `starts` says where each head begins.
 """
@@ -15,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from specpass.kernels.bits.reference import dequantize, layout_of
 
 SHARED = ("key_buffer", "value_buffer", "kept_positions")  # of layers that share one storage
 ROOM_STEP = 64  # slots for generated tokens come in blocks of this many
@@ -51,6 +56,7 @@ class Storage:
     """One layer's pruned K/V. `lengths` [B, K] counts the slots in use, `positions` [B, K, C] the prompt's part."""
 
     ragged = False  # whether KV heads have budgets of their own
+    bits = 0  # of the prompt's slots, unless `unquantized`; 0: the model's dtype
     sharers: Sequence[Storage] = ()  # layers, in order, this one included, whose heads lie in one storage
 
     def reset(self) -> None:
@@ -69,6 +75,9 @@ class Storage:
         self.ordinals: Tensor | None = None  # [B, K, M] of generated tokens, once some were evicted: see evict.py
         self.settled: Tensor | None = None  # [B, K] slots of which they are told
         self.evicted: Tensor | None = None  # [B, K] generated tokens that were
+        self.codes: Tensor | None = None  # [B, K, n, bytes] of a quantised prompt, with `counts`: see kernels/bits
+        self.basis: Tensor | None = None  # [B, K, r, D + Dv]
+        self.unquantized = ""  # why its prompt was left as it is, where others are in fewer bits
         self.biased = False  # whether attention adds a bias by the positions of its keys (ALiBi)
 
     @property
@@ -80,15 +89,26 @@ class Storage:
     def keys(self) -> Tensor | None:
         """[B, K, C + N, D] view of the storage, or None before the prefill.
 
-        Of ragged heads a copy of the slots in use, as long as the longest head's, zero behind the others'.
+        Of ragged heads a copy of the slots in use, as long as the longest head's, zero behind the others'. Of a
+        quantised prompt and what follows it a copy, too.
         """
-        return self._view(self.key_buffer)
+        return joined(self, "key", self.key_buffer) if self.quantized else self.stored(self.key_buffer)
 
     @property
     def values(self) -> Tensor | None:
-        return self._view(self.value_buffer)
+        return joined(self, "value", self.value_buffer) if self.quantized else self.stored(self.value_buffer)
 
-    def _view(self, buffer: Tensor | None) -> Tensor | None:
+    @property
+    def quantized(self) -> list[Tensor] | None:
+        """Codes, counts and basis of a prompt in fewer bits; None where it is in the model's dtype."""
+        if self.codes is None or self.unquantized:
+            return None
+        assert self.counts is not None
+        assert self.basis is not None
+        return [self.codes, self.counts, self.basis]
+
+    def stored(self, buffer: Tensor | None) -> Tensor | None:
+        """[B, K, slots, D] of one of the two buffers, which hold no prompt where that is quantised."""
         if buffer is None:
             return None
         if self.starts is not None:
@@ -97,7 +117,10 @@ class Storage:
 
     @property
     def slots(self) -> int:
-        """Physical slots C + N of each KV head, of ragged ones in the mean; 0 before the prefill."""
+        """Physical slots C + N of each KV head, of ragged ones in the mean; 0 before the prefill.
+
+        N behind a quantised prompt.
+        """
         return 0 if self.key_buffer is None else self.key_buffer.shape[1] // (self.kv_heads * len(self._together))
 
     @property
@@ -116,6 +139,11 @@ class Storage:
         if self.kept_positions is None:
             return None
         return (self.kept_positions >= 0).sum(-1) if self.starts is None else self.counts
+
+    @property
+    def behind(self) -> Tensor | None:
+        """[B, K]: slots of the buffers in front of the generated tokens': those of a prompt that is not quantised."""
+        return torch.zeros_like(self.lengths) if self.quantized else self.prompt_slots
 
     @property
     def room(self) -> int:
@@ -142,7 +170,7 @@ class Storage:
             return None
         slot = torch.arange(self.ordinals.shape[2], device=self.ordinals.device)
         numbers = torch.where(slot < self.settled[..., None], self.ordinals, slot + self.evicted[..., None])
-        return numbers.masked_fill(slot >= (self.lengths - self.prompt_slots)[..., None], -1)
+        return numbers.masked_fill(slot >= (self.lengths - self.behind)[..., None], -1)
 
     def places(self, slots: Tensor, rows: Tensor) -> Tensor:
         """[R, K * n]: where slots [R, K, n] of each head's own lie in the storage, of rows [R]."""
@@ -159,7 +187,7 @@ class Storage:
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by name; empty before the prefill."""
         stored = ("key_buffer", "value_buffer", "lengths", "kept_positions", "starts", "counts", "told", "shares")
-        names = (*stored, "ordinals", "settled", "evicted")
+        names = (*stored, "ordinals", "settled", "evicted", "codes", "basis")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -190,7 +218,9 @@ class Storage:
             keep_marks(old, new, without=1)  # the number of slots is another one now
             return new
 
-        self.key_buffer, self.value_buffer = widen(self.keys, self.key_buffer), widen(self.values, self.value_buffer)
+        self.key_buffer, self.value_buffer = (
+            widen(self.stored(buffer), buffer) for buffer in (self.key_buffer, self.value_buffer)
+        )
 
     def _grow_ragged(self, slots: int) -> None:
         """Each head moves on by what its predecessors grew."""
@@ -216,6 +246,26 @@ class Storage:
             begin = layer.starts + own
             keep_marks(layer.starts, begin)
             layer.key_buffer, layer.value_buffer, layer.starts = keys, values, begin
+
+
+def joined(layer: Storage, name: str, buffer: Tensor | None) -> Tensor:
+    """[B, K, C + N, D] keys or values of a quantised prompt, in the model's dtype, and right behind it what follows."""
+    assert layer.quantized is not None
+    assert layer.key_buffer is not None
+    assert layer.value_buffer is not None
+    codes, counts, basis = layer.quantized
+    behind = layer.stored(buffer)
+    assert behind is not None
+    layout = layout_of(layer.key_buffer, layer.value_buffer, layer.bits)
+    prompt = dequantize(codes, basis, layout, name, behind.dtype).to(behind.dtype)
+    assert layer.kept_positions is not None
+    size = layer.kept_positions.shape[2]
+    slot = torch.arange(size + behind.shape[2], device=codes.device)
+    place = torch.where(slot < counts[..., None], slot, prompt.shape[2] + slot - counts[..., None])
+    both = torch.cat([prompt, behind], 2)
+    inside = place < both.shape[2]
+    found = both.gather(2, place.clamp(max=both.shape[2] - 1)[..., None].expand(-1, -1, -1, both.shape[3]))
+    return found.masked_fill(~inside[..., None], 0)
 
 
 def keep_marks(old: Tensor, new: Tensor, without: int | None = None) -> None:

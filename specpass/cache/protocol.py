@@ -169,13 +169,16 @@ class BudgetLayer(Storage, CacheLayerMixin):
         # traces, it is a symbol that equals nothing.
         self.is_sliding = span is not None and span.positions > 0
         self.ragged = cache.method.spread != "uniform" and not self.is_sliding
+        self.bits = 0 if self.is_sliding else cache.bits
         self.found: Span | None = None  # what the prefill's graph says of it
         self.widest: int | None = None  # of its kind, where they are unlike: the model makes one mask for all of them
         self.reset()
 
     @property
     def kept(self) -> int:
-        """Slots that a prompt fills: as its graph found, where a mask said more than the config."""
+        """Slots that a prompt fills: as its graph found, where a mask said more than the config; none if quantised."""
+        if self.bits and not self.unquantized:
+            return 0
         return self.found.positions if self.found is not None and self.found.positions else self.budget
 
     @property
@@ -199,6 +202,8 @@ class BudgetLayer(Storage, CacheLayerMixin):
                 self.starts, self.counts = SPEC.head_offsets(self.lengths, cache.room)
             if cache.rungs and not short and not self.is_sliding:
                 self.rung, self.shares = SPEC.kept_shares(self.kept_positions, list(cache.rungs))
+            if self.bits:
+                self.quantize(budget)
             self.is_initialized = True
             return key_states, value_states
         if cache.exact:  # kept whole, without free slots: goes on like transformers' DynamicCache
@@ -210,11 +215,19 @@ class BudgetLayer(Storage, CacheLayerMixin):
         if self.ragged:
             SPEC.append_kv(*tensors, cache.handle, positions, self.starts)
             return tuple(SPEC.show_heads(buffer, self.starts, self.slots) for buffer in tensors[:2])
-        SPEC.append_kv(*tensors, cache.handle, positions)
+        if self.quantized is None:
+            SPEC.append_kv(*tensors, cache.handle, positions)
+        else:
+            SPEC.append_kv(*tensors, cache.handle, None, None, self.quantized, self.bits)
         if self.widest is None:
-            return self.keys, self.values
+            return self.stored(self.key_buffer), self.stored(self.value_buffer)
         slots = cache.layers[self.widest].slots
         return tuple(SPEC.widen(buffer, self.kv_heads, slots) for buffer in (self.key_buffer, self.value_buffer))
+
+    def quantize(self, slots: int) -> None:
+        """Put a prompt of C `slots` that was just stored into fewer bits; what follows it stays as it comes."""
+        found = SPEC.quantize_kv(self.key_buffer, self.value_buffer, self.lengths, slots, self.cache.room, self.bits)
+        self.key_buffer, self.value_buffer, self.lengths, self.codes, self.counts, self.basis = found
 
     @property
     def room(self) -> int:

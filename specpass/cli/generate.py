@@ -15,6 +15,7 @@ from specpass.cli import onnx as cli_onnx
 from specpass.cli.group import INTERRUPTED
 from specpass.cli.options import (
     Budget,
+    CacheBits,
     Choice,
     Draft,
     DraftBits,
@@ -46,7 +47,7 @@ from specpass.cli.options import (
     shown,
     silence_libraries,
 )
-from specpass.errors import DraftBitsError, DroppedError, GeneratedError, SpeculationError
+from specpass.errors import CacheBitsError, DraftBitsError, DroppedError, GeneratedError, SpeculationError
 from specpass.observe import progress
 
 ORDER = 1
@@ -68,6 +69,7 @@ def generate(
     generated: Generated = None,
     evict: Evict = "recent",
     dropped: Dropped = None,
+    cache_bits: CacheBits = None,
     option: Options = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", "-f", help="The prompt as UTF-8 text.")] = None,
@@ -116,7 +118,10 @@ def generate(
     )
     choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice), draft_bits=draft_bits)
     choice = dataclasses.replace(
-        choice, **check_bound(generated, evict, choice), dropped=check_dropped(dropped, choice)
+        choice,
+        **check_bound(generated, evict, choice),
+        dropped=check_dropped(dropped, choice),
+        cache_bits=check_cache_bits(cache_bits, choice),
     )
     if draft_bits and choice.method is None:
         raise DraftBitsError(f"--draft-bits {draft_bits} needs a method with a draft, such as --method speckv.")
@@ -163,6 +168,17 @@ def check_dropped(place: str | None, choice: Choice) -> str | None:
         raise DroppedError(f"--dropped {place} needs a method that prunes, such as --method snapkv.")
     check_place(place)
     return place
+
+
+def check_cache_bits(bits: int | None, choice: Choice) -> int | None:
+    """Raises: CacheBitsError: no such bits, or no cache that could be in them."""
+    if bits is None:
+        return None
+    if choice.method is None:
+        raise CacheBitsError(f"--cache-bits {bits} needs a method that prunes, such as --method snapkv.")
+    from specpass.cache.bits import check_bits
+
+    return check_bits(bits, choice.method)
 
 
 def _finish(answer: dict[str, Any], as_json: bool) -> None:

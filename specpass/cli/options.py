@@ -54,6 +54,10 @@ Dropped = Annotated[
     str | None, typer.Option(help="host: what is dropped stays in host memory, and each turn (--then) chooses anew.")
 ]
 Then = Annotated[list[str] | None, typer.Option(help="A further turn behind the answer; may be repeated.")]
+CacheBits = Annotated[
+    int | None,
+    typer.Option(help="8, 4 or 2: bits of each number of the prompt's KV slots; left out: the model's dtype."),
+]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), bfloat16, float16 or float32.")]
 Lowering = Annotated[str, typer.Option(help="inductor, or eager: the same passes without a compiler.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to generate.")]
@@ -84,7 +88,7 @@ class Choice:
 
     `speculate`: tokens that the draft proposes at a time. `draft_bits`: of the weights that its steps read.
     `generated`, `evict`: slots for the answer's tokens, and which stay. `dropped`: where what is dropped stays.
-    `trust`: code that the models bring along may run.
+    `cache_bits`: of the prompt's slots. `trust`: code that the models bring along may run.
     """
 
     target: str
@@ -97,6 +101,7 @@ class Choice:
     generated: int | None = None
     evict: str = "recent"
     dropped: str | None = None
+    cache_bits: int | None = None
     trust: bool = False
 
     @property
@@ -201,6 +206,7 @@ def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
             generated=choice.generated,
             evict=choice.evict,
             dropped=choice.dropped,
+            cache_bits=choice.cache_bits,
             tokenizers=tokenizers,
         )
     return target, draft, tokenizer

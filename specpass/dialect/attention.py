@@ -79,13 +79,16 @@ class PrefillAttentionLse(
 class Attend(
     Operator,
     schema="attend(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scale, float softcap=0.0, "
-    "Tensor? sinks=None, int sliding=0, int chunk=0, Tensor? bias=None, Tensor? offsets=None, int layers=1) -> Tensor",
+    "Tensor? sinks=None, int sliding=0, int chunk=0, Tensor? bias=None, Tensor? offsets=None, int layers=1, "
+    "Tensor[]? quantized=None, int bits=0) -> Tensor",
     since="PRUNED",
 ):
     """q new queries over the slots in use, whose number `lengths` says: [B, H, q, Dv].
 
     With `offsets` heads have budgets of their own: keys are [B, T, D], and head k's slots start at offsets[b, k]. The
     heads of so many `layers` lie in them.
+
+    With `quantized` (codes, counts and basis of QuantizeKv) a prompt in so many `bits` stands in front of the slots.
     """
 
     query: fx.Node  # [B, H, q, D]
@@ -100,9 +103,11 @@ class Attend(
     bias: fx.Node | None  # [B or 1, H, P]
     offsets: fx.Node | None  # [B, K]
     layers: int
+    quantized: list[fx.Node] | None
+    bits: int
 
     @staticmethod
-    def fake(query, keys, values, *rest):
+    def fake(query, keys, values, *rest, **_):
         return query.new_empty(*query.shape[:3], values.shape[-1])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from specpass.bits import Layout, blocks_of
 from specpass.dialect.define import Operator
 
 
@@ -48,7 +49,7 @@ class Fill(
 class AppendKv(
     Operator,
     schema="append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, "
-    "Tensor? handle, Tensor? positions=None, Tensor? offsets=None) -> ()",
+    "Tensor? handle, Tensor? positions=None, Tensor? offsets=None, Tensor[]? quantized=None, int bits=0) -> ()",
 ):
     """q new KV pairs behind the slots in use, in place; `lengths` advances."""
 
@@ -60,10 +61,45 @@ class AppendKv(
     handle: fx.Node | None  # leads to the cache until specialize drops it
     positions: fx.Node | None  # [B, K, C] of the prompt's slots, where attention adds a bias; attend_slots reads them
     offsets: fx.Node | None  # [B, K] first slot of each head, where heads have budgets of their own
+    quantized: (
+        list[fx.Node] | None
+    )  # a prompt in so many `bits` in front of the slots, see QuantizeKv; for attend_slots
+    bits: int
 
     @staticmethod
-    def fake(keys, values, lengths, key, value, handle, positions=None, offsets=None):
+    def fake(keys, values, lengths, key, value, handle, positions=None, offsets=None, quantized=None, bits=0):
         return None
+
+
+class QuantizeKv(
+    Operator,
+    schema="quantize_kv(Tensor keys, Tensor values, Tensor lengths, int slots, SymInt room, int bits) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+):
+    """A layer's C slots of the prompt in 8, 4 or 2 bits, and its N free ones as a storage of their own: keys
+    [B, K * N, D], values, lengths [B, K], 0; codes [B, K, n, bytes] uint8, counts [B, K], basis [B, K, r, D + Dv] (see
+    specpass/bits.py).
+    """
+
+    keys: fx.Node  # [B, K * (C + N), D]
+    values: fx.Node  # [B, K * (C + N), Dv]
+    lengths: fx.Node  # [B, K] of the prompt
+    slots: int
+    room: Any
+    bits: int
+
+    @staticmethod
+    def fake(keys, values, lengths, slots, room, bits):
+        batch, heads = lengths.shape
+        layout = Layout(bits, keys.shape[2], values.shape[2], keys.element_size())
+        return (
+            keys.new_empty(batch, heads * room, layout.dim),
+            values.new_empty(batch, heads * room, layout.value_dim),
+            torch.empty_like(lengths),
+            keys.new_empty(batch, heads, blocks_of(slots), layout.block_bytes, dtype=torch.uint8),
+            torch.empty_like(lengths),
+            keys.new_empty(batch, heads, layout.rank, layout.dim + layout.value_dim),
+        )
 
 
 class HeadOffsets(Operator, schema="head_offsets(Tensor lengths, SymInt room) -> (Tensor, Tensor)"):

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specpass.bits import why_unserved
 from specpass.cache.budget import BudgetCache
 from specpass.cache.protocol import BudgetLayer
 from specpass.dialect.define import SPEC
 from specpass.errors import MethodHookError
 from specpass.interpret.rows import Packing
 from specpass.methods.base import Method
+
+MADE = "attention reads what is made of cached keys"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Keeper:
         layer.lengths = used - self.ahead if self.ahead else used
         layer.kept_positions = positions if self.read is None else SPEC.map_positions(positions, self.read)
         layer.is_initialized = True
+        if layer.bits:
+            dtype = str(key.dtype).removeprefix("torch.")
+            layer.unquantized = MADE if layer.made else why_unserved(key.shape[3], value.shape[3], dtype)
+            if not layer.unquantized:
+                layer.quantize(positions.shape[2])
 
     def positions(self, layer: BudgetLayer, kv_heads: int, scores: Tensor | None) -> Tensor:
         """[B, K, C] of the tokens that the target reads, ascending; unused slots -1."""

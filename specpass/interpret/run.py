@@ -236,7 +236,8 @@ class Call:
     def _site(self, path: str, layer: BudgetLayer, short: bool) -> SiteRecord:
         if layer.is_sliding:
             return SiteRecord(path, layer.budget, str(layer.span))
-        return SiteRecord(path, self.cache.whole if short else layer.budget)
+        budget = self.cache.whole if short else layer.budget
+        return SiteRecord(path, budget, unquantized=layer.unquantized)
 
     def _step(self) -> Any:
         """q tokens behind the prompt."""

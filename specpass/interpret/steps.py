@@ -70,12 +70,13 @@ class Steps(Listener):
         order = self.packing.order
         if order is not None:
             query = self.packing.states(F.pad(query, (0, 0, self.count - rows, 0)))
-        keys, values, lengths = own.keys, own.values, own.lengths
+        keys, values, lengths = own.stored(own.key_buffer), own.stored(own.value_buffer), own.lengths
         if made:
             keys, values = call.key, call.value
             lengths = lengths if keys.shape[1] == own.kv_heads else lengths[:, :1].expand(-1, keys.shape[1])
         bounds = () if own.span is None or not own.span.positions else (0.0, None, own.span.sliding, own.span.chunk)
-        out = SPEC.attend(query.to(keys.dtype), keys, values, lengths, call.scale, *bounds).to(query.dtype)
+        prompt = {} if own.quantized is None else {"quantized": own.quantized, "bits": own.bits}
+        out = SPEC.attend(query.to(keys.dtype), keys, values, lengths, call.scale, *bounds, **prompt).to(query.dtype)
         if order is not None:
             back = SPEC.unpack_index(order)[:, None, -rows:, None]
             out = out.gather(2, back.expand(-1, out.shape[1], -1, out.shape[3]))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specpass.bits import GROUP
 from specpass.dialect import attention as dialect
 from specpass.kernels.attention import biased, first_read, modified_attention
 from specpass.kernels.cpu import decode, prefill
@@ -253,9 +254,12 @@ def attend_onnx(
     bias: Tensor | None = None,
     offsets: Tensor | None = None,
     layers: int = 1,
+    quantized: list[Tensor] | None = None,
+    bits: int = 0,
 ) -> Tensor:
     """As the reference."""
     assert offsets is None, "refused before anything is traced"
+    assert quantized is None, "no exported cache is"
     if softcap or sinks is not None or bias is not None:
         return reference.attend(query, keys, values, lengths, scale, softcap, sinks, sliding, chunk, bias)
     batch, heads, count, dim = query.shape
@@ -295,9 +299,16 @@ def attend_flops(
     bias: torch.Size | None = None,
     offsets: torch.Size | None = None,
     layers: int = 1,
+    quantized: list[torch.Size] | None = None,
     **_: Any,
 ) -> int:
-    """keys [B, K, P, D]; or [B, T, D] of heads with budgets of their own, which have T / (K * layers) in the mean."""
+    """keys [B, K, P, D]; or [B, T, D] of heads with budgets of their own, which have T / (K * layers) in the mean.
+
+    Of a quantised prompt all n blocks of slots count; what makes numbers of their codes does not.
+    """
+    if quantized is not None:
+        slots = keys[2] + quantized[0][2] * GROUP
+        return attention_flops(query, (*keys[:2], slots, keys[3]), (*values[:2], slots, values[3]))
     if offsets is None:
         return attention_flops(query, keys, values)
     sizes = (keys[0], lengths[1], keys[1] // (lengths[1] * layers))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specpass.dialect import cache as dialect
 from specpass.errors import UncompiledCacheError
+from specpass.kernels.bits.reference import quantize_kv
 from specpass.kernels.decode import reference
 from specpass.kernels.gather.reference import gather_kv, gather_ragged, offsets_and_lengths, share_layers
 from specpass.ops.bind import bind
@@ -69,8 +70,10 @@ def append_kv(
     handle: Tensor | None,
     positions: Tensor | None = None,
     offsets: Tensor | None = None,
+    quantized: list[Tensor] | None = None,
+    bits: int = 0,
 ) -> None:
-    """See the reference; `handle` led the backend to the cache, and a pass has read `positions`."""
+    """See the reference; `handle` led the backend to the cache, and passes have read `positions` and `quantized`."""
     check_owner(handle)
     reference.append_kv(keys, values, lengths, key, value, offsets)
 
@@ -136,6 +139,7 @@ def gather_functional(key: Tensor, value: Tensor, positions: Tensor, room: int) 
 
 bind(dialect.Fill, fill)
 bind(dialect.AppendKv, append_kv)
+bind(dialect.QuantizeKv, quantize_kv)
 bind(dialect.TakeBack, take_back)
 bind(dialect.KeepKv, keep_kv)
 bind(dialect.ExtendKv, extend_kv)

@@ -8,6 +8,10 @@ Where KV heads have budgets of their own, append_kv has their offsets, and the s
 before: sdpa(q, show_heads(keys, offsets), show_heads(values, offsets), mask)
 after:  attend(q, keys, values, lengths, scale, 0.0, None, 0, 0, None, offsets, layers)
 
+Where the prompt is quantised, append_kv has it besides, and
+
+after:  attend(q, keys, values, lengths, scale, 0.0, None, 0, 0, None, None, 1, [codes, counts, basis], bits)
+
 A bias of the keys (ALiBi) goes into an operand, by where the slots' tokens stood: key_bias(slopes, slot_positions(
 positions, keys), ...) [B, H, P].
 """
@@ -60,9 +64,15 @@ class AttendSlots(Pass):
             if site.alibi is not None:
                 site = dataclasses.replace(site, bias=slot_bias(editor, site, site.alibi, keys))
             operands = (site.query, keys, values, append.lengths, site.scale, *site.options)
+            if append.quantized is not None:
+                changes = (*site.options, *NO_CHANGES[len(site.options) :])
+                operands = (*operands[:5], *changes, None, 1, append.quantized, append.bits)
             new = editor.call(SPEC.attend, *operands, before=site.attention, like=site.attention)
             editor.replace(site.attention, new)
             rewritten.append(dataclasses.replace(site, key=keys, value=values, attention=new))
+        for append in appends:
+            if append.quantized is not None:  # it has been read
+                append.update(quantized=None, bits=0)
         facts.add(Sites(tuple(rewritten)))
         gm.graph.eliminate_dead_code()
 

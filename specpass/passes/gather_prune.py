@@ -22,6 +22,11 @@ ones keep (kept_shares), and
 
 after:  positions, rung, shares = select_rungs(scores, attention, lengths, C, W, kernel, pool, rungs)
 
+Where the cache holds prompts in fewer bits, it has asked for that (quantize_kv), and
+
+after:  keys, values, lengths = gather_kv(...)
+        keys, values, lengths, codes, counts, basis = quantize_kv(keys, values, lengths, C, N, bits)
+
 A site with a sliding window or chunks keeps what it can still read, of the prompt and never of the lookahead.
 """
 
@@ -35,7 +40,8 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from specpass.dialect.cache import Fill, KeptShares
+from specpass.bits import why_unserved
+from specpass.dialect.cache import Fill, KeptShares, QuantizeKv
 from specpass.dialect.define import SPEC
 from specpass.dialect.select import SelectRungs
 from specpass.graph.edit import Editor
@@ -73,6 +79,9 @@ class GatherPrune(Pass):
             before = max(node for node in (site.attention, own, attention) if node is not None).next
             # A layer's own budget would make its region unlike the others': these nodes then stand outside of it.
             like = site.attention if alike or not site.is_full else None
+            quantized = quantizations_of(site)
+            if quantized:
+                site = dataclasses.replace(site, unquantized=why_unquantized(site))
             offsets = offsets_of(site)
             if offsets and (site.alibi is not None or skip_full_slices(site.key) is not Fill.of(site.cache).key):
                 raise Refusal(UNSPREAD, site.module)
@@ -102,6 +111,9 @@ class GatherPrune(Pass):
                 results[3] = editor.call(
                     SPEC.pack_heads, positions, site.kv_heads * site.budget, before=before, like=like
                 )
+            for wanted in quantized:
+                slots = int(value(positions).shape[2])  # the budget, or more where rows of a padded batch keep all
+                quantize(editor, wanted, site, slots, results[:3], before, like)
             put(editor, site.cache, results)
             rewritten.append(dataclasses.replace(site, cache=kept))
         shared.finish()
@@ -163,6 +175,49 @@ class GatherPrune(Pass):
         positions = inline(scores, lengths, before=before, like=like)
         shape = (*value(scores).shape[:2], site.budget)
         return check_result(positions, shape, torch.int64, name, "positions [B, K, C]")
+
+
+def quantizations_of(site: Site) -> list[QuantizeKv]:
+    """Where the site's cache asks for fewer bits: once, or never."""
+    users = [user for lengths in items_of(site.cache).get(2, []) for user in lengths.users]
+    return [view for user in users if (view := QuantizeKv.match(user)) is not None]
+
+
+def quantize(
+    editor: Editor,
+    asked: QuantizeKv,
+    site: Site,
+    slots: int,
+    kept: list[fx.Node],
+    before: fx.Node,
+    like: fx.Node | None,
+) -> None:
+    """Let what was kept (keys, values, lengths) in so many slots be quantised, unless the site says why not."""
+    if site.unquantized:
+        leave_unquantized(editor, asked, kept, before)
+        return
+    call = (SPEC.quantize_kv, *kept, slots, asked.room, asked.bits)
+    found = editor.call(*call, before=before, like=like)
+    put(editor, asked.node, [editor.item(found, index, before) for index in range(6)])
+
+
+def leave_unquantized(editor: Editor, asked: QuantizeKv, kept: list[fx.Node], before: fx.Node) -> None:
+    """Keys, values and lengths in the place of what was to be quantised, and nothing [B, 0] where codes would be."""
+    none = editor.call(ATEN.slice.Tensor, kept[2], 1, 0, 0, before=before)
+    nothing = [editor.call(ATEN.clone, none, before=before) for _ in range(3)]
+    put(editor, asked.node, [*kept, *nothing])
+
+
+def why_unquantized(site: Site) -> str:
+    """Why a site's cache stays in the model's dtype; "" where it can be quantised."""
+    if not site.is_full:
+        return str(site.span)
+    if site.alibi is not None:
+        return "attention adds a bias by the positions of its keys (ALiBi)"
+    if skip_full_slices(site.key) is not Fill.of(site.cache).key:
+        return "attention reads what is made of cached keys"
+    key, val = value(site.key), value(site.value)
+    return why_unserved(int(key.shape[3]), int(val.shape[3]), str(key.dtype).removeprefix("torch."))
 
 
 def shares_of(site: Site) -> list[KeptShares]:

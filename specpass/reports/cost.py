@@ -11,7 +11,9 @@ E hidden, H heads, K key/value heads, D head size, I intermediate, m matrices of
 number. The draft's own have an index d. Where the prompt is compressed: C_p prompt tokens that the target reads, W_p
 rows of the draft's window that score, n_p draft layers that score. Budgets that differ by layer enter as their mean,
 which is exact: everything is linear in C. Where each prompt's budget is chosen, C is the largest
-that it may get. The forms follow the rewritten graph; tests hold them to measured counts.
+that it may get. Where prompts are quantised, q bytes of keys and values a slot of each KV head, C_q slots with those
+that make groups whole, f bytes of a KV head's low rank. The forms follow the rewritten graph; tests hold them to
+measured counts.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from typing import Any, TypeAlias
 import sympy
 from sympy import Expr, Symbol
 
+from specpass.bits import GROUP, Layout, blocks_of, why_unserved
 from specpass.cache.layer import room_of, round_room
 from specpass.methods.base import BUDGET_STEP, CANDIDATES, Method, is_builtin
 from specpass.sizes import Decoder
 
 B, S, L, W, C, N, M = (Symbol(name, positive=True) for name in "BSLWCNM")
+C_Q, Q, F = (Symbol(name, positive=True) for name in ("C_q", "q", "f"))
 C_P, W_P, N_P = (Symbol(name, positive=True) for name in ("C_p", "W_p", "n_p"))
 
 BREAK_EVENS = ("kv_bytes", "bytes", "flops")
@@ -106,10 +110,11 @@ def full_forms() -> dict[str, Expr]:
     }
 
 
-def pruned_forms(method: Method, drafts: bool) -> dict[str, Expr]:
+def pruned_forms(method: Method, drafts: bool, quantized: bool = False) -> dict[str, Expr]:
     """The target reads S tokens or C_p of them (and L), scores W (+ L) rows, keeps C slots of each KV head.
 
-    Args: drafts: whether a draft writes the L lookahead tokens (and not the caller, or the prompt itself).
+    Args: drafts: whether a draft writes the L lookahead tokens (and not the caller, or the prompt itself). quantized:
+    whether the C slots are in fewer bits.
     """
     zero = sympy.Integer(0)
     ahead = L * method.futures if method.appends else zero
@@ -129,8 +134,14 @@ def pruned_forms(method: Method, drafts: bool) -> dict[str, Expr]:
     if method.futures > 1:  # rows that score need a log-sum-exp, and all futures but the first their values anew
         flops += _T.scores(W + ahead, read, _T.n) + _T.scores(ahead - L, read, _T.n)
         moved += _T.kv(read)
+    held = _T.kv(C + N)
+    if quantized:  # each layer as it is gathered
+        held = _T.kv(N) + B * _T.n * _T.K * (C_Q * Q + F)
+        moved += _T.kv(C + N) + held
     draft_flops, draft_bytes = draft_forms(method.prompt is not None, method.futures) if drafts else (zero, zero)
-    own = 0 if method.spread == "uniform" else 2  # where each KV head begins, and what it holds of the prompt
+    own = (
+        int(quantized) if method.spread == "uniform" else 2
+    )  # where each KV head begins, and what it holds of the prompt
     if method.spread == "global":
         moved += 2 * _T.kv(W + CANDIDATES * (C - W))
     # int64 positions and lengths, lookahead ids, and the prompt positions read with their shift
@@ -145,8 +156,8 @@ def pruned_forms(method: Method, drafts: bool) -> dict[str, Expr]:
         "draft_flops": draft_flops,
         "draft_bytes": draft_bytes,
         "decode_flops": _T.flops(1, C + N, 1),
-        "decode_bytes": _T.weights() + _T.kv(C + N),
-        "kv_bytes": _T.kv(C + N) + 8 * B * integers,
+        "decode_bytes": _T.weights() + held,
+        "kv_bytes": held + 8 * B * integers,
     }
 
 
@@ -191,6 +202,7 @@ class Costs:
         budgets = self.method.resolve(prompt).layer_budgets(self.layers)
         mean = sympy.Rational(sum(budgets), len(budgets))
         values = {L: self.method.look_ahead(new_tokens), **self.values}
+        values[C_Q] = sympy.Rational(sum(GROUP * blocks_of(budget) for budget in budgets), len(budgets))
         room = max(room_of(new_tokens), round_room(values[L]) if self.method.verify else 0)
         return {**values, B: batch, S: prompt, C: mean, N: room, M: new_tokens}
 
@@ -201,12 +213,14 @@ class Costs:
         A budget that is a ratio is taken as large as rounding (see Method.resolve) can make it.
         """
         values = self._values(1 << 20, new_tokens, batch)
-        for name in (S, C):
+        for name in (S, C, C_Q):
             values.pop(name)
         budget = self.method.budget
         ratio = isinstance(budget, float)
         slots = budget * S * sympy.Rational(9, 8) + BUDGET_STEP - 1 if ratio else self._values(1 << 20, 1, 1)[C]
-        gain = sympy.Poly((_total(self.full, what) - _total(self.pruned, what)).subs(values).subs(C, slots), S)
+        whole = slots + GROUP - 1 if ratio else self._values(1 << 20, 1, 1)[C_Q]
+        gain = (_total(self.full, what) - _total(self.pruned, what)).subs(values).subs({C: slots, C_Q: whole})
+        gain = sympy.Poly(gain, S)
         least = 1 + (int(self.method.resolve(1).budget) if ratio else int(slots))  # what fits is kept whole
         starts = [least, *(int(sympy.floor(root)) + 1 for root in gain.real_roots() if root > least)]
         return next((start for start in sorted(starts) if gain.eval(start) >= 0), None)
@@ -219,8 +233,8 @@ def _total(forms: dict[str, Expr], what: str) -> Expr:
     return forms[f"prefill_{what}"] + forms[f"draft_{what}"] + (M - 1) * forms[f"decode_{what}"]
 
 
-def costs_of(method: Method, target: Decoder, draft: Decoder | None = None) -> Costs | None:
-    """The costs of `method` on a target; None where nothing is known.
+def costs_of(method: Method, target: Decoder, draft: Decoder | None = None, bits: int = 0) -> Costs | None:
+    """The costs of `method` on a target, whose cache holds prompts in so many `bits`; None where nothing is known.
 
     That is of methods of one's own, which may score or select in a way that costs something else.
     """
@@ -239,4 +253,8 @@ def costs_of(method: Method, target: Decoder, draft: Decoder | None = None) -> C
                 values[C_P] = how.budget
     if isinstance(method.lookahead, int):
         values[L] = method.lookahead
-    return Costs(full_forms(), pruned_forms(method, drafts), method, target.layers, values)
+    quantized = bits > 0 and not why_unserved(target.head_dim, target.head_dim)
+    if quantized:
+        layout = Layout(bits, target.head_dim, target.head_dim, target.itemsize)
+        values |= {Q: sympy.Rational(layout.block_bytes, GROUP), F: layout.head_bytes(0)}
+    return Costs(full_forms(), pruned_forms(method, drafts, quantized), method, target.layers, values)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from specpass.bits import GROUP, rank_of
 from specpass.reports.cost import BREAK_EVENS, Costs
 from specpass.reports.record import BackendRecord
 from specpass.reports.tables import NAMES
@@ -24,6 +25,7 @@ def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[
         "prompts": [dataclasses.asdict(prompt) for prompt in record.prompts],
         "notes": list(record.notes),
         "kept": None if record.kept is None else dataclasses.asdict(record.kept),
+        "cache_bits": None if not record.bits else {"bits": record.bits, "group": GROUP, "rank": rank_of(record.bits)},
         "generated": None if record.bound is None else dataclasses.asdict(record.bound),
         "held": None if record.held is None else dataclasses.asdict(record.held),
         "replayed": record.replayed,

@@ -26,6 +26,7 @@ class SiteRecord:
         exact: why it keeps all that it reads; "" where it is pruned.
         reads: the site whose keys and values it reads, where it has none of its own.
         spread: who shares the budget (see methods/base.py).
+        unquantized: why its cache stays in the model's dtype where others are in fewer bits.
     """
 
     module: str
@@ -33,12 +34,13 @@ class SiteRecord:
     exact: str = ""
     reads: str = ""
     spread: str = "uniform"
+    unquantized: str = ""
 
     @classmethod
     def of(cls, site: Site, spread: str) -> SiteRecord:
         if not site.is_full:
             return cls(site.module, site.budget, str(site.span), site.reads)
-        return cls(site.module, site.budget, reads=site.reads, spread=spread)
+        return cls(site.module, site.budget, reads=site.reads, spread=spread, unquantized=site.unquantized)
 
 
 @dataclasses.dataclass
@@ -114,6 +116,7 @@ class BackendRecord:
         kept: the budget that was chosen last, and the attention that it keeps.
         bound: of the slots for generated tokens, as it was last; None: caches grow.
         held: in host memory, behind the turn that was read last; None: nothing.
+        bits: of prompts in the cache; 0: the model's dtype.
         proposed, accepted: tokens that the draft proposed behind its lookahead, and those that the answer took.
     """
 
@@ -132,6 +135,7 @@ class BackendRecord:
     kept: Kept | None = None
     bound: Bound | None = None
     held: HeldRecord | None = None
+    bits: int = 0
     draft_seconds: float = 0.0
     target_configs: list[Any] = dataclasses.field(default_factory=list, repr=False)
     decoders: tuple[Decoder | None, Decoder | None] | None = dataclasses.field(default=None, repr=False)
@@ -179,4 +183,4 @@ class BackendRecord:
         if self.decoders is None and self.target_configs:
             target = Decoder.of(self.target_configs[-1])
             draft = None if self.draft_config is None else Decoder.of(self.draft_config)
-        return None if target is None else costs_of(self.pruned_by, target, draft)
+        return None if target is None else costs_of(self.pruned_by, target, draft, self.bits)

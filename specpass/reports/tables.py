@@ -13,6 +13,7 @@ from specpass.reports.text import (
     LENGTHS,
     NEW_TOKENS,
     amount,
+    bits_lines,
     bound_lines,
     break_even,
     budget_lines,
@@ -33,8 +34,8 @@ NAMES = {
 SYMBOLS = (
     "B batch, S prompt, L lookahead, W window, C slots of the budget, N free slots, M new tokens; n layers, E hidden "
     "size, H heads, K KV heads, D head size, I intermediate size, m matrices of an MLP, V vocabulary, b bytes of a "
-    "number, w weights of a layer; _d the draft's, _p of the compressed prompt: C tokens read, W rows and n layers "
-    "that score"
+    "number, w weights of a layer; of quantised prompts C_q slots, q bytes of one and f of a low rank; _d the draft's, "
+    "_p of the compressed prompt: C tokens read, W rows and n layers that score"
 )
 
 
@@ -44,7 +45,9 @@ def tables(record: BackendRecord) -> Group:
     if record.draft_seconds:
         parts.append(f"draft captured in {record.draft_seconds:.1f} s")
     parts += [Text(f"  {line}") for line in budget_lines(record)]
-    parts += [Text(line) for line in (*kept_lines(record), *bound_lines(record), *held_lines(record))]
+    parts += [
+        Text(line) for line in (*kept_lines(record), *bits_lines(record), *bound_lines(record), *held_lines(record))
+    ]
     parts += [Text(line) for line in interpreted_lines(record)]
     parts += [Text(f"refused: {reason} (the model runs exactly)", style="red") for reason in record.refusals]
     costs = record.costs()

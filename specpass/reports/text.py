@@ -6,8 +6,10 @@ import collections
 import itertools
 from collections.abc import Sequence
 
+from specpass.bits import GROUP, rank_of
 from specpass.reports.cost import BREAK_EVENS, Costs
 from specpass.reports.record import BackendRecord, GraphRecord, PromptRecord, SiteRecord
+from specpass.rewrite.base import PROMPTS
 
 LENGTHS = (4096, 32768, 131072)
 NEW_TOKENS = 256
@@ -31,6 +33,7 @@ def text(record: BackendRecord) -> str:
     if record.proposed:
         lines.append(f"speculation: {record.accepted:,} of {record.proposed:,} proposed tokens were taken")
     lines += kept_lines(record)
+    lines += bits_lines(record)
     lines += bound_lines(record)
     lines += held_lines(record)
     lines += interpreted_lines(record)
@@ -61,6 +64,23 @@ def kept_lines(record: BackendRecord) -> list[str]:
         f"last choice: {kept.budget:,} slots keep {kept.share:.3f} of the attention{short}",
         f"  by layer: {' '.join(f'{share:.3f}' for share in kept.layers)}",
     ]
+
+
+def bits_lines(record: BackendRecord) -> list[str]:
+    """In how many bits prompts are held, in which groups, and which layers are not."""
+    if not record.bits:
+        return []
+    rank = rank_of(record.bits)
+    more = f", an outlier of each apart, and a low rank of {rank} for what is missing (GEAR)" if rank else ""
+    lines = [
+        f"cache: kept prompts in {record.bits} bits, groups of {GROUP} numbers with a scale and a zero{more}; what "
+        "follows them in the model's dtype"
+    ]
+    graphs = [graph.sites for graph in record.graphs if graph.kind in PROMPTS and not graph.exact]
+    for sites in [*graphs, *(prompt.sites for prompt in record.prompts)][:1]:
+        reasons = collections.Counter(site.unquantized or site.exact for site in sites if not site.reads)
+        lines += [f"  {count} layers in the model's dtype: {reason}" for reason, count in reasons.items() if reason]
+    return lines
 
 
 def bound_lines(record: BackendRecord) -> list[str]:

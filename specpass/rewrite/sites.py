@@ -48,6 +48,7 @@ class Site:
         alibi: the bias of its keys, or None.
         bias: the node of that, [B or 1, H, T], once a pass has made it.
         heads_apart: each head reads one cached head; else (MLA's one latent) a choice of positions serves all heads.
+        unquantized: why its cache stays in the model's dtype where others are in fewer bits; "" where nothing is said.
         reads: the site in front of it whose cache it reads, having none of its own; that one chooses what is kept.
     """
 
@@ -66,6 +67,7 @@ class Site:
     alibi: Alibi | None = None
     bias: fx.Node | None = None
     heads_apart: bool = True
+    unquantized: str = ""
     reads: str = ""
 
     @property

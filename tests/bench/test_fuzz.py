@@ -36,6 +36,14 @@ def test_fixed_cases_are_right(subject: tuple[str, str, float]) -> None:
     assert outcome.counts.get("tie", 0) <= 2
 
 
+def test_caches_in_fewer_bits_are_right() -> None:
+    """Against attention over the same codes by formulas of the oracle's own: padded rows, a crop, a lookahead."""
+    key = ("llama", "speckv", 24)
+    chosen = [cases.Case(0, *key, (47, 9), new=3, bits=4), cases.Case(1, *key, (71,), new=3, turns=((1, 2),), bits=8)]
+    outcome = try_cases(key, chosen)
+    assert (outcome.failures, outcome.refusals) == ([], [])
+
+
 def test_lookups_are_right() -> None:
     key = ("qwen2", "speckv-ngram", 24)
     rows = (71, 25, 9)

@@ -365,6 +365,16 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
         ("generated=3", "8 at least"),
     ),
     (
+        errors.CacheBitsError,
+        lambda f: generate(f.good, "-m", "snapkv", "--budget", "8", "--window", "4", "--cache-bits", "3"),
+        ("cache_bits=3", "8, 4, 2"),
+    ),
+    (
+        errors.CacheBitsError,
+        lambda f: generate(f.good, "-m", "full", "--cache-bits", "8"),
+        ("--cache-bits 8", "--method snapkv"),
+    ),
+    (
         errors.GeneratedError,
         lambda f: generate(f.good, "-m", "full", "--generated", "64"),
         ("--generated 64", "--method snapkv"),

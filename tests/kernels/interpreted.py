@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specpass.kernels.bits.reference import quantize_kv
 from specpass.kernels.decode.reference import append_kv
 from specpass.kernels.registry import REGISTRY
 from specpass.kernels.tiles import Tile
@@ -195,6 +196,34 @@ def test_decode_attention_and_its_writing_variant(
     torch.testing.assert_close(REGISTRY["decode_append"].launch(operands, tile), plain, **tolerance)
     for mine, theirs in zip((keys, values, lengths), expected, strict=True):
         assert torch.equal(mine, theirs)
+
+
+@FEW
+@given(
+    st.data(),
+    DTYPES,
+    st.sampled_from([(8, 64), (64, 72), (128, 128)]),
+    st.sampled_from([8, 4]),
+    st.integers(1, 3),
+    SEEDS,
+)
+def test_decode_attention_over_codes(
+    data: Any, dtype: torch.dtype, dims: tuple[int, int], bits: int, splits: int, seed: int
+) -> None:
+    """Heads with fewer slots than others, blocks that are partly filled, nothing or little behind them."""
+    torch.manual_seed(seed)
+    slots, room, heads = data.draw(st.integers(1, 150)), 48, (2, 2)
+    keys, values = (torch.randn(2, 2 * (slots + room), dim).to(dtype) for dim in dims)
+    own = quantize_kv(keys, values, torch.randint(1, slots + 1, heads), slots, room, bits)
+    behind = [states.unflatten(1, (2, room)) for states in own[:2]]
+    softcap, sinks = changes(data, 6)
+    operands = {"query": torch.randn(2, 6, 1, dims[0]).to(dtype), "keys": behind[0], "values": behind[1]}
+    operands |= {"lengths": torch.randint(0, room + 1, heads), "scale": 0.2, "softcap": softcap, "sinks": sinks}
+    operands |= {"quantized": own[3:], "bits": bits}
+    kernel, tile = REGISTRY["decode_codes"], Tile(data.draw(st.sampled_from([16, 64])), splits=splits)
+    expected = kernel.reference(**operands)
+    tolerance = {"atol": 4 * OUTPUT[dtype], "rtol": 4 * OUTPUT[dtype]}  # the kernel rounds what it makes of codes
+    torch.testing.assert_close(kernel.launch(operands, tile), expected, **tolerance)
 
 
 @pytest.mark.parametrize("splits", [1, 3])

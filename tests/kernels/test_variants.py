@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
+from specpass.bits import blocks_of
 from specpass.kernels.archs import ARCHS
 from specpass.kernels.decode.plan import cut
 from specpass.kernels.registry import REGISTRY
@@ -22,12 +24,18 @@ def importance(layer: Layer, length: int, given: int) -> dict[str, Any]:
     return layer.importance(64, length, 32, "max")[given]
 
 
+def codes(layer: Layer, length: int) -> dict[str, Any]:
+    blocks = torch.empty(layer.batch, layer.kv_heads, blocks_of(length), 1, device="meta", dtype=torch.uint8)
+    return layer.attend(64) | {"quantized": [blocks, blocks, blocks], "bits": 4}
+
+
 # Operands at a prompt's length, and the most variants of each launch. A draft that keeps its whole prompt has slots for
 # it; what a target keeps is its budget, gather's constants C and N, and does not follow the prompt.
 CALLS: dict[str, tuple[Callable[[Layer, int], dict[str, Any]], int]] = {
     "decode": (lambda layer, length: layer.attend(length), 3),
     "decode_append": (lambda layer, length: layer.append_attend(length), 3),
     "decode_append_lse": (lambda layer, length: layer.append_attend_lse(length), 3),
+    "decode_codes": (lambda layer, length: codes(layer, length), 3),
     "importance": (lambda layer, length: importance(layer, length, 0), 1),
     "importance_given_lse": (lambda layer, length: importance(layer, length, 1), 1),
     "sparse_prefill": (lambda layer, length: layer.prefill_attention_sparse(length, 2048, 32, 32), 1),
