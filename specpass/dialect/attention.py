@@ -107,7 +107,7 @@ class Attend(
     bits: int
 
     @staticmethod
-    def fake(query, keys, values, *rest, **_):
+    def fake(query, keys, values, *rest):
         return query.new_empty(*query.shape[:3], values.shape[-1])
 
 
