@@ -78,6 +78,10 @@ class ParallelPlanError(SpecpassError, ValueError):
     """A model is spread over processes in a way that cannot be pruned."""
 
 
+class ScaleError(SpecpassError, ValueError):
+    """A plan on paper of models or a method that nothing is counted of, or of a prompt that needs none."""
+
+
 class RanksDisagreeError(SpecpassError, RuntimeError):
     """Processes that share a model were told different things, or one of them failed."""
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from specpass.cli.options import (
     Budget,
+    Choice,
     Draft,
     Dtype,
     Json,
@@ -30,7 +31,7 @@ from specpass.cli.options import (
     shown,
     silence_libraries,
 )
-from specpass.errors import MethodOptionError, OutputFileError
+from specpass.errors import MethodOptionError, OutputFileError, UnknownArchError
 from specpass.files import check_folder
 
 FORMATS = (".svg", ".dot")
@@ -57,6 +58,13 @@ def explain(
     weights: Annotated[bool, typer.Option("--weights", help="Load the models instead of narrow stand-ins.")] = False,
     dtype: Dtype = "auto",
     lowering: Lowering = "inductor",
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Plan a prompt of so many tokens on paper; nothing is compiled.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Of --tokens: tensor parallel over so many devices.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="Of --tokens: their kind, sm_80, sm_90, gfx942, ...; sm_90.")] = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -64,8 +72,10 @@ def explain(
 ) -> None:
     """Show sites rewritten, refusals, budgets, bytes and FLOPs, break-even lengths, and the graphs with their seconds.
 
-    Models are compiled as narrow stand-ins of the same layers; bytes and FLOPs are those of the real sizes.
+    Models are compiled as narrow stand-ins of the same layers; bytes and FLOPs are those of the real sizes. With
+    --tokens, instead: bytes, FLOPs and the least seconds of each device for a prompt of so many tokens.
     """
+    check_planned(tokens, {"--devices": devices, "--arch": arch}, {"--graph": graph, "--weights": weights})
     if graph is not None and graph.suffix not in FORMATS:
         raise OutputFileError(f"--graph {graph}: no known format; name a file that ends in {' or '.join(FORMATS)}.")
     choice = choose(
@@ -73,6 +83,9 @@ def explain(
     )
     if choice.method is None:
         raise MethodOptionError("--method full rewrites nothing, so there is nothing to explain: name a method.")
+    if tokens is not None:
+        on_paper(choice, tokens, devices or 1, arch or "sm_90", max_new_tokens, as_json)
+        return
     from specpass import hub
     from specpass.explain.stand_in import explain as run
 
@@ -106,5 +119,47 @@ def explain(
     if as_json:
         typer.echo(json.dumps(report.data(max_new_tokens)))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 140)
-        console.print(report if console.width >= NARROW else str(report), markup=False, highlight=False)
+        narrow = sys.stdout.isatty() and Console().width < NARROW
+        show(str(report) if narrow else report)
+
+
+def show(what: RenderableType) -> None:
+    Console(width=None if sys.stdout.isatty() else 140).print(what, markup=False, highlight=False)
+
+
+def check_planned(tokens: int | None, planned: dict[str, object], compiled: dict[str, object]) -> None:
+    """Raises: typer.BadParameter: an option of the other way to explain."""
+    for name in (name for name, given in planned.items() if given and tokens is None):
+        raise typer.BadParameter("it belongs to a plan: add --tokens, the length of a prompt.", param_hint=name)
+    for name in (name for name, given in compiled.items() if given and tokens is not None):
+        raise typer.BadParameter("a plan compiles nothing: leave --tokens out.", param_hint=name)
+
+
+def on_paper(choice: Choice, tokens: int, devices: int, arch: str, max_new_tokens: int, as_json: bool) -> None:
+    """Raises: UnknownArchError, ScaleError, ParallelPlanError, and what reading a config raises."""
+    from specpass import hub
+    from specpass.explain.plan import plan
+    from specpass.explain.plan_table import table
+    from specpass.explain.stand_in import dtype_of
+    from specpass.kernels.archs import ARCHS
+
+    assert choice.method is not None, "full KV stands beside every method"
+    if arch not in ARCHS:
+        raise UnknownArchError(f"--arch {arch}: expected one of {', '.join(ARCHS)}, whose rates are known.")
+    target = hub.read_config(choice.target, trust_remote_code=choice.trust)
+    draft = None if choice.draft is None else hub.read_config(choice.draft, trust_remote_code=choice.trust)
+    sizes = [dtype_of(config, choice.dtype).itemsize if config is not None else 0 for config in (target, draft)]
+    made = plan(
+        target,
+        draft,
+        choice.method,
+        tokens=tokens,
+        devices=devices,
+        arch=ARCHS[arch],
+        new_tokens=max_new_tokens,
+        itemsizes=(sizes[0], sizes[1]),
+    )
+    if as_json:
+        typer.echo(json.dumps(made.data()))
+    else:
+        show(table(made))

@@ -88,7 +88,7 @@ def explain(
     )
     report = specpass.report(model)
     report.kept = None  # of a random prompt, which tells nothing
-    decoders = [None if config is None else Decoder.of(config, _dtype(config, dtype).itemsize) for config in configs]
+    decoders = [None if config is None else Decoder.of(config, dtype_of(config, dtype).itemsize) for config in configs]
     report.decoders = (decoders[0], decoders[1])
     return report, stages
 
@@ -107,13 +107,14 @@ def _model(name: str, config: Any, dtype: str, weights: bool, trust: bool) -> An
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # else its class lies in the model's folder
     if not weights and known and config.get_text_config(decoder=True) is config:
         try:
-            return stand_in(config, _dtype(config, dtype))
+            return stand_in(config, dtype_of(config, dtype))
         except (ValueError, RuntimeError, TypeError, KeyError, AttributeError):
             pass  # a config whose numbers hang together in its own way: only the model itself will do
     return hub.load(name, dtype, trust_remote_code=trust)[0].requires_grad_(False)
 
 
-def _dtype(config: Any, dtype: str) -> torch.dtype:
+def dtype_of(config: Any, dtype: str) -> torch.dtype:
+    """What a model of this config is loaded in; `dtype` "auto": as it is stored."""
     found = config.dtype if dtype == "auto" else dtype
     if found is None:
         return torch.float32

@@ -25,7 +25,6 @@ NOT_HERE = {
     errors.SpecpassError: "the base class",
     errors.DeviceMismatchError: "both models go to --device",
     errors.SeveralDevicesError: "both models go to --device",
-    errors.ParallelPlanError: "commands run in one process: tests/parallel",
     errors.RanksDisagreeError: "commands run in one process: tests/parallel",
     errors.DtypeMismatchError: "both models get --dtype",
     errors.UnsplicedGraphError: "the call goes on the second way",
@@ -260,6 +259,26 @@ CASES: list[tuple[type[errors.SpecpassError], Case, tuple[str, ...]]] = [
     ),
     (errors.UnknownModelError, lambda f: ["demo", "-t", "gpt-none", "-d", f.good], ("'gpt-none'", "smollm2-135m")),
     (errors.UnknownModelError, lambda f: ["explain", "-t", "gpt-none", "-m", "snapkv"], ("'gpt-none'",)),
+    (
+        errors.ParallelPlanError,
+        lambda f: ["explain", "-t", f.good, "-m", "snapkv", "--tokens", "1000000", "--devices", "8"],
+        ("2 KV heads", "8 processes", "divides 2"),
+    ),
+    (
+        errors.ScaleError,
+        lambda f: ["explain", "-t", f.good, "-m", "snapkv", "-b", "1024", "--tokens", "1000"],
+        ("1,000", "budget of 1,024", "longer prompt"),
+    ),
+    (
+        errors.ScaleError,
+        lambda f: ["explain", "-t", f.make("recurrent", family="lfm2"), "-m", "snapkv", "--tokens", "10000"],
+        ("lfm2", "dense decoders", "leave --tokens out"),
+    ),
+    (
+        errors.UnknownArchError,
+        lambda f: ["explain", "-t", f.good, "-m", "snapkv", "--tokens", "10000", "--arch", "sm_1"],
+        ("sm_1", "sm_90"),
+    ),
     (errors.UnknownModelError, lambda f: ["models", "path", "gpt-none"], ("'gpt-none'",)),
     (errors.UnknownModelError, lambda f: ["tune", "-t", "gpt-none"], ("'gpt-none'",)),
     (
