@@ -19,7 +19,7 @@ from specpass.backend import checks
 from specpass.backend.by_text import DraftByText
 from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
-from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwargs_check
+from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwargs_check, refuse_batching
 from specpass.backend.turns import check_holds
 from specpass.cache.bits import check_bits
 from specpass.cache.conversation import check_place
@@ -35,6 +35,7 @@ ATTRIBUTES = (
     "_prepare_cache_for_generation",
     "_validate_model_kwargs",
     "create_masks_for_generate",
+    "init_continuous_batching",
     "prepare_inputs_for_generation",
     "_specpass",
 )
@@ -182,6 +183,8 @@ def _install(target: nn.Module, part: nn.Module | None, backend: Backend, by_tex
     if hasattr(type(target), "prepare_inputs_for_generation"):
         target._validate_model_kwargs = kwargs_check(target)
         target.prepare_inputs_for_generation = keep_cache(target)
+    if hasattr(type(target), "init_continuous_batching"):
+        target.init_continuous_batching = refuse_batching(backend)
     target.create_masks_for_generate = keep_mask
 
 

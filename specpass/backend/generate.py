@@ -14,7 +14,7 @@ from specpass.backend.prefix import check_same
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prefix import Prefix
 from specpass.cache.states import why_unheld
-from specpass.errors import DroppedError, GeneratedError, PrefixCacheError, PrefixUnsupportedError
+from specpass.errors import DroppedError, GeneratedError, PrefixCacheError, PrefixUnsupportedError, UnsupportedCallError
 
 
 def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
@@ -144,6 +144,23 @@ def keep_cache(target: Any) -> Callable[..., dict[str, Any]]:
         return inputs
 
     return prepare_inputs
+
+
+def refuse_batching(backend: Backend) -> Callable[..., Any]:
+    def init_continuous_batching(*_: Any, **__: Any) -> Any:
+        """Stands in for the method of the same name, which generate_batch() and transformers' server call.
+
+        Raises: UnsupportedCallError.
+        """
+        raise UnsupportedCallError(
+            "generate_batch and continuous batching (transformers serve --continuous-batching) bring a paged cache of "
+            "transformers' own, whose blocks hold the same positions for all KV heads of a layer, and "
+            f"{backend.method.name} has no part in it: the model would run unpruned. Call generate(), which prunes "
+            "padded batches too; or call specpass.restore(model) and shorten the prompts with "
+            "specpass.PromptCompressor(draft, specpass.SpecPC(budget=1024)); or use specpass serve."
+        )
+
+    return init_continuous_batching
 
 
 def keep_mask(attention_mask: Any = None, **_: Any) -> Any:

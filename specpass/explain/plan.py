@@ -1,8 +1,8 @@
 """A long prompt over several devices, on paper: bytes that each of them holds, and the least time of each part.
 
 The target is spread as specpass.parallel prunes it: each of P devices has 1/P of its heads, MLPs and vocabulary, so
-that the closed forms of reports/cost.py, with the sizes divided, are those of one device. Residual streams and the draft
-are whole on each. One thing is counted otherwise than there: of causal attention the half that is read.
+that the closed forms of reports/cost.py, with the sizes divided, are those of one device. Residual streams and the
+draft are whole on each. One thing is counted otherwise than there: of causal attention the half that is read.
 
 Floors: FLOPs over the data sheet's 16-bit rate, or bytes moved over its bandwidth, whichever takes longer. No kernel
 reaches them; what goes between devices stands beside them in bytes.
@@ -126,7 +126,7 @@ def part_of(decoder: Decoder, devices: int) -> Decoder:
 
 
 def weights(part: Decoder, whole: Decoder, config: Any) -> int:
-    """Bytes of a device's matrices; an embedding that is not the head too is whole on each, as transformers plans it."""
+    """Bytes of a device's matrices; an embedding that is not the head too is whole on each, as transformers plans."""
     attention = 2 * part.hidden * part.head_dim * (part.heads + part.kv_heads)
     layer = attention + part.mlp_matrices * part.hidden * part.intermediate
     tied = config.get_text_config(decoder=True).tie_word_embeddings
