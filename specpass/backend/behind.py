@@ -29,6 +29,7 @@ from specpass.dialect.define import SPEC
 from specpass.interpret.question import Front, Question, Rows
 from specpass.methods.base import Method
 from specpass.observe import progress
+from specpass.parallel.agree import first_ranks
 from specpass.passes.draft import DraftGraphs
 from specpass.rewrite import Refusal
 from specpass.sizes import context_length
@@ -112,7 +113,9 @@ class Behind:
             return None
         if cache.given_ids is not None:
             return cache.given_ids.to(rows.ids.device, copy=True)
-        return SPEC.prompt_lookup(rows.ids, rows.lengths, cache.lookahead) if write is None else write()
+        if write is None:
+            return SPEC.prompt_lookup(rows.ids, rows.lengths, cache.lookahead)
+        return first_ranks(write(), self.backend.ranks)
 
     def copies(self, cache: BudgetCache, rows: Rows, pairs: Sequence[Pair], unread: int) -> list[Tensor]:
         """The draft's caches for `extend`: keys and values that it has read, and room for tokens to come."""

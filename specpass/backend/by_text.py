@@ -32,6 +32,7 @@ from specpass.errors import (
 from specpass.interpret.beside import features
 from specpass.interpret.draft import Written, steps_by_forward, steps_by_graphs
 from specpass.interpret.rows import Packing
+from specpass.parallel.agree import first_ranks
 from specpass.passes.draft import DraftGraphs
 from specpass.retokenize import Reading, TokenizerPair
 from specpass.rewrite import Refusal
@@ -107,7 +108,9 @@ class DraftByText:
         ahead = [self._ahead(reading, row, cut) for reading, row in zip(readings, written.ids.tolist(), strict=True)]
         rows_ahead = [self._filled(row, cache.lookahead) for row in ahead]
         self.backend.report.note(NOTE)
-        cache.take(torch.tensor(rows_ahead), self._carried(readings, written.scores, ids))
+        scores = self._carried(readings, written.scores, ids)
+        taken = first_ranks(torch.tensor(rows_ahead, device=ids.device), self.backend.ranks).to("cpu")
+        cache.take(taken, None if scores is None else first_ranks(scores, self.backend.ranks))
 
     def _written(self, cache: BudgetCache, readings: list[Reading], device: torch.device) -> Written:
         """What the draft writes [B, n], and its scores of its own tokens behind the first L."""

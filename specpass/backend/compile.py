@@ -39,7 +39,7 @@ from specpass.lowering.eight_bits import eight_bits
 from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import NGRAM, Method
-from specpass.parallel.shards import is_spread
+from specpass.parallel.shards import Ranks, is_spread
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Drafted, Spans
 from specpass.passes.gather_prune import leave_unquantized
@@ -113,6 +113,7 @@ class Backend:
         self.bits = 0  # of prompts in them; 0: the model's dtype
         self.eos_of_text: tuple[int, ...] | None = None  # of lookaheads by a draft with another tokenizer (by_text)
         self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
+        self.ranks: Ranks | None = None  # that the target is spread over, through specpass.compile's door
         self.keep: Callable[[Pruned], None] | None = None  # told of each rewritten graph (see backend/kept.py)
         self._uncaptured = ""  # why the draft has no graphs
         self.sizes: set[int] = set()  # of storage, that are constants of decode graphs
@@ -246,6 +247,8 @@ class Backend:
             )
         found = tuple(getattr(layer, "found", None) or span for layer, span in zip(cache.layers, spans, strict=True))
         facts = Facts(traced.inputs, traced.weights, Spans(spans if kind in PROMPTS else found))
+        if self.ranks is not None:
+            facts.add(self.ranks)
         if kind != "prefill":
             return Request(kind, cache.method), facts
         if cache.lookahead and cache.given_ids is None and not cache.method.looks_up:

@@ -88,6 +88,7 @@ def compiled_call(
 
     def through_graph(**kwargs: Any) -> Any:
         cache = kwargs["past_key_values"]
+        reads_prompt = not cache.filled
         prepare(cache, kwargs, numbered)
         form = coarse_form_of(cache, kwargs)
         with (
@@ -96,7 +97,10 @@ def compiled_call(
             collector_rests_while_compiling(),
             told_of_compilation(),
         ):
-            return kept.call(form, kwargs, compiled)
+            out = kept.call(form, kwargs, compiled)
+        if backend.ranks is not None and reads_prompt:
+            cache.tighten()
+        return out
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal warned

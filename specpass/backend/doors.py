@@ -117,6 +117,7 @@ def compile(
         method = checks.check_method(method)
         part, reads = (None, draft) if ranks is None else check_spread_out(inside, ranks, draft, method)
         backend = Backend(reads, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
+        backend.ranks = ranks
         backend.speculate = checks.check_speculate(speculate, draft, backend.method)
         backend.bound = backend.report.bound = checks.check_generated(generated, evict, backend.speculate)
         backend.dropped = dropped
@@ -142,10 +143,11 @@ def check_spread_out(
 
     Raises: ParallelPlanError: it cannot be spread so. SpreadError, BudgetError: what all heads decide together.
     """
-    if method.spread != "uniform":
+    if method.spread == "heads":
         raise SpreadError(
-            f"{method.name}(spread={method.spread!r}): KV heads share budgets within one process, and the target's are "
-            f"spread over {ranks.size}: use spread='uniform'."
+            f"{method.name}(spread={method.spread!r}): a layer's KV heads share its budget within one process, and the "
+            f"target's are spread over {ranks.size}: use spread='global', whose heads choose together once for all "
+            "layers, or spread='uniform'."
         )
     if method.share is not None:
         raise BudgetError(

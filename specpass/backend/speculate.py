@@ -20,6 +20,7 @@ from specpass.cache.budget import BudgetCache
 from specpass.cache.drafting import DRAFTS, Drafting
 from specpass.cache.replay import REPLAYS, Replay
 from specpass.lowering.lower import lower_draft
+from specpass.parallel.agree import first_ranks
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.pipeline import fingerprint
 from specpass.passes.propose import proposal_graph
@@ -113,7 +114,7 @@ class Speculator:
         inputs = (drafting.told[:, -unread:].contiguous(), positions, *drafting.caches, *graphs.params.values())
         if self.run is None:
             self.run = lower_proposals(self.backend, graphs, self.count, inputs)
-        proposed = self.run(*inputs)
+        proposed = first_ranks(self.run(*inputs), self.backend.ranks)
         drafting.read = torch.cat([drafting.told[:, 1:], proposed[:, :-1]], 1)
         return proposed
 

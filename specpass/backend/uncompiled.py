@@ -32,6 +32,7 @@ from specpass.interpret.beside import axes_disagree, beside, features, types_mas
 from specpass.interpret.draft import Written, write_by_forward, write_by_graphs
 from specpass.interpret.rows import Packing
 from specpass.interpret.run import Call
+from specpass.parallel.agree import first_ranks
 from specpass.rewrite import Refusal
 from specpass.rewrite.verify import StageError
 from specpass.sizes import context_length
@@ -171,6 +172,13 @@ class Writer:
         self, ids: Tensor, mask: Tensor | None, packing: Packing, lookahead: int, call: Mapping[str, Any]
     ) -> Written:
         """Raises: Refusal: the draft's attention is needed, and it cannot be captured."""
+        written, ranks = self._written(ids, mask, packing, lookahead, call), self.backend.ranks
+        scores = None if written.scores is None else first_ranks(written.scores, ranks)
+        return Written(first_ranks(written.ids, ranks), scores)
+
+    def _written(
+        self, ids: Tensor, mask: Tensor | None, packing: Packing, lookahead: int, call: Mapping[str, Any]
+    ) -> Written:
         backend, cache = self.backend, self.cache
         check_ids(ids, backend.smaller_vocabulary(cache))
         assert backend.draft is not None

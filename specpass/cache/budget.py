@@ -248,6 +248,12 @@ class BudgetCache(CacheProtocol):
                 layer.grow(room - self.free_at_prefill)
         self.free_at_prefill = room
 
+    def tighten(self) -> None:
+        """Cut the storage of heads that chose together with other processes' to what was kept of the prompt."""
+        for layer in self.budgeted:
+            if layer.ragged:
+                layer.tighten(layer.budget)
+
     @property
     def host_bytes(self) -> int:
         """Bytes of keys and values that are held in host memory for later turns (`dropped="host"`)."""

@@ -222,6 +222,30 @@ class Storage:
             widen(self.stored(buffer), buffer) for buffer in (self.key_buffer, self.value_buffer)
         )
 
+    def tighten(self, budget: int) -> None:
+        """Cut what no row uses off a storage for more than `budget` slots a KV head in the mean: see share_layers."""
+        together = self._together
+        first, last = together[0], together[-1]
+        if first is not self or self.key_buffer is None or last.starts is None or last.counts is None:
+            return
+        heads = self.kv_heads * len(together)
+        if self.slots <= budget + self.room:
+            return
+        used = int((last.starts + last.counts)[:, -1].max()) - (heads - 1) * self.room
+        kept = -(-used // heads)
+
+        def cut(old: Tensor, slots: int) -> Tensor:
+            new = old[:, : heads * slots].contiguous()
+            keep_marks(old, new, without=1)
+            return new
+
+        assert self.value_buffer is not None
+        assert self.kept_positions is not None
+        keys, values = (cut(old, kept + self.room) for old in (self.key_buffer, self.value_buffer))
+        positions = cut(self.kept_positions, kept)
+        for layer in together:
+            layer.key_buffer, layer.value_buffer, layer.kept_positions = keys, values, positions
+
     def _grow_ragged(self, slots: int) -> None:
         """Each head moves on by what its predecessors grew."""
         together = self._together

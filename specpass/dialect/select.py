@@ -209,6 +209,25 @@ class SelectCandidates(
         return positions, scores.new_empty(positions.shape)
 
 
+class ChooseShared(
+    Operator, schema="choose_shared(Tensor[] positions, Tensor scores, int total, int rank) -> Tensor[]", since="PRUNED"
+):
+    """Of candidates that lie on several ranks, those of this one that are among the `total` best of all: the positions
+    of each layer again, -1 where one is not.
+
+    Ties go to the lower layer, head and position; a rank's heads follow those of the rank before.
+    """
+
+    positions: list[fx.Node]  # [B, K X] of each of this rank's n layers, see share_layers
+    scores: fx.Node  # [P n, B, K X] of all P ranks
+    total: int
+    rank: int
+
+    @staticmethod
+    def fake(positions, scores, total, rank):
+        return [torch.empty_like(own) for own in positions]
+
+
 class PackHeads(Operator, schema="pack_heads(Tensor items, int slots) -> Tensor", since="PRUNED"):
     """Items [B, K, M] of heads with budgets of their own as [B, slots]: one head's behind the other's, then -1."""
 

@@ -122,6 +122,20 @@ def select_candidates(
     return found.masked_fill(found >= never, -1), worth.gather(-1, order)
 
 
+def choose_shared(positions: list[Tensor], scores: Tensor, total: int, rank: int) -> list[Tensor]:
+    """Of this rank's candidates those that are among the `total` best of all ranks; see the operator.
+
+    Args: positions [B, K X] of each of n layers; scores [P n, B, K X].
+    """
+    layers, size = len(positions), positions[0].shape[1]
+    by_rank = scores.unflatten(0, (-1, layers))
+    every = by_rank.permute(2, 1, 0, 3).flatten(1)  # [B, n P K X]: layers, their heads, positions
+    best = torch.sort(every, dim=1, descending=True, stable=True).indices[:, :total]
+    keep = torch.zeros_like(every, dtype=torch.bool).scatter(1, best, True)
+    mine = keep.view(len(every), layers, -1, size)[:, :, rank]
+    return [own.masked_fill(~mine[:, index], -1) for index, own in enumerate(positions)]
+
+
 def _best(scores: Tensor, lengths: Tensor, top: int, window: int, kernel: int, pool: str) -> tuple[Tensor, Tensor]:
     """The best `top` columns of each head in front of the window, by pooled scores.
 
@@ -216,6 +230,7 @@ bind(dialect.SelectChunk, select_chunk)
 bind(dialect.KeepAll, keep_all)
 bind(dialect.KeepShortRows, keep_short_rows)
 bind(dialect.SelectCandidates, select_candidates)
+bind(dialect.ChooseShared, choose_shared)
 bind(dialect.PackHeads, pack_heads)
 bind(dialect.MapPositions, map_positions)
 bind(dialect.AddLookahead, add_lookahead)

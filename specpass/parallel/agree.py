@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from specpass.errors import RanksDisagreeError, SpecpassError
 from specpass.parallel.shards import Ranks
@@ -42,6 +43,15 @@ def agreement(ranks: Ranks | None) -> Iterator[Told]:
         if failed is not None:
             raise RanksDisagreeError(f"rank {rank} of {ranks.size} did not compile the model ({failed})")
     compare([theirs for theirs, _ in answers])
+
+
+def first_ranks(tensor: Tensor, ranks: Ranks | None) -> Tensor:
+    """The first rank's tensor on all of them, which are alike in shape; the tensor itself without ranks."""
+    if ranks is None:
+        return tensor
+    ops = torch.ops._c10d_functional
+    found: Tensor = ops.wait_tensor(ops.broadcast(tensor.contiguous(), 0, ranks.name))
+    return found
 
 
 def compare(answers: list[Told]) -> None:

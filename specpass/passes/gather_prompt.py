@@ -4,6 +4,8 @@ before: scores [B, S] from the draft, lengths [B] of the prompt
 after:  positions = select_prompt(scores, lengths, C, W, kernel, neighbours, pool)      [B, C], ascending, -1 unused
         lengths = count_kept(positions); shift = prompt lengths - lengths (0 where the original numbers are kept)
 
+Where the target is spread over processes, the positions are those of the first one.
+
 The target still reads the whole prompt: resize_prompt changes that, once take_last has placed the logits.
 """
 
@@ -19,6 +21,8 @@ from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.operands import items_of
 from specpass.graph.walk import ATEN
+from specpass.parallel.shards import Ranks
+from specpass.passes.exchange import of_rank_0
 from specpass.passes.facts import Drafted, ReadPositions, Rows
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 
@@ -50,6 +54,7 @@ class GatherPrompt(Pass):
             how.pool,
             before=before,
         )
+        positions = of_rank_0(editor, positions, facts.get(Ranks), before)
         kept = editor.call(SPEC.count_kept, positions, before=before)
         if how.positions == "original":
             shift = editor.call(ATEN.zeros_like, lengths, before=before)

@@ -8,6 +8,8 @@ after:  caches, logits = draft_prefill(ids, lengths, L); token = next_token(logi
 Several futures (M branches of L tokens) stand side by side there, S + M L: their positions count from the prompt's end
 each, and attend_branches keeps them apart.
 
+Where the target is spread over processes, the lookahead is the first one's on all of them.
+
 Without a draft the lookahead is the caller's ids, or prompt_lookup(ids, lengths, L). A draft with another tokenizer
 reads the prompt in front of the graph: its tokens and scores, in the target's, come as inputs like the caller's.
 
@@ -33,7 +35,9 @@ from specpass.graph.edit import Editor
 from specpass.graph.operands import GetItem, results_of
 from specpass.graph.sizes import Substitution
 from specpass.graph.walk import depends, is_size, output_of, value
+from specpass.parallel.shards import Ranks
 from specpass.passes.draft import DraftGraphs
+from specpass.passes.exchange import of_rank_0
 from specpass.passes.facts import Drafted, Inputs, Rows
 from specpass.rewrite import Facts, Kind, Pass, Refusal, Request
 
@@ -79,12 +83,23 @@ class InsertDraft(Pass):
         else:
             room = Fill.find(gm.graph)[0].room if request.goes_on else 0
             drafted = draft.insert(editor, request.lookahead, ids, rows.lengths, anchor, room)
+            drafted = agreed(editor, drafted, facts.get(Ranks))
             if request.goes_on:
                 output_of(gm.graph).args = ((*results_of(gm.graph), *drafted.caches),)
         editor.replace(placeholder.node, drafted.ids)
         facts.add(drafted)
         if not request.compresses:
             extend_prompt(editor, facts, drafted, size, request.lookahead, futures)
+
+
+def agreed(editor: Editor, drafted: Drafted, ranks: Ranks | None) -> Drafted:
+    """The first rank's lookahead on all ranks, in front of the target."""
+    ids, futures = (
+        None if node is None else of_rank_0(editor, node, ranks, drafted.anchor)
+        for node in (drafted.ids, drafted.futures)
+    )
+    assert ids is not None, "a draft has written"
+    return dataclasses.replace(drafted, ids=ids, futures=futures)
 
 
 def lengthen(gm: fx.GraphModule, anchor: fx.Node, size: torch.SymInt, length: int) -> None:

@@ -9,6 +9,14 @@ after:  positions, worth = select_candidates(scores, lengths, 3 C - 2 W, W, kern
         keys, values, positions, lengths, offsets, counts = share_layers(...)                            behind the last
 
 keys are then one storage [B, n K (C + N), D] of all n layers, and so are values and positions.
+
+Where each of P ranks has K heads of every layer, all know the candidates' worth, and each keeps its own of the best:
+
+        worth = all_gather(stack(worth of each layer))                                                   [P n, B, K X]
+        positions = choose_shared(positions of each layer, worth, P n K C, rank)
+        keys, ... = share_layers(..., positions, no scores, most slots of a rank's heads in the mean, ...)
+
+One rank may keep more than its share: the storage is made for the most, and cut to what is kept behind the graph.
 """
 
 from __future__ import annotations
@@ -24,6 +32,8 @@ from specpass.graph.edit import Editor
 from specpass.graph.operands import items_of
 from specpass.graph.walk import ATEN, output_of
 from specpass.methods.base import CANDIDATES
+from specpass.parallel.shards import Ranks
+from specpass.passes.exchange import of_all_ranks
 from specpass.passes.facts import Ahead, ReadPositions, Rows
 from specpass.rewrite import Facts, Refusal, Request
 from specpass.rewrite.sites import Site
@@ -91,16 +101,35 @@ class Shared:
         if not self.layers:
             return
         editor, output, first = self.editor, output_of(self.editor.graph), self.layers[0].site
-        lists = ([getattr(layer, name) for layer in self.layers] for name in ("keys", "values", "lengths", "positions"))
+        lists = [[getattr(layer, name) for layer in self.layers] for name in ("keys", "values", "lengths", "positions")]
         worth = [layer.worth for layer in self.layers if layer.worth is not None]
         room = Fill.of(first.cache).room
-        all_of = editor.call(SPEC.share_layers, *lists, worth, first.budget, self.ahead, room, before=output)
+        budget = first.budget
+        if worth and Ranks in self.facts:
+            lists[3], worth, budget = self._agreed(lists[3], worth, first, output), [], self._most(first)
+        all_of = editor.call(SPEC.share_layers, *lists, worth, budget, self.ahead, room, before=output)
         keys, values, positions, *each = (editor.item(all_of, index, output) for index in range(6))
         for index, layer in enumerate(self.layers):
             lengths, *about = (editor.item(own, index, output) for own in each)
             for asked in offsets_of(layer.site):
                 put(editor, asked.node, about)
             put(editor, layer.site.cache, [keys, values, lengths, positions])
+
+    def _agreed(self, positions: list[fx.Node], worth: list[fx.Node], site: Site, before: fx.Node) -> list[fx.Node]:
+        """Of each layer's positions those that all ranks choose together, all of which are kept; else -1."""
+        editor, ranks = self.editor, self.facts[Ranks]
+        total = ranks.size * len(worth) * site.kv_heads * site.budget
+        own = editor.call(ATEN.stack.default, worth, before=before)
+        every = of_all_ranks(editor, own, ranks, before)
+        chosen = editor.call(SPEC.choose_shared, positions, every, total, ranks.rank, before=before)
+        return [editor.item(chosen, index, before) for index in range(len(positions))]
+
+    def _most(self, site: Site) -> int:
+        """Slots of a head, in the mean, of a rank whose heads keep all that the other ranks' floors leave."""
+        how, ranks = self.request.pruning, self.facts[Ranks]
+        least = how.window + how.floor(site.budget)
+        candidates = how.window + CANDIDATES * (site.budget - how.window)
+        return min(candidates, ranks.size * site.budget - (ranks.size - 1) * least)
 
 
 def put(editor: Editor, node: fx.Node, results: list[fx.Node]) -> None:

@@ -85,6 +85,38 @@ def test_share_layers(seed: int, ahead: int) -> None:
         assert (positions[row, begin:] == -1).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_ranks_choose_what_one_process_chooses(seed: int) -> None:
+    """Each of two has K of the heads of every layer, its own candidates and the worth of all."""
+    layers, lengths = 3, torch.tensor([T, 25, 8])
+    wide = W + 2 * layers * (C - W)
+    scores = [
+        torch.cat([scores_of(seed + 10 * layer + part, lengths) for part in (0, 1)], 1) for layer in range(layers)
+    ]
+    found: list[list[list[torch.Tensor]]] = [[[], [], [], [], []] for _ in range(2)]
+    for own in scores:
+        for part, into in zip(own.split(K, 1), found, strict=True):
+            positions, worth = SPEC.select_candidates(part, lengths, wide, W, 3, "max", FLOOR, FLOOR)
+            states = SPEC.gather_ragged(torch.rand(3, K, T, D), torch.rand(3, K, T, D), positions, K * wide, 0)
+            packed = (SPEC.pack_heads(each, K * wide) for each in (positions, worth))
+            for kept, one in zip(into, (*states, *packed), strict=True):
+                kept.append(one)
+    worth = torch.stack([one for into in found for one in into[4]])
+    for rank, (keys, values, counts, positions, _) in enumerate(found):
+        chosen = SPEC.choose_shared(positions, worth, layers * 2 * K * C, rank)
+        packed, counts = SPEC.share_layers(keys, values, counts, chosen, [], wide, 0, ROOM)[2:4]
+        for row, length in enumerate(lengths.tolist()):
+            due = choose([pooled(own[row], length) for own in scores], length, C, W) if length > C else None
+            mine = [
+                torch.arange(length) if due is None else due[layer][rank * K + head]
+                for layer in range(layers)
+                for head in range(K)
+            ]
+            assert torch.cat([each[row] for each in counts]).tolist() == list(map(len, mine))
+            flat = torch.cat(mine)
+            assert packed[row, : len(flat)].tolist() == flat.tolist()
+
+
 def test_a_layer_has_no_more_than_its_candidates() -> None:
     lengths, wide = torch.tensor([T]), W + 2 * (C - W)
     kept: list[list[torch.Tensor]] = [[], [], [], [], []]

@@ -166,8 +166,8 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     )
     yield (
         "spread budgets",
-        lambda: raises(errors.SpreadError, "over 2", "spread='uniform'")(
-            lambda: compile_eager(parts, specpass.SnapKV(budget=24, window=8, spread="global"))
+        lambda: raises(errors.SpreadError, "over 2", "spread='global'")(
+            lambda: compile_eager(parts, specpass.SnapKV(budget=24, window=8, spread="heads"))
         ),
     )
     yield (

@@ -14,6 +14,7 @@ from traces import prompt_graph, step_graph
 import specpass
 from specpass.errors import MethodHookError
 from specpass.graph.edit import copy_module
+from specpass.parallel.shards import Ranks
 from specpass.passes.facts import Scores
 from specpass.passes.gather_prune import GatherPrune
 from specpass.rewrite.sites import Sites
@@ -106,6 +107,28 @@ def test_text_of_shared_budgets() -> None:
 +gather_ragged(add, transpose, select_candidates[0], 112, 0)
 +pack_heads(select_candidates[0], 112)
 +share_layers([gather_ragged[0]], [gather_ragged[1]], [gather_ragged[2]], [pack_heads], [pack_heads], 24, 0, 64)""",
+    )
+
+
+def test_text_of_budgets_that_several_processes_share() -> None:
+    """Of two, each of which has these two heads: all candidates' worth goes around, and one rank may keep more."""
+    state = prompt_graph(GLOBAL, mask=True).before("gather_prune")
+    before = copy_module(state.gm)
+    state.facts.add(Ranks(None, "tp", 2, 1))
+    assert_expected_inline(
+        changes(before, state.apply(GatherPrune()).gm),
+        """\
+-fill(add, transpose, handle, 24, 64, 0, False)
+-head_offsets(fill[2], 64)
++select_candidates(importance, pack_order[1], 56, 8, 7, avg, 3, 3)
++pack_heads(select_candidates[1], 112)
++gather_ragged(add, transpose, select_candidates[0], 112, 0)
++pack_heads(select_candidates[0], 112)
++stack([pack_heads])
++all_gather_into_tensor(stack, 2, tp)
++wait_tensor(all_gather_into_tensor)
++choose_shared([pack_heads], wait_tensor, 96, 1)
++share_layers([gather_ragged[0]], [gather_ragged[1]], [gather_ragged[2]], [choose_shared[0]], [], 37, 0, 64)""",
     )
 
 
