@@ -2,7 +2,8 @@
 
 The target is spread as specpass.parallel prunes it: each of P devices has 1/P of its heads, MLPs and vocabulary, so
 that the closed forms of reports/cost.py, with the sizes divided, are those of one device. Residual streams and the
-draft are whole on each. One thing is counted otherwise than there: of causal attention the half that is read.
+draft are whole on each, and prompts are read in one piece. One thing is counted otherwise than there: of causal
+attention the half that is read.
 
 Floors: FLOPs over the data sheet's 16-bit rate, or bytes moved over its bandwidth, whichever takes longer. No kernel
 reaches them; what goes between devices stands beside them in bytes.
