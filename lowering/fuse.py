@@ -8,6 +8,7 @@ from torch import fx
 
 from specpass.dialect.cache import AppendKv
 from specpass.graph.edit import copy_module
+from specpass.lowering.dense_rows import DenseRows
 from specpass.lowering.few_rows import FewRows
 from specpass.lowering.fuse_append import FuseAppend
 from specpass.lowering.share_lse import ShareLse
@@ -15,7 +16,7 @@ from specpass.lowering.share_step_lse import ShareStepLse
 from specpass.lowering.take_early import TakeEarly
 from specpass.rewrite import Facts, Kind, Observer, Pass, Pipeline, Request
 
-FUSION: tuple[Pass, ...] = (TakeEarly(), ShareLse(), FuseAppend(), ShareStepLse(), FewRows())
+FUSION: tuple[Pass, ...] = (TakeEarly(), DenseRows(), ShareLse(), FuseAppend(), ShareStepLse(), FewRows())
 
 
 def fuse(
