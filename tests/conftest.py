@@ -12,7 +12,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import gc
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +25,9 @@ settings.load_profile("specpass")
 
 # Tracing makes millions of small objects that die young: fewer collections, a tenth less time.
 gc.set_threshold(50_000, 20, 20)
+
+# Dynamo collects after each graph, which is a fixture's job here (fresh_dynamo).
+torch._dynamo.config.run_gc_after_compile = False
 
 # pytest's log capture would otherwise make torch render a trace record of everything that it compiles.
 logging.getLogger("torch.__trace").propagate = False
@@ -49,13 +51,18 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def calls_are_traced() -> Iterator[None]:
-    """No graphs on disk: tests put their own passes and functions in others' places, which no key tells."""
+def calls_are_traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No call is kept on disk: tests put their own passes and functions in others' places, which no key tells.
+
+    A draft's graphs are, in a folder of this run: most tests have the same few drafts, a second each.
+    """
     from specpass.backend.kept import KeptCalls
     from specpass.capture import stored
 
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "graphs"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stored, "graphs_dir", lambda: Path(os.devnull) / "graphs")
+        patch.setattr(stored, "graphs_dir", lambda: folder)
         patch.setattr(KeptCalls, "usable", False)
         yield
 
