@@ -26,6 +26,8 @@ KINDS = {  # family -> kind of each layer
     "llama4": (CHUNKED, FULL, CHUNKED),
     "mistral-sliding": (SLIDING, SLIDING),
 }
+# Gemma 2's masks are those of gpt-oss: its choice alone is looked at here, its answers in passes/read/test_logits.py.
+WHOLE = [family for family in KINDS if family != "gemma2"]
 METHODS = {"gemma3": SPEC, "gpt-oss": SNAP, "gemma2": SNAP, "llama4": SPEC, "mistral-sliding": SNAP}
 
 
@@ -58,7 +60,7 @@ def subject(family: str) -> Subject:
     return Subject(family, compile_eager(model_of(family), method, draft), model_of(family), method)
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=WHOLE)
 def own(request: pytest.FixtureRequest) -> Subject:
     return subject(request.param)
 
@@ -92,7 +94,7 @@ def test_storage_is_the_formula(own: Subject) -> None:
     assert states <= cache_bytes(cache) <= 1.05 * states + 8 * 2 * slots  # and int64 positions
 
 
-@pytest.mark.parametrize(("family", "early_exit"), [*((family, False) for family in KINDS), ("gemma3", True)])
+@pytest.mark.parametrize(("family", "early_exit"), [*((family, False) for family in WHOLE), ("gemma3", True)])
 def test_a_budget_that_holds_the_prompt_is_exact_beyond_the_window(family: str, early_exit: bool) -> None:
     """Prompts on both sides of the window, answers that leave it behind, rows of a padded batch alike."""
     own = subject(family)
