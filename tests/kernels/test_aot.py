@@ -42,7 +42,7 @@ OTHERS = [
     other("float32", 7, 64),
     other("float32", 3, 128, weighted=True),
 ]
-SLOTS = ("gather", "decode", "decode_append", "decode_append_lse")
+SLOTS = ("gather", "decode")
 BROAD = ("sm_80", "sm_90", "sm_100", "gfx942")
 # The others differ from one of these in limits or in instructions: sm_86, 89 and 120 have 99 KiB, gfx950 has 160.
 
