@@ -26,7 +26,7 @@ from transformers.distributed import DistributedConfig
 import specpass
 from specpass import errors
 
-FAMILIES = ("llama", "qwen2", "qwen3", "smollm", "gemma2", "mistral")
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm", "gemma2")
 METHODS = {
     "speckv": specpass.SpecKV(budget=24, window=8, lookahead=4),
     "snapkv": specpass.SnapKV(budget=24, window=8),

@@ -46,7 +46,6 @@ CASES = (
     "qwen3",
     "smollm",
     "gemma2",
-    "mistral",
     "inductor",
     "three turns",
     "another method",
