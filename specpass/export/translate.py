@@ -17,27 +17,16 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-import torch.utils._pytree as pytree
 from onnx_ir.passes import common
 from onnxscript import opset20 as op
 from onnxscript import optimizer
-from torch import fx
 from torch.export import ExportedProgram
-from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
-from torch.export.graph_signature import (
-    ExportGraphSignature,
-    InputKind,
-    InputSpec,
-    OutputKind,
-    OutputSpec,
-    TensorArgument,
-)
 
 from specpass.errors import ExportError
+from specpass.export.decompose import FlatProgram
 from specpass.export.lift_constants import Constants, LiftConstants
 from specpass.export.program import Program
 from specpass.graph.edit import fake_mode_of
-from specpass.graph.operands import results_of
 from specpass.graph.walk import module_path
 from specpass.rewrite import Facts, Pipeline, Request
 
@@ -52,7 +41,7 @@ def translate(program: Program, title: str) -> ir.Model:
     Raises: ExportError naming the operator and the layer that has no ONNX form.
     """
     lift_constants(program)
-    exported = as_exported_program(program.graph)
+    exported = FlatProgram.of(program.graph)
     try:
         # Nothing that torch decides on the way may depend on the sizes that were traced.
         sizes = fake_mode_of(program.graph).shape_env
@@ -112,26 +101,6 @@ def lift_constants(program: Program) -> None:
     facts = Facts()
     Pipeline((LiftConstants(),), entry="").run(program.graph, Request(program.kind), facts)
     program.weights |= {f"constant.{name}": tensor for name, tensor in facts[Constants].tensors.items()}
-
-
-def as_exported_program(gm: fx.GraphModule) -> ExportedProgram:
-    """The flat graph as torch.export would give it: every input a user's, nothing mutated."""
-    inputs, outputs = gm.graph.find_nodes(op="placeholder"), results_of(gm.graph)
-    values = tuple(node.meta["val"] for node in inputs)
-    signature = ExportGraphSignature(
-        [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in inputs],
-        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in outputs],
-    )
-    call = ModuleCallSignature([], [], pytree.tree_flatten((values, {}))[1], pytree.tree_flatten(tuple(outputs))[1])
-    return ExportedProgram(
-        root=gm,
-        graph=gm.graph,
-        graph_signature=signature,
-        state_dict={},
-        range_constraints={},
-        module_call_graph=[ModuleCallEntry("", call)],
-        constants={},
-    )
 
 
 def _explain(error: Exception, exported: ExportedProgram, title: str) -> str:
