@@ -39,7 +39,7 @@ SHARED = {"vocab_size": 128256, "max_position_embeddings": 140_000, "rope_theta"
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,

@@ -15,7 +15,7 @@ from specpass import runtime
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.08}
+WIDE = {"layers": 1, "hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.08}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specpass
 import specpass.testing.prompt as ep
-from bench import needles
+from bench import needles, weak_draft
 from specpass import hub
 from specpass.testing import eager
 
@@ -29,7 +29,7 @@ def load(name: str, dtype: torch.dtype) -> Any:
 
 @dataclasses.dataclass
 class Smol:
-    """A compiled model, an uncompiled twin, and real prompts of about 600 and 400 tokens."""
+    """A compiled model, an uncompiled twin, and real prompts of about 400 and 250 tokens."""
 
     model: Any
     twin: Any
@@ -45,10 +45,10 @@ def smol() -> Smol:
     tokenizer = AutoTokenizer.from_pretrained(hub.model_path("smollm2-135m"))
     prompts = [
         torch.tensor([needles.make_prompt("multikey", seed, tokens, tokenizer).ids])
-        for seed, tokens in ((0, 600), (1, 400), (2, 110))
+        for seed, tokens in ((0, 400), (1, 250), (2, 110))
     ]
     method = specpass.SpecKV(budget=C, window=W, lookahead=L)
-    assert abs(prompts[0].shape[1] - 600) < 30
+    assert abs(prompts[0].shape[1] - 400) < 30
     assert prompts[2].shape[1] <= C
     return Smol(compile_eager(model, method, draft=model), twin, *prompts, method)
 
@@ -57,6 +57,15 @@ def smol() -> Smol:
 def alone(smol: Smol) -> Run:
     """The long prompt run alone, drafted by the model itself."""
     return run(smol.model, smol.long, L)
+
+
+@pytest.fixture(scope="module")
+def shallow() -> tuple[Any, Any]:
+    """A model to compile and its twin, both of the first eleven layers and the last: tracing costs by the layer."""
+    models = [load("smollm2-135m", torch.float32) for _ in range(2)]
+    for model in models:
+        weak_draft.cut(model, 12)
+    return models[0], models[1]
 
 
 @SMOL
@@ -108,35 +117,35 @@ def test_a_padded_batch_of_two(smol: Smol, alone: Run) -> None:
 
 
 @SMOL
-def test_snapkv(smol: Smol) -> None:
-    ours = run(compile_eager(smol.model, specpass.SnapKV(budget=C, window=W)), smol.long, 4)
-    compile_eager(smol.model, smol.method, draft=smol.model)
-    reference = eager.select(smol.twin, smol.long, C, how=dataclasses.replace(eager.SNAPKV, window=W))
+def test_snapkv(smol: Smol, shallow: tuple[Any, Any]) -> None:
+    model, twin = shallow
+    ours = run(compile_eager(model, specpass.SnapKV(budget=C, window=W)), smol.long, 4)
+    reference = eager.select(twin, smol.long, C, how=dataclasses.replace(eager.SNAPKV, window=W))
     check_selection(kept(ours.cache), reference, W)
-    check_answer(ours, smol.twin, smol.long, kept(ours.cache), tolerance=1e-3)
+    check_answer(ours, twin, smol.long, kept(ours.cache), tolerance=1e-3)
 
 
 @SMOL
-def test_specpc_and_speckv_pc(smol: Smol) -> None:
+def test_specpc_and_speckv_pc(smol: Smol, shallow: tuple[Any, Any]) -> None:
     """The tokens read are the eager ones, the model's own attention scoring; then SpecKV on what was read."""
+    model, twin = shallow
     how = ep.PromptScoring(window=32, kernel=32, neighbours=32, lookahead=2)
     method = specpass.SpecPC(budget=160, **dataclasses.asdict(how))
-    ours = run(compile_eager(smol.model, method, draft=smol.model), smol.long, 4)
-    read = ep.choose(ep.pooled(ep.prompt_scores(smol.twin, smol.long, how), how), 160, how)
+    ours = run(compile_eager(model, method, draft=model), smol.long, 4)
+    read = ep.choose(ep.pooled(ep.prompt_scores(twin, smol.long, how), how), 160, how)
     assert ours.cache.prompt_positions[0].tolist() == read
-    theirs = ep.answer(smol.twin, smol.long, read, 4)
+    theirs = ep.answer(twin, smol.long, read, 4)
     assert ours.tokens[0] == theirs.tokens
     torch.testing.assert_close(ours.logits[0], theirs.logits, atol=1e-3, rtol=1e-3)
 
     both = specpass.SpecKVPC(budget=64, window=W, lookahead=2, prompt_budget=160, prompt_window=32)
-    ours = run(compile_eager(smol.model, both, draft=smol.model), smol.long, 4)
-    compile_eager(smol.model, smol.method, draft=smol.model)
+    ours = run(compile_eager(model, both, draft=model), smol.long, 4)
     assert ours.cache.prompt_positions[0].tolist() == read
     short = smol.long[:, torch.tensor(read)]
     slots = [torch.searchsorted(torch.tensor(read), layer) for layer in kept(ours.cache)]
-    reference = eager.select(smol.twin, short, 64, ours.cache.lookahead_ids, eager.Scoring(window=W))
+    reference = eager.select(twin, short, 64, ours.cache.lookahead_ids, eager.Scoring(window=W))
     check_selection(slots, reference, W)
-    check_answer(ours, smol.twin, short, slots, tolerance=1e-3)
+    check_answer(ours, twin, short, slots, tolerance=1e-3)
 
 
 # -- the pair
@@ -182,7 +191,7 @@ def test_the_qwen_pair_answers_lookups_from_96_slots() -> None:
 
 
 @SMOL
-def test_smollm2_as_its_own_draft_in_onnx_runtime(smol: Smol, tmp_path: Path) -> None:
+def test_smollm2_as_its_own_draft_in_onnx_runtime(smol: Smol, alone: Run, tmp_path: Path) -> None:
     """Tokens, lookahead and every kept position of the long prompt are torch.compile's; the short one is as alone."""
     runtime = pytest.importorskip("specpass.runtime")
     pytest.importorskip("onnxruntime")
@@ -190,11 +199,10 @@ def test_smollm2_as_its_own_draft_in_onnx_runtime(smol: Smol, tmp_path: Path) ->
     prompts = [smol.long[0].tolist(), smol.short[0].tolist()]
     both = model.generate(prompts, max_new_tokens=L)
     assert model.generate(prompts[1:], max_new_tokens=L) == both[1:]
-    ours = run(smol.model, smol.long, L)
     state = model.prefill(prompts[:1])
-    assert both[0] == ours.tokens[0]
-    assert state.lookahead_ids.tolist() == ours.cache.lookahead_ids.tolist()
-    for theirs, layer in zip(state.positions, ours.cache.layers, strict=True):
+    assert both[0] == alone.tokens[0]
+    assert state.lookahead_ids.tolist() == alone.cache.lookahead_ids.tolist()
+    for theirs, layer in zip(state.positions, alone.cache.layers, strict=True):
         assert theirs.tolist() == layer.positions.tolist()
 
 
