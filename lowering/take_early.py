@@ -3,7 +3,7 @@
 before: o [B, T, H * Dv] -> o_proj -> + residual -> norm -> MLP -> + -> norm -> h [B, T, E]
         take_positions(h, last) -> lm_head; take_positions(h, ahead) -> lm_head
 after:  rows = cat(last, ahead) [B, 1 + L]; take_positions(o, rows), take_positions(residual, rows) -> the same
-        operators on [B, 1 + L, ...]; h[:, :1] -> lm_head; h[:, 1:] -> lm_head
+        operators on [B, 1 + L, ...]; copies of h[:, :1] and h[:, 1:] -> lm_head
 Where no prompt is padded and nothing looks ahead, h[:, -1:] is read, and o[:, -1:], residual[:, -1:] instead.
 
 It is one layer's share of all linear layers but those that make its queries, keys and values. That layer is like no
@@ -87,7 +87,8 @@ def take_in_front(editor: Editor, takes: list[TakePositions], cone: list[fx.Node
     for view in takes:
         node, end = view.node, ends[view.index]
         part = (view.hidden, 1, end - counts[view.index], end)
-        editor.replace(node, editor.call(ATEN.slice.Tensor, *part, before=node, like=node))
+        # A copy, as take_positions' result is one: what reads it counts on rows that lie together (see dense_rows.py).
+        editor.replace(node, editor.call(ATEN.slice_copy.Tensor, *part, before=node, like=node))
 
 
 def trim(editor: Editor, cone: list[fx.Node], take: Callable[[fx.Node, fx.Node], fx.Node]) -> None:

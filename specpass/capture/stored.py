@@ -68,8 +68,9 @@ def _fake(shape: Any, stride: Any, dtype: torch.dtype, device: torch.device, sta
 def share_values(gm: fx.GraphModule) -> None:
     """Let nodes whose fake values look alike hold one and the same, in place: of thousands some hundred are left.
 
-    Making them is what reading a graph takes longest for. That two of them share a storage says nothing: no pass asks,
-    and a region that is compiled gets fresh ones (lowering/restate.py).
+    Making them is what reading a graph takes longest for. That two of them are one says nothing: no pass asks, and a
+    region that is compiled gets fresh ones (lowering/restate.py). Inputs keep their own: who traces the graph once more
+    (an export) would take two alike for one.
     """
     held: dict[Any, FakeTensor] = {}
 
@@ -80,7 +81,7 @@ def share_values(gm: fx.GraphModule) -> None:
         return held.setdefault((*sizes, val.dtype, val.device), val)
 
     for node in gm.graph.nodes:
-        if "val" in node.meta:
+        if "val" in node.meta and node.op != "placeholder":
             node.meta["val"] = pytree.tree_map(shared, node.meta["val"])
 
 
@@ -223,9 +224,6 @@ def save(key: Key, graphs: Graphs) -> None:
     """Keep the graphs under `key`, where they can be: without tensors of their own, in a folder that can be written."""
     if any(graph.graph.find_nodes(op="get_attr") for graph in graphs if graph is not None):
         return
-    for graph in graphs:
-        if graph is not None:
-            share_values(graph)
     try:
         write_file(key.path, key.maker.encode() + Pickler.dumps(graphs, OPTIONS))
     except (OutputFileError, AssertionError, NotImplementedError, TypeError, AttributeError, pickle.PicklingError):

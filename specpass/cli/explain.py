@@ -119,12 +119,15 @@ def explain(
     if as_json:
         typer.echo(json.dumps(report.data(max_new_tokens)))
     else:
-        narrow = sys.stdout.isatty() and Console().width < NARROW
-        show(str(report) if narrow else report)
+        show(str(report) if console().width < NARROW else report)
+
+
+def console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def show(what: RenderableType) -> None:
-    Console(width=None if sys.stdout.isatty() else 140).print(what, markup=False, highlight=False)
+    console().print(what, markup=False, highlight=False)
 
 
 def check_planned(tokens: int | None, planned: dict[str, object], compiled: dict[str, object]) -> None:

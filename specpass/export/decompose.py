@@ -9,7 +9,6 @@ after:  select(x, 0), select(x, 1)
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ from torch.export.graph_signature import (
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from specpass.graph.edit import fake_mode_of, quiet
-from specpass.graph.operands import results_of
+from specpass.graph.operands import GetItem, results_of
 from specpass.graph.walk import value
 
 Table = Mapping[Any, Callable[..., Any]]  # operator -> its decomposition
@@ -126,8 +125,9 @@ def write_out(gm: fx.GraphModule, node: fx.Node, table: Table) -> list[fx.Node] 
     results = [env[own] for own in results_of(body.graph)]
     if isinstance(value(node), (list, tuple)):
         for user in list(node.users):
-            assert user.target is operator.getitem, f"{user} takes {node}, a list, as it is"
-            user.replace_all_uses_with(results[int(user.args[1])])
+            item = GetItem.match(user)
+            assert item is not None, f"{user} takes {node}, a list, as it is"
+            user.replace_all_uses_with(results[item.index])
             gm.graph.erase_node(user)
     else:
         node.replace_all_uses_with(results[0])

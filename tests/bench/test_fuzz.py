@@ -131,7 +131,8 @@ def test_cases_are_the_same_for_a_seed_and_cover_every_option() -> None:
     drawn = cases.grouped(3, 400)
     assert drawn == cases.grouped(3, 400)
     assert not any(case.stop and case.mode == "assisted" for case in drawn)  # which no plain model answers
-    for field in dataclasses.fields(cases.Case):
+    assert {cases.draw(3, index, bits=(8, 4)).bits for index in range(20)} == {8, 4}  # drawn where they are asked for
+    for field in (field for field in dataclasses.fields(cases.Case) if field.name != "bits"):
         assert len(collections.Counter(getattr(case, field.name) for case in drawn)) > 1, field.name
 
 

@@ -50,13 +50,13 @@ def test_text() -> None:
 -unsqueeze(sub, 1)
 -take_positions(slice, unsqueeze)
 -slice(take_positions, 1, -1, 9223372036854775807)
-+slice(slice, 1, 0, 1)
-+slice(slice, 1, -1, 9223372036854775807)
++slice_copy(slice, 1, 0, 1)
++slice(slice_copy, 1, -1, 9223372036854775807)
 -ahead_index(full_lengths, 4)
 -take_positions(slice, ahead_index)
 -linear(take_positions, lm_head_weight)
-+slice(slice, 1, 1, 5)
-+linear(slice, lm_head_weight)""",
++slice_copy(slice, 1, 1, 5)
++linear(slice_copy, lm_head_weight)""",
     )
 
 

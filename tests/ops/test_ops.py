@@ -68,6 +68,10 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (keys, values, used, *step, handle, positions),
             (*ragged[:2], counts, *step, None, None, begins),
         ],
+        "quantize_kv": [
+            (torch.randn(B, K * (C + N), 16), torch.randn(B, K * (C + N), 8), torch.full((B, K), C), C, N, bits)
+            for bits in (8, 4, 2)
+        ],
         "key_columns": [(key,)],
         "slot_positions": [(positions, heads[0])],
         "key_bias": [
@@ -195,6 +199,7 @@ def test_schemas_take_plain_values_alone(name: str) -> None:
         "List[int]",
         "List[Tensor]",
         "List[Optional[Tensor]]",
+        "Optional[List[Tensor]]",
     }
     for argument in getattr(SPEC, name).default._schema.arguments:
         assert str(argument.type) in plain, argument
