@@ -5,12 +5,7 @@ Started by test_tensor_parallel.py: `python ranks.py RANK FOLDER`.
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from support import compile_eager, padded, second_way
 from tiny import EAGER, prompt, tiny
 from transformers.distributed import DistributedConfig
+from two_ranks import run_cases
 
 import specpass
 from specpass import errors
@@ -213,20 +208,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def main(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    transformers.utils.logging.disable_progress_bar()
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
-    results = {}
-    for name, case in cases(folder):
-        start = time.perf_counter()
-        try:
-            case()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
-        print(rank, name, "failed" if results[name] else "passed", f"{time.perf_counter() - start:.1f} s", flush=True)
-        (folder / f"{rank}.json").write_text(json.dumps(results))
+    run_cases(rank, folder, cases)
     dist.destroy_process_group()
 
 

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from two_ranks import started
 
 HERE = Path(__file__).parent
-LIMIT = 600
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Of each rank: what each case raised, "" where it passed."""
-    folder = tmp_path_factory.mktemp("ranks")
-    paths = [str(HERE.parents[1]), str(HERE.parent / "helpers"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"{rank}.log" for rank in range(2)]
-    ranks = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as out:
-            command = [sys.executable, str(HERE / "ranks.py"), str(rank), str(folder)]
-            ranks.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
-    try:
-        codes = [process.wait(LIMIT) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return started(HERE / "ranks.py", tmp_path_factory.mktemp("ranks"))
 
 
 CASES = (

@@ -5,12 +5,9 @@ Started by test_together.py: `python together.py RANK FOLDER`. As ranks.py: a JS
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import transformers
 from support import compile_eager
 from tiny import prompt, tiny
 from transformers.distributed import DistributedConfig
+from two_ranks import run_cases
 
 import specpass
 
@@ -111,20 +109,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def main(rank: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    transformers.utils.logging.disable_progress_bar()
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
-    results = {}
-    for name, case in cases(folder):
-        start = time.perf_counter()
-        try:
-            case()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
-        print(rank, name, "failed" if results[name] else "passed", f"{time.perf_counter() - start:.1f} s", flush=True)
-        (folder / f"{rank}.json").write_text(json.dumps(results))
+    run_cases(rank, folder, cases)
     os._exit(0)  # a group that has lost a process cannot be left
 
 
