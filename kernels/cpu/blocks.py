@@ -4,7 +4,8 @@ A prompt's largest values, S x intermediate size each, lie above the size from w
 allocation and unmaps it when it is freed: every layer has the system zero the same pages anew, a tenth of a prefill's
 time. While `reused()` holds, generated code takes memory for the largest size that it has asked for from blocks that
 stay, of which the last reference goes when the prefill ends, or when a larger size is asked for. What outlives the call
-holds no more than itself, and idle blocks are few enough that the peak is a layer's MLP, as it would be without.
+holds no more than itself. Idle blocks are bounded, and lie beside what attention holds meanwhile: the peak is a layer's
+MLP, or up to a fifth more (453 MiB for 387 of the 1.5B model's 8,192 tokens).
 """
 
 from __future__ import annotations
