@@ -255,6 +255,8 @@ class KeptCalls:
             self.key = None
         else:
             parts = [key.name, draft.name if draft else "", backend.method, backend.speculate, backend.eos_of_text]
+            ranks = backend.ranks  # a graph's collectives name the group, and may say which process they are of
+            parts += [None if ranks is None else (ranks.name, ranks.size, ranks.rank)]
             parts += [backend.second_way, backend.cudagraphs, getattr(self.target.config, "eos_token_id", None)]
             parts += [None if backend.draft is None else vars(backend.draft.generation_config).get("eos_token_id")]
             maker = [key.maker, draft.maker if draft else "", sources()]

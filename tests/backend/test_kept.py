@@ -15,6 +15,7 @@ from transformers.models.llama import modeling_llama
 import specpass
 from specpass.backend.kept import NOTE, Inputs, KeptCalls, Unfit
 from specpass.capture import stored
+from specpass.parallel.shards import Ranks
 
 METHOD = specpass.SnapKV(budget=24, window=8)
 
@@ -78,6 +79,19 @@ def test_a_model_that_changes_is_traced_anew() -> None:
     changed, kept, _ = answer(model)
     assert kept == [True, True, False, False]
     assert changed != before
+
+
+def test_each_process_of_a_group_has_graphs_of_its_own() -> None:
+    model = tiny(seed=0, layers=1)
+    backend = specpass.Backend(None, METHOD, lowering="inductor")
+    names = set()
+    for ranks in (None, Ranks(None, "tp", 2, 0), Ranks(None, "tp", 2, 1), Ranks(None, "tp", 4, 1)):
+        backend.ranks = ranks
+        calls = KeptCalls(model, type(model).forward, backend, ())
+        calls._name()
+        assert calls.key is not None
+        names.add(calls.key.name)
+    assert len(names) == 4
 
 
 def test_a_damaged_file_is_replaced(folder: Path) -> None:
