@@ -45,7 +45,7 @@ class CompiledRegion(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         out = self.run(*args)
-        progress.advance(self.work)
+        progress.advance(self.work, progress.READING)  # a step or a proposal goes the same way
         return out
 
 

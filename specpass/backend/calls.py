@@ -105,7 +105,7 @@ class Call:
     def _run(self, cache: BudgetCache, args: tuple[Any, ...]) -> Any:
         """The graph's results; those of a step that follows the lookahead are known already."""
         if self.kind in PROMPTS:
-            with progress.task("reading the prompt", self.work or None):
+            with progress.task(progress.READING, self.work or None):
                 out = self.run(*args, *self.lifted)
             if self.ahead is not None:
                 *out, logits = out

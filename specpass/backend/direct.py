@@ -69,13 +69,8 @@ def fresh_forward(target: nn.Module) -> types.FunctionType:
 
 
 def compiled_call(
-    target: nn.Module,
-    forward: types.FunctionType,
-    backend: Backend,
-    by_text: DraftByText | None = None,
-    apart: tuple[str, ...] = (),
+    target: nn.Module, forward: types.FunctionType, backend: Backend, by_text: DraftByText | None = None
 ) -> Callable[..., Any]:
-    """Args: apart: the target's attributes that specpass.compile puts in place."""
     speculator = Speculator(backend, backend.speculate) if backend.speculate else None
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
     uncompiled = Uncompiled(backend, why_uncompiled(target))
@@ -84,7 +79,7 @@ def compiled_call(
     names = tuple(inspect.signature(target.forward).parameters)
     warned = False
     known: set[Hashable] = set()  # forms of calls that were compiled
-    kept = KeptCalls(target, forward, backend, apart)
+    kept = KeptCalls(target, forward, backend)
 
     def through_graph(**kwargs: Any) -> Any:
         cache = kwargs["past_key_values"]

@@ -24,21 +24,13 @@ from specpass.backend.turns import check_holds
 from specpass.cache.bits import check_bits
 from specpass.cache.conversation import check_place
 from specpass.capture.rope import prepare_rope
+from specpass.capture.stored import OURS
 from specpass.errors import BudgetError, ParallelPlanError, SpreadError
 from specpass.methods.base import Method
 from specpass.parallel.agree import about, agreement
 from specpass.parallel.shards import Ranks, local_part, ranks_of
 from specpass.reports.report import base_of
 
-ATTRIBUTES = (
-    "_compiled_call_impl",
-    "_prepare_cache_for_generation",
-    "_validate_model_kwargs",
-    "create_masks_for_generate",
-    "init_continuous_batching",
-    "prepare_inputs_for_generation",
-    "_specpass",
-)
 _ABSENT = object()
 
 
@@ -174,13 +166,13 @@ def _install(target: nn.Module, part: nn.Module | None, backend: Backend, by_tex
     restore(target)
     runs = target if part is None else part
     prepare_rope(runs)
-    before = {name: target.__dict__.get(name, _ABSENT) for name in ATTRIBUTES}
+    before = {name: target.__dict__.get(name, _ABSENT) for name in OURS}
     forward = fresh_forward(runs)
     # Dynamo's cache would outlive the model: what it holds of a code object is out of the garbage collector's sight.
     forget = weakref.finalize(target, remove_from_cache, forward.__code__)
     forget.atexit = False
     target._specpass = Compiled(backend, before, forget)
-    target._compiled_call_impl = compiled_call(runs, forward, backend, by_text, ATTRIBUTES)
+    target._compiled_call_impl = compiled_call(runs, forward, backend, by_text)
     target._prepare_cache_for_generation = cache_factory(target, backend)
     if hasattr(type(target), "prepare_inputs_for_generation"):
         target._validate_model_kwargs = kwargs_check(target)

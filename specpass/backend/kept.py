@@ -195,10 +195,8 @@ def unpacked(data: bytes) -> Pruned:
 class KeptCalls:
     """The calls of one compiled model that an earlier process kept, and those that the next will find."""
 
-    def __init__(
-        self, target: nn.Module, forward: types.FunctionType, backend: Backend, apart: tuple[str, ...]
-    ) -> None:
-        self.target, self.forward, self.backend, self.apart = target, forward, backend, apart
+    def __init__(self, target: nn.Module, forward: types.FunctionType, backend: Backend) -> None:
+        self.target, self.forward, self.backend = target, forward, backend
         self.found: dict[Hashable, Callable[..., Any] | None] = {}  # by the form of a call
         self.traced: set[Hashable] = set()  # coarse forms that Dynamo serves in this process
         self.watch: Watch | None = None
@@ -248,13 +246,20 @@ class KeptCalls:
             functions = registered(attention)
         except stored.Undescribed:
             functions = []
-        key = stored.key_of(self.target, functions, apart=self.apart)
+        key = stored.key_of(self.target, functions)
         draft = None if backend.draft is None else stored.key_of(backend.draft, functions)
         self.watch = Watch.of(self.target)
         if key is None or (draft is None) != (backend.draft is None):
             self.key = None
         else:
-            parts = [key.name, draft.name if draft else "", backend.method, backend.speculate, backend.eos_of_text]
+            parts = [
+                key.name,
+                draft.name if draft else "",
+                backend.draft is self.target,
+                backend.method,
+                backend.speculate,
+                backend.eos_of_text,
+            ]
             ranks = backend.ranks  # a graph's collectives name the group, and may say which process they are of
             parts += [None if ranks is None else (ranks.name, ranks.size, ranks.rank)]
             parts += [backend.second_way, backend.cudagraphs, getattr(self.target.config, "eos_token_id", None)]

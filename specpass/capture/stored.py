@@ -16,7 +16,7 @@ import inspect
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -43,6 +43,16 @@ ATTENTION = ("sdpa", "eager")  # others may be anybody's
 BARE = frozenset(vars(nn.Module())) - {"training"}
 # Where a model came from and how it generates: the capture reads neither.
 UNREAD = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "generation_config")
+# What specpass.compile puts on a model; the draft may be one that is compiled (the target itself).
+OURS = (
+    "_compiled_call_impl",
+    "_prepare_cache_for_generation",
+    "_validate_model_kwargs",
+    "create_masks_for_generate",
+    "init_continuous_batching",
+    "prepare_inputs_for_generation",
+    "_specpass",
+)
 READ = ("val", "nn_module_stack")  # of nodes' meta
 OPTIONS = Options(ops_filter=None, node_metadata_key_filter=lambda key: key in READ or key.startswith("specpass"))
 
@@ -97,10 +107,10 @@ class Key:
         return graphs_dir() / f"{self.name}.graphs"
 
 
-def key_of(draft: nn.Module, *options: Any, apart: Collection[str] = ()) -> Key | None:
+def key_of(draft: nn.Module, *options: Any) -> Key | None:
     """What decides the draft's graphs; None where it cannot be told.
 
-    Args: options: of the capture, whose repr says all of them. apart: attributes of the model itself that say nothing.
+    Args: options: of the capture, whose repr says all of them.
     """
     attention = getattr(draft.config, "_attn_implementation", None)
     if attention not in ATTENTION:
@@ -110,7 +120,7 @@ def key_of(draft: nn.Module, *options: Any, apart: Collection[str] = ()) -> Key 
     lines += [str(torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     try:
         for path, module in draft.named_modules():
-            own = {name: held for name, held in settings_of(module).items() if path or name not in apart}
+            own = {name: held for name, held in settings_of(module).items() if path or name not in OURS}
             lines.append(f"{path} {described(type(module))} {described(own)}")
         kinds = {type(module) for module in draft.modules()}
         modules = {name: sys.modules[name] for name in sorted({kind.__module__ for kind in kinds})}

@@ -31,7 +31,7 @@ def generate(folder: Path, text: str, raw: bool, as_json: bool, max_new_tokens: 
     interrupted = False
     try:
         stream = model.stream([ids], max_new_tokens, **sampling)
-        with progress.task("reading the prompt"):
+        with progress.task(progress.READING):
             head = list(itertools.islice(stream, 1))
         for _, token in itertools.chain(head, stream):
             first = first or time.perf_counter()

@@ -12,7 +12,7 @@ from specpass.observe import progress
 
 
 @contextlib.contextmanager
-def reading_by_layers(model: Any, what: str = "reading the prompt") -> Iterator[None]:
+def reading_by_layers(model: Any, what: str = progress.READING) -> Iterator[None]:
     """The first forward inside is a task whose parts are the layers; those behind it (an answer's tokens) are none."""
     layers = decoder_layers(model) if progress.watched() else []
     if not layers:

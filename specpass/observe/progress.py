@@ -27,7 +27,10 @@ class Watch(Protocol):
         """The task is over, done or not."""
 
 
+READING = "reading the prompt"
+
 _WATCH: ContextVar[Watch | None] = ContextVar("specpass_watch", default=None)
+_INNERMOST: ContextVar[str] = ContextVar("specpass_task", default="")
 
 
 @contextlib.contextmanager
@@ -56,13 +59,16 @@ def task(what: str, total: float | None = None) -> Iterator[None]:
         yield
         return
     watch.begin(what, total)
+    around = _INNERMOST.set(what)
     try:
         yield
     finally:
+        _INNERMOST.reset(around)
         watch.end()
 
 
-def advance(parts: float = 1) -> None:
+def advance(parts: float = 1, of: str = "") -> None:
+    """So many more parts are done. Args: of: the task whose parts they are; those of another are none of it."""
     watch = _WATCH.get()
-    if watch is not None:
+    if watch is not None and of in ("", _INNERMOST.get()):
         watch.advance(parts)

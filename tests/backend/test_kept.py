@@ -70,6 +70,27 @@ def test_the_next_process_does_not_trace(folder: Path) -> None:
         assert answer(tiny(seed=0, layers=1))[1] == [False, False]
 
 
+def test_a_draft_and_its_proposals_are_found_too() -> None:
+    """One call holds the draft that looks ahead; what proposes behind it, and what verifies, are calls of their own."""
+
+    def spoken(itself: bool) -> tuple[list[int], list[bool], int]:
+        torch._dynamo.reset()
+        counters.clear()
+        model = tiny(seed=0, layers=1)
+        method = specpass.SpecKV(budget=24, window=8, lookahead=4)
+        specpass.compile(model, draft=model if itself else tiny(seed=1, layers=1), method=method, speculate=2)
+        out = model.generate(prompt(50), max_new_tokens=9, do_sample=False, pad_token_id=0)
+        graphs = specpass.report(model).graphs
+        return out[0, 50:].tolist(), [NOTE in graph.notes for graph in graphs], counters["stats"]["unique_graphs"]
+
+    for itself in (False, True):
+        written, kept, traced = spoken(itself)
+        assert not any(kept)
+        assert traced >= 2
+        again, kept, traced = spoken(itself)
+        assert (again, all(kept), traced) == (written, True, 0)
+
+
 def test_a_model_that_changes_is_traced_anew() -> None:
     answer(tiny(seed=0, layers=1))
     model = tiny(seed=0, layers=1)
@@ -87,7 +108,7 @@ def test_each_process_of_a_group_has_graphs_of_its_own() -> None:
     names = set()
     for ranks in (None, Ranks(None, "tp", 2, 0), Ranks(None, "tp", 2, 1), Ranks(None, "tp", 4, 1)):
         backend.ranks = ranks
-        calls = KeptCalls(model, type(model).forward, backend, ())
+        calls = KeptCalls(model, type(model).forward, backend)
         calls._name()
         assert calls.key is not None
         names.add(calls.key.name)

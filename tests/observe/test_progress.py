@@ -29,6 +29,17 @@ def test_nobody_is_told_unless_asked() -> None:
     assert [(task.path, task.total, task.done, task.over) for task in seen.tasks] == [(("seen",), 2, 2, True)]
 
 
+def test_parts_of_another_task_are_none_of_the_one_that_is_open() -> None:
+    """Layers run for steps too, with or without a task of somebody else's around them."""
+    seen = Recorder()
+    with progress.watching(seen), progress.task("both", 2):
+        progress.advance(1000, progress.READING)
+        with progress.task(progress.READING, 3):
+            progress.advance(2, progress.READING)
+        progress.advance(of="both")
+    assert [(task.path[-1], task.done) for task in seen.tasks] == [("both", 1), (progress.READING, 2)]
+
+
 def test_a_task_that_fails_is_over() -> None:
     seen = Recorder()
     with pytest.raises(ZeroDivisionError), progress.watching(seen), progress.task("outer"), progress.task("inner", 3):
