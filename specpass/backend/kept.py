@@ -9,7 +9,6 @@ or checked so is traced each time. Files are pickles, as a draft's graphs are (s
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import marshal
@@ -21,15 +20,13 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
-import sympy
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._dynamo.convert_frame import register_bytecode_hook
-from torch._dynamo.source import TensorPropertySource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
 
 from specpass.backend.compile import Backend
+from specpass.backend.inputs import Inputs, Unfit
+from specpass.backend.packed import packed, unpacked
 from specpass.backend.pruned import Pruned
 from specpass.backend.unchanged import SHARED, Watch, form_of, registered
 from specpass.cache.budget import BudgetCache
@@ -37,159 +34,11 @@ from specpass.capture import stored
 from specpass.capture.model import weights_of
 from specpass.errors import OutputFileError
 from specpass.files import write_file
-from specpass.graph.edit import copy_module
 from specpass.graph.walk import value
-from specpass.lowering.guards import Guards
-from specpass.lowering.restate import Place, sizes_at
 from specpass.observe import progress
 from specpass.reports.record import GraphRecord
 
 NOTE = "its graph was kept by an earlier process"
-ENV = ("var_to_range", "backed_var_to_val", "var_to_val", "replacements", "divisible", "size_like", "counter")
-
-
-class Unfit(Exception):
-    """A kept graph's inputs are others than it was made for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What a graph takes for granted of its inputs.
-
-    Attributes:
-        fixed: of each tensor dtype, device, sizes (None where they are symbols) and strides (None: contiguous).
-        places: of all symbolic sizes. guards: over these.
-    """
-
-    fixed: list[tuple[torch.dtype, str, tuple[int | None, ...], tuple[int, ...] | None] | None]
-    places: list[Place]
-    guards: Guards
-
-    @classmethod
-    def of(cls, values: list[Any]) -> Inputs:
-        """Raises: Undescribed: a layout, or a condition over something else than these inputs."""
-        fixed: list[Any] = []
-        sizes: list[tuple[Any, Place]] = []
-        env: ShapeEnv | None = None
-        for index, val in enumerate(values):
-            dims: list[tuple[Any, int | None]] = [(val, None)] if isinstance(val, torch.SymInt) else []
-            if isinstance(val, Tensor):
-                dims = [(dim, axis) for axis, dim in enumerate(val.shape) if isinstance(dim, torch.SymInt)]
-                shape = tuple(None if isinstance(dim, torch.SymInt) else dim for dim in val.shape)
-                if not val.is_contiguous() and dims:
-                    raise stored.Undescribed
-                fixed.append((val.dtype, str(val.device), shape, None if val.is_contiguous() else val.stride()))
-            elif dims:
-                fixed.append(None)
-            else:
-                raise stored.Undescribed
-            for dim, axis in dims:
-                sizes.append((dim.node.expr, (index, axis)))
-                env = dim.node.shape_env
-        return cls(fixed, [place for _, place in sizes], _guards(env, [expr for expr, _ in sizes]))
-
-    def check(self, args: tuple[Any, ...], passed: set[tuple[int, ...]]) -> None:
-        """Raises: Unfit. Args: passed: sizes that are known to fit; more are added."""
-        for arg, fixed in zip(args, self.fixed, strict=False):
-            if fixed is None:
-                continue
-            dtype, device, shape, strides = fixed
-            fits = arg.dtype == dtype and str(arg.device) == device and arg.dim() == len(shape)
-            fits = fits and all(own is None or own == size for own, size in zip(shape, arg.shape, strict=True))
-            if not fits or not (arg.is_contiguous() if strides is None else arg.stride() == strides):
-                raise Unfit
-        sizes = sizes_at(self.places, args)
-        if sizes not in passed:
-            if self.guards.broken(sizes) is not None:
-                raise Unfit
-            passed.add(sizes)
-
-
-def _guards(env: ShapeEnv | None, exprs: list[sympy.Expr]) -> Guards:
-    """Conditions over sizes that a graph calls `exprs`.
-
-    Raises: Undescribed: one over a symbol that is none of them.
-    """
-    names = tuple(sympy.Symbol(f"size_{index}", integer=True) for index in range(len(exprs)))
-    if env is None:
-        return Guards((), ())
-    if env.deferred_runtime_asserts:
-        raise stored.Undescribed
-    first: dict[sympy.Expr, sympy.Expr] = {}
-    for expr, name in zip(exprs, names, strict=True):
-        if expr.is_Symbol:
-            first.setdefault(expr, name)
-    stated = [sympy.Eq(name, expr.xreplace(first)) for expr, name in zip(exprs, names, strict=True)]
-    for symbol, name in first.items():
-        span = env.var_to_range[symbol]
-        stated += [name >= span.lower] if span.lower.is_number and span.lower.is_finite else []
-        stated += [name <= span.upper] if span.upper.is_Integer else []
-    stated += [env.replace(guard.expr).xreplace(_numbers(env) | first) for guard in env.guards]
-    conditions = tuple(dict.fromkeys(each for each in stated if each != sympy.true))
-    if not set().union(*(each.free_symbols for each in conditions)) <= set(names):
-        raise stored.Undescribed
-    return Guards(names, conditions)
-
-
-def _numbers(env: ShapeEnv) -> dict[sympy.Expr, sympy.Expr]:
-    """Symbols that stand for Python's numbers: the form of a call tells them, if they are no inputs of the graph."""
-    hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
-    sources = {symbol: env.var_to_sources.get(symbol, []) for symbol in hints}
-    plain = [each for each, own in sources.items() if own and not any(isinstance(s, TensorPropertySource) for s in own)]
-    return {symbol: hints[symbol] for symbol in plain}
-
-
-class _Pickler(stored.Pickler):
-    """A graph of Dynamo's: of its shape environment what a graph's further way asks for."""
-
-    def reducer_override(self, obj: object) -> Any:
-        if isinstance(obj, ShapeEnv):
-            return _env, ({name: getattr(obj, name) for name in ENV if name in vars(obj)}, self._unpickle_state)
-        return super().reducer_override(obj)
-
-
-def _env(held: dict[str, Any], state: Any) -> ShapeEnv:
-    env = state.fake_mode.shape_env
-    vars(env).update(held)
-    env.var_to_range_sloc = {symbol: ValueRangesSLoc(None, None) for symbol in env.var_to_range}
-    return env
-
-
-def _dumps(held: Any) -> bytes:
-    return _Pickler.dumps(held, stored.OPTIONS)
-
-
-def _loads(data: bytes) -> Any:
-    return stored.Pickler.loads(data, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
-
-
-def packed(pruned: Pruned) -> bytes:
-    """A rewritten graph; the draft's, whose symbols are others, beside it.
-
-    Raises: Undescribed: it holds tensors of its own.
-    """
-    children = {name: child for name, child in pruned.graph.named_children() if isinstance(child, fx.GraphModule)}
-    copies = {name: copy_module(child) for name, child in children.items()}
-    for name, child in children.items():
-        copies[name].meta["specpass_symbols"] = child.meta.get("specpass_symbols")
-    graph = copy_module(pruned.graph)
-    if any(each.graph.find_nodes(op="get_attr") for each in (graph, *copies.values())):
-        raise stored.Undescribed
-    for each in (graph, *copies.values()):
-        stored.share_values(each)
-    for name in children:
-        del graph._modules[name]
-    return pickle.dumps((_dumps(copies), _dumps(dataclasses.replace(pruned, graph=graph))))
-
-
-def unpacked(data: bytes) -> Pruned:
-    drafts, own = pickle.loads(data)
-    pruned = _loads(own)
-    for name, child in _loads(drafts).items():
-        pruned.graph.add_submodule(name, child)
-    return dataclasses.replace(
-        pruned, graph=copy_module(pruned.graph)
-    )  # whose code is written once, when it is lowered
 
 
 class KeptCalls:

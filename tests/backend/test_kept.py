@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 from transformers.models.llama import modeling_llama
 
 import specpass
-from specpass.backend.kept import NOTE, Inputs, KeptCalls, Unfit
+from specpass.backend.inputs import Inputs, Unfit
+from specpass.backend.kept import NOTE, KeptCalls
 from specpass.capture import stored
 from specpass.parallel.shards import Ranks
 
