@@ -7,6 +7,7 @@ with "/shared" behind it one shares the budget of prompt and answer (share_budge
 is written after each of them, and a rerun goes on from it.
 
     python -m bench.bounded
+    python -m bench.bounded --target qwen2.5-coder-1.5b --draft qwen2.5-coder-0.5b --out bounded_qwen.json
     python -m bench.bounded --new 600 --budget 64 --generated 64 --policies recent attention rkv rkv/shared
 """
 
@@ -33,6 +34,7 @@ def arguments() -> argparse.Namespace:
     names = [*POLICIES, *(f"{policy}/shared" for policy in POLICIES), "grows"]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", default="smollm2-135m", help="name or folder")
+    parser.add_argument("--draft", help="name or folder: SpecKV prunes the prompt; left out: SnapKV")
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=4000, help="tokens behind it")
     parser.add_argument("--budget", type=int, default=256, help="C")
@@ -115,8 +117,11 @@ def main() -> None:
     store = Store(given.out, settings, ("policy",), given.restart, ratios)
     if ("full KV",) not in store:
         store.add(full(model, ids, given.prompt))
-    method = specpass.SnapKV(budget=given.budget)
-    specpass.compile(model, method=method, lowering=given.lowering)
+    draft = None if given.draft is None else common.load_model(given.draft, given.dtype)
+    method = (
+        specpass.SnapKV(budget=given.budget) if draft is None else specpass.SpecKV(budget=given.budget, lookahead=32)
+    )
+    specpass.compile(model, draft=draft, method=method, lowering=given.lowering)
     for policy in given.policies:
         if (policy,) in store:
             continue

@@ -3,11 +3,11 @@
 Nothing waits for the device, and no graph knows of it: a step's graph takes its slots from `lengths`, which are lower
 afterwards, and finds the storage where it was. Behind the pruned prompt each KV head has M slots; where they are full,
 the newest W tokens stay, and of the others a block of the lowest scores goes (worth.py). Where prompt and answer share
-one budget, the prompt's slots are among the others. Positions go on all the same: what is kept has been rotated by where
-it stood.
+one budget, the prompt's slots are among the others. Positions go on all the same: what is kept has been rotated by
+where it stood.
 
-Symbols: B batch, K KV heads, C slots of the prompt, M of what follows, P of those to choose among (M, or C + M), W window
-of newest tokens, D head dimension.
+Symbols: B batch, K KV heads, C slots of the prompt, M of what follows, P of those to choose among (M, or C + M), W
+window of newest tokens, D head dimension.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class Bound:
         elif bits:
             why = f"cache_bits={bits}, which holds a prompt's slots in groups: leave cache_bits out"
         if why:
-            raise GeneratedError(f"share_budget=True with {why}, or let the prompt keep its slots (share_budget=False).")
+            raise GeneratedError(
+                f"share_budget=True with {why}, or let the prompt keep its slots (share_budget=False)."
+            )
 
     def check_asks(self, made: Iterable[str]) -> None:
         """Args: made: layers whose attention reads what is made of their cached keys.
@@ -90,8 +92,8 @@ class Bound:
         layer = next(iter(made), None)
         if self.asks and layer is not None:
             raise GeneratedError(
-                f"evict={self.policy!r}: attention of {layer} reads what is made of cached keys (MLA), and none of them "
-                "itself gets any: use evict='recent' or 'redundant'."
+                f"evict={self.policy!r}: attention of {layer} reads what is made of cached keys (MLA), and these "
+                "get none themselves: use evict='recent' or 'redundant'."
             )
 
     @property
@@ -170,8 +172,8 @@ def evict(layer: BudgetLayer, bound: Bound, kept: int, seed: int) -> None:
 def _renumber(layer: BudgetLayer, order: Tensor, excess: Tensor, left: Tensor, prompt: Tensor) -> None:
     """Note which generated tokens, and which positions of the prompt, lie in the slots that stay.
 
-    Args: order [B, K, P]: see drop; excess [B, K] slots went and left [B, K] stay; prompt [B, K]: the prompt's, of those
-    to choose among.
+    Args: order [B, K, P]: see drop; excess [B, K] slots went and left [B, K] stay; prompt [B, K]: the prompt's, of
+    those to choose among.
     """
     if layer.ordinals is None:
         layer.ordinals = torch.full(order.shape, -1, dtype=torch.int64, device=order.device)

@@ -240,7 +240,7 @@ class BudgetLayer(Storage, CacheLayerMixin):
         return not (self.is_sliding or (self.found is not None and self.found.positions))
 
     def hear(self, like: Tensor) -> None:
-        """Make room for the newest queries of rows `like` [B, ...], where evictions ask by them, before the first step."""
+        """Make room for the newest queries of rows `like` [B, ...], where evictions ask by them."""
         bound = self.cache.bound
         if bound is not None and bound.asks and self.readers is not None and self.is_full and self.queries is None:
             self.queries = self.readers.room(bound.window, like)

@@ -1,10 +1,13 @@
 """What a slot is worth where some must go: scores of a bounded layer's slots, those with the lowest go.
 
-R-KV (arXiv 2505.24133, section 3.2, and its published code) keeps by Z = lambda I - (1 - lambda) R. The importance I is
-the attention that a token gets from the newest W queries: their logits, the largest of each group of query heads, in a
-softmax over the tokens that may go; the mean over the queries, and the largest among seven neighbours. The redundancy R
-is a softmax of the mean cosine of a token's key with every other key (without the paper's threshold, which spares the
-newest of tokens that are alike). "attention" is I alone, "redundant" is R alone, "rkv" is Z with lambda = 0.1.
+"attention" is what a token gets of the newest W queries: a softmax over the tokens that may go, the mean over the
+queries and the most over the heads of a group, as SpecKV scores prompts with other rows.
+
+R-KV (arXiv 2505.24133, section 3.2, and its published code) keeps by Z = lambda I - (1 - lambda) R, with 0.1: "rkv".
+Its importance I differs from "attention": the largest logit of a group's heads goes into the softmax, and a token
+counts as the most important among seven neighbours. The redundancy R is a softmax of the mean cosine of a token's key
+with every other key (without the paper's threshold, which spares the newest of tokens that are alike); "redundant" is
+that alone.
 
 Symbols: B batch, K KV heads, G query heads of each, P slots to choose among, W newest queries, D head dimension.
 """
@@ -58,19 +61,29 @@ def worth(
     if policy == "redundant":
         return -redundancy(keys, inside)
     assert queries is not None, "the policy asks for them"
-    important = importance(queries, keys, goes, softcap)
-    return important if policy == "attention" else MIX * important - (1 - MIX) * redundancy(keys, inside)
-
-
-def importance(queries: Tensor, keys: Tensor, goes: Tensor, softcap: float) -> Tensor:
-    """[B, K, P] float32, I of R-KV."""
-    asked = queries.unflatten(1, (keys.shape[1], -1)).float()  # [B, K, G, W, D]
-    logits = torch.matmul(asked, keys.float()[:, :, None].transpose(-1, -2))  # [B, K, G, W, P]
+    asked = queries.unflatten(1, (keys.shape[1], -1)).float()
+    logits = torch.matmul(asked, keys.float()[:, :, None].transpose(-1, -2))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    shares = logits.amax(2).masked_fill(~goes[:, :, None], float("-inf")).softmax(-1)
-    mean = shares.nan_to_num(0.0).mean(2)  # where nothing may go, nothing is asked
-    return F.max_pool1d(mean, POOL, 1, POOL // 2)
+    logits = logits.masked_fill(~goes[:, :, None, None], float("-inf"))
+    if policy == "attention":
+        return attention(logits)
+    return MIX * importance(logits) - (1 - MIX) * redundancy(keys, inside)
+
+
+def attention(logits: Tensor) -> Tensor:
+    """[B, K, P] float32 of logits [B, K, G, W, P], -inf where a slot stays anyway."""
+    return shares(logits).mean(3).amax(2)
+
+
+def importance(logits: Tensor) -> Tensor:
+    """The same of R-KV, I."""
+    return F.max_pool1d(shares(logits.amax(2)).mean(2), POOL, 1, POOL // 2)
+
+
+def shares(logits: Tensor) -> Tensor:
+    """A softmax along the slots; zeros where nothing may go."""
+    return logits.softmax(-1).nan_to_num(0.0)
 
 
 def redundancy(keys: Tensor, inside: Tensor) -> Tensor:

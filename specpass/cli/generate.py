@@ -120,9 +120,7 @@ def generate(
     )
     choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice), draft_bits=draft_bits)
     choice = dataclasses.replace(
-        choice,
-        dropped=check_dropped(dropped, choice),
-        cache_bits=check_cache_bits(cache_bits, choice),
+        choice, dropped=check_dropped(dropped, choice), cache_bits=check_cache_bits(cache_bits, choice)
     )
     choice = dataclasses.replace(choice, **check_bound(generated, evict, share_budget, choice))
     if draft_bits and choice.method is None:

@@ -49,7 +49,9 @@ DraftBits = Annotated[
 Generated = Annotated[
     int | None, typer.Option(help="KV slots for the answer's own tokens: beyond them older ones are evicted.")
 ]
-Evict = Annotated[str, typer.Option(help="Which of these stay beside the newest: recent, attention, rkv, redundant, random.")]
+Evict = Annotated[
+    str, typer.Option(help="Which of these stay beside the newest: recent, attention, rkv, redundant, random.")
+]
 ShareBudget = Annotated[bool, typer.Option(help="Evict the prompt's slots alike: both share one budget.")]
 Dropped = Annotated[
     str | None, typer.Option(help="host: what is dropped stays in host memory, and each turn (--then) chooses anew.")

@@ -167,11 +167,9 @@ def test_worth_is_the_papers() -> None:
     torch.manual_seed(0)
     keys, queries = torch.randn(1, 1, 12, 8), torch.randn(1, 2, 3, 8)
     inside, goes = torch.arange(12)[None, None] < 10, torch.arange(12)[None, None] < 7
-    shares = torch.zeros(3, 12)
-    for row in range(3):
-        logits = torch.stack([(queries[0, :, row] @ keys[0, 0, slot]).max() for slot in range(7)])
-        shares[row, :7] = logits.softmax(0)
-    mean = shares.mean(0)
+    logits = queries[0] @ keys[0, 0, :7].T
+    got = torch.cat([torch.stack([sum(head.softmax(-1)) / 3 for head in logits]).amax(0), torch.zeros(5)])
+    mean = torch.cat([sum(row.softmax(0) for row in logits.amax(0)) / 3, torch.zeros(5)])
     important = torch.stack([mean[max(0, slot - 3) : slot + 4].max() for slot in range(12)])
     cosine = torch.stack(
         [
@@ -180,7 +178,7 @@ def test_worth_is_the_papers() -> None:
         ]
     )
     alike = torch.cat([(cosine / 10).softmax(0), torch.zeros(2)])
-    due = {"attention": important, "redundant": -alike, "rkv": 0.1 * important - 0.9 * alike}
+    due = {"attention": got, "redundant": -alike, "rkv": 0.1 * important - 0.9 * alike}
     for policy, wanted in due.items():
         torch.testing.assert_close(worth(policy, keys, inside, goes, queries, 0.0, 0)[0, 0], wanted)
     nothing = worth("attention", keys, inside, goes, torch.zeros_like(queries), 0.0, 0)[0, 0, :7]
@@ -243,6 +241,9 @@ def test_what_does_not_go_with_a_bound(model: Any) -> None:
     spread = specpass.SnapKV(budget=C, window=8, spread="heads")
     with pytest.raises(errors.GeneratedError, match="share_budget=True with spread='heads'"):
         compile_eager(tiny(layers=1), spread, generated=M, share_budget=True)
+    with pytest.raises(errors.GeneratedError, match=r"evict='rkv': attention of layers\.0 reads what is made"):
+        Bound(M, "rkv").check_asks(["layers.0"])
+    Bound(M, "redundant").check_asks(["layers.0"])
     biased = compile_eager(tiny("bloom", layers=1), METHOD, generated=M)
     with pytest.raises(errors.GeneratedError, match="ALiBi"):
         run(biased, prompt(40), 2)

@@ -27,17 +27,23 @@ def difference(**options: Any) -> str:
 
 
 def test_text() -> None:
-    assert_expected_inline(difference(queries=True), """\
+    assert_expected_inline(
+        difference(queries=True),
+        """\
 -append_kv(key_buffer_0, value_buffer_0, lengths_0, add, transpose, handle, None, None, None, 0, queries_0)
 +append_kv(key_buffer_0, value_buffer_0, lengths_0, add, transpose, handle, None, None, None, 0, None)
-+note_queries(queries_0, add, 0.25)""")
++note_queries(queries_0, add, 0.25)""",
+    )
 
 
 def test_text_where_tokens_are_masked() -> None:
-    assert_expected_inline(difference(queries=True, kind="append", mask=True, positions=True), """\
+    assert_expected_inline(
+        difference(queries=True, kind="append", mask=True, positions=True),
+        """\
 -append_kv(key_buffer_0, value_buffer_0, lengths_0, take_rows, take_rows, handle, None, None, None, 0, queries_0)
 +append_kv(key_buffer_0, value_buffer_0, lengths_0, take_rows, take_rows, handle, None, None, None, 0, None)
-+note_queries(queries_0, take_rows, 0.25, pack_appended[2])""")
++note_queries(queries_0, take_rows, 0.25, pack_appended[2])""",
+    )
 
 
 def test_count() -> None:
