@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from bench.common import RESULTS
+from specpass.cache.worth import POLICIES
 
 
 def main() -> int:
@@ -19,14 +20,19 @@ def main() -> int:
     parser.add_argument("--restart", action="store_true", help="forget what the file holds")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no group of cases after so many")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
-    parser.add_argument("--bits", type=int, nargs="+", choices=(8, 4), help="caches in one of so many bits")
+    parser.add_argument("--bits", type=int, nargs="+", choices=(8, 4, 2), help="caches in one of so many bits")
+    parser.add_argument(
+        "--evict", nargs="+", default=(), choices=POLICIES, help="long answers, of which one of these evicts"
+    )
+    parser.add_argument("--turns", action="store_true", help="turns, with dropped='host' where that can be had")
     arguments = parser.parse_args()
     from bench.fuzz.run import quietly, run
 
     quietly()
     how = (arguments.minutes, arguments.restart, arguments.jobs)
     bits = (None,) if arguments.bits is None else tuple(arguments.bits)
-    store = run(arguments.resume, arguments.seed, arguments.cases, *how, bits=bits)
+    drawn = {"bits": bits, "policies": tuple(arguments.evict), "turns": arguments.turns}
+    store = run(arguments.resume, arguments.seed, arguments.cases, *how, **drawn)
     store.save()
     print(f"wrote {arguments.resume}: {store.parts['summary']}")
     return int(store.parts["summary"]["wrong"] > 0)

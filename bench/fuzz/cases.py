@@ -47,6 +47,7 @@ class Case:
         returned: num_return_sequences.
         dropped: what the cache drops is held, and each turn is a prompt of the whole conversation.
         bits: of the prompt's slots.
+        generated: slots of the answer's tokens; evict: which stay; shared: in one budget with the prompt's.
     """
 
     index: int
@@ -66,6 +67,9 @@ class Case:
     reset: bool = False
     dropped: bool = False
     bits: int | None = None
+    generated: int | None = None
+    evict: str = "recent"
+    shared: bool = False
 
     @property
     def subject(self) -> tuple[str, str, int | float]:
@@ -89,15 +93,39 @@ def draw(
     families: tuple[str, ...] = FAMILIES,
     methods: tuple[str, ...] = (),
     bits: tuple[int | None, ...] = (None,),
+    policies: tuple[str, ...] = (),
+    turns: bool = False,
 ) -> Case:
-    """The case of that number; `bits` are those of which its cache has some."""
+    """The case of that number.
+
+    Args:
+        bits: of which its cache has some. policies: of which one says what is evicted, of long answers.
+        turns: it has some, and they choose among all of the conversation (`dropped`), where that can be had.
+    """
     case = _drawn(seed, index, families, methods)
     step = any(crop and fresh == 1 for crop, fresh in case.turns)  # one token behind a crop is no turn
+    if turns and not case.turns and case.mode not in ("assisted", "lookup"):
+        plain = {"mode": "greedy", "returned": 1, "stream": False, "eos": False, "stop": False}
+        case = dataclasses.replace(case, turns=((0, 2 + index % 5),), new=max(case.new, 2), **plain)
     held = not step and case.method not in CHOOSERS and case.family not in (*RECURRENT, *UNWATCHED)
-    often = 0.5 if case.turns else 0.1
+    often = 1.0 if turns else 0.5 if case.turns else 0.1
     if held and case.mode not in ("assisted", "lookup") and random.Random(f"{seed}/{index}/dropped").random() < often:
         case = dataclasses.replace(case, dropped=True)
-    return dataclasses.replace(case, bits=random.Random(f"{seed}/{index}/bits").choice(bits))
+    case = dataclasses.replace(case, bits=random.Random(f"{seed}/{index}/bits").choice(bits))
+    return _bounded(case, random.Random(f"{seed}/{index}/evict"), policies) if policies else case
+
+
+def _bounded(case: Case, dice: random.Random, policies: tuple[str, ...]) -> Case:
+    """The case with a long answer whose tokens are evicted, in one sequence for each row."""
+    if case.method == "speckv-ngram":  # its lookahead is as long as its answer
+        return case
+    plain = {"mode": "greedy", "returned": 1} if case.mode not in ("greedy", "sample") else {}
+    crops = tuple((min(crop, 1), fresh) for crop, fresh in case.turns)
+    how = {"generated": dice.choice((12, 16)), "evict": dice.choice(policies), "shared": dice.random() < 0.5}
+    how["shared"] = how["shared"] and case.bits is None
+    return dataclasses.replace(
+        case, **plain, **how, turns=crops, new=dice.choice((14, 20, 31)), eos=False, stop=False, stream=False
+    )
 
 
 def _drawn(seed: int, index: int, families: tuple[str, ...], methods: tuple[str, ...]) -> Case:
@@ -146,6 +174,8 @@ def shrunk(case: Case, fails: Callable[[Case], bool]) -> Case:
 def _simpler(case: Case) -> Iterator[Case]:
     plain = Case(case.index, case.family, case.method, case.budget, case.lengths)
     for field in (
+        "generated",
+        "shared",
         "bits",
         "reset",
         "dropped",
@@ -159,7 +189,8 @@ def _simpler(case: Case) -> Iterator[Case]:
         "early_exit",
     ):
         if getattr(case, field) != getattr(plain, field) and not (field == "mode" and case.returned > 1):
-            yield dataclasses.replace(case, **{field: getattr(plain, field)})
+            other = {"evict": plain.evict, "shared": False} if field == "generated" else {}
+            yield dataclasses.replace(case, **{field: getattr(plain, field)}, **other)
     if len(case.turns) > 1:
         yield dataclasses.replace(case, turns=case.turns[:1])
     if len(case.lengths) > 1:

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from bench.fuzz import evictions
+from bench.fuzz.evictions import Event
+
 NAME = "plain_oracle"
 
 
@@ -33,7 +36,10 @@ class View:
         rows: probabilities of the last so many rows are noted in `found`, layer -> [B, H, rows, T].
         ahead: [prompts, L] lookahead tokens, which an answer follows for `limit` tokens at most.
         followed: [B] tokens of each row that are, of the call that runs.
-        bits: in which what was kept of a prompt is held, 8 or 4; 0: as it is.
+        bits: in which what was kept of a prompt is held, 8, 4 or 2; 0: as it is.
+        near: whether some number of that lay so near the middle of two codes that rounding may have decided.
+        events: evictions of what stands behind the prompt, in order (see evictions.py).
+        states: layer -> queries with the scale in them, and keys, of all columns of the last call.
         windows: layer -> columns that a row reads, None where it reads all: noted of each layer that has attention.
     """
 
@@ -46,6 +52,9 @@ class View:
     limit: int = 0
     followed: Tensor | None = None
     bits: int = 0
+    near: bool = False
+    events: list[Event] = dataclasses.field(default_factory=list)
+    states: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     found: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     windows: dict[int, int | None] = dataclasses.field(default_factory=dict)
 
@@ -66,9 +75,21 @@ class View:
             place = torch.where(kept < 0, self.prompt, kept + self.starts[:, None, None])  # the last column: unused
             held.scatter_(2, place, True)
             held = torch.nn.functional.pad(held[:, :, :-1], (0, tokens - self.prompt), value=True)
-            held = held.repeat_interleave(batch // len(kept), 0).repeat_interleave(heads // kept.shape[1], 1)
-            seen = seen & (held[:, :, None] | (row < self.whole))
+            held = held.repeat_interleave(batch // len(kept), 0)
+            rows, events = held[:, :, None], [event for event in self.events if event.layer == layer]
+            if events:
+                rows = evictions.shown(events, self.prompt, *self.columns(batch, tokens), held)
+            seen = seen & (rows.repeat_interleave(heads // kept.shape[1], 1) | (row < self.whole))
         return seen | (row == column)  # rows of padding read themselves, which nobody reads
+
+    def columns(self, batch: int, tokens: int) -> tuple[list[int], list[list[int]]]:
+        """Of each of B rows the first column of its prompt, and those of its tokens behind it."""
+        prompts = len(self.starts)
+        mask = torch.ones(prompts, tokens) if self.mask is None else self.mask
+        mask = torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]), value=1)
+        answers = [(own[self.prompt :].nonzero()[:, 0] + self.prompt).tolist() for own in mask]
+        own = [prompt for prompt in range(prompts) for _ in range(batch // prompts)]
+        return [int(self.starts[prompt]) for prompt in own], [answers[prompt] for prompt in own]
 
     @property
     def whole(self) -> int | Tensor:
@@ -82,7 +103,8 @@ class View:
             prompt = row // (len(states) // len(kept))
             for head, place in enumerate(kept[prompt]):
                 columns = place[place >= 0] + self.starts[prompt]
-                own[head, columns] = in_bits(own[head, columns], self.bits, along)
+                own[head, columns], near = in_bits(own[head, columns], self.bits, along)
+                self.near = self.near or near
         return found
 
     def follow(self, ids: Tensor) -> None:
@@ -94,17 +116,42 @@ class View:
         self.followed = (answer == ahead[:, : answer.shape[1]]).long().cumprod(1).sum(1)
 
 
-def in_bits(states: Tensor, bits: int, along: int) -> Tensor:
-    """[n, D] and back again: KIVI's groups of 64 (arXiv 2402.02750), a row of numbers whole where it is no multiple."""
+def in_bits(states: Tensor, bits: int, along: int) -> tuple[Tensor, bool]:
+    """[n, D] and back again: KIVI's groups of 64 (arXiv 2402.02750), a row of numbers whole where it is no multiple.
+
+    2 bits have what GEAR adds (arXiv 2403.05527): the number of each group that is farthest from its mean is kept as it
+    is, and of what the others miss the two columns of largest weight, by two rounds of power iteration from cosines.
+
+    Returns: that, and whether a number lay so near the middle between two codes that rounding may decide.
+    """
     size = 64 if along == 0 or states.shape[1] % 64 == 0 else states.shape[1]
-    parts = []
+    parts, apart, near = [], [], False
     for group in states.split(size, along):
-        low, high = group.amin(along, keepdim=True), group.amax(along, keepdim=True)
-        step = ((high - low) / (2**bits - 1)).clamp(min=1e-30)
-        parts.append(low + step * ((group - low) / step).round())
-    return torch.cat(parts, along)
+        far = torch.zeros_like(group, dtype=torch.bool)
+        if bits == 2:
+            away = (group - group.mean(along, keepdim=True)).abs()
+            far.scatter_(along, away.argmax(along, keepdim=True), True)
+            two = away.topk(min(2, away.shape[along]), along).values
+            near |= two.shape[along] == 2 and bool((two.diff(dim=along).abs() < CLOSE_CODES).any()) and len(states) > 2
+        low = torch.where(far, torch.inf, group).amin(along, keepdim=True)
+        high = torch.where(far, -torch.inf, group).amax(along, keepdim=True)
+        step = ((high - low) / (2**bits - 1)).nan_to_num(0.0, 0.0, 0.0).clamp(min=1e-30)
+        place = ((group - low) / step).masked_fill(far | (step <= 1e-30), 0.0)
+        near |= bool(((place - place.floor() - 0.5).abs() < CLOSE_CODES).any())
+        parts.append(torch.where(far, group, low + step * place.round()))
+        apart.append(far)
+    made, far = torch.cat(parts, along), torch.cat(apart, along)
+    if bits != 2:
+        return made, near
+    missing = (states - made).masked_fill(far, 0.0)
+    index = torch.arange(states.shape[1] * 2, dtype=torch.float32).view(-1, 2)
+    span = torch.cos(index * index + index)
+    for _ in range(2):
+        span = torch.linalg.qr(missing.T @ (missing @ span))[0]
+    return torch.where(far, states, made + missing @ span @ span.T), near
 
 
+CLOSE_CODES = 1e-5  # of a step between two codes
 _views: list[View] = []
 
 
@@ -124,6 +171,7 @@ def attend(
     view = _views[-1]
     view.windows[module.layer_idx] = sliding_window
     batch, heads, tokens, size = query.shape
+    view.states[module.layer_idx] = query.float() * (size**-0.5 if scaling is None else scaling), key.float()
     scale, as_it_is = size**-0.5 if scaling is None else scaling, torch.arange(tokens)[:, None] < view.whole
     pairs = [(key, value)]
     if view.bits and module.layer_idx in view.kept:

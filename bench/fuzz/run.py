@@ -24,7 +24,6 @@ from bench.fuzz.check import check
 from bench.fuzz.subject import Subject
 from specpass.benchmarks import results
 
-Bits: TypeAlias = tuple[int | None, ...]
 Group: TypeAlias = tuple[tuple[str, str, float], list[Case]]  # a subject and its cases
 COLUMNS = (
     TextColumn("{task.description}"),
@@ -76,18 +75,18 @@ def try_cases(key: tuple[str, str, float], cases: list[Case], progress: Progress
 
 
 def run(
-    path: Path, seed: int, count: int, minutes: float, restart: bool = False, jobs: int = 1, bits: Bits = (None,)
+    path: Path, seed: int, count: int, minutes: float, restart: bool = False, jobs: int = 1, **drawn: Any
 ) -> results.Store:
     """Try cases 0 .. count - 1 of a seed until `minutes` are over; what the file holds as right is not tried again.
 
-    Args: jobs: processes, each with one group of cases at a time. bits: of which each case's cache has some.
+    Args: jobs: processes, each with one group of cases at a time. drawn: see cases.draw.
     """
-    settings = {"seed": seed, "cases": count} | ({} if bits == (None,) else {"bits": bits})
+    usual = ((None,), (), False)
+    settings = {"seed": seed, "cases": count} | {name: own for name, own in drawn.items() if own not in usual}
     store = results.Store(path, settings, ("subject",), restart, summary)
     end = time.perf_counter() + 60 * minutes
     groups = [
-        (key, list(cases))
-        for key, cases in itertools.groupby(grouped(seed, count, bits=bits), lambda case: case.subject)
+        (key, list(cases)) for key, cases in itertools.groupby(grouped(seed, count, **drawn), lambda case: case.subject)
     ]
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
         progress.add_task("cases", total=count)

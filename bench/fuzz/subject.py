@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import specpass
 from bench.fuzz import oracle
 from bench.fuzz.cases import METHODS, OWN_DRAFT, RECURRENT, Case
+from bench.fuzz.evictions import Event
 from specpass.benchmarks.coverage.tiny import VOCAB, tiny_model
+from specpass.cache import budget
 
 
 class Subject:
@@ -36,6 +40,9 @@ class Subject:
             early_exit=case.early_exit,
             dropped="host" if case.dropped else None,
             cache_bits=case.bits,
+            generated=case.generated,
+            evict=case.evict,
+            share_budget=case.shared,
         )
 
     def resolved(self, case: Case) -> Any:
@@ -53,6 +60,27 @@ class Subject:
     @property
     def refusals(self) -> list[str]:
         return specpass.report(self.model).refusals
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Event]]:
+    """Evictions from here on, in order."""
+    events: list[Event] = []
+    before = budget.evict
+
+    def evict(layer: Any, bound: Any, kept: int, seed: int) -> None:
+        first = layer.positions.clone()
+        before(layer, bound, kept, seed)
+        if layer.ordinals is not None:  # not of windows
+            most = kept + (layer.slots - bound.slots) * bound.shared
+            numbers = layer.generated.clone()
+            events.append(Event(layer.index, layer.cache.appended, first, layer.positions.clone(), numbers, most))
+
+    budget.evict = evict
+    try:
+        yield events
+    finally:
+        budget.evict = before
 
 
 def plain(family: str, seed: int = 0) -> Any:

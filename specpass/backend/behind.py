@@ -172,6 +172,7 @@ class Behind:
     def _go_on_by_graphs(self, cache: BudgetCache) -> None:
         """Let the cache be what a prompt's graph leaves: steps are told slots, and constants of storage as such."""
         cache.columns, cache.read_mask = None, None
+        cache.hear(cache.budgeted[0].lengths)
         tell_widest(cache.budgeted)
         storages: list[Tensor] = []
         alike = len({layer.quantized[0].shape for layer in cache.budgeted if layer.quantized}) <= 1

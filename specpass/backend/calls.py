@@ -15,6 +15,7 @@ from specpass.cache.drafting import start_draft
 from specpass.cache.prompt import check_gradients, check_ids, check_prompt
 from specpass.cache.replay import REPLAYS, Replay, follow, hold, put_back
 from specpass.cache.states import tell_widest
+from specpass.cache.worth import Readers
 from specpass.errors import CacheStateError, DroppedError, PositionsError
 from specpass.observe import progress
 from specpass.rewrite.base import PROMPTS
@@ -63,6 +64,7 @@ class Call:
     spans: Mapping[int, Span] = dataclasses.field(default_factory=dict)  # of a prompt's graph, by the cache's layer
     biased: frozenset[int] = frozenset()  # those of its layers whose attention adds a bias of the keys
     unquantized: Mapping[int, str] = dataclasses.field(default_factory=dict)  # why, of those whose prompt is not
+    readers: Mapping[int, Readers] = dataclasses.field(default_factory=dict)  # of a prompt's graph, by the layer
     counts: bool = True  # whether a step takes its positions from the cache's length, where no position_ids are given
     ahead: tuple[int, ...] | None = None
     replays: bool = False
@@ -94,6 +96,9 @@ class Call:
                 cache.layers[index].unquantized = reason
             for index, span in self.spans.items():
                 cache.layers[index].found, cache.layers[index].biased = span, index in self.biased
+            for index, readers in self.readers.items():
+                cache.layers[index].readers = readers
+            cache.hear(args[self.places["input_ids" if "input_ids" in self.places else "inputs_embeds"]])
             tell_widest(cache.budgeted)
         else:
             cache.appended += self._query_length(args)

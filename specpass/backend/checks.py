@@ -103,9 +103,13 @@ def check_speculate(count: Any, draft: Any, method: Method) -> int:
     return count
 
 
-def check_generated(generated: Any, evict: Any, speculate: int) -> Bound | None:
+def check_generated(
+    generated: Any, evict: Any, share_budget: bool, method: Method, bits: int, speculate: int
+) -> Bound | None:
     """How generated tokens are bounded; None: they are not."""
-    bound = Bound.of(generated, evict)
+    bound = Bound.of(generated, evict, share_budget)
+    if bound is not None:
+        bound.check(method, bits)
     if bound is not None and speculate:
         raise SpeculationError(
             f"speculate={speculate} takes proposed tokens back, and generated={generated} evicts others to make room "

@@ -209,6 +209,8 @@ class Backend:
                 f"generated={traced.cache.bound.slots}: attention adds a bias by the positions of its keys (ALiBi), "
                 "and those that stay would no longer stand side by side: leave generated out."
             )
+        if traced.cache.bound is not None and sites is not None:
+            traced.cache.bound.check_asks(site.module for site in sites.sites if site.made and site.is_full)
         pruned = Pruned.of(graph, request, facts, traced.places, self.method.spread)
         pruned.context = context_length(self.draft.config) if self.draft is not None and pruned.drafted else None
         pruned.vocab = self.smaller_vocabulary(traced.cache) if pruned.drafted else None

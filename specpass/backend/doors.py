@@ -63,6 +63,7 @@ def compile(
     tokenizers: tuple[Any, Any] | None = None,
     generated: int | None = None,
     evict: str = "recent",
+    share_budget: bool = False,
     dropped: str | None = None,
     cache_bits: int | None = None,
     **options: Any,
@@ -88,6 +89,7 @@ def compile(
         generated: slots of each KV head for the answer's tokens, beyond which older ones are evicted. A BudgetCache
             that is passed to generate() says so itself. None: the cache grows.
         evict: which of them stay: see specpass.BudgetCache.
+        share_budget: the prompt's slots are evicted alike, so that prompt and answer share one budget.
         dropped: "host": what is dropped stays in host memory, and a later turn chooses among all of it anew, by its own
             question. A BudgetCache that is passed to generate() says so itself. None: what is dropped is gone.
         cache_bits: 8, 4 or 2 bits for each number of the prompt's slots: see specpass.BudgetCache, which says so itself
@@ -111,19 +113,21 @@ def compile(
         backend = Backend(reads, method, lowering=lowering, lookahead_ids=lookahead_ids, **options)
         backend.ranks = ranks
         backend.speculate = checks.check_speculate(speculate, draft, backend.method)
-        backend.bound = backend.report.bound = checks.check_generated(generated, evict, backend.speculate)
         backend.dropped = dropped
         check_place(dropped)
         if dropped is not None:
             check_holds(inside, backend.method, by_text=tokenizers is not None)
         backend.bits = backend.report.bits = check_bits(cache_bits, backend.method)
+        backend.bound = backend.report.bound = checks.check_generated(
+            generated, evict, share_budget, backend.method, backend.bits, backend.speculate
+        )
         checks.check_one_device("target", checks.devices_of(target))
         checks.check_pair(target.config, checks.device_of(target), draft, by_text=tokenizers is not None)
         by_text = None if tokenizers is None else DraftByText(backend, target, tokenizers)
         comparable = [item for item in options.items() if item[0] != "observe"]  # a function of each process's own
         told |= {"the target": about(target), "the draft": about(draft), "method": backend.method.key}
         told |= {"lowering": lowering, "speculate": repr(speculate), "options": repr(sorted(comparable))}
-        told |= {"generated": repr(generated), "evict": evict, "dropped": repr(dropped), "cache_bits": repr(cache_bits)}
+        told |= {"generated": repr(backend.bound), "dropped": repr(dropped), "cache_bits": repr(cache_bits)}
     _install(inside, part, backend, by_text)
     return target
 

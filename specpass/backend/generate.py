@@ -43,6 +43,7 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
             prompt_length=prompt if prompt is None or prefix is None else prompt + len(prefix),
             generated=None if bound is None else bound.slots,
             evict="recent" if bound is None else bound.policy,
+            share_budget=bound is not None and bound.shared,
             dropped=backend.dropped,
             cache_bits=backend.bits or None,
             early_exit=not backend.speculate,  # the draft of a speculator reads every prompt

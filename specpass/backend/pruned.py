@@ -9,8 +9,10 @@ from torch import Tensor, fx
 
 from specpass.backend.calls import Call
 from specpass.backend.facts import candidate_outputs, static_outputs
+from specpass.cache.worth import Readers
 from specpass.dialect.cache import Advance
 from specpass.graph.operands import results_of
+from specpass.graph.walk import value
 from specpass.lowering.lower import Lowered
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Ahead, Drafted
@@ -18,7 +20,7 @@ from specpass.reports.record import SiteRecord
 from specpass.reports.report import Report
 from specpass.rewrite import Facts, Request
 from specpass.rewrite.base import PROMPTS
-from specpass.rewrite.sites import Sites
+from specpass.rewrite.sites import Site, Sites
 from specpass.sizes import Span
 
 
@@ -45,6 +47,7 @@ class Pruned:
     spans: dict[int, Span]
     biased: frozenset[int]
     unquantized: dict[int, str]
+    readers: dict[int, Readers]
     counts: bool
     ahead: tuple[int, ...] | None
     replays: bool
@@ -73,6 +76,7 @@ class Pruned:
             spans={site.layer: site.span for site in sites},
             biased=frozenset(site.layer for site in sites if site.alibi is not None),
             unquantized={site.layer: site.unquantized for site in sites if site.unquantized},
+            readers={site.layer: readers_of(site) for site in sites if not site.reads},
             counts=any(len(advance.seen.users) > 1 for advance in Advance.find(graph.graph)),
             ahead=request.eos_ids if ahead is not None and ahead.tokens else None,
             replays=request.kind == "decode" and "attention_mask" not in places and len(results_of(graph.graph)) == 1,
@@ -97,6 +101,7 @@ class Pruned:
             spans=self.spans,
             biased=self.biased,
             unquantized=self.unquantized,
+            readers=self.readers,
             counts=self.counts,
             ahead=self.ahead,
             replays=self.replays,
@@ -106,3 +111,8 @@ class Pruned:
             drafts=self.drafts,
             work=lowered.work,
         )
+
+
+def readers_of(site: Site) -> Readers:
+    query = value(site.query)
+    return Readers(int(query.shape[1]), int(query.shape[3]), query.dtype, site.softcap)

@@ -38,6 +38,7 @@ UNREAD = {
     "max_new_tokens",
     "pruned_by",
     "read_mask",
+    "readers",
     "served",
     "uneven",
 }

@@ -48,8 +48,10 @@ class BudgetCache(CacheProtocol):
         lookahead_ids: [B, L] token ids in place of the draft's.
         generated: slots M of each KV head for tokens behind the prompt, 8 at least: where they are full, older tokens
             are evicted, a block at a time, and the cache grows no further. None: it grows.
-        evict: which of these tokens stay beside the newest: "recent", those whose keys are least "redundant", or
-            "random" ones (see cache/evict.py).
+        evict: which of these tokens stay beside the newest: "recent" ones; those that got the most "attention" of the
+            newest; those whose keys are least "redundant"; "rkv", which weighs both; or "random" ones (see
+            cache/worth.py).
+        share_budget: an eviction chooses among the prompt's slots too: prompt and answer have C + M together.
         dropped: "host": keys and values of all tokens stay in host memory, beside the cache, and a later turn (several
             tokens behind a prompt) scores all of them anew, with its own question. None: what is dropped is gone.
         cache_bits: 8, 4 or 2: the prompt's slots are quantised in groups once they were gathered, with GEAR's low rank
@@ -59,7 +61,8 @@ class BudgetCache(CacheProtocol):
 
     Raises:
         BudgetError: a ratio without prompt_length. LookaheadError: lookahead_ids with a method that cannot use them.
-        GeneratedError: M or `evict` is none, or the lookahead that an answer follows does not fit in M.
+        GeneratedError: M or `evict` is none, the lookahead that an answer follows does not fit in M, or the budget that
+            is to be shared is spread or in fewer bits.
         DroppedError: another word for `dropped`.
         CacheBitsError: no such bits, or the method's budgets cannot be quantised.
         UnsupportedCallError: the model's layers hold no keys, or in another form.
@@ -76,6 +79,7 @@ class BudgetCache(CacheProtocol):
         early_exit: bool = True,
         generated: int | None = None,
         evict: str = "recent",
+        share_budget: bool = False,
         dropped: str | None = None,
         cache_bits: int | None = None,
     ) -> None:
@@ -87,10 +91,12 @@ class BudgetCache(CacheProtocol):
         if unheld:
             raise UnsupportedCallError(f"{unheld}: leave past_key_values out, or pass transformers' own cache.")
         self.method = method.resolve(prompt_length)
-        self.bound = Bound.of(generated, evict)
+        self.bound = Bound.of(generated, evict, share_budget)
         check_place(dropped)
         self.dropped = dropped
         self.bits = check_bits(cache_bits, self.method)
+        if self.bound is not None:
+            self.bound.check(self.method, self.bits)
         self.early_exit = early_exit
         self.max_new_tokens = max_new_tokens
         self.made_with = lookahead_ids
@@ -253,6 +259,12 @@ class BudgetCache(CacheProtocol):
         for layer in self.budgeted:
             if layer.ragged:
                 layer.tighten(layer.budget)
+
+    def hear(self, like: Tensor) -> None:
+        """Let layers have room for the newest queries of rows `like` [B, ...], where evictions ask by them."""
+        for layer in self.budgeted:
+            if not (layer.exact or self.exact):
+                layer.hear(like)
 
     @property
     def host_bytes(self) -> int:

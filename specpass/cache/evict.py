@@ -2,31 +2,33 @@
 
 Nothing waits for the device, and no graph knows of it: a step's graph takes its slots from `lengths`, which are lower
 afterwards, and finds the storage where it was. Behind the pruned prompt each KV head has M slots; where they are full,
-the newest W tokens stay, and of the others a block of the lowest scores goes. Positions go on all the same: what is
-kept has been rotated by where it stood.
+the newest W tokens stay, and of the others a block of the lowest scores goes (worth.py). Where prompt and answer share
+one budget, the prompt's slots are among the others. Positions go on all the same: what is kept has been rotated by
+where it stood.
 
-Symbols: B batch, K KV heads, M slots, W window of newest tokens, D head dimension.
+Symbols: B batch, K KV heads, C slots of the prompt, M of what follows, P of those to choose among (M, or C + M), W
+window of newest tokens, D head dimension.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from specpass.cache.layer import Storage
+from specpass.cache.worth import ASKING, POLICIES, worth
 from specpass.errors import GeneratedError
 from specpass.kernels.attention import first_read
+from specpass.methods.base import Method
 
 if TYPE_CHECKING:
     from specpass.cache.protocol import BudgetLayer
 
-POLICIES = ("recent", "redundant", "random")  # which tokens stay
 LEAST = 8  # slots M: two newest tokens, and two blocks
 WINDOW = 32  # newest tokens that no policy evicts, where M is large enough
-SEED = 0  # of the random choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +36,14 @@ class Bound:
     """How many generated tokens a KV head holds, and which ones stay.
 
     Args:
-        slots: M. policy: one of POLICIES.
+        slots: M. policy: one of POLICIES. shared: they stay in C + M slots together with the prompt's.
 
     Raises: GeneratedError.
     """
 
     slots: int
     policy: str = "recent"
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < LEAST:
@@ -52,17 +55,51 @@ class Bound:
             raise GeneratedError(f"evict={self.policy!r}: expected one of {POLICIES}.")
 
     @classmethod
-    def of(cls, slots: Any, policy: Any) -> Bound | None:
+    def of(cls, slots: Any, policy: Any, shared: Any = False) -> Bound | None:
         """None where generated tokens are not bounded.
 
-        Raises: GeneratedError: also where a policy is named and nothing is to be evicted.
+        Raises: GeneratedError: also where a policy is named, or a budget shared, and nothing is to be evicted.
         """
-        if slots is None and policy != POLICIES[0]:
+        if slots is not None:
+            return cls(slots, policy, bool(shared))
+        named = f"evict={policy!r}" if policy != POLICIES[0] else "share_budget=True" if shared else ""
+        if named:
             raise GeneratedError(
-                f"evict={policy!r} says what goes beyond so many slots, and generated=None sets no such number: pass "
+                f"{named} says what goes beyond so many slots, and generated=None sets no such number: pass "
                 "generated= too, e.g. generated=512."
             )
-        return None if slots is None else cls(slots, policy)
+        return None
+
+    def check(self, method: Method, bits: int) -> None:
+        """Raises: GeneratedError: the prompt's slots cannot go one by one."""
+        if not self.shared:
+            return
+        why = ""
+        if method.spread != "uniform":
+            why = f"spread={method.spread!r}, whose KV heads have budgets of their own: use spread='uniform'"
+        elif bits:
+            why = f"cache_bits={bits}, which holds a prompt's slots in groups: leave cache_bits out"
+        if why:
+            raise GeneratedError(
+                f"share_budget=True with {why}, or let the prompt keep its slots (share_budget=False)."
+            )
+
+    def check_asks(self, made: Iterable[str]) -> None:
+        """Args: made: layers whose attention reads what is made of their cached keys.
+
+        Raises: GeneratedError: there are some, and the policy asks how much attention these keys get.
+        """
+        layer = next(iter(made), None)
+        if self.asks and layer is not None:
+            raise GeneratedError(
+                f"evict={self.policy!r}: attention of {layer} reads what is made of cached keys (MLA), and these "
+                "get none themselves: use evict='recent' or 'redundant'."
+            )
+
+    @property
+    def asks(self) -> bool:
+        """Whether the newest queries say what stays."""
+        return self.policy in ASKING
 
     @property
     def window(self) -> int:
@@ -79,84 +116,83 @@ class Bound:
         return self.slots - max(tokens, 2 * self.window)
 
 
-def scores(layer: Storage, place: Tensor, used: Tensor, bound: Bound, seed: int) -> Tensor:
-    """[B, K, M] float32: of generated tokens those with the lowest scores go.
-
-    "recent": their order. "random": drawn, the control. "redundant": less the cosine of a token's key with the mean of
-    all of them: the tokens whose keys are most like the others' go. It is the mean cosine with every other key, the
-    redundancy of R-KV (arXiv 2505.24133, section 3.2, without its threshold), and what KeyDiff keeps by (arXiv
-    2504.15364, equation 6).
-
-    Args: place [B, K, M]: where the slots lie in the storage; used [B, K] of them.
-    """
-    slot = torch.arange(bound.slots, device=place.device)
-    if bound.policy == "recent":
-        return slot.float().expand(place.shape)
-    if bound.policy == "random":
-        generator = torch.Generator(place.device).manual_seed(SEED + seed)
-        return torch.rand(place.shape, generator=generator, device=place.device)
-    assert layer.key_buffer is not None
-    keys = torch.nn.functional.normalize(taken(layer.key_buffer, place).float(), dim=-1)
-    inside = (slot < used[..., None])[..., None]
-    mean = torch.where(inside, keys, 0.0).sum(2, keepdim=True)  # of which the length changes no order
-    return -(keys * mean).sum(-1)
-
-
 def taken(buffer: Tensor, place: Tensor) -> Tensor:
-    """[B, K, M, D]: what lies at place [B, K, M] of a storage [B, T, D]."""
+    """[B, K, P, D]: what lies at place [B, K, P] of a storage [B, T, D]."""
     return buffer.gather(1, _index(buffer, place)).unflatten(1, place.shape[1:])
 
 
 def _index(buffer: Tensor, place: Tensor) -> Tensor:
-    """[B, K * M, D] of place [B, K, M], for gather and scatter along a storage."""
+    """[B, K * P, D] of place [B, K, P], for gather and scatter along a storage."""
     return place.flatten(1)[..., None].expand(-1, -1, buffer.shape[2])
 
 
-def drop(score: Tensor, used: Tensor, excess: Tensor, window: int) -> Tensor:
-    """[B, K, M] slots in the order in which they stay, the dropped ones last; free slots behind what is in use too.
+def drop(score: Tensor, excess: Tensor, goes: Tensor) -> Tensor:
+    """[B, K, P] slots in the order in which they stay, the dropped ones last; free slots behind what is in use too.
 
-    Args: score [B, K, M]; used and excess [B, K]: slots in use, and how many of them go; window: newest that stay.
+    Args: score [B, K, P]; excess [B, K]: how many slots go; goes [B, K, P]: of those that may. Ties: the first goes.
     """
-    slot = torch.arange(score.shape[2], device=score.device)
-    spared = slot >= used[..., None] - window
-    rank = score.masked_fill(spared, float("inf")).argsort(dim=-1, stable=True).argsort(dim=-1)
+    rank = score.masked_fill(~goes, float("inf")).argsort(dim=-1, stable=True).argsort(dim=-1)
     return (rank < excess[..., None]).long().argsort(dim=-1, stable=True)
 
 
 def evict(layer: BudgetLayer, bound: Bound, kept: int, seed: int) -> None:
-    """Let a layer hold `kept` generated tokens of each row at most, in place.
+    """Let a layer hold `kept` generated tokens of each row at most, in place; C + `kept` slots where these are shared.
 
     A layer with a window of its own drops what nobody reads any more.
     """
     assert layer.lengths is not None
     assert layer.kept_positions is not None
-    if layer.is_sliding or (layer.found is not None and layer.found.positions):
+    if not layer.is_full:
         _slide(layer, bound.window)
         return
-    prompt = layer.behind
-    assert prompt is not None
-    used = layer.lengths - prompt
-    excess = (used - kept).clamp(min=0)
-    slot = torch.arange(bound.slots, device=used.device)
-    if layer.ordinals is None:
-        layer.ordinals = torch.full((*used.shape, bound.slots), -1, dtype=torch.int64, device=used.device)
-        layer.evicted = torch.zeros_like(used)
-        layer.settled = torch.zeros_like(used)
-    assert layer.evicted is not None
-    assert layer.settled is not None
-    numbers = layer.generated
-    assert numbers is not None
-    place = layer.places(prompt[..., None] + slot, torch.arange(len(used), device=used.device))
+    behind = layer.behind
+    assert behind is not None
+    first, size, most = behind, bound.slots, kept
+    if bound.shared:
+        first, size, most = torch.zeros_like(behind), layer.slots, layer.slots - bound.slots + kept
+    used = layer.lengths - first
+    excess = (used - most).clamp(min=0)
+    slot = torch.arange(size, device=used.device)
+    place = layer.places(first[..., None] + slot, torch.arange(len(used), device=used.device))
     place = place.unflatten(1, (layer.kv_heads, -1))
-    order = drop(scores(layer, place, used, bound, seed), used, excess, bound.window)
+    assert layer.key_buffer is not None
+    assert layer.value_buffer is not None
+    inside, goes = slot < used[..., None], slot < used[..., None] - bound.window
+    keys = taken(layer.key_buffer, place)
+    softcap = 0.0 if layer.readers is None else layer.readers.softcap
+    score = worth(bound.policy, keys, inside, goes, layer.queries, softcap, seed)
+    order = drop(score, excess, goes)
     for buffer in (layer.key_buffer, layer.value_buffer):
-        assert buffer is not None
         states = taken(buffer, place.gather(-1, order))
         buffer.scatter_(1, _index(buffer, place), states.flatten(1, 2))
+    _renumber(layer, order, excess, used - excess, behind - first)
     layer.lengths.sub_(excess)
-    layer.evicted.add_(excess)
-    layer.settled.copy_(used - excess)
-    layer.ordinals.copy_(numbers.gather(-1, order))
+
+
+def _renumber(layer: BudgetLayer, order: Tensor, excess: Tensor, left: Tensor, prompt: Tensor) -> None:
+    """Note which generated tokens, and which positions of the prompt, lie in the slots that stay.
+
+    Args: order [B, K, P]: see drop; excess [B, K] slots went and left [B, K] stay; prompt [B, K]: the prompt's, of
+    those to choose among.
+    """
+    if layer.ordinals is None:
+        layer.ordinals = torch.full(order.shape, -1, dtype=torch.int64, device=order.device)
+        layer.evicted, layer.settled = torch.zeros_like(excess), torch.zeros_like(excess)
+    numbers, positions = layer.generated, layer.kept_positions
+    assert numbers is not None
+    assert positions is not None
+    assert layer.evicted is not None
+    assert layer.settled is not None
+    slot = torch.arange(order.shape[2], device=order.device)
+    stays = ((order < prompt[..., None]) & (slot < left[..., None])).sum(-1)  # of the prompt's; they come first
+    source = order.gather(-1, (slot + stays[..., None]).clamp(max=order.shape[2] - 1)) - prompt[..., None]
+    layer.ordinals.copy_(numbers.gather(-1, source.clamp(min=0)))
+    layer.settled.copy_(left - stays)
+    layer.evicted.add_(excess - (prompt - stays))
+    if layer.cache.bound is not None and layer.cache.bound.shared:
+        size = positions.shape[2]
+        kept = positions.gather(-1, order[..., :size].clamp(max=size - 1))
+        positions.copy_(kept.masked_fill(slot[:size] >= stays[..., None], -1))
 
 
 def _slide(layer: BudgetLayer, window: int) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specpass.cache.worth import Readers
 from specpass.kernels.bits.reference import dequantize, layout_of
 
 SHARED = ("key_buffer", "value_buffer", "kept_positions")  # of layers that share one storage
@@ -75,6 +76,8 @@ class Storage:
         self.ordinals: Tensor | None = None  # [B, K, M] of generated tokens, once some were evicted: see evict.py
         self.settled: Tensor | None = None  # [B, K] slots of which they are told
         self.evicted: Tensor | None = None  # [B, K] generated tokens that were
+        self.readers: Readers | None = None  # who reads it, once its prompt was read
+        self.queries: Tensor | None = None  # [B, H, W, D] of the newest tokens, times the scale, where evictions ask
         self.codes: Tensor | None = None  # [B, K, n, bytes] of a quantised prompt, with `counts`: see kernels/bits
         self.basis: Tensor | None = None  # [B, K, r, D + Dv]
         self.unquantized = ""  # why its prompt was left as it is, where others are in fewer bits
@@ -164,7 +167,7 @@ class Storage:
     def generated(self) -> Tensor | None:
         """[B, K, M] numbers, from 0, of the generated tokens that a bounded layer holds, ascending; unused slots -1.
 
-        None before any was evicted.
+        None before any was evicted. [B, K, C + M] where they share a budget with the prompt's positions.
         """
         if self.ordinals is None or self.settled is None or self.evicted is None:
             return None
@@ -187,7 +190,7 @@ class Storage:
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by name; empty before the prefill."""
         stored = ("key_buffer", "value_buffer", "lengths", "kept_positions", "starts", "counts", "told", "shares")
-        names = (*stored, "ordinals", "settled", "evicted", "codes", "basis")
+        names = (*stored, "ordinals", "settled", "evicted", "queries", "codes", "basis")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -212,13 +212,14 @@ class BudgetLayer(Storage, CacheLayerMixin):
             return self.keys, self.values
         positions = (self.positions if self.told is None else self.told) if self.biased else None
         tensors = (self.key_buffer, self.value_buffer, self.lengths, key_states, value_states)
+        asked = {} if self.queries is None else {"queries": self.queries}
         if self.ragged:
-            SPEC.append_kv(*tensors, cache.handle, positions, self.starts)
+            SPEC.append_kv(*tensors, cache.handle, positions, self.starts, **asked)
             return tuple(SPEC.show_heads(buffer, self.starts, self.slots) for buffer in tensors[:2])
         if self.quantized is None:
-            SPEC.append_kv(*tensors, cache.handle, positions)
+            SPEC.append_kv(*tensors, cache.handle, positions, **asked)
         else:
-            SPEC.append_kv(*tensors, cache.handle, None, None, self.quantized, self.bits)
+            SPEC.append_kv(*tensors, cache.handle, None, None, self.quantized, self.bits, **asked)
         if self.widest is None:
             return self.stored(self.key_buffer), self.stored(self.value_buffer)
         slots = cache.layers[self.widest].slots
@@ -232,6 +233,17 @@ class BudgetLayer(Storage, CacheLayerMixin):
     @property
     def room(self) -> int:
         return self.cache.free_at_prefill
+
+    @property
+    def is_full(self) -> bool:
+        """Whether its tokens are read until they are evicted; else a window of its own says what nobody reads."""
+        return not (self.is_sliding or (self.found is not None and self.found.positions))
+
+    def hear(self, like: Tensor) -> None:
+        """Make room for the newest queries of rows `like` [B, ...], where evictions ask by them."""
+        bound = self.cache.bound
+        if bound is not None and bound.asks and self.readers is not None and self.is_full and self.queries is None:
+            self.queries = self.readers.room(bound.window, like)
 
     def tell_positions(self) -> None:
         """Note the positions that the target was told of the prompt's slots, before the first step that reads them."""
@@ -267,6 +279,9 @@ class BudgetLayer(Storage, CacheLayerMixin):
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens."""
         self.lengths.sub_(tokens)
+        if self.queries is not None:  # zeros ask for nothing
+            left = self.queries[:, :, : max(self.queries.shape[2] - tokens, 0)].clone()
+            self.queries.zero_()[:, :, self.queries.shape[2] - left.shape[2] :] = left
         if self.exact or self.cache.exact:
             views = [view for view in (self.keys, self.values) if view is not None]
             self.key_buffer, self.value_buffer = (view[:, :, :-tokens].flatten(1, 2) for view in views)

@@ -31,6 +31,7 @@ from specpass.cli.options import (
     Options,
     Quiet,
     Revision,
+    ShareBudget,
     Speculate,
     Target,
     Then,
@@ -68,6 +69,7 @@ def generate(
     draft_bits: DraftBits = None,
     generated: Generated = None,
     evict: Evict = "recent",
+    share_budget: ShareBudget = False,
     dropped: Dropped = None,
     cache_bits: CacheBits = None,
     option: Options = None,
@@ -118,11 +120,9 @@ def generate(
     )
     choice = dataclasses.replace(choice, speculate=check_speculation(speculate, choice), draft_bits=draft_bits)
     choice = dataclasses.replace(
-        choice,
-        **check_bound(generated, evict, choice),
-        dropped=check_dropped(dropped, choice),
-        cache_bits=check_cache_bits(cache_bits, choice),
+        choice, dropped=check_dropped(dropped, choice), cache_bits=check_cache_bits(cache_bits, choice)
     )
+    choice = dataclasses.replace(choice, **check_bound(generated, evict, share_budget, choice))
     if draft_bits and choice.method is None:
         raise DraftBitsError(f"--draft-bits {draft_bits} needs a method with a draft, such as --method speckv.")
     text = read_prompt(prompt, prompt_file)
@@ -150,14 +150,18 @@ def check_speculation(count: int, choice: Choice) -> int:
     return check_speculate(count, choice.draft, choice.method)
 
 
-def check_bound(generated: int | None, evict: str, choice: Choice) -> dict[str, Any]:
+def check_bound(generated: int | None, evict: str, share_budget: bool, choice: Choice) -> dict[str, Any]:
     """The options' fields. Raises: GeneratedError, SpeculationError."""
     from specpass.backend.checks import check_generated
+    from specpass.cache.evict import Bound
 
     if generated is not None and choice.method is None:
         raise GeneratedError(f"--generated {generated} needs a method that prunes, such as --method snapkv.")
-    check_generated(generated, evict, choice.speculate)
-    return {"generated": generated, "evict": evict}
+    if choice.method is None:
+        Bound.of(generated, evict, share_budget)
+    else:
+        check_generated(generated, evict, share_budget, choice.method, choice.cache_bits or 0, choice.speculate)
+    return {"generated": generated, "evict": evict, "share_budget": share_budget}
 
 
 def check_dropped(place: str | None, choice: Choice) -> str | None:

@@ -49,7 +49,10 @@ DraftBits = Annotated[
 Generated = Annotated[
     int | None, typer.Option(help="KV slots for the answer's own tokens: beyond them older ones are evicted.")
 ]
-Evict = Annotated[str, typer.Option(help="Which of these stay beside the newest: recent, redundant or random.")]
+Evict = Annotated[
+    str, typer.Option(help="Which of these stay beside the newest: recent, attention, rkv, redundant, random.")
+]
+ShareBudget = Annotated[bool, typer.Option(help="Evict the prompt's slots alike: both share one budget.")]
 Dropped = Annotated[
     str | None, typer.Option(help="host: what is dropped stays in host memory, and each turn (--then) chooses anew.")
 ]
@@ -87,7 +90,8 @@ class Choice:
     """The models and the method that the options name; nothing is loaded yet. `method` None: full KV.
 
     `speculate`: tokens that the draft proposes at a time. `draft_bits`: of the weights that its steps read.
-    `generated`, `evict`: slots for the answer's tokens, and which stay. `dropped`: where what is dropped stays.
+    `generated`, `evict`: slots for the answer's tokens, and which stay; `share_budget`: with the prompt's.
+    `dropped`: where what is dropped stays.
     `cache_bits`: of the prompt's slots. `trust`: code that the models bring along may run.
     """
 
@@ -100,6 +104,7 @@ class Choice:
     draft_bits: int | None = None
     generated: int | None = None
     evict: str = "recent"
+    share_budget: bool = False
     dropped: str | None = None
     cache_bits: int | None = None
     trust: bool = False
@@ -205,6 +210,7 @@ def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
             draft_bits=choice.draft_bits,
             generated=choice.generated,
             evict=choice.evict,
+            share_budget=choice.share_budget,
             dropped=choice.dropped,
             cache_bits=choice.cache_bits,
             tokenizers=tokenizers,

@@ -49,7 +49,8 @@ class Fill(
 class AppendKv(
     Operator,
     schema="append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, "
-    "Tensor? handle, Tensor? positions=None, Tensor? offsets=None, Tensor[]? quantized=None, int bits=0) -> ()",
+    "Tensor? handle, Tensor? positions=None, Tensor? offsets=None, Tensor[]? quantized=None, int bits=0, "
+    "Tensor? queries=None) -> ()",
 ):
     """q new KV pairs behind the slots in use, in place; `lengths` advances."""
 
@@ -65,9 +66,29 @@ class AppendKv(
         list[fx.Node] | None
     )  # a prompt in so many `bits` in front of the slots, see QuantizeKv; for attend_slots
     bits: int
+    queries: fx.Node | None  # [B, H, W, D] of the newest tokens, where evictions ask by them; note_queries writes them
 
     @staticmethod
-    def fake(keys, values, lengths, key, value, handle, positions=None, offsets=None, quantized=None, bits=0):
+    def fake(
+        keys, values, lengths, key, value, handle, positions=None, offsets=None, quantized=None, bits=0, queries=None
+    ):
+        return None
+
+
+class NoteQueries(
+    Operator,
+    schema="note_queries(Tensor(a!) queries, Tensor query, float scale, Tensor? padding=None) -> ()",
+    since="PRUNED",
+):
+    """The newest W queries, times the scale, with those of q tokens behind them, in place."""
+
+    queries: fx.Node  # [B, H, W, D]
+    query: fx.Node  # [B, H, q, D], each row's real tokens first
+    scale: float
+    padding: fx.Node | None  # [B] tokens of each row that are none
+
+    @staticmethod
+    def fake(queries, query, scale, padding=None):
         return None
 
 

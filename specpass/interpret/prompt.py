@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specpass.cache.budget import BudgetCache
+from specpass.cache.worth import Readers
 from specpass.interpret.keep import Keeper, keep_whole
 from specpass.interpret.masks import Masks
 from specpass.interpret.watch import Attention, Listener, Watch
@@ -80,6 +81,9 @@ class ReadPrompt(Listener):
             self.keep_whole(layer, key, value, reason)
         else:
             self.cache.layers[layer].made = made
+            self.cache.layers[layer].readers = Readers(call.query.shape[1], key.shape[3], key.dtype)
+            if self.cache.bound is not None and made:
+                self.cache.bound.check_asks([f"layer {layer}"])
             self._prune(layer, key, value, call, not made or self._heads_apart(call))
         return out
 

@@ -24,6 +24,7 @@ class Steps(Listener):
 
     def __init__(self, cache: BudgetCache, packing: Packing, *, causal: bool = True) -> None:
         self.cache, self.packing, self.causal = cache, packing, causal
+        cache.hear(cache.budgeted[0].lengths)
         pruned = any(not layer.exact for layer in cache.budgeted) and not cache.exact
         self.watch = Watch(self) if pruned else None
         self.heads: dict[int, int] = {}  # of layers that were written, query heads; 0: nobody has read them yet
@@ -77,6 +78,9 @@ class Steps(Listener):
         bounds = () if own.span is None or not own.span.positions else (0.0, None, own.span.sliding, own.span.chunk)
         prompt = {} if own.quantized is None else {"quantized": own.quantized, "bits": own.bits}
         out = SPEC.attend(query.to(keys.dtype), keys, values, lengths, call.scale, *bounds, **prompt).to(query.dtype)
+        if not heads and own.queries is not None:  # the layer's own, not those of others that share it
+            padding = None if order is None else self.count - self.packing.lengths
+            SPEC.note_queries(own.queries, query, call.scale, padding)
         if order is not None:
             back = SPEC.unpack_index(order)[:, None, -rows:, None]
             out = out.gather(2, back.expand(-1, out.shape[1], -1, out.shape[3]))

@@ -72,8 +72,9 @@ def append_kv(
     offsets: Tensor | None = None,
     quantized: list[Tensor] | None = None,
     bits: int = 0,
+    queries: Tensor | None = None,
 ) -> None:
-    """See the reference; `handle` led the backend to the cache, and passes have read `positions` and `quantized`."""
+    """See the reference; `handle` led the backend to the cache, and passes have read `positions`, `quantized`, ..."""
     check_owner(handle)
     reference.append_kv(keys, values, lengths, key, value, offsets)
 
@@ -81,6 +82,20 @@ def append_kv(
 def take_back(lengths: Tensor, padding: Tensor) -> None:
     """Lengths [B, K] less padding [B], in place."""
     lengths.sub_(padding[:, None])
+
+
+def note_queries(queries: Tensor, query: Tensor, scale: float, padding: Tensor | None = None) -> None:
+    """Queries [B, H, W, D] become those of the newest W tokens, `query` [B, H, q, D] among them, in place.
+
+    Of row b the last padding[b] of q are no tokens.
+    """
+    size, count = queries.shape[2], query.shape[2]
+    both = torch.cat([queries, (query.float() * scale).to(queries.dtype)], 2)
+    if padding is None:
+        queries.copy_(both[:, :, count:])
+        return
+    place = (count - padding)[:, None] + torch.arange(size, device=query.device)
+    queries.copy_(both.gather(2, place[:, None, :, None].expand_as(queries)))
 
 
 def lookahead(key: Tensor, given: Tensor | None, length: int) -> Tensor:
@@ -139,6 +154,7 @@ def gather_functional(key: Tensor, value: Tensor, positions: Tensor, room: int) 
 
 bind(dialect.Fill, fill)
 bind(dialect.AppendKv, append_kv)
+bind(dialect.NoteQueries, note_queries)
 bind(dialect.QuantizeKv, quantize_kv)
 bind(dialect.TakeBack, take_back)
 bind(dialect.KeepKv, keep_kv)

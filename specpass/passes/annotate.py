@@ -138,7 +138,7 @@ class Reader:
         Raises: Refusal: it reads a cache in a way that is not understood.
         """
         module = module_path(attention.node)
-        write, apart = self._cached(attention, module)
+        write, apart, made = self._cached(attention, module)
         if write is None:
             return None
         if isinstance(attention, Sdpa) and attention.dropout_p:
@@ -169,19 +169,21 @@ class Reader:
             span=span,
             alibi=alibi,
             heads_apart=apart,
+            made=made,
         )
 
-    def _cached(self, attention: Sdpa | ModifiedAttention, module: str) -> tuple[Write | None, bool]:
-        """The write of the cache that attention reads, None where it reads none, and whether its heads stay apart.
+    def _cached(self, attention: Sdpa | ModifiedAttention, module: str) -> tuple[Write | None, bool, bool]:
+        """The write of the cache that attention reads, None where it reads none, whether its heads stay apart, and
+        whether attention reads what is made of it.
 
         Raises: Refusal: keys or values are not made of what is cached, column by column.
         """
         key, val = (self._stored(node) for node in (attention.key, attention.value))
         write = self.owners.get(key)
         if write is not None and value_of(write) in (skip_full_slices(attention.value), val):
-            return write, True
+            return write, True, False
         if write is None and not any(reads(attention.key, node) for node in self.owners):
-            return None, True
+            return None, True, False
         apart, found = True, set[fx.Node]()
         for name, node in (("keys", attention.key), ("values", attention.value)):
             made = Made.of(node, self._is_source)
@@ -195,7 +197,7 @@ class Reader:
             found |= {made_by.node for made_by in writes}
         if len(found) != 1:
             raise Refusal("keys and values are made of several layers' caches", module)
-        return writes[0], apart
+        return writes[0], apart, True
 
     def _is_source(self, node: fx.Node) -> bool:
         """Whether it is a layer's cached keys or values [B, K, T, D]."""

@@ -17,6 +17,7 @@ from specpass.passes.canonicalize import Canonicalize
 from specpass.passes.gather_prompt import GatherPrompt, KeepPrompt
 from specpass.passes.gather_prune import GatherPrune
 from specpass.passes.insert_draft import InsertDraft
+from specpass.passes.note_queries import NoteQueries
 from specpass.passes.pack_rows import PackRows
 from specpass.passes.resize_prompt import ResizePrompt
 from specpass.passes.score_draft import ScoreDraftPrefill, ScoreDraftStep
@@ -46,6 +47,7 @@ PASSES: tuple[Pass, ...] = (
     ShiftPositions(),  # decode: what generate counts becomes what the target was told
     AttendSlots(),  # decode: the masks die
     SkipPadding(),  # decode: what nobody else reads of a mask
+    NoteQueries(),  # decode: needs the packed rows of skip_padding
     Specialize(),  # last: what nobody reads goes
 )
 

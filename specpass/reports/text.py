@@ -88,9 +88,12 @@ def bound_lines(record: BackendRecord) -> list[str]:
     bound = record.bound
     if bound is None:
         return []
+    many = f"{bound.kept(1):,} tokens stay"
+    if bound.shared:
+        many = f"{bound.slots - bound.kept(1):,} tokens of prompt or answer go, so that both share one budget"
     return [
         f"generated tokens: {bound.slots:,} slots of each KV head behind the prompt's; where they are full, "
-        f"{bound.kept(1):,} tokens stay (evict={bound.policy!r}), the newest {bound.window} among them"
+        f"{many} (evict={bound.policy!r}); the newest {bound.window} stay"
     ]
 
 

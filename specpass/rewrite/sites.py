@@ -49,6 +49,7 @@ class Site:
         bias: the node of that, [B or 1, H, T], once a pass has made it.
         heads_apart: each head reads one cached head; else (MLA's one latent) a choice of positions serves all heads.
         unquantized: why its cache stays in the model's dtype where others are in fewer bits; "" where nothing is said.
+        made: attention reads what is made of cached keys and values (MLA), not these.
         reads: the site in front of it whose cache it reads, having none of its own; that one chooses what is kept.
     """
 
@@ -68,6 +69,7 @@ class Site:
     bias: fx.Node | None = None
     heads_apart: bool = True
     unquantized: str = ""
+    made: bool = False
     reads: str = ""
 
     @property

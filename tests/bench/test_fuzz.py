@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from bench.fuzz import cases, check, formulas, oracle, run
+from bench.fuzz import cases, check, evictions, formulas, oracle, run
 from bench.fuzz.run import try_cases
 from bench.fuzz.subject import Subject, plain
 
@@ -40,8 +40,19 @@ def test_caches_in_fewer_bits_are_right() -> None:
     """Against attention over the same codes by formulas of the oracle's own: padded rows, a crop, a lookahead."""
     key = ("llama", "speckv", 24)
     chosen = [cases.Case(0, *key, (47, 9), new=3, bits=4), cases.Case(1, *key, (71,), new=3, turns=((1, 2),), bits=8)]
-    outcome = try_cases(key, chosen)
+    outcome = try_cases(key, [*chosen, cases.Case(2, *key, (47, 31), new=3, bits=2)])
     assert (outcome.failures, outcome.refusals) == ([], [])
+
+
+def test_bounded_answers_are_right_and_wrong_evictions_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which slots rows see behind evictions, and which went: by attention, in one budget with the prompt's."""
+    key = ("llama", "snapkv", 24)
+    bounded = cases.Case(0, *key, (40, 31), new=20, turns=((1, 3),), generated=12, evict="attention", shared=True)
+    subject = Subject(*key)
+    assert check.check(bounded, subject) == ""
+    monkeypatch.setattr(evictions, "scores", lambda policy, keys, *_: torch.arange(len(keys) - 3.0))
+    with pytest.raises(check.WrongError, match="an evicted slot scores"):
+        check.check(bounded, subject)
 
 
 def test_lookups_are_right() -> None:
@@ -132,7 +143,8 @@ def test_cases_are_the_same_for_a_seed_and_cover_every_option() -> None:
     assert drawn == cases.grouped(3, 400)
     assert not any(case.stop and case.mode == "assisted" for case in drawn)  # which no plain model answers
     assert {cases.draw(3, index, bits=(8, 4)).bits for index in range(20)} == {8, 4}  # drawn where they are asked for
-    for field in (field for field in dataclasses.fields(cases.Case) if field.name != "bits"):
+    asked_for = ("bits", "generated", "evict", "shared")
+    for field in (field for field in dataclasses.fields(cases.Case) if field.name not in asked_for):
         assert len(collections.Counter(getattr(case, field.name) for case in drawn)) > 1, field.name
 
 

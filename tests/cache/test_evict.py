@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from support import call, compile_eager, padded, run
+from support import call, compile_eager, padded, run, second_way
 from tiny import prompt, tiny
 from torch import Tensor
 
 import specpass
 from specpass import errors
-from specpass.cache.evict import POLICIES, Bound, drop
+from specpass.cache.evict import Bound, drop
+from specpass.cache.worth import POLICIES, worth
 from specpass.observe.storage import cache_bytes
 
 C, M, NEW = 24, 16, 60  # W = 4: eleven evictions
@@ -33,7 +34,8 @@ def seen_by_step(cache: Any, length: int, total: int) -> list[Tensor]:
     found = []
     for layer in cache.budgeted:
         mask = torch.zeros(layer.kv_heads, total, dtype=torch.bool)
-        mask.scatter_(1, layer.positions[0], True)
+        for head, own in enumerate(layer.positions[0]):
+            mask[head, own[own >= 0]] = True
         numbers = layer.generated
         if numbers is None:
             mask[:, length:] = True
@@ -65,11 +67,16 @@ def rotated_apart(target: Any, ids: Tensor, masks: list[list[Tensor]], length: i
         return target(ids, use_cache=False).logits[0, length:]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_steps_are_attention_over_what_stays(model: Any, policy: str) -> None:
+def decode_graphs(model: Any) -> int:
+    return sum(graph.kind == "decode" for graph in specpass.report(model).graphs)
+
+
+@pytest.mark.parametrize(("policy", "shared"), [*((policy, False) for policy in POLICIES), ("rkv", True)])
+def test_steps_are_attention_over_what_stays(model: Any, policy: str, shared: bool) -> None:
     """Slots and bytes are bounded, positions go on, one decode graph serves; logits are those of masked attention."""
-    ids = prompt(40)
-    cache = specpass.BudgetCache(model.config, METHOD, max_new_tokens=NEW, generated=M, evict=policy)
+    ids, graphs = prompt(40), decode_graphs(model)
+    how: dict[str, Any] = {"generated": M, "evict": policy, "share_budget": shared}
+    cache = specpass.BudgetCache(model.config, METHOD, max_new_tokens=NEW, **how)
     logits, masks, sizes, answer = [call(model, ids, cache)[0, -1]], [], set(), []
     for index in range(NEW):
         answer.append(int(logits[-1].argmax()))
@@ -84,13 +91,14 @@ def test_steps_are_attention_over_what_stays(model: Any, policy: str) -> None:
     assert cache.get_seq_length() == 40 + NEW
     whole = torch.cat([ids, torch.tensor([answer])], 1)
     torch.testing.assert_close(torch.stack(logits[1:]), rotated_apart(tiny(), whole, masks, 40), atol=1e-4, rtol=1e-4)
+    assert (cache.layers[0].positions >= 0).sum(-1).unique().tolist() != [C] or not shared
     newest = cache.layers[0].generated[0, 0]
     newest = newest[newest >= 0]
     assert newest.tolist() == sorted(set(newest.tolist()))
     assert newest[-4:].tolist() == list(range(NEW - 4, NEW))
     if policy == "recent":
         assert newest.tolist() == list(range(NEW - len(newest), NEW))
-    assert sum(graph.kind == "decode" for graph in specpass.report(model).graphs) == 1
+    assert decode_graphs(model) - graphs <= 1
 
 
 def test_what_fits_is_generated_as_without_a_bound(model: Any) -> None:
@@ -100,7 +108,7 @@ def test_what_fits_is_generated_as_without_a_bound(model: Any) -> None:
     assert ours.tokens == run(model, ids, M, mask, past_key_values=caches).tokens
     assert ours.cache.layers[0].generated is None
     assert "16 slots of each KV head" in str(specpass.report(model))
-    assert specpass.report(model).data()["generated"] == {"slots": M, "policy": "recent"}
+    assert specpass.report(model).data()["generated"] == {"slots": M, "policy": "recent", "shared": False}
 
 
 def test_padded_rows_answer_as_they_do_alone(model: Any) -> None:
@@ -128,6 +136,55 @@ def test_a_second_turn_longer_than_the_slots_comes_in_parts(model: Any) -> None:
         cache.crop(20)
 
 
+def test_both_ways_keep_the_same_and_crops_forget_queries(model: Any) -> None:
+    """A padded batch and a padded turn, by graphs and by the model's own forward; a copy goes on as the cache does."""
+    ids, mask = padded([prompt(50), prompt(12, seed=1)])
+    more, own = padded([prompt(9, seed=3), prompt(5, seed=4)])
+    how: dict[str, Any] = {"generated": M, "evict": "rkv", "share_budget": True}
+    found = []
+    for target in (model, second_way(tiny(), METHOD)):
+        cache = specpass.BudgetCache(target.config, METHOD, max_new_tokens=4, **how)
+        first = run(target, ids, 30, mask, past_key_values=cache).tokens
+        ones = torch.ones(2, 30, dtype=torch.int64)
+        turn = torch.cat([ids, torch.tensor(first), more], 1), torch.cat([mask, ones, own], 1)
+        tokens = run(target, turn[0], 20, turn[1], past_key_values=cache).tokens
+        layer = cache.layers[0]
+        assert (layer.lengths <= C + M).all()
+        assert ((layer.positions >= 0).sum(-1) < C).any()
+        assert (layer.generated[:, :, -1] == -1).all()
+        newest, last = layer.queries.clone(), layer.lengths - layer.prompt_slots - 1
+        found.append((first, tokens, layer.positions.clone(), layer.generated.clone()))
+        cache.crop(1)
+        assert torch.equal(layer.queries[:, :, 1:], newest[:, :, :-1])
+        assert not layer.queries[:, :, 0].any()
+        assert (layer.generated.gather(2, last[..., None]) == -1).all()
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(*map(torch.as_tensor, (ours, theirs)))
+
+
+def test_worth_is_the_papers() -> None:
+    """Importance, redundancy and their mix, by loops over one head's slots."""
+    torch.manual_seed(0)
+    keys, queries = torch.randn(1, 1, 12, 8), torch.randn(1, 2, 3, 8)
+    inside, goes = torch.arange(12)[None, None] < 10, torch.arange(12)[None, None] < 7
+    logits = queries[0] @ keys[0, 0, :7].T
+    got = torch.cat([torch.stack([sum(head.softmax(-1)) / 3 for head in logits]).amax(0), torch.zeros(5)])
+    mean = torch.cat([sum(row.softmax(0) for row in logits.amax(0)) / 3, torch.zeros(5)])
+    important = torch.stack([mean[max(0, slot - 3) : slot + 4].max() for slot in range(12)])
+    cosine = torch.stack(
+        [
+            sum(torch.cosine_similarity(keys[0, 0, slot], keys[0, 0, other], 0) for other in range(10) if other != slot)
+            for slot in range(10)
+        ]
+    )
+    alike = torch.cat([(cosine / 10).softmax(0), torch.zeros(2)])
+    due = {"attention": got, "redundant": -alike, "rkv": 0.1 * important - 0.9 * alike}
+    for policy, wanted in due.items():
+        torch.testing.assert_close(worth(policy, keys, inside, goes, queries, 0.0, 0)[0, 0], wanted)
+    nothing = worth("attention", keys, inside, goes, torch.zeros_like(queries), 0.0, 0)[0, 0, :7]
+    assert (nothing == nothing[0]).all()
+
+
 def test_windows_drop_what_nobody_reads() -> None:
     """A model with sliding layers: bounded by more than is written, and by less, where only they would lose tokens."""
     target = compile_eager(tiny("mistral-sliding", layers=1), METHOD)
@@ -145,9 +202,9 @@ def test_windows_drop_what_nobody_reads() -> None:
 
 def test_dropping_keeps_order_and_spares_the_newest() -> None:
     score = torch.tensor([[[5.0, 1.0, 4.0, 0.0, 9.0, 9.0, 0.0, 0.0]]])
-    used, excess = torch.tensor([[6]]), torch.tensor([[2]])
-    assert drop(score, used, excess, 2).tolist() == [[[0, 2, 4, 5, 6, 7, 1, 3]]]
-    assert drop(score, used, torch.tensor([[0]]), 2).tolist() == [[list(range(8))]]
+    goes = torch.arange(8)[None, None] < 4  # six in use, the newest two of which stay
+    assert drop(score, torch.tensor([[2]]), goes).tolist() == [[[0, 2, 4, 5, 6, 7, 1, 3]]]
+    assert drop(score, torch.tensor([[0]]), goes).tolist() == [[list(range(8))]]
     assert (Bound(512).window, Bound(512).kept(1), Bound(512).most) == (32, 448, 480)
 
 
@@ -158,6 +215,8 @@ def test_dropping_keeps_order_and_spares_the_newest() -> None:
         ({"generated": True}, "generated=True"),
         ({"generated": 64, "evict": "oldest"}, "evict='oldest': expected one of"),
         ({"evict": "random"}, "generated=None sets no such number"),
+        ({"share_budget": True}, "share_budget=True says what"),
+        ({"generated": 64, "share_budget": True, "cache_bits": 4}, "share_budget=True with cache_bits=4"),
     ],
 )
 def test_bounds_that_there_are_not(given: dict[str, Any], text: str) -> None:
@@ -179,6 +238,12 @@ def test_what_does_not_go_with_a_bound(model: Any) -> None:
         specpass.compile(target, draft=tiny(seed=1), method=how, speculate=2, generated=M)
     with pytest.raises(errors.GeneratedError, match="assisted decoding"):
         model.generate(prompt(40), max_new_tokens=4, prompt_lookup_num_tokens=2)
+    spread = specpass.SnapKV(budget=C, window=8, spread="heads")
+    with pytest.raises(errors.GeneratedError, match="share_budget=True with spread='heads'"):
+        compile_eager(tiny(layers=1), spread, generated=M, share_budget=True)
+    with pytest.raises(errors.GeneratedError, match=r"evict='rkv': attention of layers\.0 reads what is made"):
+        Bound(M, "rkv").check_asks(["layers.0"])
+    Bound(M, "redundant").check_asks(["layers.0"])
     biased = compile_eager(tiny("bloom", layers=1), METHOD, generated=M)
     with pytest.raises(errors.GeneratedError, match="ALiBi"):
         run(biased, prompt(40), 2)

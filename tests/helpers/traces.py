@@ -23,6 +23,8 @@ from specpass.passes.score_draft import StepRows
 from specpass.rewrite import Facts, Kind, Pass, Request
 from specpass.sizes import FULL
 
+NEWEST = 4  # queries W that a layer has room for
+
 
 @functools.cache
 def draft(method: Method | None = None, layers: int = 1) -> DraftGraphs:
@@ -94,6 +96,7 @@ def step_graph(
     mask: bool = False,
     positions: bool = False,
     shift: bool = False,
+    queries: bool = False,
     layers: int = 1,
 ) -> Traced:
     """Of one token, or (append) of several, written in place behind a prompt:
@@ -103,7 +106,7 @@ def step_graph(
 
     Args:
         mask: the model is told which of these tokens are padding. positions: position ids are given.
-        shift: the cache holds one (SpecPC).
+        shift: the cache holds one (SpecPC). queries: layers have room for the newest ones, behind their lengths.
     """
     model = tiny(layers=layers)
     trace, budgets = ModelTrace(model), method.layer_budgets(layers)
@@ -121,13 +124,17 @@ def step_graph(
         for part in ("lengths", *parts_of(method)[4:]):
             caches[f"{part}.{layer}"] = trace.dynamic((BATCH, KV_HEADS), torch.int64, (0,))
 
+        if queries:
+            room = (BATCH, model.config.num_attention_heads, NEWEST, WIDTH)
+            caches[f"queries.{layer}"] = trace.dynamic(room, trace.dtype, (0,))
+
     def run(ids: Tensor, *rest: Tensor) -> list[Tensor]:
         named = dict(zip((*inputs, *caches), rest, strict=False))
         cache = new_cache(model, method, kind)
         cache.handle, cache.seen, cache.shift = named["handle"], named["seen"], named.get("shift")
         cache.free_at_prefill = SLOTS
         for index, layer in enumerate(cache.layers):
-            for part in (*PARTS[:3], *parts_of(method)[4:]):
+            for part in (*PARTS[:3], *parts_of(method)[4:], *(["queries"] if queries else [])):
                 setattr(layer, part, named[f"{part}.{index}"])
             layer.is_initialized = True
         told = {name: named[name] for name in ("attention_mask", "position_ids") if name in named}

@@ -11,6 +11,7 @@ from support import compile_eager, kept, padded, run
 from tiny import prompt
 
 import specpass
+from specpass import errors
 
 C, W, L = 24, 8, 5
 IDS = {"vocab_size": 128, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
@@ -104,3 +105,10 @@ def test_a_lookahead_of_the_target_itself_at_two_lengths(name: str) -> None:
     longer = prompt(57, seed=1)
     assert run(model, longer).cache.lookahead_ids.tolist() == run(twin, longer, L).tokens
     assert not specpass.report(model).refusals
+
+
+def test_evictions_that_go_by_attention_name_latents() -> None:
+    method = specpass.SnapKV(budget=C, window=W)
+    model = compile_eager(build(*FAMILIES["latents (deepseek_v3)"]), method, generated=16, evict="attention")
+    with pytest.raises(errors.GeneratedError, match=r"evict='attention': attention of model\.layers\.0.* \(MLA\)"):
+        run(model, prompt(57), 2)

@@ -78,6 +78,10 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (torch.rand(H, 1), torch.arange(S)[None, None], torch.float32, 0.5),
             (torch.rand(H).bfloat16(), positions, torch.float32, 1.0),
         ],
+        "note_queries": [
+            (torch.randn(B, H, W, D), torch.randn(B, H, 3, D), 0.5),
+            (torch.randn(B, H, W, D), torch.randn(B, H, 3, D), 0.5, torch.tensor([0, 2])),
+        ],
         "take_back": [(used, torch.tensor([0, 2]))],
         "pack_order": [(mask, ids)],
         "pack_appended": [(mask, ids), (mask, ids[:, :2]), (mask, torch.randn(B, 3, D))],
