@@ -17,8 +17,9 @@ from specpass.backend.calls import mark_slots
 from specpass.backend.compile import Backend
 from specpass.backend.facts import quantized_axes
 from specpass.backend.speculate import lower_proposals
-from specpass.backend.uncompiled import Uncompiled, attention_of
+from specpass.backend.uncompiled import Uncompiled, attention_of, why_uncompiled
 from specpass.cache.budget import BudgetCache
+from specpass.cache.choose import choose_budget
 from specpass.cache.drafting import start_draft
 from specpass.cache.prefix import Pair
 from specpass.cache.prompt import check_ids, check_prompt
@@ -43,21 +44,29 @@ def why_nothing_is_held(target: nn.Module, method: Method, by_text: bool) -> str
     Args: by_text: whether the draft has another tokenizer.
     """
     config: Any = target.config
-    state, follows = recurrent_layer(config), following(target)
-    spread, futures, sparse = method.spread, method.futures, method.sparse_prefill
+    state, follows, sparse = recurrent_layer(config), following(target), method.sparse_prefill
     reasons = (
         (method.prompt is not None, f"{method.name} chooses the tokens that the target reads by each question"),
-        (spread != "uniform", f"spread={spread!r} shares budgets in a prompt's graph"),
-        (method.share is not None, f"share={method.share} chooses a budget in a prompt's graph"),
         (by_text, "the draft has another tokenizer, and the tokens that are held are the target's"),
-        (futures > 1, f"futures={futures} are read in a prompt's graph"),
         (sparse > 0, f"sparse_prefill={sparse} reads a prompt sparsely, and its keys and values would be others"),
         (bool(why_unheld(config)), why_unheld(config)),
         (bool(state), f"{state}, whose state cannot be taken back to where a question's rows begin"),
         (bool(follows), f"its rotary frequencies follow the length (rope_type {'/'.join(follows)})"),
         (attention_of(target).startswith("flex"), f"its attention is {attention_of(target)}"),
     )
-    return next((reason for found, reason in reasons if found), "")
+    found = next((reason for found, reason in reasons if found), "")
+    return found or without_graphs(method, why_uncompiled(target))
+
+
+def without_graphs(method: Method, reason: str) -> str:
+    """What of a method is had only where steps go by graphs; "" where all can be. Args: reason: why they do not."""
+    asked = (
+        (method.spread != "uniform", f"spread={method.spread!r}"),
+        (method.futures > 1, f"futures={method.futures}"),
+        (method.share is not None, f"share={method.share}"),
+    )
+    name = next((name for found, name in asked if found), "")
+    return f"{name} needs steps by graphs, and the model's own forward goes on ({reason})" if name and reason else ""
 
 
 def graphs_that_go_on(backend: Backend, cache: BudgetCache) -> DraftGraphs:
@@ -108,7 +117,7 @@ class Behind:
         return drafts
 
     def ahead(self, cache: BudgetCache, rows: Rows, write: Callable[[], Tensor] | None) -> Tensor | None:
-        """[B, L] lookahead tokens: the caller's, those that the draft is to `write`, or the prompt's own."""
+        """[B, M L] of M futures: the caller's tokens, those that the draft is to `write`, or the prompt's own."""
         if self.fits(cache, rows) or not cache.lookahead:
             return None
         if cache.given_ids is not None:
@@ -130,7 +139,7 @@ class Behind:
         return caches
 
     def write(self, cache: BudgetCache, graphs: DraftGraphs, rows: Rows, caches: list[Tensor], unread: int) -> Tensor:
-        """[B, L]: what the draft writes behind the last `unread` tokens of each row, which its caches get too."""
+        """[B, M L]: what the draft writes behind the last `unread` tokens of each row, which its caches get too."""
         length = cache.lookahead
         inputs = (rows.last(unread), rows.positions(unread), *caches, *graphs.params.values())
         known = self.runs.get(length)
@@ -153,6 +162,11 @@ class Behind:
         Raises: Refusal: a layer cannot be pruned so.
         """
         backend, graphs, short = self.backend, not self.uncompiled.reason, self.fits(cache, rows)
+        refused = without_graphs(cache.method, self.uncompiled.reason)
+        if backend.ranks is not None and cache.method.spread == "global":
+            refused = "spread='global' is agreed on by all processes in a prompt's graph"
+        if refused:
+            raise Refusal(refused)
         verify = graphs and ahead is not None and cache.method.verify and not kwargs.get("output_hidden_states")
         question = Question(self.target, cache, kwargs, eos_ids=backend.eos_ids(cache), front=front, rows=rows)
         out, logits, record, exact = question.read(count, ahead, short, verify)
@@ -161,7 +175,10 @@ class Behind:
             raise Refusal(
                 f"layer {layer} cannot be pruned around the model's own forward, which reads questions ({reason})"
             )
-        cache.lookahead_ids = ahead
+        cache.lookahead_ids = None if ahead is None else ahead[:, : cache.lookahead].contiguous()
+        if cache.rungs and not short:
+            cache.kept = choose_budget(cache)
+            backend.report.chose(cache.kept)
         backend.report.read(record)
         if graphs:
             self._go_on_by_graphs(cache)
@@ -179,7 +196,8 @@ class Behind:
         for layer in cache.budgeted:
             for tensor, axes in zip(layer.quantized or (), quantized_axes(alike), strict=False):
                 torch._dynamo.mark_static(tensor, axes)
-            for tensor, axis in ((layer.key_buffer, 2), (layer.value_buffer, 2), (layer.lengths, 1)):
+            about = [tensor for tensor in (layer.lengths, layer.starts, layer.counts) if tensor is not None]
+            for tensor, axis in ((layer.key_buffer, 2), (layer.value_buffer, 2), *((tensor, 1) for tensor in about)):
                 torch._dynamo.mark_static(tensor, axis)
                 storages += [tensor] if axis == 2 else []
         if len({layer.slots for layer in cache.budgeted}) == 1:

@@ -37,6 +37,8 @@ def check_holds(target: nn.Module, method: Method, by_text: bool) -> None:
     Raises: DroppedError: the target, the method or the draft cannot go on from what is held.
     """
     reason = why_nothing_is_held(target, method, by_text)
+    if method.share is not None and not reason:
+        reason = f"share={method.share} chooses among sizes for the first prompt, and a conversation outgrows them"
     if reason:
         raise _refused(reason)
 
@@ -177,6 +179,8 @@ class Turns:
         """
         behind, count, shortest = self.behind, cache.lookahead, int(lengths.min())
         graphs = graphs_that_go_on(behind.backend, cache)
+        if shortest < LEAST and graphs.futures > 1:
+            raise Refusal(f"futures={graphs.futures}, and a row of one token")
         if shortest < LEAST:  # rows that are too short for the graph by which it goes on: what it reads is not held
             return write_by_graphs(graphs, rows.ids, rows.lengths, count).ids
         unread, first = max(LEAST, held.unread(lengths)), held.first

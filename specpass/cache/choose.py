@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from specpass.cache.budget import BudgetCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,3 +83,17 @@ def shrink(layer: Candidates, index: int, budget: int) -> Candidates:
     return Candidates(
         move(layer.keys), move(layer.values), lengths, positions, layer.rung.new_empty(batch, heads, 0), shares
     )
+
+
+def choose_budget(cache: BudgetCache) -> Kept:
+    """Choose for a prompt whose layers hold the largest budget's slots, and move each layer into the chosen size."""
+    layers = [layer for layer in cache.budgeted if layer.rung is not None]
+    share = cache.method.share
+    assert share is not None, "a share of the attention chooses"
+    index, kept = choose([layer.shares for layer in layers], cache.rungs, share)
+    for layer in layers:
+        held = (layer.key_buffer, layer.value_buffer, layer.lengths, layer.kept_positions, layer.rung, layer.shares)
+        found = shrink(Candidates(*held), index, cache.rungs[index])
+        layer.key_buffer, layer.value_buffer, layer.lengths = found.keys, found.values, found.lengths
+        layer.kept_positions, layer.rung, layer.shares = found.positions, found.rung, found.shares
+    return kept

@@ -14,7 +14,10 @@ from specpass.cache.protocol import BudgetLayer
 from specpass.dialect.define import SPEC
 from specpass.errors import MethodHookError
 from specpass.interpret.rows import Packing
+from specpass.interpret.spread import Shared, most_of, store_ragged
 from specpass.methods.base import Method
+from specpass.passes.attend_slots import UNSPREAD
+from specpass.rewrite import Refusal
 
 MADE = "attention reads what is made of cached keys"
 
@@ -30,6 +33,7 @@ class Keeper:
         rows: [B, W + L] packed positions of the query rows, None where nothing is scored.
         read: [B, C1] prompt tokens that the target reads, None: all.
         ahead: lookahead tokens L behind each row, whose keys and values lie in the first free slots (see gather_prune).
+        shared: what layers that share a storage have kept so far.
     """
 
     cache: BudgetCache
@@ -38,20 +42,34 @@ class Keeper:
     rows: Tensor | None = None
     read: Tensor | None = None
     ahead: int = 0
+    shared: Shared = dataclasses.field(default_factory=Shared)
 
     @property
     def method(self) -> Method:
         return self.cache.method
 
-    def compact(self, layer: BudgetLayer, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
-        """Store what layer keeps of packed key [B, K, T, D] and value [B, K, T, Dv]; scores [B, K, T]."""
-        positions = self.positions(layer, key.shape[1], scores)
+    def compact(
+        self, layer: BudgetLayer, key: Tensor, value: Tensor, scores: Tensor | None, attention: Tensor | None = None
+    ) -> None:
+        """Store what layer keeps of packed key [B, K, T, D] and value [B, K, T, Dv].
+
+        Args: scores [B, K, T]; attention [B, K, T]: by which a budget is chosen behind the last layer.
+
+        Raises: Refusal: its heads cannot share budgets.
+        """
+        if layer.ragged:
+            self._spread(layer, key, value, scores)
+            return
+        if attention is None:
+            positions = self.positions(layer, key.shape[1], scores)
+        else:
+            method, rungs = self.method, list(self.cache.rungs)
+            settings = (layer.budget, method.window, method.kernel, method.pool, rungs)
+            found = SPEC.select_rungs(scores, attention, self.packing.lengths, *settings)
+            positions, layer.rung, layer.shares = found
         if layer.widest is not None and self.packing.order is not None:  # of a padded batch, rows that fit keep all
             positions = SPEC.keep_short_rows(positions, self.packing.lengths, self.cache.whole)
-        stored = positions
-        if self.ahead:
-            stored = SPEC.add_lookahead(positions, SPEC.ahead_index(self.packing.lengths, self.ahead))
-        room = self.cache.room - self.ahead
+        stored, room = self._with_ahead(positions), self.cache.room - self.ahead
         layer.key_buffer, layer.value_buffer, used = SPEC.gather_kv(key, value, stored, room)
         layer.lengths = used - self.ahead if self.ahead else used
         layer.kept_positions = positions if self.read is None else SPEC.map_positions(positions, self.read)
@@ -61,6 +79,36 @@ class Keeper:
             layer.unquantized = MADE if layer.made else why_unserved(key.shape[3], value.shape[3], dtype)
             if not layer.unquantized:
                 layer.quantize(positions.shape[2])
+
+    def _with_ahead(self, positions: Tensor) -> Tensor:
+        """Positions [B, K, C] and the lookahead's columns, where these are to wait in the free slots."""
+        if not self.ahead:
+            return positions
+        return SPEC.add_lookahead(positions, SPEC.ahead_index(self.packing.lengths, self.ahead))
+
+    def _spread(self, layer: BudgetLayer, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
+        """Of a layer whose heads share budgets, among themselves or with those of all layers."""
+        if layer.made:
+            raise Refusal(UNSPREAD)
+        method, lengths, budget, most = self.method, self.packing.lengths, layer.budget, layer.budget
+        settings, worth = (method.window, method.kernel, method.pool, method.floor(budget)), None
+        if scores is None:
+            positions = SPEC.keep_all(lengths, key.shape[1], budget)
+        elif layer.sharers:
+            most = most_of(method, budget)
+            positions, worth = SPEC.select_candidates(scores, lengths, most, *settings, method.floor(budget))
+        else:
+            positions = SPEC.select_heads(scores, lengths, budget, *settings)
+        taken = self._with_ahead(positions)
+        if layer.sharers:
+            self.shared.add(layer, key, value, positions, taken, most, worth)
+        else:
+            store_ragged(layer, key, value, positions, taken, self.cache.room)
+
+    def finish(self) -> None:
+        """Behind the last layer: those whose heads share one storage choose."""
+        assert isinstance(self.method.budget, int)
+        self.shared.finish(self.method.budget, self.cache.room)
 
     def positions(self, layer: BudgetLayer, kv_heads: int, scores: Tensor | None) -> Tensor:
         """[B, K, C] of the tokens that the target reads, ascending; unused slots -1."""
@@ -81,18 +129,30 @@ class Keeper:
         shape = (*scores.shape[:2], budget)
         return check_result(positions, shape, torch.int64, f"{method.name}.select", "positions [B, K, C]")
 
-    def score(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """[B, K, T] float32 of query rows [B, H, R, D], which stand at `rows`."""
+    def score(self, query: Tensor, key: Tensor, value: Tensor, scale: float, lse: Tensor | None = None) -> Tensor:
+        """[B, K, T] float32 of query rows [B, H, R, D], which stand at `rows`.
+
+        Args: lse: [B, H, R] of these rows' logits, where they do not see all columns up to their own.
+        """
         method, lengths = self.method, self.packing.lengths
         if method.score is None:
-            scores = SPEC.importance(query, key, self.rows, lengths, method.window, scale, method.reduce)
+            scores = self._importance(query, key, scale, method.reduce, lse)
             return SPEC.weigh_values(scores, value) if method.value_norms else scores
         scores = method.score(query, key, value, self.rows, lengths, scale=scale)
         return check_result(scores, tuple(key.shape[:3]), torch.float32, f"{method.name}.score", "scores [B, K, T]")
 
-    def one_choice(self, scores: Tensor, kv_heads: int) -> Tensor:
+    def attention(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None = None) -> Tensor:
+        """[B, K, T] float32: the mean of what these rows read of each column. Args: as `score`."""
+        return self._importance(query, key, scale, "mean", lse)
+
+    def _importance(self, query: Tensor, key: Tensor, scale: float, reduce: str, lse: Tensor | None) -> Tensor:
+        lengths, window = self.packing.lengths, self.method.window
+        return SPEC.importance(query, key, self.rows, lengths, window, scale, reduce, None, lse)
+
+    @staticmethod
+    def one_choice(scores: Tensor, kv_heads: int, reduce: str) -> Tensor:
         """[B, H, T] of heads that are made of the same columns -> [B, K, T] of what is cached, all alike."""
-        one = scores.amax(1, True) if self.method.reduce == "max" else scores.mean(1, True)
+        one = scores.amax(1, True) if reduce == "max" else scores.mean(1, True)
         return one.repeat(1, kv_heads, 1)
 
 

@@ -79,7 +79,8 @@ class ReadAhead(Listener):
         packed = behind(waiting.key, key, lengths), behind(waiting.value, value, lengths)
         read = (self._packed(call.key), self._packed(call.value)) if own.made else packed
         scores = keeper.score(torch.cat([waiting.window, query], 2), *read, waiting.scale)
-        keeper.compact(own, *packed, scores if waiting.apart else keeper.one_choice(scores, key.shape[1]))
+        reduce = keeper.method.reduce
+        keeper.compact(own, *packed, scores if waiting.apart else keeper.one_choice(scores, key.shape[1], reduce))
 
     def _packed(self, states: Tensor) -> Tensor:
         """[B, H, S + L, D] in the model's columns, each row's tokens and then its lookahead first."""

@@ -166,8 +166,17 @@ class ReadPrompt(Listener):
             self.waiting[layer] = Waiting(*packed, (key, value), window, call.scale, apart)
             return
         read = (packing.states(call.key), packing.states(call.value)) if own.made else packed
-        scores = keeper.score(window, *read, call.scale)
-        keeper.compact(own, *packed, scores if apart else keeper.one_choice(scores, key.shape[1]))
+        sums, how = self._sums(call, window), keeper.method
+        scores = keeper.score(window, *read, call.scale, sums)
+        attention = keeper.attention(window, read[0], call.scale, sums) if how.rungs else None
+        if not apart:
+            scores = keeper.one_choice(scores, key.shape[1], how.reduce)
+            attention = None if attention is None else keeper.one_choice(attention, key.shape[1], "mean")
+        keeper.compact(own, *packed, scores, attention)
+
+    def _sums(self, call: Attention, query: Tensor) -> Tensor | None:
+        """[B, H, R]: the log-sum-exp of the rows that score, where they do not see all columns up to their own."""
+        return None
 
 
 class ReadWhole(Listener):

@@ -6,7 +6,8 @@ The target reads the last R tokens of each row, question and lookahead, against 
 
 Rows of a batch end in the same column, so padding stands in front, where masks and windows expect it. R is what the
 longest question has, and a method's window at least: whose question is shorter reads the document's last tokens again,
-whose queries score too. The lookahead goes through in the same call, as it does in a graph.
+whose queries score too. The lookahead goes through in the same call, as it does in a graph. Several futures stand side
+by side there, L M tokens in all (see branches.py).
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from specpass.cache.budget import BudgetCache
 from specpass.cache.prefix import Pair
 from specpass.dialect.define import SPEC
 from specpass.errors import PrefixDtypeError, SpecpassError
+from specpass.interpret.branches import Branches
 from specpass.interpret.keep import Keeper
 from specpass.interpret.prompt import ReadPrompt
 from specpass.interpret.rows import Packing
 from specpass.interpret.run import Call
+from specpass.interpret.watch import Attention
 from specpass.observe.layers import reading_by_layers
 from specpass.reports.record import PromptRecord
+from specpass.sizes import FULL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +115,14 @@ class Front:
 
 
 class ReadQuestion(ReadPrompt):
-    """Layers whose keys and values are those in front and those of the call's R rows, the last L of them ahead."""
+    """Layers whose keys and values are those in front and those of the call's R rows, the last of them ahead."""
 
-    def __init__(self, cache: BudgetCache, keeper: Keeper, front: Front, rows: Rows, count: int, length: int) -> None:
-        """Args: count: tokens that the call reads of each row; length: L behind them."""
+    def __init__(self, cache: BudgetCache, keeper: Keeper, front: Front, rows: Rows, branches: Branches) -> None:
+        """Args: branches: tokens that the call reads of each row, and those behind them."""
         super().__init__(cache, keeper, False)
-        self.front, self.rows, self.count, self.length = front, rows, count, length
-        self.before = rows.size - count  # columns in front of the call's
+        self.front, self.rows, self.branches, self.count = front, rows, branches, branches.count
+        self.length = branches.length * branches.futures
+        self.before = rows.size - self.count  # columns in front of the call's
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Raises: front.mismatch: autocast makes other numbers of this call than of what stands in front."""
@@ -149,14 +154,26 @@ class ReadQuestion(ReadPrompt):
         """Without the lookahead's columns."""
         super().keep_whole(layer, key[:, :, : self.rows.size], value[:, :, : self.rows.size], reason)
 
+    def attend(self, layer: int, call: Attention, made: bool) -> Tensor:
+        if self.branches.futures > 1:
+            call = self.branches.attend(call, self.cache.layers[layer].span or FULL)
+        return super().attend(layer, call, made)
+
     def _rows(self, key: Tensor) -> int:
         return self.count + self.length
 
-    def _window(self, query: Tensor) -> Tensor:
-        """Of the rows that score: the window and the lookahead."""
+    @property
+    def _scored(self) -> Tensor:
+        """[B, R] of the call's rows: the window and the lookahead."""
         rows = self.keeper.rows
         assert rows is not None, "something is scored"
-        return SPEC.take_rows(query, rows - self.rows.lengths[:, None] + self.count)
+        return rows - self.rows.lengths[:, None] + self.count
+
+    def _window(self, query: Tensor) -> Tensor:
+        return SPEC.take_rows(query, self._scored)
+
+    def _sums(self, call: Attention, query: Tensor) -> Tensor | None:
+        return None if self.branches.futures == 1 else self.branches.sums(call, query, self._scored)
 
 
 @dataclasses.dataclass
@@ -169,24 +186,27 @@ class Question(Call):
     def read(
         self, count: int, ahead: Tensor | None, short: bool, verify: bool
     ) -> tuple[Any, Tensor, PromptRecord, dict[int, str]]:
-        """The last `count` tokens of each row, and the lookahead [B, L] behind them.
+        """The last `count` tokens of each row, and the lookahead [B, M L] of all futures behind them.
 
-        Args: verify: the lookahead's keys and values are to wait in the free slots.
-        Returns: the model's output for the question; logits [B, L, V] behind each lookahead token; what was done; and
-            why, of layers that are kept whole.
+        Args: verify: the first future's keys and values are to wait in the free slots.
+        Returns: the model's output for the question; logits [B, L, V] behind each token of the first future; what was
+            done; and why, of layers that are kept whole.
         """
         cache, rows, length = self.cache, self.rows, 0 if ahead is None else ahead.shape[1]
         packing, method = rows.packing(length), cache.method
-        scored = SPEC.score_rows(rows.lengths, ahead, method.window, list(self.eos_ids)) if method.scored else None
-        keeper = Keeper(cache, packing, short, None if short else scored, ahead=length if verify else 0)
-        reading = ReadQuestion(cache, keeper, self.front, rows, count, length)
+        futures = 1 if ahead is None else method.futures
+        first = length // futures
+        scored = None
+        if method.scored and not short:
+            scored = SPEC.score_rows(rows.lengths, ahead, method.window, list(self.eos_ids), futures)
+        keeper = Keeper(cache, packing, short, scored, ahead=first if verify else 0)
+        branches = Branches(packing, count, first, futures)
+        reading = ReadQuestion(cache, keeper, self.front, rows, branches)
         ids = rows.last(count)
         kwargs = {
             "output_hidden_states": self.kwargs.get("output_hidden_states"),
             "input_ids": ids if ahead is None else torch.cat([ids, ahead], 1),
-            "position_ids": (rows.positions(count)[:, :1] + torch.arange(count + length, device=ids.device)).clamp(
-                min=0
-            ),
+            "position_ids": branches.positions(rows.positions(count)[:, :1]).clamp(min=0),
             "past_key_values": cache,
             "use_cache": True,
         }
@@ -198,9 +218,10 @@ class Question(Call):
         cache.columns, cache.read_mask = reading.before, None
         with reading_by_layers(self.target, "reading the question"):
             out = self._forward(reading, kwargs)
+        keeper.finish()
         cache.columns = rows.size
         cache.read_mask = None if packing.real is None else rows.mask()
-        logits = out.logits[:, out.logits.shape[1] - length :]
+        logits = out.logits[:, out.logits.shape[1] - length :][:, :first]
         out.logits = part(out.logits, wanted, length)
         if out.get("hidden_states") is not None:
             out.hidden_states = tuple(part(states, rows.own, length) for states in out.hidden_states)

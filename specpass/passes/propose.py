@@ -4,15 +4,20 @@ logits = extend(ids [B, q], position [B, q], *caches, *params)           the q t
 token = next_token(logits)
 token = next_token(plain_step(token, position + i, *caches, *params))     k - 1 times, one subgraph
 -> ids [B, k]
+
+Several futures, as a lookahead, are rows of one batch [B * M] with copies of the caches, from the first token on.
+-> ids [B, M k]
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import fx
 
 from specpass.dialect.define import SPEC
-from specpass.graph.edit import Editor, copy_module
+from specpass.graph.edit import Editor, copy_module, quiet
 from specpass.graph.operands import results_of
 from specpass.graph.walk import ATEN, output_of, value
 from specpass.passes.draft import DraftGraphs
@@ -36,16 +41,30 @@ def proposal_graph(draft: DraftGraphs, count: int, *, lookahead: bool = False) -
     val, logits = value(results_of(draft.plain_step.graph)[0]), results_of(gm.graph)[0]
     temperature, seed = (draft.temperature, draft.seed) if lookahead else (0.0, 0)
     ends = list(draft.eos_ids) if lookahead else []
+    futures, caches = draft.futures if lookahead else 1, 3 * draft.layers
+    if futures > 1:
+        copied = [
+            editor.call(ATEN.repeat_interleave.self_int, node, futures, 0, before=output)
+            for node in (logits, ended, last, *rest[:caches])
+        ]
+        (logits, ended, last), rest = copied[:3], [*copied[3:], *rest[caches:]]
+        with quiet(editor.mode):
+            val = val.new_empty(value(last).shape[0], *val.shape[1:])
     tokens: list[fx.Node] = []
     for index in range(count):
         if index:
             told = editor.call(ATEN.add.Tensor, last, index, before=output)
             logits = editor.call_module("draft_step", tokens[-1], told, *rest, before=output, val=val)
-        how = (draft.shared_vocab, temperature, seed, index, ends, draft.pad_id)
-        pair = editor.call(SPEC.next_token, logits, ended, *how, before=output)
+        how: tuple[Any, ...] = (SPEC.next_token, logits, ended, draft.shared_vocab, temperature, seed, index)
+        if futures > 1:
+            how = (SPEC.next_tokens, logits, ended, futures, draft.shared_vocab)
+        pair = editor.call(*how, ends, draft.pad_id, before=output)
         if lookahead:
             ended = editor.item(pair, 1, output)
         tokens.append(editor.item(pair, 0, output))
-    output.args = (editor.call(ATEN.cat, tokens, 1, before=output),)
+    ids = editor.call(ATEN.cat, tokens, 1, before=output)
+    if futures > 1:
+        ids = editor.call(ATEN.reshape, ids, [-1, futures * count], before=output)
+    output.args = (ids,)
     gm.recompile()
     return gm

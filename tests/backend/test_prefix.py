@@ -14,7 +14,11 @@ from transformers import DynamicCache
 
 import specpass
 from specpass import errors
+from specpass.interpret.branches import Branches
+from specpass.interpret.rows import Packing
+from specpass.methods import base
 from specpass.observe.progress import watching
+from specpass.sizes import Span
 
 W = 8
 DOCUMENT = prompt(60)
@@ -90,6 +94,67 @@ def test_layers_with_budgets_of_their_own() -> None:
     whole = run(second_way(target, METHODS["pyramidkv"]), behind(QUESTIONS[0]))
     model = compile_eager(target, METHODS["pyramidkv"])
     check_same(whole, run(model, QUESTIONS[0], prefix=specpass.read(model, DOCUMENT)))
+
+
+GRAPHS = {  # what graphs alone prune so: their choices are compared, and their steps go on
+    "heads": specpass.SnapKV(budget=24, window=W, spread="heads"),
+    "global": specpass.SpecKV(budget=24, window=W, lookahead=2, futures=2, value_norms=True, spread="global"),
+    "share": specpass.SnapKV(budget=48, window=W, share=0.5),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_what_graphs_spread_branch_and_choose(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads and layers that share budgets, several futures, and a budget for each prompt."""
+    monkeypatch.setattr(base, "LADDER", (16, 32, 48))
+    method, target = GRAPHS[name], tiny(layers=1 + (name == "global"))
+    model = compile_eager(target, method, tiny(seed=1000, layers=1) if method.needs_draft else None)
+    wholes = [run(model, behind(question)) for question in QUESTIONS]
+    prefix = specpass.read(model, DOCUMENT)
+    for whole, question in zip(wholes, QUESTIONS, strict=True):
+        ours = run(model, question, prefix=prefix)
+        check_same(whole, ours)
+        if name == "share":
+            assert ours.cache.kept.budget == whole.cache.kept.budget
+            assert ours.cache.kept.layers == pytest.approx(whole.cache.kept.layers)
+        for layer, other in zip(ours.cache.layers, whole.cache.layers, strict=True):
+            assert layer.key_buffer.shape == other.key_buffer.shape
+            assert torch.equal(layer.prompt_slots, other.prompt_slots)
+    ids, mask = padded(QUESTIONS)
+    ours = run(model, ids, mask=mask, prefix=prefix)
+    if name == "share":  # a batch gets what its neediest row needs
+        assert ours.cache.kept.budget == max(whole.cache.kept.budget for whole in wholes) == 32
+        return
+    for row, whole in enumerate(wholes):
+        check_same(whole, ours, row)
+    if name == "heads":  # so do turns
+        cache = specpass.BudgetCache(model.config, method, max_new_tokens=6, dropped="host")
+        run(model, DOCUMENT, past_key_values=cache, new=1)
+        check_same(wholes[0], run(model, behind(QUESTIONS[0]), past_key_values=cache))
+
+
+def test_futures_see_what_their_positions_see() -> None:
+    """Windows are of positions, and a second future's columns lie further back than these."""
+    branches = Branches(Packing(torch.tensor([10])), 3, 2, 2)
+    seen = branches.seen(14, Span(sliding=4))[0]
+    assert branches.positions(torch.tensor([[7]])).tolist() == [[7, 8, 9, 10, 11, 10, 11]]
+    assert [row.nonzero().flatten().tolist() for row in seen] == [
+        [4, 5, 6, 7],
+        [5, 6, 7, 8],
+        [6, 7, 8, 9],
+        [7, 8, 9, 10],
+        [8, 9, 10, 11],
+        [7, 8, 9, 12],
+        [8, 9, 12, 13],
+    ]
+
+
+def test_what_needs_steps_by_graphs() -> None:
+    for name, text in (("heads", "spread='heads' needs steps"), ("share", "share=0.5 needs steps")):
+        model = without_graphs("llama", GRAPHS[name])
+        prefix = specpass.read(model, DOCUMENT)
+        with pytest.raises(errors.PrefixUnsupportedError, match=text):
+            run(model, QUESTIONS[0], prefix=prefix)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -249,10 +314,7 @@ def test_calls_that_cannot_be(model: Any, prefix: specpass.Prefix) -> None:
     [
         ("lfm2", METHODS["snapkv"], "layer 0 is configured as conv"),
         ("llama", specpass.SpecPC(budget=24, window=W), "SpecPC chooses the tokens"),
-        ("llama", specpass.SnapKV(budget=24, window=W, spread="heads"), "spread='heads'"),
-        ("llama", specpass.SpecKV(budget=24, window=W, futures=2), "futures=2"),
         ("llama", specpass.SpecKV(budget=24, window=W, sparse_prefill=16), "sparse_prefill=16"),
-        ("llama", specpass.SnapKV(budget="auto", window=W), "share=0.95"),
     ],
 )
 def test_who_cannot_go_on_from_a_prefix(family: str, method: Any, reason: str) -> None:

@@ -242,8 +242,6 @@ def test_masks_of_what_comes_behind() -> None:
     [
         ("lfm2", METHODS["snapkv"], "layer 0 is configured as conv"),
         ("llama", specpass.SpecPC(budget=24, window=8), "SpecPC chooses the tokens"),
-        ("llama", specpass.SnapKV(budget=24, window=8, spread="heads"), "spread='heads'"),
-        ("llama", specpass.SpecKV(budget=24, window=8, futures=2), "futures=2"),
         ("llama", specpass.SnapKV(budget="auto", window=8), "share=0.95"),
     ],
 )
