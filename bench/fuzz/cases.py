@@ -105,7 +105,7 @@ def draw(
     case = _drawn(seed, index, families, methods)
     step = any(crop and fresh == 1 for crop, fresh in case.turns)  # one token behind a crop is no turn
     if turns and not case.turns and case.mode not in ("assisted", "lookup"):
-        plain = {"mode": "greedy", "returned": 1, "stream": False, "eos": False, "stop": False}
+        plain: dict[str, Any] = {"mode": "greedy", "returned": 1, "stream": False, "eos": False, "stop": False}
         case = dataclasses.replace(case, turns=((0, 2 + index % 5),), new=max(case.new, 2), **plain)
     held = not step and case.method not in CHOOSERS and case.family not in (*RECURRENT, *UNWATCHED)
     often = 1.0 if turns else 0.5 if case.turns else 0.1
@@ -119,9 +119,13 @@ def _bounded(case: Case, dice: random.Random, policies: tuple[str, ...]) -> Case
     """The case with a long answer whose tokens are evicted, in one sequence for each row."""
     if case.method == "speckv-ngram":  # its lookahead is as long as its answer
         return case
-    plain = {"mode": "greedy", "returned": 1} if case.mode not in ("greedy", "sample") else {}
+    plain: dict[str, Any] = {"mode": "greedy", "returned": 1} if case.mode not in ("greedy", "sample") else {}
     crops = tuple((min(crop, 1), fresh) for crop, fresh in case.turns)
-    how = {"generated": dice.choice((12, 16)), "evict": dice.choice(policies), "shared": dice.random() < 0.5}
+    how: dict[str, Any] = {
+        "generated": dice.choice((12, 16)),
+        "evict": dice.choice(policies),
+        "shared": dice.random() < 0.5,
+    }
     how["shared"] = how["shared"] and case.bits is None
     return dataclasses.replace(
         case, **plain, **how, turns=crops, new=dice.choice((14, 20, 31)), eos=False, stop=False, stream=False
@@ -189,7 +193,7 @@ def _simpler(case: Case) -> Iterator[Case]:
         "early_exit",
     ):
         if getattr(case, field) != getattr(plain, field) and not (field == "mode" and case.returned > 1):
-            other = {"evict": plain.evict, "shared": False} if field == "generated" else {}
+            other: dict[str, Any] = {"evict": plain.evict, "shared": False} if field == "generated" else {}
             yield dataclasses.replace(case, **{field: getattr(plain, field)}, **other)
     if len(case.turns) > 1:
         yield dataclasses.replace(case, turns=case.turns[:1])

@@ -11,7 +11,7 @@ cache whose policy asks has such an operand.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -38,7 +38,7 @@ class NoteQueries(Pass):
             append, attend = AppendKv.of(site.cache), Attend.of(site.attention)
             if append.queries is None:
                 continue
-            operands = (append.queries, attend.query, attend.scale)
+            operands: tuple[Any, ...] = (append.queries, attend.query, attend.scale)
             if append.lengths in padding:
                 operands = (*operands, padding[append.lengths])
             behind = max(node for node in (attend.node, *operands[3:]) if node is not None).next
