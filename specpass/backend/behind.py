@@ -108,7 +108,7 @@ class Behind:
         Raises: SpecpassError: see check_prompt and check_ids.
         """
         backend, method, short = self.backend, cache.method, self.fits(cache, rows)
-        drafts = not short and cache.lookahead > 0 and cache.given_ids is None and not method.looks_up
+        drafts = not short and cache.lookahead > 0 and cache.given_ids is None and method.needs_draft
         context = context_length(backend.draft.config) if drafts and backend.draft is not None else None
         check_prompt(cache, (len(rows.ids), rows.size), None, 0 if short else cache.lookahead, context)
         if drafts:
@@ -117,11 +117,16 @@ class Behind:
         return drafts
 
     def ahead(self, cache: BudgetCache, rows: Rows, write: Callable[[], Tensor] | None) -> Tensor | None:
-        """[B, M L] of M futures: the caller's tokens, those that the draft is to `write`, or the prompt's own."""
+        """[B, M L] of M futures: the caller's tokens, those that the draft is to `write`, or the prompt's own.
+
+        None where there are none, or where the target is to write them itself (see itself.py).
+        """
         if self.fits(cache, rows) or not cache.lookahead:
             return None
         if cache.given_ids is not None:
             return cache.given_ids.to(rows.ids.device, copy=True)
+        if cache.method.writes_itself:
+            return None
         if write is None:
             return SPEC.prompt_lookup(rows.ids, rows.lengths, cache.lookahead)
         return first_ranks(write(), self.backend.ranks)
@@ -170,24 +175,35 @@ class Behind:
         verify = graphs and ahead is not None and cache.method.verify and not kwargs.get("output_hidden_states")
         question = Question(self.target, cache, kwargs, eos_ids=backend.eos_ids(cache), front=front, rows=rows)
         out, logits, record, exact = question.read(count, ahead, short, verify)
-        if graphs and exact:
-            layer, reason = min(exact.items())
-            raise Refusal(
-                f"layer {layer} cannot be pruned around the model's own forward, which reads questions ({reason})"
-            )
+        self.check_exact(exact)
         cache.lookahead_ids = None if ahead is None else ahead[:, : cache.lookahead].contiguous()
         if cache.rungs and not short:
             cache.kept = choose_budget(cache)
             backend.report.chose(cache.kept)
         backend.report.read(record)
-        if graphs:
-            self._go_on_by_graphs(cache)
+        self.go_on(cache)
         if verify:
             REPLAYS[cache] = Replay(logits, backend.eos_ids(cache))
         return out
 
-    def _go_on_by_graphs(self, cache: BudgetCache) -> None:
-        """Let the cache be what a prompt's graph leaves: steps are told slots, and constants of storage as such."""
+    def check_exact(self, exact: dict[int, str]) -> None:
+        """Args: exact: why, of layers that were kept whole.
+
+        Raises: Refusal: graphs are to go on from them.
+        """
+        if exact and not self.uncompiled.reason:
+            layer, reason = min(exact.items())
+            raise Refusal(
+                f"layer {layer} cannot be pruned around the model's own forward, which reads questions ({reason})"
+            )
+
+    def go_on(self, cache: BudgetCache) -> None:
+        """Let the cache be what a prompt's graph leaves: steps are told slots, and constants of storage as such.
+
+        Without graphs it stays as it is.
+        """
+        if self.uncompiled.reason:
+            return
         cache.columns, cache.read_mask = None, None
         cache.hear(cache.budgeted[0].lengths)
         tell_widest(cache.budgeted)

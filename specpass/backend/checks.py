@@ -26,7 +26,7 @@ from specpass.errors import (
     TokenizerMismatchError,
     UnsupportedCallError,
 )
-from specpass.methods.base import NGRAM, Method, check_asked
+from specpass.methods.base import NGRAM, SELF, Method, check_asked
 
 OTHER_DRAFT = (
     "Use a draft of the same family, or pass both tokenizers, and the draft reads the prompt's text: "
@@ -59,7 +59,8 @@ def check_draft(draft: Any, method: Method) -> None:
         return
     if draft is None:
         if method.needs_draft:
-            instead = "" if method.prompt is not None else f"lookahead={NGRAM!r}, lookahead_ids=[B, L] token ids, "
+            instead = f"lookahead={NGRAM!r} or {SELF!r}, lookahead_ids=[B, L] token ids, "
+            instead = "" if method.prompt is not None else instead
             raise MissingDraftError(
                 f"{method.name} looks ahead with a draft model and none was given: pass draft=a smaller model with the "
                 f"same tokenizer (the target itself works too), {instead}or use SnapKV."

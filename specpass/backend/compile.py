@@ -38,7 +38,7 @@ from specpass.kernels.cpu.linear8 import rows8
 from specpass.lowering.eight_bits import eight_bits
 from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
-from specpass.methods.base import NGRAM, Method
+from specpass.methods.base import DRAFTLESS, Method
 from specpass.parallel.shards import Ranks, is_spread
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Drafted, Spans
@@ -253,7 +253,13 @@ class Backend:
             facts.add(self.ranks)
         if kind != "prefill":
             return Request(kind, cache.method), facts
-        if cache.lookahead and cache.given_ids is None and not cache.method.looks_up:
+        asked = cache.lookahead > 0 and cache.given_ids is None
+        if asked and cache.method.writes_itself:  # our own door has read it around the model's forward
+            raise LookaheadError(
+                f"lookahead={cache.method.lookahead!r} through the plain door, which reads a prompt once, before there "
+                "is a lookahead: use specpass.compile(model, ...), lookahead='ngram', or a draft."
+            )
+        if asked and not cache.method.looks_up:
             facts.add(self.draft_graphs(cache))
         goes_on = self.speculate > 0 and DraftGraphs in facts
         return Request(kind, cache.method, cache.lookahead, self.eos_ids(cache), cache.method.verify, goes_on), facts
@@ -330,7 +336,7 @@ class Backend:
         mine = dataclasses.replace(self.method, budget=cache.method.budget)
         same_budget = not isinstance(self.method.budget, int) or self.method.budget == cache.method.budget
         ours, theirs = (
-            dataclasses.replace(m, lookahead_ids=None, lookahead=NGRAM if m.looks_up else None)  # type: ignore[call-arg]
+            dataclasses.replace(m, lookahead_ids=None, lookahead=m.lookahead if m.lookahead in DRAFTLESS else None)  # type: ignore[call-arg]
             if m.appends
             else m
             for m in (mine, cache.method)

@@ -20,6 +20,7 @@ from specpass.backend.behind import Behind
 from specpass.backend.by_text import DraftByText
 from specpass.backend.cold import coarse_form_of, one_at_a_time
 from specpass.backend.compile import Backend
+from specpass.backend.itself import Itself
 from specpass.backend.kept import KeptCalls
 from specpass.backend.limit import raised_limit
 from specpass.backend.pieces import piece_of_append, piece_of_lookahead, piece_of_prompt
@@ -137,6 +138,8 @@ def compiled_call(
                 return out
         elif prefix is not None and not cache.filled:
             return questions(cache, kwargs, prefix)
+        if itself.writes(cache, kwargs):
+            return itself(cache, kwargs)
         if by_text is not None and not cache.filled:
             by_text(cache, kwargs)
         if cache.padded and "position_ids" in names:
@@ -170,7 +173,8 @@ def compiled_call(
         return uncompiled(target, cache, kwargs)
 
     behind = Behind(target, backend, uncompiled)
-    questions, turns = Questions(behind, call), Turns(behind)
+    itself = Itself(behind, call)
+    questions, turns = Questions(behind, itself, call), Turns(behind, itself)
     return call
 
 

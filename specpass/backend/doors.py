@@ -20,6 +20,7 @@ from specpass.backend.by_text import DraftByText
 from specpass.backend.compile import Backend
 from specpass.backend.direct import compiled_call, fresh_forward
 from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwargs_check, refuse_batching
+from specpass.backend.itself import check_writes
 from specpass.backend.turns import check_holds
 from specpass.cache.bits import check_bits
 from specpass.cache.conversation import check_place
@@ -101,8 +102,8 @@ def compile(
     Raises:
         SpecpassError: before anything is changed, with a message that names the fix: BudgetError, MissingDraftError,
             TokenizerMismatchError, DeviceMismatchError, SeveralDevicesError, GradientsError, EncoderDecoderError,
-            SpeculationError, GeneratedError, DroppedError, CacheBitsError; of a target that is spread over processes
-            ParallelPlanError, RanksDisagreeError.
+            SpeculationError, GeneratedError, DroppedError, CacheBitsError, LookaheadError; of a target that is spread
+            over processes ParallelPlanError, RanksDisagreeError.
     """
     checks.check_decoder(target, "target")
     inside = base_of(target)
@@ -117,6 +118,7 @@ def compile(
         check_place(dropped)
         if dropped is not None:
             check_holds(inside, backend.method, by_text=tokenizers is not None)
+        check_writes(inside, backend.method)
         backend.bits = backend.report.bits = check_bits(cache_bits, backend.method)
         backend.bound = backend.report.bound = checks.check_generated(
             generated, evict, share_budget, backend.method, backend.bits, backend.speculate

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from specpass.backend import checks
 from specpass.backend.behind import LEAST, Behind, graphs_that_go_on, pairs_of, why_nothing_is_held
 from specpass.backend.compile import Backend
+from specpass.backend.itself import Itself
 from specpass.cache.budget import BudgetCache
 from specpass.cache.identity import Identity
 from specpass.cache.prefix import Pair, Prefix
@@ -143,6 +144,7 @@ class Questions:
     """
 
     behind: Behind
+    itself: Itself
     whole: Callable[..., Any]
 
     def __call__(self, cache: BudgetCache, kwargs: dict[str, Any], prefix: Prefix) -> Any:
@@ -180,7 +182,7 @@ class Questions:
             return self._as_one(kwargs, rows)
         ahead = behind.ahead(cache, rows, functools.partial(self._written, cache, prefix, rows) if drafts else None)
         try:
-            out = behind.read(cache, kwargs, rows, Front(prefix.layers), count, ahead)
+            out = self.itself.read(cache, kwargs, rows, Front(prefix.layers), count, ahead)
         except Refusal as refusal:
             raise PrefixUnsupportedError(f"no prefix here: {refusal}. Use another model, or {WHOLE}.") from refusal
         note = "questions behind a prefix: the model's own forward reads them, not a graph of the prompt"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from specpass.backend.behind import LEAST, Behind, graphs_that_go_on, pairs_of, why_nothing_is_held
+from specpass.backend.itself import Itself
 from specpass.cache.budget import BudgetCache
 from specpass.cache.conversation import CONVERSATIONS, HOST, Conversation, Held
 from specpass.cache.identity import Identity
@@ -54,6 +55,7 @@ class Turns:
     """Prompts, turns and answers of one compiled target, with caches that hold what they drop."""
 
     behind: Behind
+    itself: Itself
 
     def __call__(self, cache: BudgetCache, kwargs: dict[str, Any], given: Any, prefix: Any) -> Any | None:
         """The model's output for a prompt, or for several tokens behind one; one token of an answer is noted: None.
@@ -168,7 +170,7 @@ class Turns:
         def hold(layer: int, key: Tensor, value: Tensor) -> None:
             held.write(layer, key[:, :, first:], value[:, :, first:], first)
 
-        out = behind.read(cache, kwargs, rows, Front(held.pairs(), hold, DroppedError), count, ahead)
+        out = self.itself.read(cache, kwargs, rows, Front(held.pairs(), hold, DroppedError), count, ahead)
         held.lengths = lengths
         return out
 

@@ -111,9 +111,8 @@ def explain(
         from specpass.explain.draw import draw
 
         if "PRUNED" not in stages:
-            raise OutputFileError(
-                f"--graph {graph}: nothing was rewritten, so there is no layer to draw: {'; '.join(report.refusals)}."
-            )
+            why = "; ".join(report.refusals or report.notes)
+            raise OutputFileError(f"--graph {graph}: nothing was rewritten, so there is no layer to draw: {why}.")
         draw(stages["TRACED"], stages["PRUNED"], graph)
         typer.echo(f"wrote {graph}", err=True)
     if as_json:

@@ -34,7 +34,8 @@ Window = Annotated[int | None, typer.Option(help="The last WINDOW prompt tokens 
 Lookahead = Annotated[
     str | None,
     typer.Option(
-        help="Tokens that the draft writes ahead; min(32, max-new-tokens) if left out. ngram: the prompt's, no draft."
+        help="Tokens that the draft writes ahead; min(32, max-new-tokens) if left out. No draft: ngram, the prompt's "
+        "own; self, the target's from a pruned cache."
     ),
 ]
 Options = Annotated[
@@ -172,7 +173,7 @@ def choose(
     elif draft is None and made.needs_draft:
         raise MissingDraftError(
             f"{made.name} looks ahead with a draft model: add --draft NAME, a small model with the target's tokenizer "
-            "(the target itself works too), or do without: --lookahead ngram (speckv), --method snapkv."
+            "(the target itself works too), or do without: --lookahead ngram or self (speckv), --method snapkv."
         )
     check_asked(draft, made)
     return Choice(target, draft, made, dtype, lowering, trust=trust)

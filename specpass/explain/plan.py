@@ -95,10 +95,13 @@ def plan(
     read = tokens_read(resolved, tokens, new_tokens)
     ring = 2 * (devices - 1) / devices * 2 * whole.layers * whole.hidden * whole.itemsize  # of one token
     skipped = {"prefill": (skipped_half(part, tokens), skipped_half(part, read))}
-    sent = {"prefill": (ring * tokens, ring * read), "decode": (ring, ring)}
+    again = resolved.window + resolved.look_ahead(new_tokens) if method.writes_itself else 0
+    sent = {"prefill": (ring * tokens, ring * (read + again)), "decode": (ring, ring)}
+    if method.writes_itself:
+        sent["draft"] = (0, ring * (resolved.look_ahead(new_tokens) - 1))
     if small is not None:
         skipped["draft"] = (0, skipped_half(small, tokens))
-    phases = [phase for phase in WORK if phase != "draft" or small is not None]
+    phases = [phase for phase in WORK if phase != "draft" or small is not None or method.writes_itself]
     matrices = (weights(part, whole, target), 0 if small is None else weights(small, small, draft))
     return Plan(
         method.key,
@@ -151,7 +154,7 @@ def activations(part: Decoder, rows: int) -> int:
 def tokens_read(method: Method, tokens: int, new_tokens: int) -> int:
     """Rows of the target's prefill: those of the prompt, or of what is left of it, and the lookahead's."""
     left = tokens if method.prompt is None else min(tokens, int(method.prompt.resolve(tokens).budget))
-    return left + (method.look_ahead(new_tokens) * method.futures if method.appends else 0)
+    return left + (method.look_ahead(new_tokens) * method.futures if method.appends and not method.writes_itself else 0)
 
 
 def skipped_half(decoder: Decoder, rows: int) -> int:
@@ -178,9 +181,12 @@ def _held(
         drafting = sum(matrices) + caches + layer
     whole = kv(part, tokens, part.layers)
     until = kept[1]
+    own = kv(part, read, 1)
+    if method.writes_itself:  # all layers', until each has scored the lookahead
+        own = whole
     if method.spread == "global":  # each layer's candidates, until the last has read the prompt
         until *= CANDIDATES
-    held["target K/V while it reads"] = (whole, kv(part, read, 1) + until)
+    held["target K/V while it reads"] = (whole, own + until)
     held["target activations of a layer"] = (activations(part, tokens), activations(part, read))
     held["cache while it answers"] = kept
     reading, inside = held["target K/V while it reads"], held["target activations of a layer"]
@@ -206,6 +212,8 @@ def _notes(method: Method, tokens: int, configs: dict[str, Any]) -> list[str]:
         made_for = None if config is None else context_length(config)
         if made_for and tokens > made_for:
             notes.append(f"the {name} was made for {made_for:,} positions")
+    if method.writes_itself:
+        notes.append("the target is its own draft, by steps from a pruned cache; it reads window and lookahead again")
     if method.sparse_prefill:
         notes.append("FLOPs are those of exact attention: sparse_prefill takes fewer")
     return notes

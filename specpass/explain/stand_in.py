@@ -87,7 +87,7 @@ def explain(
         input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=3, do_sample=False
     )
     report = specpass.report(model)
-    report.kept = None  # of a random prompt, which tells nothing
+    report.kept = report.whole = None  # of a random prompt, which tells nothing, and of a stand-in's sizes
     decoders = [None if config is None else Decoder.of(config, dtype_of(config, dtype).itemsize) for config in configs]
     report.decoders = (decoders[0], decoders[1])
     return report, stages

@@ -137,6 +137,11 @@ def check_method(method: Method | None) -> None:
         )
     if method.futures > 1:
         raise FuturesError(f"futures={method.futures}: an exported draft writes one; leave futures out.")
+    if method.writes_itself:
+        raise LookaheadError(
+            f"lookahead={method.lookahead!r}: an exported prefill reads the prompt once, before the target has written "
+            "anything: export with a draft, or with lookahead='ngram'."
+        )
     if method.lookahead_ids is not None:
         raise LookaheadError("lookahead_ids are those of one prompt, and an export serves all: export with a draft.")
 

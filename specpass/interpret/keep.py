@@ -34,6 +34,7 @@ class Keeper:
         read: [B, C1] prompt tokens that the target reads, None: all.
         ahead: lookahead tokens L behind each row, whose keys and values lie in the first free slots (see gather_prune).
         shared: what layers that share a storage have kept so far.
+        how: the method that scores and selects, where it is not the cache's.
     """
 
     cache: BudgetCache
@@ -43,10 +44,11 @@ class Keeper:
     read: Tensor | None = None
     ahead: int = 0
     shared: Shared = dataclasses.field(default_factory=Shared)
+    how: Method | None = None
 
     @property
     def method(self) -> Method:
-        return self.cache.method
+        return self.cache.method if self.how is None else self.how
 
     def compact(
         self, layer: BudgetLayer, key: Tensor, value: Tensor, scores: Tensor | None, attention: Tensor | None = None

@@ -31,6 +31,7 @@ from specpass.interpret.prompt import ReadPrompt
 from specpass.interpret.rows import Packing
 from specpass.interpret.run import Call
 from specpass.interpret.watch import Attention
+from specpass.methods.base import Method
 from specpass.observe.layers import reading_by_layers
 from specpass.reports.record import PromptRecord
 from specpass.sizes import FULL
@@ -184,22 +185,22 @@ class Question(Call):
     rows: Rows = dataclasses.field(kw_only=True)
 
     def read(
-        self, count: int, ahead: Tensor | None, short: bool, verify: bool
+        self, count: int, ahead: Tensor | None, short: bool, verify: bool, how: Method | None = None
     ) -> tuple[Any, Tensor, PromptRecord, dict[int, str]]:
         """The last `count` tokens of each row, and the lookahead [B, M L] of all futures behind them.
 
-        Args: verify: the first future's keys and values are to wait in the free slots.
+        Args: verify: the first future's keys and values are to wait in the free slots. how: see Keeper.
         Returns: the model's output for the question; logits [B, L, V] behind each token of the first future; what was
             done; and why, of layers that are kept whole.
         """
         cache, rows, length = self.cache, self.rows, 0 if ahead is None else ahead.shape[1]
-        packing, method = rows.packing(length), cache.method
+        packing, method = rows.packing(length), how or cache.method
         futures = 1 if ahead is None else method.futures
         first = length // futures
         scored = None
         if method.scored and not short:
             scored = SPEC.score_rows(rows.lengths, ahead, method.window, list(self.eos_ids), futures)
-        keeper = Keeper(cache, packing, short, scored, ahead=first if verify else 0)
+        keeper = Keeper(cache, packing, short, scored, ahead=first if verify else 0, how=how)
         branches = Branches(packing, count, first, futures)
         reading = ReadQuestion(cache, keeper, self.front, rows, branches)
         ids = rows.last(count)

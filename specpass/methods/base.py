@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 LOOKAHEAD = 32  # tokens that a draft writes where nobody said how many
 NGRAM = "ngram"  # a lookahead that is copied from the prompt
+SELF = "self"  # one that the target writes, from what its window keeps
+DRAFTLESS = (NGRAM, SELF)
 BUDGET_STEP = 64  # ratios are resolved to multiples of this at least
 SPREADS = ("uniform", "heads", "global")  # who shares budgets: nobody, a layer's KV heads, those of all layers
 CANDIDATES = 3  # times its even share that a layer may have of what all layers share
@@ -38,11 +40,12 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_asked(draft: Any, method: Method) -> None:
-    """Raises: LookaheadError: there is a draft, and the lookahead is copied from the prompt."""
-    if draft is not None and method.looks_up:
+    """Raises: LookaheadError: there is a draft, and the lookahead is the prompt's or the target's own."""
+    if draft is not None and (method.looks_up or method.writes_itself):
+        what = "copies tokens of the prompt" if method.looks_up else "is written by the target itself"
         raise LookaheadError(
-            f"lookahead={method.lookahead!r} copies tokens of the prompt, and a draft is given, which would have "
-            "nothing to do: leave one of them out."
+            f"lookahead={method.lookahead!r} {what}, and a draft is given, which would have nothing to do: leave one "
+            "of them out."
         )
 
 
@@ -66,7 +69,7 @@ class Traits:
     reduce: str = "max"  # over query rows: "max" or "mean"
     pool: str = "max"  # along the sequence: "max" or "avg"
     kernel: int = 1  # the pooling's width
-    lookahead: int | str | None = 0  # tokens L that the draft writes; None, NGRAM: see Method.look_ahead
+    lookahead: int | str | None = 0  # tokens L that the draft writes; None, NGRAM, SELF: see look_ahead
     lookahead_ids: tuple[tuple[int, ...], ...] | None = None  # [B, L] token ids in the draft's place
     verify: bool = False  # whether the answer follows the lookahead by the logits of the target's own prefill
     temperature: float = 0.0  # of the draft's sampling; 0.0 is greedy
@@ -152,8 +155,9 @@ class Method(Traits):
     def look_ahead(self, max_new_tokens: int | None = None) -> int:
         """Tokens L that stand behind the prompt in a generation of `max_new_tokens` (None: nobody said how many).
 
-        `lookahead=None` is min(32, max_new_tokens), and so is "ngram": L is a constant of the prefill's graph, which
-        all answers of 32 tokens or more share, whatever their number; a shorter answer has a graph for its own L.
+        `lookahead=None` is min(32, max_new_tokens), and so are "ngram" and "self": L is a constant of the prefill's
+        graph, which all answers of 32 tokens or more share, whatever their number; a shorter one has a graph of its
+        own L.
         """
         if not self.drafts:
             return 0
@@ -177,9 +181,14 @@ class Method(Traits):
         return self.drafts and self.lookahead == NGRAM
 
     @property
+    def writes_itself(self) -> bool:
+        """Whether the target writes the lookahead, from what its window alone keeps of the prompt."""
+        return self.drafts and self.lookahead == SELF
+
+    @property
     def needs_draft(self) -> bool:
-        """Whether a draft writes the lookahead: nobody gave it, and it is not copied from the prompt."""
-        return self.drafts and self.lookahead_ids is None and not self.looks_up
+        """Whether a draft writes the lookahead: nobody gave it, and it is neither the prompt's nor the target's own."""
+        return self.drafts and self.lookahead_ids is None and self.lookahead not in DRAFTLESS
 
     def layer_budgets(self, num_layers: int) -> tuple[int, ...]:
         """Budget C of each of `num_layers` layers; equal unless a method spreads it."""

@@ -91,7 +91,7 @@ def make_method(name: str, budget: str | int | float, options: Iterable[str] = (
         budget: slots ("256"), a ratio of the prompt ("0.25"), or "auto".
         options: NAME=VALUE texts for any field of the class.
         given: fields by name; None means that the user did not say, and the class's default holds. A lookahead may be
-            a text ("32", "ngram").
+            a text ("32", "ngram", "self").
 
     Raises:
         MethodOptionError: unknown method, or an option that it does not have. BudgetError: see the method.
@@ -121,7 +121,7 @@ def parse_budget(text: str | int | float) -> int | float | str:
 
 
 def parse_lookahead(text: str) -> int | str:
-    """A number of tokens; words ("ngram") are the method's to judge."""
+    """A number of tokens; words ("ngram", "self") are the method's to judge."""
     try:
         return int(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""SpecKV: a lookahead, a draft's or one of the prompt itself, scores the prompt."""
+"""SpecKV: a lookahead scores the prompt: a draft's, one of the prompt itself, or the target's own cheap one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from specpass.errors import BudgetError, FuturesError, LookaheadError
-from specpass.methods.base import NGRAM, Scored, check_count, check_temperature
+from specpass.methods.base import DRAFTLESS, NGRAM, SELF, Scored, check_count, check_temperature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +19,13 @@ class SpecKV(Scored):
         window: the last W prompt tokens are always kept and always score.
         lookahead: L tokens that the draft writes, as many as you like; None means min(32, max_new_tokens). "ngram": as
             many as with None, and no draft: those that followed the prompt's last eight tokens, or as many of these as
-            can be found, where they stood in it before (prompt lookup, see specpass.ops.draft.prompt_lookup).
+            can be found, where they stood in it before (prompt lookup, see specpass.ops.draft.prompt_lookup). "self":
+            as many, and no draft: the target writes them from the `budget` slots that SnapKV would keep of the prompt,
+            and all of the prompt's keys and values are held until their rows have scored (LAQ, arXiv 2505.20334).
         reduce: "max" or "mean", over rows and over the query heads of a KV head.
         pool: "max" or "avg", along the sequence.
         kernel: odd width of the pooling.
-        temperature: 0.0 drafts greedily; above, the draft samples from a counter-based generator.
+        temperature: 0.0 drafts greedily; above, who writes the lookahead samples from a counter-based generator.
         seed: of that generator.
         lookahead_ids: [B, L] token ids that take the draft's place; no draft is needed then.
         verify: while the answer is the lookahead, its logits are those that the target's prefill computed there, with
@@ -59,9 +61,9 @@ class SpecKV(Scored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.lookahead, str) and self.lookahead != NGRAM:
-            raise BudgetError(f"lookahead={self.lookahead!r}: expected a number of tokens, or {NGRAM!r}.")
-        if self.lookahead not in (None, NGRAM):
+        if isinstance(self.lookahead, str) and self.lookahead not in DRAFTLESS:
+            raise BudgetError(f"lookahead={self.lookahead!r}: expected a number of tokens, {NGRAM!r} or {SELF!r}.")
+        if self.lookahead not in (None, *DRAFTLESS):
             check_count("lookahead", self.lookahead, 1)
         check_temperature(self.temperature)
         check_count("sparse_prefill", self.sparse_prefill, 0)
@@ -82,6 +84,7 @@ class SpecKV(Scored):
             return
         reasons = (
             (self.looks_up, f"lookahead={self.lookahead!r} copies one", "give lookahead as a count"),
+            (self.writes_itself, f"lookahead={self.lookahead!r} writes one", "give lookahead as a count"),
             (self.lookahead_ids is not None, "lookahead_ids are one", "leave lookahead_ids out"),
             (self.temperature > 0, f"temperature={self.temperature} samples one", "leave temperature out"),
             (self.sparse_prefill > 0, f"sparse_prefill={self.sparse_prefill} reads one", "leave sparse_prefill out"),

@@ -36,7 +36,7 @@ class SpecKVPC(SpecKV):
         super().__post_init__()
         if self.lookahead_ids is not None:
             raise LookaheadError("SpecKVPC needs the draft's attention, which lookahead_ids cannot give: use SpecKV.")
-        if self.looks_up:
+        if self.looks_up or self.writes_itself:
             raise LookaheadError(
                 f"SpecKVPC needs the draft's attention, which lookahead={self.lookahead!r} cannot give: use SpecKV, or "
                 "give lookahead as a count."

@@ -134,11 +134,15 @@ def pruned_forms(method: Method, drafts: bool, quantized: bool = False) -> dict[
     if method.futures > 1:  # rows that score need a log-sum-exp, and all futures but the first their values anew
         flops += _T.scores(W + ahead, read, _T.n) + _T.scores(ahead - L, read, _T.n)
         moved += _T.kv(read)
+    if method.writes_itself:
+        flops, moved = twice_read_forms()
     held = _T.kv(C + N)
     if quantized:  # each layer as it is gathered
         held = _T.kv(N) + B * _T.n * _T.K * (C_Q * Q + F)
         moved += _T.kv(C + N) + held
     draft_flops, draft_bytes = draft_forms(method.prompt is not None, method.futures) if drafts else (zero, zero)
+    if method.writes_itself:  # the target's own steps
+        draft_flops, draft_bytes = ((L - 1) * form for form in (_T.flops(1, C + N, 1), _T.weights() + held))
     own = (
         int(quantized) if method.spread == "uniform" else 2
     )  # where each KV head begins, and what it holds of the prompt
@@ -159,6 +163,18 @@ def pruned_forms(method: Method, drafts: bool, quantized: bool = False) -> dict[
         "decode_bytes": _T.weights() + held,
         "kv_bytes": held + 8 * B * integers,
     }
+
+
+def twice_read_forms() -> tuple[Expr, Expr]:
+    """(FLOPs, bytes moved) of a target that writes its own lookahead: it reads S tokens, and W + L of them again.
+
+    Both times they score, and are pruned; by the model's own forward, which computes what is behind the last layer's
+    attention for all of its rows. Head: one row, and then those of the lookahead with the prompt's last one.
+    """
+    rows = W + L
+    flops = _T.flops(S, S, 1) + _T.scores(W, S, _T.n) + _T.flops(rows, S + L, L + 1) + _T.scores(rows, S + L, _T.n)
+    moved = 2 * (_T.weights() + _T.kv(C + N)) + 2 * _T.kv(S) + 3 * _T.kv(S + L)  # read, joined to the new, read again
+    return flops, moved + _T.keys(S, _T.n) + _T.keys(S + L, _T.n)
 
 
 def draft_forms(scores: bool, futures: int = 1) -> tuple[Expr, Expr]:
@@ -205,6 +221,15 @@ class Costs:
         values[C_Q] = sympy.Rational(sum(GROUP * blocks_of(budget) for budget in budgets), len(budgets))
         room = max(room_of(new_tokens), round_room(values[L]) if self.method.verify else 0)
         return {**values, B: batch, S: prompt, C: mean, N: room, M: new_tokens}
+
+    def held(self, prompt: int, new_tokens: int, batch: int = 1) -> int:
+        """Bytes of keys and values at once while the target writes its own lookahead: the prompt's, and a pruned cache.
+
+        0 where it does not.
+        """
+        if not self.method.writes_itself or prompt <= int(self.method.resolve(prompt).budget):
+            return 0
+        return round(float((_T.kv(S) + self.pruned["kv_bytes"]).subs(self._values(prompt, new_tokens, batch))))
 
     def break_even(self, what: str, new_tokens: int, batch: int = 1) -> int | None:
         """The shortest prompt from which a generation of `new_tokens` costs no more than with full KV; None: never.

@@ -28,6 +28,7 @@ def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[
         "cache_bits": None if not record.bits else {"bits": record.bits, "group": GROUP, "rank": rank_of(record.bits)},
         "generated": None if record.bound is None else dataclasses.asdict(record.bound),
         "held": None if record.held is None else dataclasses.asdict(record.held),
+        "whole": None if record.whole is None else dataclasses.asdict(record.whole),
         "replayed": record.replayed,
         "proposed": record.proposed,
         "accepted": record.accepted,
@@ -48,5 +49,6 @@ def cost_data(costs: Costs, new_tokens: int, lengths: Sequence[int]) -> dict[str
             str(length): {name: {"full": pair[0], "method": pair[1]} for name, pair in found.items()}
             for length, found in numbers.items()
         },
+        "held": {str(length): costs.held(length, new_tokens) for length in lengths},
         "break_even": {what: costs.break_even(what, new_tokens) for what in BREAK_EVENS},
     }

@@ -99,6 +99,21 @@ class HeldRecord:
     draft_bytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class WholeRecord:
+    """What was held on the device while a target wrote its own lookahead (`lookahead="self"`).
+
+    Args: tokens: of the longest row, and the lookahead's. whole_bytes: of all their keys and values. slots_bytes: of
+    the pruned cache that the lookahead was written from.
+    """
+
+    rows: int
+    tokens: int
+    lookahead: int
+    whole_bytes: int
+    slots_bytes: int
+
+
 @dataclasses.dataclass(eq=False)
 class BackendRecord:
     """Everything that one backend has compiled.
@@ -116,6 +131,7 @@ class BackendRecord:
         kept: the budget that was chosen last, and the attention that it keeps.
         bound: of the slots for generated tokens, as it was last; None: caches grow.
         held: in host memory, behind the turn that was read last; None: nothing.
+        whole: what was held for the lookahead of the prompt that was read last; None: nothing.
         bits: of prompts in the cache; 0: the model's dtype.
         proposed, accepted: tokens that the draft proposed behind its lookahead, and those that the answer took.
     """
@@ -135,6 +151,7 @@ class BackendRecord:
     kept: Kept | None = None
     bound: Bound | None = None
     held: HeldRecord | None = None
+    whole: WholeRecord | None = None
     bits: int = 0
     draft_seconds: float = 0.0
     target_configs: list[Any] = dataclasses.field(default_factory=list, repr=False)

@@ -20,6 +20,7 @@ from specpass.reports.text import (
     held_lines,
     interpreted_lines,
     kept_lines,
+    whole_lines,
 )
 
 NAMES = {
@@ -45,9 +46,8 @@ def tables(record: BackendRecord) -> Group:
     if record.draft_seconds:
         parts.append(f"draft captured in {record.draft_seconds:.1f} s")
     parts += [Text(f"  {line}") for line in budget_lines(record)]
-    parts += [
-        Text(line) for line in (*kept_lines(record), *bits_lines(record), *bound_lines(record), *held_lines(record))
-    ]
+    said = (kept_lines, bits_lines, bound_lines, held_lines, whole_lines)
+    parts += [Text(line) for lines in said for line in lines(record)]
     parts += [Text(line) for line in interpreted_lines(record)]
     parts += [Text(f"refused: {reason} (the model runs exactly)", style="red") for reason in record.refusals]
     costs = record.costs()
@@ -89,6 +89,8 @@ def _numbers(costs: Costs) -> Table:
     for name, label in _names(costs).items():
         unit = "FLOP" if name.endswith("flops") else "B"
         table.add_row(label, *(" -> ".join(amount(value, unit) for value in row[name]) for row in found))
+    if any(held := [costs.held(length, NEW_TOKENS) for length in LENGTHS]):
+        table.add_row("KV at once, until the lookahead was read", *(amount(value, "B") for value in held))
     breaks = ", ".join(f"{BREAKS[what]} {break_even(costs.break_even(what, NEW_TOKENS))}" for what in BREAK_EVENS)
     table.caption = f"pays from a prompt of: {breaks}"
     return table

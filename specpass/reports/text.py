@@ -36,6 +36,7 @@ def text(record: BackendRecord) -> str:
     lines += bits_lines(record)
     lines += bound_lines(record)
     lines += held_lines(record)
+    lines += whole_lines(record)
     lines += interpreted_lines(record)
     lines += [f"refused: {reason} (the model runs exactly)" for reason in record.refusals]
     if record.foreign:
@@ -106,6 +107,19 @@ def held_lines(record: BackendRecord) -> list[str]:
     return [
         f"dropped='host': keys and values of {held.tokens:,} tokens{rows} lie in host memory, "
         f"{held.target_bytes / 2**20:,.1f} MiB of the target's and {held.draft_bytes / 2**20:,.1f} MiB of the draft's"
+    ]
+
+
+def whole_lines(record: BackendRecord) -> list[str]:
+    """What the last lookahead of the target's own held on the device."""
+    whole = record.whole
+    if whole is None:
+        return []
+    rows = "" if whole.rows == 1 else f" of each of {whole.rows} rows"
+    return [
+        f"lookahead='self': keys and values of {whole.tokens:,} tokens{rows} lay on the device, "
+        f"{amount(whole.whole_bytes, 'B')}, beside a pruned cache of {amount(whole.slots_bytes, 'B')} from which "
+        f"{whole.lookahead} tokens were written, in {whole.lookahead - 1} steps"
     ]
 
 
@@ -181,7 +195,11 @@ def cost_lines(costs: Costs, new_tokens: int = NEW_TOKENS) -> list[str]:
         cache = " -> ".join(amount(value, "B") for value in pair["kv_bytes"])
         read = " -> ".join(amount(pair["prefill_flops"][i] + pair["draft_flops"][i], "FLOP") for i in (0, 1))
         step = " -> ".join(amount(value, "B") for value in pair["decode_bytes"])
-        lines.append(f"at {length:,} tokens: KV cache {cache}, prefill and draft {read}, a decode step moves {step}")
+        held = costs.held(length, new_tokens)
+        until = f" (at once {amount(held, 'B')} until the lookahead was read)" if held else ""
+        lines.append(
+            f"at {length:,} tokens: KV cache {cache}{until}, prefill and draft {read}, a decode step moves {step}"
+        )
     breaks = (f"{BREAKS[what]} {break_even(costs.break_even(what, new_tokens))}" for what in BREAK_EVENS)
     return [*lines, f"pays from a prompt of ({new_tokens} new tokens): {', '.join(breaks)}"]
 

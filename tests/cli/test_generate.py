@@ -77,11 +77,12 @@ def test_a_pruned_answer_is_the_librarys(folder: Path) -> None:
     assert json.loads(result.stdout)["token_ids"] == out[0, 60:].tolist()
 
 
-def test_a_lookahead_of_the_prompts_own(folder: Path) -> None:
-    result = generate(folder, "-b", "24", "--window", "8", "--lookahead", "ngram", "-p", TEXT, "--raw", "--json")
+@pytest.mark.parametrize("kind", ["ngram", "self"])
+def test_a_lookahead_without_a_draft(folder: Path, kind: str) -> None:
+    result = generate(folder, "-b", "24", "--window", "8", "--lookahead", kind, "-p", TEXT, "--raw", "--json")
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
-    assert answer["method"] == specpass.SpecKV(budget=24, window=8, lookahead="ngram").key
+    assert answer["method"] == specpass.SpecKV(budget=24, window=8, lookahead=kind).key
     assert answer["refusals"] == []
 
 

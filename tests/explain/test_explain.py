@@ -19,6 +19,7 @@ from specpass import cli, hub
 from specpass.cli import explain as cli_explain
 from specpass.explain.stand_in import stand_in
 from specpass.reports import cost
+from specpass.reports.text import cost_lines
 from specpass.sizes import Decoder
 
 runner = CliRunner()
@@ -62,6 +63,20 @@ def test_a_lookahead_that_nobody_named(pair: tuple[Path, Path]) -> None:
     found = json.loads(result.stdout)
     assert not found["refusals"]
     assert "lookahead=None" in found["method"]
+
+
+def test_a_lookahead_of_the_targets_own_has_steps_alone_and_its_peak(pair: tuple[Path, Path]) -> None:
+    """No prompt's graph; bytes that are held at once, of the real sizes."""
+    result = explain(pair[0], "--lookahead", "self", "--json", "-n", "16", "-q")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert {graph["kind"] for graph in found["graphs"]} == {"decode"}
+    assert found["whole"] is None  # of a stand-in
+    numbers = found["costs"]["numbers"]["4096"]["kv_bytes"]
+    assert found["costs"]["held"]["4096"] == numbers["full"] + numbers["method"]
+    costs = cost.costs_of(specpass.SpecKV(24, 8, lookahead="self"), Decoder(3, 64, 4, 2, 16, 96, 128, 3, 4))
+    assert costs is not None
+    assert "until the lookahead was read)" in "".join(cost_lines(costs))
 
 
 def test_the_stand_in_is_rewritten_like_the_model(pair: tuple[Path, Path]) -> None:

@@ -46,6 +46,16 @@ def test_a_device_holds_its_part_and_the_whole_draft() -> None:
     )
 
 
+def test_a_target_that_writes_its_own_lookahead_holds_all_of_the_prompt_until_then() -> None:
+    found, _ = planned(specpass.SpecKV(budget=1024, window=32, lookahead="self"))
+    whole, pruned = found.held["target K/V while it reads"]
+    assert pruned == whole + found.held["cache while it answers"][1]
+    steps = found.work["draft"]
+    assert steps["flops"] == (0, pytest.approx(31 * found.work["decode"]["flops"][1]))
+    assert steps["sent"][1] == 31 * found.work["decode"]["sent"][1]
+    assert any("its own draft" in note for note in found.notes)
+
+
 def test_floors_are_flops_or_bytes_whichever_take_longer() -> None:
     found, config = planned(SPECKV)
     heads, head = config.num_attention_heads // 2, config.hidden_size // 4

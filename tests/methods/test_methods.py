@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specpass import PyramidKV, SnapKV, SpecKV, SpecKVPC, SpecPC, StreamingLLM
-from specpass.errors import BudgetError, LookaheadError
+from specpass.errors import BudgetError, FuturesError, LookaheadError
 
 
 class Selects(SnapKV):
@@ -205,8 +205,8 @@ def test_a_lookahead_of_the_prompts_own_needs_no_draft() -> None:
     assert [method.look_ahead(new) for new in (None, 7, 500)] == [32, 7, 32]
     assert (method.drafts, method.looks_up, method.needs_draft) == (True, True, False)
     assert [SpecKV(budget=64, **given).needs_draft for given in ({}, {"lookahead_ids": [[1]]})] == [True, False]
-    with pytest.raises(BudgetError, match=r"lookahead='self'.*'ngram'"):
-        SpecKV(budget=64, lookahead="self")
+    with pytest.raises(BudgetError, match=r"lookahead='draft'.*'ngram' or 'self'"):
+        SpecKV(budget=64, lookahead="draft")
     with pytest.raises(BudgetError, match=r"lookahead=2\.5"):
         SpecKV(budget=64, lookahead=2.5)
     with pytest.raises(BudgetError, match="lookahead='ngram'"):
@@ -215,6 +215,18 @@ def test_a_lookahead_of_the_prompts_own_needs_no_draft() -> None:
         SpecKV(budget=64, lookahead="ngram", lookahead_ids=[[1, 2]])
     with pytest.raises(LookaheadError, match=r"SpecKVPC.*lookahead='ngram'"):
         SpecKVPC(budget=64, lookahead="ngram")
+
+
+def test_a_lookahead_of_the_targets_own_needs_no_draft() -> None:
+    method = SpecKV(budget=64, lookahead="self")
+    assert [method.look_ahead(new) for new in (None, 7, 500)] == [32, 7, 32]
+    assert (method.drafts, method.looks_up, method.writes_itself, method.needs_draft) == (True, False, True, False)
+    with pytest.raises(LookaheadError, match=r"lookahead='self'.*2 tokens"):
+        SpecKV(budget=64, lookahead="self", lookahead_ids=[[1, 2]])
+    with pytest.raises(LookaheadError, match=r"SpecKVPC.*lookahead='self'"):
+        SpecKVPC(budget=64, lookahead="self")
+    with pytest.raises(FuturesError, match=r"futures=2.*lookahead='self' writes one"):
+        SpecKV(budget=64, lookahead="self", futures=2)
 
 
 def test_methods_need_no_torch() -> None:

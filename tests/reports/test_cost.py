@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import call, compile_eager
+from support import call, compile_eager, second_way
 from tiny import prompt, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -80,6 +80,23 @@ def test_forms_are_what_runs(method: specpass.Method, batch: int, counts: list[i
     assert ours["decode_flops"] == counts[1]
     assert ours["kv_bytes"] == NEAR(cache_bytes(cache), rel=1e-3)  # two 0-d tensors are left out
     assert (ours["draft_flops"] > 0) == method.drafts
+
+
+def test_a_lookahead_of_the_targets_own() -> None:
+    """All FLOPs of a prompt: read once, L - 1 steps, window and lookahead once more."""
+    method = specpass.SpecKV(C, window=W, lookahead="self")
+    target = second_way(tiny("qwen2", layers=3), method)
+    costs = cost.costs_of(method, Decoder.of(target.config))
+    assert costs is not None
+    numbers = costs.numbers(S, NEW, 2)
+    cache = specpass.BudgetCache(target.config, method, max_new_tokens=NEW)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call(target, prompt(S, batch=2), cache)
+    assert numbers["prefill_flops"][1] + numbers["draft_flops"][1] == NEAR(counter.get_total_flops(), rel=0.02)
+    assert numbers["kv_bytes"][1] == NEAR(cache_bytes(cache), rel=1e-3)
+    whole = specpass.report(target).whole
+    assert costs.held(S, NEW, 2) == NEAR(whole.whole_bytes + whole.slots_bytes, rel=1e-3)
+    assert costs.held(C, NEW) == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
