@@ -93,12 +93,12 @@ class ReadPrompt(Listener):
 
     def _window(self, query: Tensor) -> Tensor:
         """[B, H, W, D] of the queries that score, of those of a call."""
-        rows = self.keeper.rows
-        assert rows is not None, "something is scored"
-        return self.keeper.packing.take(query, rows[:, : self.keeper.method.window])
+        keeper = self.keeper.on(query.device)
+        assert keeper.rows is not None, "something is scored"
+        return keeper.packing.take(query, keeper.rows[:, : keeper.method.window])
 
     def _masked(self, layer: int, call: Attention) -> str:
-        return self.masks.meaning(call, self.cache.layers[layer].span or FULL)
+        return self.masks.meaning(call, self.watch.source(call.mask), self.cache.layers[layer].span or FULL)
 
     def _changed(self, layer: int, call: Attention) -> str:
         """Why attention does not read what is made of cached columns, one by one; "" where it does."""
@@ -151,7 +151,8 @@ class ReadPrompt(Listener):
         keep_whole(self.cache.layers[layer], key, value)
 
     def _prune(self, layer: int, key: Tensor, value: Tensor, call: Attention, apart: bool) -> None:
-        keeper, packing = self.keeper, self.keeper.packing
+        keeper = self.keeper.on(key.device)
+        packing = keeper.packing
         self.pruned.append(layer)
         packed = packing.states(key), packing.states(value)
         own = self.cache.layers[layer]
@@ -202,4 +203,4 @@ def repeats(call: Attention, key: Tensor) -> str:
     if read.dim() != 4 or read.shape[2:] != key.shape[2:] or read.shape[1] not in (heads, kv_heads):
         return f"attention reads keys of shape {tuple(read.shape)}, the cache holds {tuple(key.shape)}"
     last = key[:, :, -1].repeat_interleave(read.shape[1] // kv_heads, 1)
-    return "" if torch.equal(read[:, :, -1], last) else "its query groups do not lie side by side"
+    return "" if torch.equal(read[:, :, -1], last.to(read.device)) else "its query groups do not lie side by side"
