@@ -11,12 +11,13 @@ cache whose policy asks has such an operand.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
 from specpass.dialect.attention import Attend
 from specpass.dialect.cache import AppendKv, TakeBack
+from specpass.dialect.cascade import AttendCascade
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.rewrite import Facts, Kind, Pass, Request
@@ -35,10 +36,11 @@ class NoteQueries(Pass):
         editor = Editor(gm)
         padding = {back.lengths: back.padding for back in TakeBack.find(gm.graph)}
         for site in facts[Sites].owners:
-            append, attend = AppendKv.of(site.cache), Attend.of(site.attention)
+            append = AppendKv.of(site.cache)
             if append.queries is None:
                 continue
-            operands = (append.queries, attend.query, attend.scale)
+            attend = Attend.match(site.attention) or AttendCascade.of(site.attention)
+            operands: tuple[Any, ...] = (append.queries, attend.query, attend.scale)
             if append.lengths in padding:
                 operands = (*operands, padding[append.lengths])
             behind = max(node for node in (attend.node, *operands[3:]) if node is not None).next

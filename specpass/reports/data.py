@@ -28,6 +28,7 @@ def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[
         "cache_bits": None if not record.bits else {"bits": record.bits, "group": GROUP, "rank": rank_of(record.bits)},
         "generated": None if record.bound is None else dataclasses.asdict(record.bound),
         "held": None if record.held is None else dataclasses.asdict(record.held),
+        "answers": None if record.answers is None else dataclasses.asdict(record.answers),
         "replayed": record.replayed,
         "proposed": record.proposed,
         "accepted": record.accepted,
