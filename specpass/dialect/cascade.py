@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from specpass.dialect.attention import Attend
 from specpass.dialect.define import Operator
 
 
@@ -35,3 +36,8 @@ class AttendCascade(
     @staticmethod
     def fake(query, keys, values, *rest):
         return query.new_empty(*query.shape[:3], values.shape[-1])
+
+
+def attend_of(node: fx.Node) -> Attend | AttendCascade:
+    """A step's attention over slots, of a prompt of its own or a shared one. Raises: TypeError: something else."""
+    return Attend.match(node) or AttendCascade.of(node)

@@ -15,9 +15,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from specpass.dialect.attention import Attend
 from specpass.dialect.cache import AppendKv, TakeBack
-from specpass.dialect.cascade import AttendCascade
+from specpass.dialect.cascade import attend_of
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.rewrite import Facts, Kind, Pass, Request
@@ -39,7 +38,7 @@ class NoteQueries(Pass):
             append = AppendKv.of(site.cache)
             if append.queries is None:
                 continue
-            attend = Attend.match(site.attention) or AttendCascade.of(site.attention)
+            attend = attend_of(site.attention)
             operands: tuple[Any, ...] = (append.queries, attend.query, attend.scale)
             if append.lengths in padding:
                 operands = (*operands, padding[append.lengths])
