@@ -47,6 +47,7 @@ ATEN_OPERATORS = {
     "prefill_attention": "torch's flash attention",
     "prefill_attention_lse": "torch's flash attention, whose log-sum-exp saves importance its first pass over K",
     "append_kv": "several tokens at once, or behind a quantised prompt; else one is written by the kernel that attends",
+    "attend_cascade": "a prompt's slots are read once for all of its sequences, each one's own beside them",
 }
 
 

@@ -24,7 +24,8 @@ from specpass.cache.drafting import start_draft
 from specpass.cache.prefix import Pair
 from specpass.cache.prompt import check_ids, check_prompt
 from specpass.cache.replay import REPLAYS, Replay
-from specpass.cache.states import recurrent_layer, tell_widest, why_unheld
+from specpass.cache.states import recurrent_layer, why_unheld
+from specpass.cache.widest import tell_widest
 from specpass.capture.devices import device_of
 from specpass.capture.rope import following
 from specpass.dialect.define import SPEC

@@ -14,7 +14,7 @@ from specpass.cache.choose import Candidates, Kept, choose, shrink
 from specpass.cache.drafting import start_draft
 from specpass.cache.prompt import check_gradients, check_ids, check_prompt
 from specpass.cache.replay import REPLAYS, Replay, follow, hold, put_back
-from specpass.cache.states import tell_widest
+from specpass.cache.widest import tell_widest
 from specpass.cache.worth import Readers
 from specpass.errors import CacheStateError, DroppedError, PositionsError
 from specpass.observe import progress

@@ -42,6 +42,7 @@ def coarse_form_of(cache: BudgetCache, kwargs: Mapping[str, Any]) -> Hashable:
         cache.exact,
         cache.early_exit,
         cache.bits,
+        cache.answers > 1,
         state,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

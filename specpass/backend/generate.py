@@ -31,7 +31,8 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
             backend.report.refuse(unheld)
         if chosen or unheld or generation_config.use_cache is False:
             check_unassisted(model_kwargs.get("past_key_values"), generation_mode)
-            announce(model_kwargs.get("past_key_values"), prompt_length(generation_config, model_kwargs))
+            own = model_kwargs.get("past_key_values")
+            announce(own, prompt_length(generation_config, model_kwargs), sequences(generation_config))
             return type(target)._prepare_cache_for_generation(
                 target, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -50,7 +51,7 @@ def cache_factory(target: Any, backend: Backend) -> Callable[..., Any]:
         )
         cache.assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         check_unassisted(cache, generation_mode)
-        announce(cache, prompt)
+        announce(cache, prompt, sequences(generation_config))
         generation_config.disable_compile = True  # generate would compile the call a second time on a GPU
         return None
 
@@ -95,10 +96,18 @@ def check_prefix(prefix: Any, model_kwargs: dict, generation_config: Any, mode: 
         check_same(cache, prefix)
 
 
-def announce(cache: Any, columns: int | None) -> None:
-    """Tell an empty cache of ours how many columns its prompt has: calls may bring less, or more (see pieces.py)."""
+def announce(cache: Any, columns: int | None, asked: int) -> None:
+    """Tell an empty cache of ours what is about to come: calls may bring less, or more (see pieces.py).
+
+    Args: columns: of its prompt. asked: sequences of each prompt (see answers.py).
+    """
     if isinstance(cache, BudgetCache) and not cache.filled:
-        cache.awaited = columns
+        cache.awaited, cache.asked = columns, asked
+
+
+def sequences(generation_config: Any) -> int:
+    """How often generate hands over each row of the batch."""
+    return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
 
 
 def prompt_length(generation_config: Any, model_kwargs: dict) -> int | None:

@@ -24,6 +24,7 @@ from specpass.sizes import Span
 # Of a cache and its layers: counted or noted by what runs around a graph, read by no trace. The config is the model's.
 UNREAD = {
     "appended",
+    "asked",
     "assisted",
     "awaited",
     "behind",

@@ -187,6 +187,7 @@ class BudgetCache(CacheProtocol):
         self.columns: int | None = None  # read by a target that runs uncompiled, padding included; None: by graphs
         self.read_mask: Tensor | None = None  # [B, S] of a padded prompt that was read uncompiled
         self.assisted = False  # whether generate has an assistant, whose candidates come several at a time
+        self.asked = 1  # sequences of each prompt that generate is about to hand over, which come side by side
         self.awaited: int | None = None  # columns of the prompt that generate is about to hand over
         self.held: list[Tensor] = []  # those of its tokens that have come so far, where they come in chunks
         self.evictions = 0  # upper bound of those that were evicted, and what stands in slots no longer

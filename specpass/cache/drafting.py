@@ -59,6 +59,13 @@ class Drafting:
             lengths.copy_((self.prompt + start)[:, None])
         return self.prompt[:, None] + start + torch.arange(tokens, device=self.prompt.device)
 
+    def repeated(self, count: int) -> Drafting:
+        """`count` sequences that go on from each row, side by side."""
+        told, read = (None if own is None else own.repeat_interleave(count, 0) for own in (self.told, self.read))
+        assert told is not None
+        caches = [states.repeat_interleave(count, 0) for states in self.caches]
+        return Drafting(caches, self.prompt.repeat_interleave(count, 0), self.columns, told, read)
+
     def _grow(self, slots: int) -> None:
         """So many slots more for each KV head."""
         for index in range(0, len(self.caches), 3):

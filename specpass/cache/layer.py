@@ -5,7 +5,8 @@ One buffer [B, K * (C + N), D] for keys and one for values, with `offsets` and `
 positions first, then the generated tokens.
 
 Of a quantised prompt these buffers hold what follows it alone, [B, K * N, D], and `lengths` counts that; `codes` are
-the prompt's slots (specpass/bits.py).
+the prompt's slots (specpass/bits.py). In the same way where several sequences share a prompt (answers.py): its slots
+are [B, K, C, D] then, and the buffers [R, K * N, D] hold what follows in each of R sequences.
 
 Where heads have budgets of their own (`ragged`), a head's C_k + N slots lie behind the last head's, in each row by
 itself: the buffers are as large as with equal budgets, and `starts` says where each head begins.
@@ -19,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specpass.cache.joined import by_head, joined
 from specpass.cache.worth import Readers
-from specpass.kernels.bits.reference import dequantize, layout_of
 
 SHARED = ("key_buffer", "value_buffer", "kept_positions")  # of layers that share one storage
+PROMPT = ("prompt_keys", "prompt_values", "prompt_starts")  # that several sequences share
+SHARED_PROMPT = ("prompt_keys", "prompt_values", "kept_positions")  # of those whose answers share a prompt
 ROOM_STEP = 64  # slots for generated tokens come in blocks of this many
 FIRST_ROOM = 512  # and are at most so many before anything is generated: a limit of 131,072 tokens is seldom reached
 
@@ -80,6 +83,9 @@ class Storage:
         self.queries: Tensor | None = None  # [B, H, W, D] of the newest tokens, times the scale, where evictions ask
         self.codes: Tensor | None = None  # [B, K, n, bytes] of a quantised prompt, with `counts`: see kernels/bits
         self.basis: Tensor | None = None  # [B, K, r, D + Dv]
+        self.prompt_keys: Tensor | None = None  # [B, K, C, D] of a prompt that several sequences share, with `counts`
+        self.prompt_values: Tensor | None = None  # [B, K, C, Dv]
+        self.prompt_starts: Tensor | None = None  # [B, K] first slot of each ragged head, in [B, T, D] then
         self.unquantized = ""  # why its prompt was left as it is, where others are in fewer bits
         self.biased = False  # whether attention adds a bias by the positions of its keys (ALiBi)
 
@@ -93,13 +99,13 @@ class Storage:
         """[B, K, C + N, D] view of the storage, or None before the prefill.
 
         Of ragged heads a copy of the slots in use, as long as the longest head's, zero behind the others'. Of a
-        quantised prompt and what follows it a copy, too.
+        quantised or a shared prompt and what follows it a copy, too.
         """
-        return joined(self, "key", self.key_buffer) if self.quantized else self.stored(self.key_buffer)
+        return joined(self, "key", self.key_buffer) if self.parted else self.stored(self.key_buffer)
 
     @property
     def values(self) -> Tensor | None:
-        return joined(self, "value", self.value_buffer) if self.quantized else self.stored(self.value_buffer)
+        return joined(self, "value", self.value_buffer) if self.parted else self.stored(self.value_buffer)
 
     @property
     def quantized(self) -> list[Tensor] | None:
@@ -109,6 +115,31 @@ class Storage:
         assert self.counts is not None
         assert self.basis is not None
         return [self.codes, self.counts, self.basis]
+
+    @property
+    def prompt(self) -> list[Tensor] | None:
+        """Keys, values and counts of a prompt that several sequences share, of ragged heads starts as well; None where
+        each has its own."""
+        if self.prompt_keys is None:
+            return None
+        assert self.prompt_values is not None
+        assert self.counts is not None
+        starts = [] if self.prompt_starts is None else [self.prompt_starts]
+        return [self.prompt_keys, self.prompt_values, self.counts, *starts]
+
+    @property
+    def parted(self) -> bool:
+        """Whether the buffers hold what follows the prompt alone."""
+        return self.quantized is not None or self.prompt is not None
+
+    @property
+    def answers(self) -> int:
+        """n sequences of each prompt, which share its slots; 1 where each has its own."""
+        return 1 if self.prompt_keys is None else self.lengths.shape[0] // self.prompt_keys.shape[0]
+
+    def by_row(self, states: Tensor) -> Tensor:
+        """[R, ...] of what a layer has of each prompt [B, ...]."""
+        return states if self.prompt is None else states.repeat_interleave(self.answers, 0)
 
     def stored(self, buffer: Tensor | None) -> Tensor | None:
         """[B, K, slots, D] of one of the two buffers, which hold no prompt where that is quantised."""
@@ -122,9 +153,9 @@ class Storage:
     def slots(self) -> int:
         """Physical slots C + N of each KV head, of ragged ones in the mean; 0 before the prefill.
 
-        N behind a quantised prompt.
+        N behind a quantised or a shared prompt.
         """
-        return 0 if self.key_buffer is None else self.key_buffer.shape[1] // (self.kv_heads * len(self._together))
+        return 0 if self.key_buffer is None else self.key_buffer.shape[1] // (self.kv_heads * len(self.together))
 
     @property
     def offsets(self) -> Tensor | None:
@@ -141,12 +172,14 @@ class Storage:
         """[B, K]: slots of each head that hold the prompt's positions; None before the prefill."""
         if self.kept_positions is None:
             return None
+        if self.prompt is not None:
+            return self.by_row(self.prompt[2])
         return (self.kept_positions >= 0).sum(-1) if self.starts is None else self.counts
 
     @property
     def behind(self) -> Tensor | None:
-        """[B, K]: slots of the buffers in front of the generated tokens': those of a prompt that is not quantised."""
-        return torch.zeros_like(self.lengths) if self.quantized else self.prompt_slots
+        """[B, K]: slots of the buffers in front of the generated tokens': those of a prompt that lies in them."""
+        return torch.zeros_like(self.lengths) if self.parted else self.prompt_slots
 
     @property
     def room(self) -> int:
@@ -155,9 +188,13 @@ class Storage:
 
     @property
     def positions(self) -> Tensor | None:
-        """[B, K, C] prompt positions kept, ascending; unused slots -1. Of ragged heads a copy."""
-        if self.starts is None or self.kept_positions is None:
-            return self.kept_positions
+        """[B, K, C] prompt positions kept, ascending; unused slots -1. Of ragged heads or shared prompts a copy."""
+        if self.kept_positions is None:
+            return None
+        if self.prompt_starts is not None:
+            return self.by_row(by_head(self.kept_positions, self.prompt_starts, self.counts, -1))
+        if self.starts is None:
+            return self.by_row(self.kept_positions)
         assert self.counts is not None
         first = self.sharers.index(self) * self.kv_heads if self.sharers else 0
         rooms = torch.arange(first, first + self.kv_heads, device=self.starts.device) * self.room
@@ -190,13 +227,19 @@ class Storage:
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by name; empty before the prefill."""
         stored = ("key_buffer", "value_buffer", "lengths", "kept_positions", "starts", "counts", "told", "shares")
-        names = (*stored, "ordinals", "settled", "evicted", "queries", "codes", "basis")
+        bounded, apart = ("ordinals", "settled", "evicted", "queries"), ("codes", "basis", *PROMPT)
+        names = (*stored, *bounded, *apart)
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace each tensor t by change(t); sizes that decode takes as constants stay constants."""
+    def map_tensors(
+        self, change: Callable[[Tensor], Tensor], *, only: Sequence[str] = (), without: Sequence[str] = ()
+    ) -> None:
+        """Replace each tensor t by change(t), or `only` those that are named, or all `without` those; sizes that decode
+        takes as constants stay constants."""
         for name, tensor in self.tensors().items():
-            together = self._together if name in SHARED else (self,)
+            if name in without or (only and name not in only):
+                continue
+            together = self._holders(name)
             if together[0] is self:  # the first of those that share changes what they share
                 new = change(tensor)
                 keep_marks(tensor, new)
@@ -204,9 +247,15 @@ class Storage:
                     setattr(layer, name, new)
 
     @property
-    def _together(self) -> Sequence[Storage]:
+    def together(self) -> Sequence[Storage]:
         """Layers whose storage is one."""
         return self.sharers if self.sharers and self.starts is not None else (self,)
+
+    def _holders(self, name: str) -> Sequence[Storage]:
+        """Layers that hold one tensor of that name."""
+        if self.sharers and self.prompt_starts is not None:
+            return self.sharers if name in SHARED_PROMPT else (self,)
+        return self.together if name in SHARED else (self,)
 
     def grow(self, slots: int) -> None:
         """Reallocate to `slots` more slots a KV head, keeping what is stored."""
@@ -227,7 +276,7 @@ class Storage:
 
     def tighten(self, budget: int) -> None:
         """Cut what no row uses off a storage for more than `budget` slots a KV head in the mean: see share_layers."""
-        together = self._together
+        together = self.together
         first, last = together[0], together[-1]
         if first is not self or self.key_buffer is None or last.starts is None or last.counts is None:
             return
@@ -251,7 +300,7 @@ class Storage:
 
     def _grow_ragged(self, slots: int) -> None:
         """Each head moves on by what its predecessors grew."""
-        together = self._together
+        together = self.together
         if together[0] is not self:
             return
         starts = torch.cat([layer.starts for layer in together if layer.starts is not None], 1)
@@ -275,37 +324,8 @@ class Storage:
             layer.key_buffer, layer.value_buffer, layer.starts = keys, values, begin
 
 
-def joined(layer: Storage, name: str, buffer: Tensor | None) -> Tensor:
-    """[B, K, C + N, D] keys or values of a quantised prompt, in the model's dtype, and right behind it what follows."""
-    assert layer.quantized is not None
-    assert layer.key_buffer is not None
-    assert layer.value_buffer is not None
-    codes, counts, basis = layer.quantized
-    behind = layer.stored(buffer)
-    assert behind is not None
-    layout = layout_of(layer.key_buffer, layer.value_buffer, layer.bits)
-    prompt = dequantize(codes, basis, layout, name, behind.dtype).to(behind.dtype)
-    assert layer.kept_positions is not None
-    size = layer.kept_positions.shape[2]
-    slot = torch.arange(size + behind.shape[2], device=codes.device)
-    place = torch.where(slot < counts[..., None], slot, prompt.shape[2] + slot - counts[..., None])
-    both = torch.cat([prompt, behind], 2)
-    inside = place < both.shape[2]
-    found = both.gather(2, place.clamp(max=both.shape[2] - 1)[..., None].expand(-1, -1, -1, both.shape[3]))
-    return found.masked_fill(~inside[..., None], 0)
-
-
 def keep_marks(old: Tensor, new: Tensor, without: int | None = None) -> None:
     """Sizes of `old` that decode's graphs take as constants are constants of `new`, but for the axis `without`."""
     for axis in getattr(old, "_dynamo_static_indices", ()):
         if axis != without:
             torch._dynamo.mark_static(new, axis)
-
-
-def by_head(flat: Tensor, starts: Tensor, counts: Tensor, unused: int) -> Tensor:
-    """[B, T, ...] of which head k has `counts` [B, K] items from `starts` [B, K] on -> [B, K, longest, ...], a copy."""
-    slot = torch.arange(int(counts.max()), device=flat.device)
-    inside = slot < counts[..., None]
-    row = torch.arange(len(flat), device=flat.device)[:, None, None]
-    found = flat[row, torch.where(inside, starts[..., None] + slot, 0)]
-    return found.masked_fill(~inside.reshape(*inside.shape, *[1] * (flat.dim() - 2)), unused)

@@ -16,10 +16,12 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 from transformers.cache_utils import LinearAttentionCacheLayerMixin as Recurrent
 
+from specpass.cache.answers import OF_PROMPT, choose_rows, prompts_of, share, why_copied
 from specpass.cache.conversation import CONVERSATIONS
 from specpass.cache.drafting import DRAFTS
 from specpass.cache.layer import Storage
 from specpass.cache.replay import REPLAYS
+from specpass.cache.widest import tell_widest
 from specpass.dialect.define import SPEC
 from specpass.errors import CacheStateError
 from specpass.methods.base import Method
@@ -117,17 +119,42 @@ class CacheProtocol(Cache):
         if replay is not None and not replay.take_back(self):
             del REPLAYS[self]
 
+    @property
+    def answers(self) -> int:
+        """n sequences of each prompt, which share its slots; 1 where each row has its own."""
+        return max((layer.answers for layer in self.budgeted), default=1)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        """Let row r go on from what row beam_idx[r] holds.
+
+        Rows that share a prompt move their own slots alone; the prompt's move where rows take another one's.
+        """
+        self._take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Let `repeats` sequences go on from each row, side by side, which share the slots of its prompt."""
         super().batch_repeat_interleave(repeats)
+        drafting = DRAFTS.get(self)
         self.map_rows(lambda t: t.repeat_interleave(repeats, 0))
+        if drafting is not None:
+            DRAFTS[self] = drafting.repeated(repeats)
+        tell_widest(self.budgeted)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.map_rows(lambda t: t[indices])
+        """Keep the rows that `indices` name, as reorder_cache does; their number may be another one."""
+        if self.filled:
+            count = max(layer.batch_size for layer in self.budgeted)
+            self._take(torch.arange(count, device=indices.device)[indices])
+
+    def _take(self, rows: Tensor) -> None:
+        shared = next((layer for layer in self.budgeted if layer.prompt is not None), None)
+        prompts = None if shared is None else prompts_of(shared, rows)
+        for layer in self.layers:
+            if isinstance(layer, BudgetLayer):
+                layer.take_rows(rows, prompts)
+            else:
+                layer.reorder_cache(rows)
+        self.map_rows(lambda t: t.index_select(0, rows.to(t.device)))
 
     def map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of the batch to what the cache itself holds of each row."""
@@ -177,7 +204,7 @@ class BudgetLayer(Storage, CacheLayerMixin):
     @property
     def kept(self) -> int:
         """Slots that a prompt fills: as its graph found, where a mask said more than the config; none if quantised."""
-        if self.bits and not self.unquantized:
+        if self.parted or (self.bits and not self.unquantized):
             return 0
         return self.found.positions if self.found is not None and self.found.positions else self.budget
 
@@ -213,10 +240,12 @@ class BudgetLayer(Storage, CacheLayerMixin):
         positions = (self.positions if self.told is None else self.told) if self.biased else None
         tensors = (self.key_buffer, self.value_buffer, self.lengths, key_states, value_states)
         asked = {} if self.queries is None else {"queries": self.queries}
-        if self.ragged:
+        if self.ragged and self.prompt is None:
             SPEC.append_kv(*tensors, cache.handle, positions, self.starts, **asked)
             return tuple(SPEC.show_heads(buffer, self.starts, self.slots) for buffer in tensors[:2])
-        if self.quantized is None:
+        if self.prompt is not None:
+            SPEC.append_kv(*tensors, cache.handle, **asked, prompt=self.prompt)
+        elif self.quantized is None:
             SPEC.append_kv(*tensors, cache.handle, positions, **asked)
         else:
             SPEC.append_kv(*tensors, cache.handle, None, None, self.quantized, self.bits, **asked)
@@ -287,13 +316,24 @@ class BudgetLayer(Storage, CacheLayerMixin):
             self.key_buffer, self.value_buffer = (view[:, :, :-tokens].flatten(1, 2) for view in views)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.map_tensors(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self.take_rows(beam_idx, prompts_of(self, beam_idx))
+
+    def take_rows(self, rows: Tensor, prompts: Tensor | None = None) -> None:
+        """Let row r be what row rows[r] is, and prompt b what prompt prompts[b] is; None: prompts stay."""
+        if self.prompt is not None:
+            choose_rows(self, rows, prompts)
+        else:
+            self.map_tensors(lambda t: t.index_select(0, rows.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.map_tensors(lambda t: t.repeat_interleave(repeats, 0))
+        if repeats > 1 and self.is_initialized and self.prompt is None and not why_copied(self):
+            share(self)
+        shared = () if self.prompt is None else OF_PROMPT
+        self.map_tensors(lambda t: t.repeat_interleave(repeats, 0), without=shared)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.map_tensors(lambda t: t[indices.to(t.device)])
+        if self.is_initialized:
+            self.reorder_cache(torch.arange(self.batch_size, device=indices.device)[indices])
 
     def offload(self) -> None:
         self.map_tensors(lambda t: t.to("cpu", non_blocking=True))

@@ -13,6 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import DummyLayer, LinearAttentionLayer, get_layer_types_and_kwargs
 
 from specpass.cache.protocol import BudgetLayer
+from specpass.cache.widest import tell_widest
 from specpass.sizes import FULL, Span, layer_spans
 
 if TYPE_CHECKING:
@@ -116,8 +117,11 @@ class StateBudgetLayer(StateLayer, BudgetLayer):
         StateLayer.offload(self)
         BudgetLayer.offload(self)
 
+    def take_rows(self, rows: Tensor, prompts: Tensor | None = None) -> None:
+        StateLayer.reorder_cache(self, rows)
+        BudgetLayer.take_rows(self, rows, prompts)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        StateLayer.reorder_cache(self, beam_idx)
         BudgetLayer.reorder_cache(self, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -125,7 +129,6 @@ class StateBudgetLayer(StateLayer, BudgetLayer):
         BudgetLayer.batch_repeat_interleave(self, repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        StateLayer.batch_select_indices(self, indices)
         BudgetLayer.batch_select_indices(self, indices)
 
 
@@ -160,13 +163,3 @@ def make_layers(cache: BudgetCache, config: Any) -> list[Any]:
 def span_beside(options: dict[str, Any]) -> Span:
     """What attention reads in a layer that has a state as well."""
     return Span(sliding=int(options["sliding_window"])) if "sliding_window" in options else FULL
-
-
-def tell_widest(layers: list[BudgetLayer]) -> None:
-    """Full layers and sliding ones each get one mask of the model's, as wide as the widest of them."""
-    for sliding in (False, True):
-        alike = [layer for layer in layers if layer.is_sliding == sliding]
-        if len({layer.kept for layer in alike}) > 1:
-            widest = max(alike, key=lambda layer: layer.kept).index
-            for layer in alike:
-                layer.widest = widest

@@ -80,6 +80,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; above, sample.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much probability mass.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    answers: Annotated[
+        int, typer.Option(min=1, help="Sample so many answers; the prompt is read and its cache held once.")
+    ] = 1,
     raw: Annotated[bool, typer.Option("--raw", help="Feed the prompt as it is, without the chat template.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Dtype = "auto",
@@ -97,6 +100,7 @@ def generate(
 
     Ends with 0; 1 for a mistake, which is named; 2 for a wrong option; 130 after Ctrl-C, with what was written so far.
     """
+    check_answers(answers, temperature, onnx, then)
     if onnx is not None:
         if prefix is not None:
             raise typer.BadParameter("is read by PyTorch models: leave --onnx out.", param_hint="--prefix")
@@ -131,12 +135,27 @@ def generate(
         raise typer.BadParameter("needs a method that prunes: leave --method full out.", param_hint="--prefix")
     sampling: dict[str, Any] = {"do_sample": temperature > 0, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": top_p}
+        sampling |= {"temperature": temperature, "top_p": top_p, "num_return_sequences": answers}
     silence_libraries()
     with shown(quiet):
         asked = _Asked(text, raw, None if prefix is None else _loaded(prefix), tuple(then or ()))
         answer = _answer(choice, asked, device, seed, echo=not as_json, max_new_tokens=max_new_tokens, **sampling)
     _finish(answer, as_json)
+
+
+def check_answers(count: int, temperature: float, onnx: Path | None, then: Any) -> None:
+    """Raises: typer.BadParameter: several answers would be one, or something goes on from one alone."""
+    if count == 1:
+        return
+    why = ""
+    if temperature == 0:
+        why = "would all be the likeliest tokens: add --temperature 0.8, say."
+    elif onnx is not None:
+        why = "share the cache of a PyTorch model: leave --onnx out."
+    elif then:
+        why = "cannot all be gone on from: leave --then out."
+    if why:
+        raise typer.BadParameter(why, param_hint=f"--answers {count}")
 
 
 def check_speculation(count: int, choice: Choice) -> int:
@@ -256,7 +275,8 @@ def _answer(choice: Choice, asked: _Asked, device: str, seed: int, echo: bool, *
     import specpass
     from specpass.observe.layers import reading_by_layers
     from specpass.observe.storage import cache_bytes
-    from specpass.observe.streaming import Streamer
+    from specpass.observe.streaming import Several, Streamer
+    from specpass.sizes import eos_ids
 
     start = time.perf_counter()
     model, _draft, tokenizer = load_pair(choice, device)
@@ -265,8 +285,13 @@ def _answer(choice: Choice, asked: _Asked, device: str, seed: int, echo: bool, *
     prompt_tokens, prefix_tokens = inputs["input_ids"].shape[1], len(inputs.get("prefix", ()))
     set_seed(seed)
 
+    count, write = options.get("num_return_sequences", 1), _write if echo else None
+
     def answered(inputs: dict[str, Any]) -> _Answered:
-        streamer, out = Streamer(tokenizer, _write if echo else None), None
+        streamer: Any = Streamer(tokenizer, write)
+        if count > 1:
+            streamer = Several(tokenizer, eos_ids(model.generation_config), count, write)
+        out = None
         try:
             with reading_by_layers(model) if choice.method is None else contextlib.nullcontext():
                 out = model.generate(**inputs, streamer=streamer, return_dict_in_generate=True, **options)
@@ -275,6 +300,7 @@ def _answer(choice: Choice, asked: _Asked, device: str, seed: int, echo: bool, *
         return _Answered(streamer, out, options["max_new_tokens"])
 
     answers = [answered(inputs)]
+    several = [dataclasses.replace(answers[0], streamer=own) for own in getattr(answers[0].streamer, "own", ())]
     for text in asked.then:
         if answers[-1].out is None:
             break
@@ -289,6 +315,7 @@ def _answer(choice: Choice, asked: _Asked, device: str, seed: int, echo: bool, *
     times = answers[0].streamer.times
     return {
         **answers[0].data(),
+        "answers": [answer.data() for answer in several],
         "turns": [answer.data() for answer in answers[1:]],
         "target": choice.target,
         "draft": choice.draft,

@@ -50,7 +50,7 @@ class AppendKv(
     Operator,
     schema="append_kv(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) lengths, Tensor key, Tensor value, "
     "Tensor? handle, Tensor? positions=None, Tensor? offsets=None, Tensor[]? quantized=None, int bits=0, "
-    "Tensor? queries=None) -> ()",
+    "Tensor? queries=None, Tensor[]? prompt=None) -> ()",
 ):
     """q new KV pairs behind the slots in use, in place; `lengths` advances."""
 
@@ -67,11 +67,10 @@ class AppendKv(
     )  # a prompt in so many `bits` in front of the slots, see QuantizeKv; for attend_slots
     bits: int
     queries: fx.Node | None  # [B, H, W, D] of the newest tokens, where evictions ask by them; note_queries writes them
+    prompt: list[fx.Node] | None  # one that several sequences share, in front of the slots, see AttendCascade; likewise
 
     @staticmethod
-    def fake(
-        keys, values, lengths, key, value, handle, positions=None, offsets=None, quantized=None, bits=0, queries=None
-    ):
+    def fake(keys, values, lengths, key, value, *rest):
         return None
 
 

@@ -79,8 +79,13 @@ class Steps(Listener):
             keys, values = call.key, call.value
             lengths = lengths if keys.shape[1] == own.kv_heads else lengths[:, :1].expand(-1, keys.shape[1])
         bounds = () if own.span is None or not own.span.positions else (0.0, None, own.span.sliding, own.span.chunk)
-        prompt = {} if own.quantized is None else {"quantized": own.quantized, "bits": own.bits}
-        out = SPEC.attend(query.to(keys.dtype), keys, values, lengths, call.scale, *bounds, **prompt).to(query.dtype)
+        asked = query.to(keys.dtype)
+        if own.prompt is not None:
+            out = SPEC.attend_cascade(asked, keys, values, lengths, own.prompt, call.scale, *bounds)
+        else:
+            prompt = {} if own.quantized is None else {"quantized": own.quantized, "bits": own.bits}
+            out = SPEC.attend(asked, keys, values, lengths, call.scale, *bounds, **prompt)
+        out = out.to(query.dtype)
         if not heads and own.queries is not None:  # the layer's own, not those of others that share it
             padding = None if order is None else self.count - packing.lengths
             SPEC.note_queries(own.queries, query, call.scale, padding)

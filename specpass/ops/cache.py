@@ -73,8 +73,9 @@ def append_kv(
     quantized: list[Tensor] | None = None,
     bits: int = 0,
     queries: Tensor | None = None,
+    prompt: list[Tensor] | None = None,
 ) -> None:
-    """See the reference; `handle` led the backend to the cache, and passes have read `positions`, `quantized`, ..."""
+    """See the reference; `handle` led the backend to the cache, and passes have read what is not used here."""
     check_owner(handle)
     reference.append_kv(keys, values, lengths, key, value, offsets)
 

@@ -12,6 +12,10 @@ Where the prompt is quantised, append_kv has it besides, and
 
 after:  attend(q, keys, values, lengths, scale, 0.0, None, 0, 0, None, None, 1, [codes, counts, basis], bits)
 
+Where several sequences share the prompt, append_kv has its slots besides, and
+
+after:  attend_cascade(q, keys, values, lengths, [prompt_keys, prompt_values, counts], scale)
+
 A bias of the keys (ALiBi) goes into an operand, by where the slots' tokens stood: key_bias(slopes, slot_positions(
 positions, keys), ...) [B, H, P].
 """
@@ -64,15 +68,20 @@ class AttendSlots(Pass):
             if site.alibi is not None:
                 site = dataclasses.replace(site, bias=slot_bias(editor, site, site.alibi, keys))
             operands = (site.query, keys, values, append.lengths, site.scale, *site.options)
-            if append.quantized is not None:
+            if append.prompt is not None:
+                changes = (*site.options, *NO_CHANGES[len(site.options) : 4])
+                layers = sum(each.prompt[0] is append.prompt[0] for each in appends if each.prompt is not None)
+                operands = (*operands[:4], append.prompt, site.scale, *changes, layers)
+            elif append.quantized is not None:
                 changes = (*site.options, *NO_CHANGES[len(site.options) :])
                 operands = (*operands[:5], *changes, None, 1, append.quantized, append.bits)
-            new = editor.call(SPEC.attend, *operands, before=site.attention, like=site.attention)
+            operator = SPEC.attend if append.prompt is None else SPEC.attend_cascade
+            new = editor.call(operator, *operands, before=site.attention, like=site.attention)
             editor.replace(site.attention, new)
             rewritten.append(dataclasses.replace(site, key=keys, value=values, attention=new))
         for append in appends:
-            if append.quantized is not None:  # it has been read
-                append.update(quantized=None, bits=0)
+            if append.quantized is not None or append.prompt is not None:  # they have been read
+                append.update(quantized=None, bits=0, prompt=None)
         facts.add(Sites(tuple(rewritten)))
         gm.graph.eliminate_dead_code()
 

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from specpass.dialect.attention import Attend
 from specpass.dialect.cache import AppendKv, TakeBack
+from specpass.dialect.cascade import attend_of
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.rewrite import Facts, Kind, Pass, Request
@@ -35,9 +35,10 @@ class NoteQueries(Pass):
         editor = Editor(gm)
         padding = {back.lengths: back.padding for back in TakeBack.find(gm.graph)}
         for site in facts[Sites].owners:
-            append, attend = AppendKv.of(site.cache), Attend.of(site.attention)
+            append = AppendKv.of(site.cache)
             if append.queries is None:
                 continue
+            attend = attend_of(site.attention)
             operands: tuple[Any, ...] = (append.queries, attend.query, attend.scale)
             if append.lengths in padding:
                 operands = (*operands, padding[append.lengths])

@@ -17,8 +17,8 @@ from typing import ClassVar
 
 from torch import fx
 
-from specpass.dialect.attention import Attend
 from specpass.dialect.cache import AppendKv
+from specpass.dialect.cascade import attend_of
 from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.walk import first_call, value
@@ -59,7 +59,7 @@ class SkipPadding(Pass):
 
 def skip(editor: Editor, site: Site, order: fx.Node, place: fx.Node) -> Site:
     """Pack what a site appends and asks by `order`, unpack what it answers by `place`."""
-    append, attend = AppendKv.of(site.cache), Attend.of(site.attention)
+    append, attend = AppendKv.of(site.cache), attend_of(site.attention)
     first = append.node if append.node < attend.node else attend.node
     order, place = (editor.beside(node, site.query, first) for node in (order, place))
     if not site.reads:

@@ -214,6 +214,17 @@ class Costs:
             found[name] = (round(float(full.subs(values))), round(float(kept.subs(values))))
         return found
 
+    def answers_bytes(self, prompt: int, new_tokens: int, answers: int) -> int | None:
+        """Bytes of the cache of several answers of one prompt, which share its slots; None where each has a copy.
+
+        The C slots, their positions and their number are there once; N slots, a length and the rest for each answer.
+        """
+        if self.method.spread != "uniform" or Q in self.values:
+            return None
+        own = self.pruned["kv_bytes"] - _T.kv(C) - 8 * B * _T.n * _T.K * C
+        shared = _T.kv(C) + 8 * B * _T.n * _T.K * (C + 1)
+        return round(float((shared + answers * own).subs(self._values(prompt, new_tokens, 1))))
+
     def _values(self, prompt: int, new_tokens: int, batch: int) -> dict[Symbol, Any]:
         budgets = self.method.resolve(prompt).layer_budgets(self.layers)
         mean = sympy.Rational(sum(budgets), len(budgets))

@@ -30,6 +30,7 @@ def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[
         "generated": None if record.bound is None else dataclasses.asdict(record.bound),
         "held": None if record.held is None else dataclasses.asdict(record.held),
         "whole": None if record.whole is None else dataclasses.asdict(record.whole),
+        "answers": None if record.answers is None else dataclasses.asdict(record.answers),
         "replayed": record.replayed,
         "proposed": record.proposed,
         "accepted": record.accepted,

@@ -114,6 +114,22 @@ class WholeRecord:
     slots_bytes: int
 
 
+@dataclasses.dataclass(frozen=True)
+class AnswersRecord:
+    """What became of a batch's prompts with several sequences each (num_return_sequences, beams).
+
+    Args:
+        each: sequences of a prompt.
+        shared: attention layers whose slots of a prompt are held once; copied: of the others, how many and why.
+        prompt_bytes: of the keys and values that are held once, of the whole batch.
+    """
+
+    each: int
+    shared: int
+    copied: dict[str, int]
+    prompt_bytes: int
+
+
 @dataclasses.dataclass(eq=False)
 class BackendRecord:
     """Everything that one backend has compiled.
@@ -134,6 +150,7 @@ class BackendRecord:
         held: in host memory, behind the turn that was read last; None: nothing.
         whole: what was held for the lookahead of the prompt that was read last; None: nothing.
         bits: of prompts in the cache; 0: the model's dtype.
+        answers: of prompts that had several, as it was last; None: none had.
         proposed, accepted: tokens that the draft proposed behind its lookahead, and those that the answer took.
     """
 
@@ -155,6 +172,7 @@ class BackendRecord:
     held: HeldRecord | None = None
     whole: WholeRecord | None = None
     bits: int = 0
+    answers: AnswersRecord | None = None
     draft_seconds: float = 0.0
     target_configs: list[Any] = dataclasses.field(default_factory=list, repr=False)
     decoders: tuple[Decoder | None, Decoder | None] | None = dataclasses.field(default=None, repr=False)

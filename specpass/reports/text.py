@@ -13,6 +13,7 @@ from specpass.rewrite.base import PROMPTS
 
 LENGTHS = (4096, 32768, 131072)
 NEW_TOKENS = 256
+ANSWERS = 8  # of one prompt
 SHARED = {  # by a method's spread
     "uniform": "",
     "heads": " in the mean: a layer's KV heads share them",
@@ -37,6 +38,7 @@ def text(record: BackendRecord) -> str:
     lines += bound_lines(record)
     lines += held_lines(record)
     lines += whole_lines(record)
+    lines += answers_lines(record)
     lines += interpreted_lines(record)
     lines += [f"refused: {reason} (the model runs exactly)" for reason in record.refusals]
     if record.foreign:
@@ -123,6 +125,18 @@ def whole_lines(record: BackendRecord) -> list[str]:
     ]
 
 
+def answers_lines(record: BackendRecord) -> list[str]:
+    """What several answers of one prompt share, and which layers hold a copy for each, and why."""
+    answers = record.answers
+    if answers is None:
+        return []
+    lines = [f"answers: {answers.each} of each prompt, which was read once"]
+    if answers.shared:
+        held = amount(answers.prompt_bytes, "B")
+        lines.append(f"  {answers.shared} layers hold its slots once, {held} and not {answers.each} times")
+    return lines + [f"  {count} layers hold a copy for each: {reason}" for reason, count in answers.copied.items()]
+
+
 def interpreted_lines(record: BackendRecord) -> list[str]:
     """What became of prompts that the model's own forward read, and why it did."""
     lines = []
@@ -200,6 +214,13 @@ def cost_lines(costs: Costs, new_tokens: int = NEW_TOKENS) -> list[str]:
         until = f" (at once {amount(held, 'B')} until the lookahead was read)" if held else ""
         lines.append(
             f"at {length:,} tokens: KV cache {cache}{until}, prefill and draft {read}, a decode step moves {step}"
+        )
+    longest, several = LENGTHS[-1], costs.answers_bytes(LENGTHS[-1], new_tokens, ANSWERS)
+    if several is not None:
+        one = costs.numbers(longest, new_tokens)["kv_bytes"][1]
+        lines.append(
+            f"{ANSWERS} answers of one prompt of {longest:,} tokens: KV cache {amount(several, 'B')}, where a copy for "
+            f"each would make it {amount(ANSWERS * one, 'B')}"
         )
     breaks = (f"{BREAKS[what]} {break_even(costs.break_even(what, new_tokens))}" for what in BREAK_EVENS)
     return [*lines, f"pays from a prompt of ({new_tokens} new tokens): {', '.join(breaks)}"]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from specpass.dialect import attention, cache, sparse
+from specpass.dialect import attention, cache, cascade, sparse
 from specpass.dialect.define import NAMESPACE, OPERATORS, ORDER, Operator, operator_name
 from specpass.graph.walk import module_path
 from specpass.rewrite.base import Kind
@@ -41,6 +41,7 @@ def _stage(name: str, prompts: tuple[Choice, ...], steps: tuple[Choice, ...]) ->
 _PREFILLS, _STORES = (cache.Fill, cache.KeepKv), (cache.GatherKv, cache.GatherRagged, cache.KeepKv)
 _STORING = {operator.name for operator in (cache.Fill, *_STORES, cache.AppendKv)}
 _BOTH = (attention.AppendAttend, attention.AppendAttendLse)
+_ATTENDS = (attention.Attend, cascade.AttendCascade)
 _FLASH = (attention.PrefillAttention, attention.PrefillAttentionLse, sparse.PrefillAttentionSparse)
 
 STAGES: dict[str, Stage] = {
@@ -48,8 +49,8 @@ STAGES: dict[str, Stage] = {
     for stage in (
         _stage("TRACED", (_PREFILLS,), ((cache.AppendKv,),)),
         _stage("DRAFTED", (_PREFILLS, _FLASH), ((cache.AppendKv,),)),
-        _stage("PRUNED", (_STORES, _FLASH), ((cache.AppendKv,), (attention.Attend,))),
-        _stage("LOWERED", (_STORES, _FLASH), ((cache.AppendKv, *_BOTH), (attention.Attend, *_BOTH))),
+        _stage("PRUNED", (_STORES, _FLASH), ((cache.AppendKv,), _ATTENDS)),
+        _stage("LOWERED", (_STORES, _FLASH), ((cache.AppendKv, *_BOTH), (*_ATTENDS, *_BOTH))),
     )
 }
 

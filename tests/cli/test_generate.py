@@ -128,6 +128,22 @@ def test_sampling_follows_its_seed(folder: Path) -> None:
     assert first != other
 
 
+def test_several_answers_of_one_prompt(folder: Path) -> None:
+    common = ("-m", "snapkv", "-b", "24", "--window", "8", "-p", TEXT, "--raw", "--answers", "3")
+    dice = ("--temperature", "3.0")
+    answer = json.loads(generate(folder, *common, *dice, "--json").stdout)
+    ids = [own["token_ids"] for own in answer["answers"]]
+    assert len({tuple(own) for own in ids}) == 3
+    assert (answer["token_ids"], answer["new_tokens"]) == (ids[0], 6)
+    assert answer["kv_bytes"] < 3 * 2 * 2 * 2 * (24 + 64) * 16 * 4  # of three copies
+    text = generate(folder, *common, *dice).stdout
+    assert text == "".join(f"[{n}] {own['text']}\n" for n, own in enumerate(answer["answers"], 1))
+    for more, why in (((), "add --temperature"), ((*dice, "--then", "w7"), "leave --then out")):
+        result = generate(folder, *common, *more)
+        assert result.exit_code == 2
+        assert why in " ".join(result.stderr.replace("│", " ").split())
+
+
 def test_ctrl_c_keeps_what_was_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put = Streamer.put
 
