@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from specpass.cache.rows import repeat_rows
+
 if TYPE_CHECKING:
     from specpass.cache.budget import BudgetCache
 
@@ -61,10 +63,10 @@ class Drafting:
 
     def repeated(self, count: int) -> Drafting:
         """`count` sequences that go on from each row, side by side."""
-        told, read = (None if own is None else own.repeat_interleave(count, 0) for own in (self.told, self.read))
+        told, read = (None if own is None else repeat_rows(own, count) for own in (self.told, self.read))
         assert told is not None
-        caches = [states.repeat_interleave(count, 0) for states in self.caches]
-        return Drafting(caches, self.prompt.repeat_interleave(count, 0), self.columns, told, read)
+        caches = [repeat_rows(states, count) for states in self.caches]
+        return Drafting(caches, repeat_rows(self.prompt, count), self.columns, told, read)
 
     def _grow(self, slots: int) -> None:
         """So many slots more for each KV head."""

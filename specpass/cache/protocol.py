@@ -21,6 +21,7 @@ from specpass.cache.conversation import CONVERSATIONS
 from specpass.cache.drafting import DRAFTS
 from specpass.cache.layer import Storage
 from specpass.cache.replay import REPLAYS
+from specpass.cache.rows import repeat_rows
 from specpass.cache.widest import tell_widest
 from specpass.dialect.define import SPEC
 from specpass.errors import CacheStateError
@@ -329,7 +330,7 @@ class BudgetLayer(Storage, CacheLayerMixin):
         if repeats > 1 and self.is_initialized and self.prompt is None and not why_copied(self):
             share(self)
         shared = () if self.prompt is None else OF_PROMPT
-        self.map_tensors(lambda t: t.repeat_interleave(repeats, 0), without=shared)
+        self.map_tensors(lambda t: repeat_rows(t, repeats), without=shared)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:

@@ -13,6 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import DummyLayer, LinearAttentionLayer, get_layer_types_and_kwargs
 
 from specpass.cache.protocol import BudgetLayer
+from specpass.cache.rows import repeat_rows
 from specpass.cache.widest import tell_widest
 from specpass.sizes import FULL, Span, layer_spans
 
@@ -95,7 +96,7 @@ class StateLayer(LinearAttentionLayer):
         StateLayer.__init__(self, self.number_of_states)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.map_states(lambda state: state.repeat_interleave(repeats, 0))
+        self.map_states(lambda state: repeat_rows(state, repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.map_states(lambda state: state[indices.to(state.device)])
