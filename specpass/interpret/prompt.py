@@ -61,6 +61,7 @@ class ReadPrompt(Listener):
         self.pruned: list[int] = []
         self.readers: list[int] = []
         self.raw: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor], int]] = {}  # key, value, query heads
+        self.places: dict[int, torch.device] = {}
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         self._close()
@@ -75,6 +76,7 @@ class ReadPrompt(Listener):
             return out
         key, value = self.open.pop(layer)
         call = call.unfolded(self._rows(key))
+        self.places[layer] = key.device
         self.raw[layer] = (weakref.ref(key), weakref.ref(value), call.query.shape[1])
         reason = self._masked(layer, call) or (self._changed(layer, call) if made else repeats(call, key))
         if reason:
@@ -126,6 +128,8 @@ class ReadPrompt(Listener):
         if layer in self.exact:
             return
         *refs, heads = self.raw[layer]
+        if call.query.device != self.places[layer]:
+            raise Refusal(f"a layer on another device reads layer {layer}'s keys and values")
         key, value = (ref() for ref in refs)
         if made or key is None or value is None:
             raise Refusal(f"another layer's attention reads what is made of layer {layer}'s keys and values")
@@ -203,4 +207,4 @@ def repeats(call: Attention, key: Tensor) -> str:
     if read.dim() != 4 or read.shape[2:] != key.shape[2:] or read.shape[1] not in (heads, kv_heads):
         return f"attention reads keys of shape {tuple(read.shape)}, the cache holds {tuple(key.shape)}"
     last = key[:, :, -1].repeat_interleave(read.shape[1] // kv_heads, 1)
-    return "" if torch.equal(read[:, :, -1], last.to(read.device)) else "its query groups do not lie side by side"
+    return "" if torch.equal(read[:, :, -1], last) else "its query groups do not lie side by side"

@@ -66,10 +66,8 @@ class Steps(Listener):
         if not self.causal and not heads:
             check_causal(call.mask, self.count)
         call = call.of_heads(heads) if heads else call.unfolded(self.count)
-        asks, device, packing = call.query.device, own.lengths.device, self.packing
-        if packing.order is not None:
-            packing = packing.on(device)
-        query, rows = call.query.to(device), call.query.shape[2]  # a layer that shares may compute the last rows alone
+        packing = self.packing if self.packing.order is None else self.packing.on(call.query.device)
+        query, rows = call.query, call.query.shape[2]  # a layer that shares may compute the last rows alone
         self.heads[layer] = query.shape[1]
         order = packing.order
         if order is not None:
@@ -92,7 +90,7 @@ class Steps(Listener):
         if order is not None:
             back = SPEC.unpack_index(order)[:, None, -rows:, None]
             out = out.gather(2, back.expand(-1, out.shape[1], -1, out.shape[3]))
-        return out.reshape(*given[:3], out.shape[3]).to(asks)  # a layer that shares may compute elsewhere
+        return out.reshape(*given[:3], out.shape[3])
 
     def finish(self) -> None:
         """Raises: CacheStateError: a pruned layer was not read by the attention that pruned it."""

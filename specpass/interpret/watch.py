@@ -102,13 +102,7 @@ class Watch(TorchFunctionMode):
         self.listener, self.records = listener, records
         self.followed: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
         self.recipe: Recipe | None = None
-        self.copied: dict[int, tuple[weakref.ref[Tensor], Callable[[], Tensor | None]]] = {}  # and of what
-
-    def _note_copy(self, copy: Tensor, of: Tensor) -> None:
-        """Keys and values that layers elsewhere read are held: who looks whether they are the same needs both."""
-        source = self.source(of)
-        assert source is not None, "of something"
-        self.copied[id(copy)] = (weakref.ref(copy), (lambda: source) if self._known(source) else weakref.ref(source))
+        self.copied: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}  # and of what
 
     def source(self, tensor: Tensor | None) -> Tensor | None:
         """What a tensor is a copy of, on another device (accelerate copies a mask for each layer), else itself."""
@@ -142,7 +136,7 @@ class Watch(TorchFunctionMode):
             return out
         out = func(*args, **kwargs)
         if func is Tensor.to and out.device != args[0].device and out.dtype == args[0].dtype:
-            self._note_copy(out, args[0])
+            self.copied[id(out)] = (weakref.ref(out), weakref.ref(args[0]))
         if self.followed:
             self._follow_on(func, args, kwargs, out)
         return out
@@ -156,7 +150,7 @@ class Watch(TorchFunctionMode):
         if self.recipe is not None:
             self.recipe.note(func, args, kwargs, out)
         layer = max(given)[0]
-        viewed = self._known(args[0]) if args and (func in VIEWS or self.source(out) is not out) else None
+        viewed = self._known(args[0]) if func in VIEWS and args else None
         for result in results:
             self._note(result, *(viewed or (layer, "made")))
 

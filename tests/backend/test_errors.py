@@ -181,7 +181,7 @@ def test_models_on_several_devices_where_graphs_are_needed(which: str, nested: b
         layer._hf_hook = SimpleNamespace(hooks=(hook,)) if nested else hook
     texts = which, "cuda:0 and cuda:1", "device_map={'': 'cuda:0'}"
     with refused(pair["target"], errors.SeveralDevicesError, *texts):
-        specpass.export(pair["target"], tmp_path / "out", draft=pair["draft"], method=METHOD)
+        specpass.export_onnx(pair["target"], pair["draft"], METHOD, tmp_path / "out")
     if which == "draft":
         with refused(pair["target"], errors.SeveralDevicesError, "SpecPC", *texts):
             compile_eager(pair["target"], specpass.SpecPC(budget=C, window=W), pair["draft"])

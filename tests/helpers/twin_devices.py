@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import accelerate
 import torch
@@ -97,7 +98,9 @@ class _FromLists(TorchFunctionMode):
 def twin_devices() -> Iterator[list[Copy]]:
     """Inside, there are such devices; what is copied between them so far."""
     copies: list[Copy] = []
-    with _FromLists(), _Operators(copies):
+    known = torch.is_autocast_enabled
+    enabled = mock.patch("torch.is_autocast_enabled", lambda kind="cpu": kind != "lazy" and known(kind))
+    with enabled, _FromLists(), _Operators(copies):
         yield copies
 
 
