@@ -25,6 +25,7 @@ from specpass.cache.prefix import Pair
 from specpass.cache.prompt import check_ids, check_prompt
 from specpass.cache.replay import REPLAYS, Replay
 from specpass.cache.states import recurrent_layer, tell_widest, why_unheld
+from specpass.capture.devices import device_of
 from specpass.capture.rope import following
 from specpass.dialect.define import SPEC
 from specpass.interpret.question import Front, Question, Rows
@@ -124,7 +125,12 @@ class Behind:
             return cache.given_ids.to(rows.ids.device, copy=True)
         if write is None:
             return SPEC.prompt_lookup(rows.ids, rows.lengths, cache.lookahead)
-        return first_ranks(write(), self.backend.ranks)
+        return first_ranks(write().to(rows.ids.device), self.backend.ranks)
+
+    def for_draft(self, rows: Rows) -> Rows:
+        """Where the draft computes."""
+        assert self.backend.draft is not None, "it is to write"
+        return rows.on(device_of(self.backend.draft))
 
     def copies(self, cache: BudgetCache, rows: Rows, pairs: Sequence[Pair], unread: int) -> list[Tensor]:
         """The draft's caches for `extend`: keys and values that it has read, and room for tokens to come."""

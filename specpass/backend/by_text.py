@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import check_prompt
+from specpass.capture.devices import device_of
 from specpass.errors import (
     DraftContextError,
     FuturesError,
@@ -103,7 +104,7 @@ class DraftByText:
         rows = zip(packing.ids(ids).tolist(), packing.lengths.tolist(), strict=True)
         readings = [self.pair.read(row[:length]) for row, length in rows]
         with torch.no_grad():
-            written = self._written(cache, readings, ids.device)
+            written = self._written(cache, readings, device_of(self.draft))
         cut = cache.method.appends  # the last token may be half a word
         ahead = [self._ahead(reading, row, cut) for reading, row in zip(readings, written.ids.tolist(), strict=True)]
         rows_ahead = [self._filled(row, cache.lookahead) for row in ahead]

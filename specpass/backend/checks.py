@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from specpass.cache.evict import Bound
+from specpass.capture.devices import device_of, name_of, spread_over
 from specpass.errors import (
     BudgetError,
     DeviceMismatchError,
@@ -149,48 +150,73 @@ def check_pair(config: Any, device: torch.device, draft: nn.Module | None, *, by
     """A draft and a target, known by its config and its device, agree on device and, unless `by_text`, tokenizer.
 
     Their dtypes need not agree: the draft hands over token ids, and scores in float32.
+
+    Raises: DeviceMismatchError, SeveralDevicesError, TokenizerMismatchError.
     """
     if draft is None:
         return
-    check_one_device("draft", devices_of(draft))
+    check_one_device("draft", draft)
+    check_same_device(device, draft)
+    if not by_text:
+        check_tokenizers(config, draft.config)
+
+
+def check_same_device(device: torch.device, draft: nn.Module) -> None:
+    """Graphs take a draft on the target's device.
+
+    Raises: DeviceMismatchError.
+    """
     theirs = device_of(draft)
     if device != theirs:
         raise DeviceMismatchError(
             f"the target is on {device} and the draft on {theirs}: move the draft with draft.to('{device}')."
         )
-    if not by_text:
-        check_tokenizers(config, draft.config)
 
 
-def check_one_device(name: str, devices: Iterable[torch.device]) -> None:
-    """Weights that wait on the CPU or on disk are offloaded to one device's memory, and no second device.
+def check_one_device(name: str, model: nn.Module) -> None:
+    """A graph computes on one device.
 
     Raises: SeveralDevicesError.
     """
-    found = sorted({f"{device.type}:{device.index or 0}" for device in devices if device.type not in ("cpu", "meta")})
+    spread = spread_over(model)
+    if spread:
+        raise several(name, spread, name_of(device_of(model)))
+
+
+def check_weights(devices: Iterable[torch.device]) -> None:
+    """Of a target's graph: numbers beside the weights may lie on the CPU.
+
+    Raises: SeveralDevicesError.
+    """
+    found = sorted({name_of(device) for device in devices if device.type not in ("cpu", "meta")})
     if len(found) > 1:
+        raise several("target", " and ".join(found), found[0])
+
+
+def several(name: str, spread: str, first: str) -> SeveralDevicesError:
+    """Args: spread: the devices. first: one of them."""
+    other = "use specpass.compile(model, ...), which runs such a target's own forward, or " * (name == "target")
+    return SeveralDevicesError(
+        f"the {name} is spread over {spread}, and a graph computes on one device: {other}load it with "
+        f"device_map={{'': '{first}'}}, quantised or with a part of it offloaded to the CPU if it does not fit."
+    )
+
+
+def check_places(target: nn.Module, draft: nn.Module | None, method: Method) -> None:
+    """Where one of two models is spread over devices, both may lie anywhere: no graph joins them.
+
+    Raises: SeveralDevicesError: the draft's graphs are needed. DeviceMismatchError: neither is spread.
+    """
+    if draft is None:
+        return
+    spread = spread_over(draft)
+    if spread and method.prompt is not None:
         raise SeveralDevicesError(
-            f"the {name} is spread over {' and '.join(found)}, and specpass prunes on one device: load it with "
-            f"device_map={{'': '{found[0]}'}}, quantised or with a part of it offloaded to the CPU if it does not fit."
+            f"the draft is spread over {spread}, and {method.name} reads its attention in graphs, which compute on one "
+            f"device: load it with device_map={{'': '{name_of(device_of(draft))}'}}, or use SpecKV."
         )
-
-
-def devices_of(model: nn.Module) -> list[torch.device]:
-    """Where each of a model's weights lies, and where accelerate has each of its modules compute."""
-    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
-    told = [getattr(hook, "execution_device", None) for each in hooks for hook in (each, *getattr(each, "hooks", ()))]
-    return [torch.device(device) for device in told if device is not None] + [
-        weight.device for weight in model.parameters()
-    ]
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes; accelerate says it of one whose weights are offloaded."""
-    for module in model.modules():
-        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(model.parameters()).device
+    if not spread and not spread_over(target):
+        check_same_device(device_of(target), draft)
 
 
 def check_tokenizers(target: Any, draft: Any) -> None:

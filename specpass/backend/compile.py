@@ -19,6 +19,7 @@ from specpass.backend.pruned import Pruned
 from specpass.cache.budget import BudgetCache
 from specpass.cache.evict import Bound
 from specpass.cache.states import recurrent_layer
+from specpass.capture.devices import device_of, spread_over
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.capture.model import untraceable
@@ -160,8 +161,9 @@ class Backend:
         traced = Traced.read(graph, example_inputs)
         self.report.saw(traced.cache.config)
         self.check_cache(traced.cache)
-        checks.check_one_device("target", (weight.device for weight in traced.weights.tensors.values()))
-        if traced.embedding is not None and self.method.drafts and not self._graphs:
+        checks.check_weights(weight.device for weight in traced.weights.tensors.values())
+        unjoined = self.second_way and self.draft is not None and bool(spread_over(self.draft))
+        if traced.embedding is not None and self.method.drafts and not self._graphs and not unjoined:
             by_text = self.eos_of_text is not None
             checks.check_pair(traced.cache.config, traced.embedding.device, self.draft, by_text=by_text)
         record = GraphRecord(traced.kind, trace_seconds=trace_seconds)
@@ -289,7 +291,7 @@ class Backend:
         if self._uncaptured:
             raise Unspliced(self._uncaptured)
         assert self.draft is not None
-        device = checks.device_of(self.draft).type
+        device = device_of(self.draft).type
         how = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         goes_on = goes_on or self.speculate > 0
         known = self._graphs.get(how)

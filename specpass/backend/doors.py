@@ -23,6 +23,7 @@ from specpass.backend.generate import cache_factory, keep_cache, keep_mask, kwar
 from specpass.backend.turns import check_holds
 from specpass.cache.bits import check_bits
 from specpass.cache.conversation import check_place
+from specpass.capture.devices import parts_by_device
 from specpass.capture.rope import prepare_rope
 from specpass.capture.stored import OURS
 from specpass.errors import BudgetError, ParallelPlanError, SpreadError
@@ -76,7 +77,8 @@ def compile(
     Args:
         target: a Hugging Face decoder in eval mode. Of a PEFT model the decoder inside is compiled: its generate()
             prunes, and adapters may be switched, switched off or merged later.
-        draft: a smaller decoder, on the same device; with the same tokenizer, or see `tokenizers`.
+        draft: a smaller decoder, on the same device, or on any where the target is spread over several; with the same
+            tokenizer, or see `tokenizers`.
         method: e.g. specpass.SpecKV(budget=1024, window=32, lookahead=32).
         lowering: "inductor", or "eager" for the same passes without Inductor.
         lookahead_ids: [B, L] token ids in place of the draft's.
@@ -121,8 +123,10 @@ def compile(
         backend.bound = backend.report.bound = checks.check_generated(
             generated, evict, share_budget, backend.method, backend.bits, backend.speculate
         )
-        checks.check_one_device("target", checks.devices_of(target))
-        checks.check_pair(target.config, checks.device_of(target), draft, by_text=tokenizers is not None)
+        checks.check_places(inside, draft, backend.method)
+        backend.report.devices = parts_by_device(inside, draft)
+        if draft is not None and tokenizers is None:
+            checks.check_tokenizers(target.config, draft.config)
         by_text = None if tokenizers is None else DraftByText(backend, target, tokenizers)
         comparable = [item for item in options.items() if item[0] != "observe"]  # a function of each process's own
         told |= {"the target": about(target), "the draft": about(draft), "method": backend.method.key}

@@ -17,6 +17,7 @@ from specpass.cache.budget import BudgetCache
 from specpass.cache.identity import Identity
 from specpass.cache.prefix import Pair, Prefix
 from specpass.cache.prompt import check_gradients, check_ids, check_prompt, positions_of
+from specpass.capture.devices import device_of
 from specpass.dialect.define import SPEC
 from specpass.errors import PrefixCacheError, PrefixUnsupportedError, PromptError, UnsupportedCallError
 from specpass.interpret.beside import features
@@ -43,7 +44,7 @@ def read(model: nn.Module, document_ids: Any, *, device: str | torch.device | No
         model: from `specpass.compile`. Its target reads the document, and its draft, if the method has one.
         document_ids: token ids, a tensor or a list [P] or [1, P]; what a tokenizer puts in front of texts stands there.
         device: where the keys and values are to lie: "cpu" is host memory, from which a question takes one layer at a
-            time. None: where the model computes.
+            time. None: where the model computes, layer by layer.
 
     Raises:
         PromptError: no tokens. PrefixUnsupportedError: a model or a method that cannot go on from a prefix, and why.
@@ -60,9 +61,8 @@ def read(model: nn.Module, document_ids: Any, *, device: str | torch.device | No
     checks.check_draft(backend.draft, backend.method)
     check_supported(target, backend.method, by_text=backend.eos_of_text is not None)
     ids = document_of(document_ids)
-    computes = checks.device_of(target)
-    own = ids[None].to(computes)
-    place = computes if device is None else torch.device(device)
+    own = ids[None].to(device_of(target))
+    place = None if device is None else torch.device(device)
     with torch.no_grad():
         cache = BudgetCache(target.config, backend.method, prompt_length=len(ids))
         draft = _read_by_draft(backend, cache, own, place)
@@ -95,7 +95,7 @@ def check_supported(target: nn.Module, method: Method, by_text: bool) -> None:
         raise PrefixUnsupportedError(f"no prefix here: {reason}. Use another method or model, or {WHOLE}.")
 
 
-def _read_by_draft(backend: Backend, cache: BudgetCache, ids: Tensor, device: torch.device) -> list[Pair] | None:
+def _read_by_draft(backend: Backend, cache: BudgetCache, ids: Tensor, device: torch.device | None) -> list[Pair] | None:
     """The draft's keys and values of ids [1, P], where it is to look ahead.
 
     Raises: PrefixUnsupportedError: it has no graphs. DraftContextError.
@@ -105,6 +105,7 @@ def _read_by_draft(backend: Backend, cache: BudgetCache, ids: Tensor, device: to
     check_prompt(cache, (1, ids.shape[1]), None, cache.lookahead, context_length(backend.draft.config))
     check_ids(ids, backend.smaller_vocabulary(cache))
     graphs = _graphs(backend, cache)
+    ids = ids.to(device_of(backend.draft))
     lengths = SPEC.full_lengths(ids)
     with progress.task("the draft reads the document"):
         _, *rest = graphs.prefill(ids, lengths, 1, *graphs.params.values())
@@ -190,6 +191,7 @@ class Questions:
     def _written(self, cache: BudgetCache, prefix: Prefix, rows: Rows) -> Tensor:
         """What the draft writes, which goes on from a copy of its own keys and values."""
         assert prefix.draft is not None, "a draft has read it"
+        rows = self.behind.for_draft(rows)
         graphs, unread = _graphs(self.behind.backend, cache), max(LEAST, rows.own)
         caches = self.behind.copies(cache, rows, prefix.draft, unread)
         return self.behind.write(cache, graphs, rows, caches, unread)

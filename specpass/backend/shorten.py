@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from specpass.backend import checks
+from specpass.capture.devices import device_of
 from specpass.capture.draft import capture_draft
 from specpass.dialect.define import SPEC
 from specpass.errors import DraftContextError, UnsupportedCallError
@@ -58,6 +59,7 @@ class PromptCompressor:
         MissingDraftError: no draft is given.
         GradientsError: the draft is in training mode.
         FirstLayerError: the draft has no layer of that number.
+        SeveralDevicesError: the draft is spread over several devices.
     """
 
     def __init__(self, draft: nn.Module, method: Method, *, lowering: str = "inductor") -> None:
@@ -73,6 +75,7 @@ class PromptCompressor:
             )
         checks.check_lowering(lowering)
         checks.check_draft(draft, method)
+        checks.check_one_device("draft", draft)
         prepare(lowering)
         self.draft, self.method, self.lowering = draft, method, lowering
         try:
@@ -104,7 +107,7 @@ class PromptCompressor:
                 f"the prompt has {length} tokens and the draft writes {method.lookahead} more, but it reads at most "
                 f"{most}: shorten the prompt, or use a draft with a longer context."
             )
-        device = checks.device_of(self.draft)
+        device = device_of(self.draft)
         packed, lengths = torch.tensor([list(ids)], device=device), torch.tensor([length], device=device)
         with self._lock, torch.no_grad():
             scores = self._scores(packed, lengths)

@@ -21,6 +21,7 @@ from specpass.cache.conversation import CONVERSATIONS, HOST, Conversation, Held
 from specpass.cache.identity import Identity
 from specpass.cache.prefix import Prefix
 from specpass.cache.prompt import check_gradients, positions_of
+from specpass.capture.devices import device_of
 from specpass.errors import DroppedError, MaskError, UnsupportedCallError
 from specpass.interpret.beside import features
 from specpass.interpret.draft import write_by_graphs
@@ -178,6 +179,7 @@ class Turns:
         Raises: Refusal: it cannot go on from what it has read.
         """
         behind, count, shortest = self.behind, cache.lookahead, int(lengths.min())
+        rows = behind.for_draft(rows)
         graphs = graphs_that_go_on(behind.backend, cache)
         if shortest < LEAST and graphs.futures > 1:
             raise Refusal(f"futures={graphs.futures}, and a row of one token")
@@ -212,8 +214,12 @@ class Turns:
         if talk.hidden:
             cache.behind = talk.behind
             cache.shift = torch.full((len(talk.ids),), -talk.hidden, dtype=torch.int64, device=device)
-        if device.type == "cuda":  # what the host holds may be moved there
-            torch.cuda.current_stream(device).synchronize()
+        draft = self.behind.backend.draft
+        places = {device, *(layer.lengths.device for layer in cache.budgeted)}
+        places |= set() if draft is None else {device_of(draft)}
+        for place in places:  # what the host holds may be moved there
+            if place.type == "cuda":
+                torch.cuda.current_stream(place).synchronize()
         report = self.behind.backend.report
         report.held = HeldRecord(len(talk.ids), rows.size, talk.target.nbytes, talk.draft.nbytes)
         report.note("prompts and turns with dropped='host': the model's own forward reads them, not a graph")

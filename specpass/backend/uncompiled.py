@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.utils._pytree import tree_map
 
 from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import check_ids
 from specpass.cache.states import recurrent_layer, why_unheld
+from specpass.capture.devices import device_of
 from specpass.capture.model import untraceable
 from specpass.capture.rope import following
 from specpass.errors import (
@@ -162,6 +164,11 @@ class Uncompiled:
         return out
 
 
+def moved(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Arguments of a call whose tensors lie on `device`."""
+    return tree_map(lambda part: part.to(device) if isinstance(part, Tensor) else part, given)
+
+
 class Writer:
     """The draft's tokens: by its captured graphs, by its own forward where there are none."""
 
@@ -171,10 +178,17 @@ class Writer:
     def __call__(
         self, ids: Tensor, mask: Tensor | None, packing: Packing, lookahead: int, call: Mapping[str, Any]
     ) -> Written:
-        """Raises: Refusal: the draft's attention is needed, and it cannot be captured."""
-        written, ranks = self._written(ids, mask, packing, lookahead, call), self.backend.ranks
-        scores = None if written.scores is None else first_ranks(written.scores, ranks)
-        return Written(first_ranks(written.ids, ranks), scores)
+        """On the prompt's device, wherever the draft computes.
+
+        Raises: Refusal: the draft's attention is needed, and it cannot be captured.
+        """
+        draft, ranks = self.backend.draft, self.backend.ranks
+        assert draft is not None
+        at = device_of(draft)
+        theirs = None if mask is None else mask.to(at)
+        written = self._written(ids.to(at), theirs, packing.on(at), lookahead, call)
+        scores = None if written.scores is None else first_ranks(written.scores.to(ids.device), ranks)
+        return Written(first_ranks(written.ids.to(ids.device), ranks), scores)
 
     def _written(
         self, ids: Tensor, mask: Tensor | None, packing: Packing, lookahead: int, call: Mapping[str, Any]
@@ -182,7 +196,7 @@ class Writer:
         backend, cache = self.backend, self.cache
         check_ids(ids, backend.smaller_vocabulary(cache))
         assert backend.draft is not None
-        seen, theirs = features(call), beside(call, backend.draft, self.target)
+        seen, theirs = features(call), moved(beside(call, backend.draft, self.target), ids.device)
         if theirs:
             backend.report.note(f"the draft's own forward writes, token by token: it reads {', '.join(seen)} too")
             return self._by_forward(ids, mask, lookahead, theirs)

@@ -53,8 +53,15 @@ def _weights_digest(model: nn.Module) -> str:
         if isinstance(state[1], bool):
             digest.update(f"{name} {state}\n".encode())
     if samples:
-        digest.update(torch.cat(samples).cpu().numpy().tobytes())
+        digest.update(_on_host(samples).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _on_host(samples: list[Tensor]) -> Tensor:
+    """All of them in order, by one copy where they lie on one device."""
+    if len({sample.device for sample in samples}) > 1:
+        samples = [sample.cpu() for sample in samples]
+    return torch.cat(samples).cpu()
 
 
 def _some(weight: Tensor) -> Tensor:

@@ -293,7 +293,7 @@ class BudgetLayer(Storage, CacheLayerMixin):
         self.map_tensors(lambda t: t.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.map_tensors(lambda t: t[indices])
+        self.map_tensors(lambda t: t[indices.to(t.device)])
 
     def offload(self) -> None:
         self.map_tensors(lambda t: t.to("cpu", non_blocking=True))

@@ -97,7 +97,7 @@ class StateLayer(LinearAttentionLayer):
         self.map_states(lambda state: state.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.map_states(lambda state: state[indices])
+        self.map_states(lambda state: state[indices.to(state.device)])
 
 
 class StateBudgetLayer(StateLayer, BudgetLayer):

@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from transformers import Cache
 
+from specpass.capture.devices import spread_over
 from specpass.capture.rope import rope_as_it_was
 from specpass.graph.edit import quiet
 
@@ -31,8 +32,11 @@ def untraceable(model: nn.Module) -> str:
     """Why a model's weights cannot become inputs of a graph; "" where they can.
 
     Quantised tensors of a class of their own would be traced through to what no input stands for, and offloaded ones
-    are not there.
+    are not there. A graph computes on one device.
     """
+    spread = spread_over(model)
+    if spread:
+        return f"it is spread over {spread}"
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
         for tensor in (weight, weight.data):
             if type(tensor) not in (nn.Parameter, nn.Buffer, Tensor):

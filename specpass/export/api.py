@@ -18,6 +18,7 @@ from torch import nn
 
 from specpass._version import __version__
 from specpass.backend import checks
+from specpass.capture.devices import device_of
 from specpass.errors import (
     BudgetError,
     DtypeMismatchError,
@@ -81,13 +82,13 @@ def export_onnx(
     if method is not None:
         checks.check_method(method)
     checks.check_decoder(target, "target")
-    checks.check_one_device("target", checks.devices_of(target))
+    checks.check_one_device("target", target)
     check_method(method)
     if method is None or not method.drafts:
         draft = None
     else:
         checks.check_draft(draft, method)
-        checks.check_pair(target.config, checks.device_of(target), draft)
+        checks.check_pair(target.config, device_of(target), draft)
     check_dtype(target, "target")
     if draft is not None:
         check_dtype(draft, "draft")

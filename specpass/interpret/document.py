@@ -16,7 +16,7 @@ from specpass.observe.layers import reading_by_layers
 
 
 class ReadDocument(Listener):
-    """Keys and values of each layer, on `device` as soon as the layer has made them."""
+    """Keys and values of each layer, on `device` as soon as the layer has made them; None: where it made them."""
 
     def __init__(self, device: Any) -> None:
         self.device, self.watch = device, None
@@ -28,8 +28,8 @@ class ReadDocument(Listener):
 
 
 def placed(states: Tensor, device: Any) -> Tensor:
-    """A copy on `device`, in a storage of its own: what a model hands over may be a part of something larger."""
-    return states.detach().to(device, memory_format=torch.contiguous_format, copy=True)
+    """A copy on `device`, None: where they lie, in a storage of its own: they may be a part of something larger."""
+    return states.detach().to(device or states.device, memory_format=torch.contiguous_format, copy=True)
 
 
 def read_document(target: nn.Module, cache: BudgetCache, ids: Tensor, device: Any) -> dict[int, Pair]:

@@ -43,6 +43,17 @@ class Keeper:
     read: Tensor | None = None
     ahead: int = 0
     shared: Shared = dataclasses.field(default_factory=Shared)
+    copies: dict[torch.device, Keeper] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> Keeper:
+        """For layers on another device: rows, lengths and what is read of the prompt are copied once."""
+        packing = self.packing.on(device)
+        if packing is self.packing:
+            return self
+        if device not in self.copies:
+            rows, read = (part if part is None else part.to(device) for part in (self.rows, self.read))
+            self.copies[device] = dataclasses.replace(self, packing=packing, rows=rows, read=read)
+        return self.copies[device]
 
     @property
     def method(self) -> Method:

@@ -71,7 +71,8 @@ class ReadAhead(Listener):
         self.waiting.clear()
 
     def _compact(self, layer: int, waiting: Waiting, call: Attention) -> None:
-        keeper, lengths, own = self.keeper, self.keeper.packing.lengths, self.cache.layers[layer]
+        keeper, own = self.keeper.on(waiting.key.device), self.cache.layers[layer]
+        lengths = keeper.packing.lengths
         if waiting.window is None:
             keeper.compact(own, waiting.key, waiting.value, None)
             return
@@ -84,7 +85,7 @@ class ReadAhead(Listener):
 
     def _packed(self, states: Tensor) -> Tensor:
         """[B, H, S + L, D] in the model's columns, each row's tokens and then its lookahead first."""
-        packing, size = self.keeper.packing, states.shape[2] - self.length
+        packing, size = self.keeper.packing.on(states.device), states.shape[2] - self.length
         return behind(packing.states(states[:, :, :size]), states[:, :, size:], packing.lengths)
 
 

@@ -19,9 +19,12 @@ class Masks:
         self.real, self.blocks = real, blocks
         self.known: dict[tuple[int, Span], tuple[Tensor, str]] = {}
 
-    def meaning(self, call: Attention, span: Span) -> str:
-        """ "" where attention of a prompt's (last) rows is causal, reads `span`, hides padding; else what it is."""
-        mask, count, rows = call.mask, call.key.shape[2], call.query.shape[2]
+    def meaning(self, call: Attention, mask: Tensor | None, span: Span) -> str:
+        """ "" where attention of a prompt's (last) rows is causal, reads `span`, hides padding; else what it is.
+
+        Args: mask: the call's, or what that one is a copy of, on another device.
+        """
+        count, rows = call.key.shape[2], call.query.shape[2]
         if count == 1:  # one token sees itself
             return ""
         if mask is None:

@@ -61,6 +61,7 @@ class ReadPrompt(Listener):
         self.pruned: list[int] = []
         self.readers: list[int] = []
         self.raw: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor], int]] = {}  # key, value, query heads
+        self.places: dict[int, torch.device] = {}
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         self._close()
@@ -75,6 +76,7 @@ class ReadPrompt(Listener):
             return out
         key, value = self.open.pop(layer)
         call = call.unfolded(self._rows(key))
+        self.places[layer] = key.device
         self.raw[layer] = (weakref.ref(key), weakref.ref(value), call.query.shape[1])
         reason = self._masked(layer, call) or (self._changed(layer, call) if made else repeats(call, key))
         if reason:
@@ -93,12 +95,12 @@ class ReadPrompt(Listener):
 
     def _window(self, query: Tensor) -> Tensor:
         """[B, H, W, D] of the queries that score, of those of a call."""
-        rows = self.keeper.rows
-        assert rows is not None, "something is scored"
-        return self.keeper.packing.take(query, rows[:, : self.keeper.method.window])
+        keeper = self.keeper.on(query.device)
+        assert keeper.rows is not None, "something is scored"
+        return keeper.packing.take(query, keeper.rows[:, : keeper.method.window])
 
     def _masked(self, layer: int, call: Attention) -> str:
-        return self.masks.meaning(call, self.cache.layers[layer].span or FULL)
+        return self.masks.meaning(call, self.watch.source(call.mask), self.cache.layers[layer].span or FULL)
 
     def _changed(self, layer: int, call: Attention) -> str:
         """Why attention does not read what is made of cached columns, one by one; "" where it does."""
@@ -126,6 +128,8 @@ class ReadPrompt(Listener):
         if layer in self.exact:
             return
         *refs, heads = self.raw[layer]
+        if call.query.device != self.places[layer]:
+            raise Refusal(f"a layer on another device reads layer {layer}'s keys and values")
         key, value = (ref() for ref in refs)
         if made or key is None or value is None:
             raise Refusal(f"another layer's attention reads what is made of layer {layer}'s keys and values")
@@ -151,7 +155,8 @@ class ReadPrompt(Listener):
         keep_whole(self.cache.layers[layer], key, value)
 
     def _prune(self, layer: int, key: Tensor, value: Tensor, call: Attention, apart: bool) -> None:
-        keeper, packing = self.keeper, self.keeper.packing
+        keeper = self.keeper.on(key.device)
+        packing = keeper.packing
         self.pruned.append(layer)
         packed = packing.states(key), packing.states(value)
         own = self.cache.layers[layer]

@@ -63,6 +63,10 @@ class Rows:
         packing = Packing.of(ids, mask)
         return cls(packing.ids(ids)[:, : int(packing.lengths.max())], packing.lengths, own)
 
+    def on(self, device: torch.device) -> Rows:
+        """The same on another device."""
+        return dataclasses.replace(self, ids=self.ids.to(device), lengths=self.lengths.to(device))
+
     @property
     def size(self) -> int:
         """S, of the longest row."""
@@ -134,19 +138,20 @@ class ReadQuestion(ReadPrompt):
                     f"{held} keys are held of what was read before, and this call makes {made}: read all of it under "
                     "the same autocast."
                 )
-            key = torch.cat([self._document(document[0]), key], 2)
-            value = torch.cat([self._document(document[1]), value], 2)
+            key = torch.cat([self._document(document[0], key.device), key], 2)
+            value = torch.cat([self._document(document[1], value.device), value], 2)
         if hold is not None:
             packing, size = self.keeper.packing, self.rows.size
             hold(layer, packing.states(key)[:, :, :size], packing.states(value)[:, :, :size])
         return super().update(key, value, layer)
 
-    def _document(self, states: Tensor) -> Tensor:
-        """[1 or B, K, P, D] -> [B, K, T, D]: what stands in front of the call's columns."""
-        states, batch = states.to(self.rows.lengths.device, non_blocking=True), len(self.rows.lengths)
+    def _document(self, states: Tensor, device: torch.device) -> Tensor:
+        """[1 or B, K, P, D] -> [B, K, T, D] on a layer's device: what stands in front of the call's columns."""
+        states, batch = states.to(device, non_blocking=True), len(self.rows.lengths)
         if self.rows.even:
             return states[:, :, : self.before].expand(batch, -1, -1, -1)
-        column = (torch.arange(self.before, device=states.device) - self.rows.padding[:, None]).clamp(min=0)
+        padding = self.rows.size - self.keeper.packing.on(device).lengths
+        column = (torch.arange(self.before, device=device) - padding[:, None]).clamp(min=0)
         index = column[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
         return states.expand(batch, -1, -1, -1).gather(2, index)
 
@@ -162,18 +167,17 @@ class ReadQuestion(ReadPrompt):
     def _rows(self, key: Tensor) -> int:
         return self.count + self.length
 
-    @property
-    def _scored(self) -> Tensor:
+    def _scored(self, device: torch.device) -> Tensor:
         """[B, R] of the call's rows: the window and the lookahead."""
-        rows = self.keeper.rows
-        assert rows is not None, "something is scored"
-        return rows - self.rows.lengths[:, None] + self.count
+        keeper = self.keeper.on(device)
+        assert keeper.rows is not None, "something is scored"
+        return keeper.rows - keeper.packing.lengths[:, None] + self.count
 
     def _window(self, query: Tensor) -> Tensor:
-        return SPEC.take_rows(query, self._scored)
+        return SPEC.take_rows(query, self._scored(query.device))
 
     def _sums(self, call: Attention, query: Tensor) -> Tensor | None:
-        return None if self.branches.futures == 1 else self.branches.sums(call, query, self._scored)
+        return None if self.branches.futures == 1 else self.branches.sums(call, query, self._scored(query.device))
 
 
 @dataclasses.dataclass

@@ -18,6 +18,8 @@ from specpass.dialect.define import SPEC
 class Packing:
     """Rows [B, S] with padding in front. `real` and `order` are None where there is none.
 
+    A model may be spread over devices: each of its layers asks for what lies on its own.
+
     Args:
         lengths: [B] tokens of each row.
         real: [B, S] bool.
@@ -27,6 +29,16 @@ class Packing:
     lengths: Tensor
     real: Tensor | None = None
     order: Tensor | None = None
+    copies: dict[torch.device, Packing] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def on(self, device: torch.device) -> Packing:
+        """The same on another device, copied once."""
+        if device == self.lengths.device:
+            return self
+        if device not in self.copies:
+            own = (part if part is None else part.to(device) for part in (self.real, self.order))
+            self.copies[device] = Packing(self.lengths.to(device), *own)
+        return self.copies[device]
 
     @classmethod
     def of(cls, like: Tensor, mask: Tensor | None) -> Packing:
@@ -45,7 +57,9 @@ class Packing:
         """[B, K, S, D] packed."""
         if self.order is None:
             return states
-        index = self.order[:, None, :, None].to(states.device)
+        order = self.on(states.device).order
+        assert order is not None, "a copy of what is there"
+        index = order[:, None, :, None]
         return states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3]))
 
     def take(self, query: Tensor, rows: Tensor) -> Tensor:

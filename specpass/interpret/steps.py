@@ -66,11 +66,12 @@ class Steps(Listener):
         if not self.causal and not heads:
             check_causal(call.mask, self.count)
         call = call.of_heads(heads) if heads else call.unfolded(self.count)
+        packing = self.packing if self.packing.order is None else self.packing.on(call.query.device)
         query, rows = call.query, call.query.shape[2]  # a layer that shares may compute the last rows alone
         self.heads[layer] = query.shape[1]
-        order = self.packing.order
+        order = packing.order
         if order is not None:
-            query = self.packing.states(F.pad(query, (0, 0, self.count - rows, 0)))
+            query = packing.states(F.pad(query, (0, 0, self.count - rows, 0)))
         keys, values, lengths = own.stored(own.key_buffer), own.stored(own.value_buffer), own.lengths
         if made:
             keys, values = call.key, call.value
@@ -79,7 +80,7 @@ class Steps(Listener):
         prompt = {} if own.quantized is None else {"quantized": own.quantized, "bits": own.bits}
         out = SPEC.attend(query.to(keys.dtype), keys, values, lengths, call.scale, *bounds, **prompt).to(query.dtype)
         if not heads and own.queries is not None:  # the layer's own, not those of others that share it
-            padding = None if order is None else self.count - self.packing.lengths
+            padding = None if order is None else self.count - packing.lengths
             SPEC.note_queries(own.queries, query, call.scale, padding)
         if order is not None:
             back = SPEC.unpack_index(order)[:, None, -rows:, None]
@@ -96,7 +97,8 @@ class Steps(Listener):
             )
         if self.packing.order is not None:  # the next token overwrites padding
             for layer in self.heads:
-                self.cache.layers[layer].lengths.sub_((self.count - self.packing.lengths)[:, None])
+                lengths = self.cache.layers[layer].lengths
+                lengths.sub_((self.count - self.packing.on(lengths.device).lengths)[:, None])
 
 
 def check_causal(mask: Tensor | None, count: int) -> None:

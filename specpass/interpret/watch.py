@@ -102,6 +102,13 @@ class Watch(TorchFunctionMode):
         self.listener, self.records = listener, records
         self.followed: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
         self.recipe: Recipe | None = None
+        self.copied: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}  # and of what
+
+    def source(self, tensor: Tensor | None) -> Tensor | None:
+        """What a tensor is a copy of, on another device (accelerate copies a mask for each layer), else itself."""
+        found = self.copied.get(id(tensor))
+        before = None if found is None or found[0]() is not tensor else found[1]()
+        return tensor if before is None else before
 
     def follow(self, layer: int, key: Tensor, value: Tensor) -> None:
         self.recipe = Recipe(key, value) if self.records else None
@@ -128,6 +135,8 @@ class Watch(TorchFunctionMode):
             self.recipe = None
             return out
         out = func(*args, **kwargs)
+        if func is Tensor.to and out.device != args[0].device and out.dtype == args[0].dtype:
+            self.copied[id(out)] = (weakref.ref(out), weakref.ref(args[0]))
         if self.followed:
             self._follow_on(func, args, kwargs, out)
         return out

@@ -23,6 +23,7 @@ def data(record: BackendRecord, new_tokens: int = NEW_TOKENS, lengths: Sequence[
         "graphs": [dataclasses.asdict(graph) for graph in record.graphs],
         "interpreted": record.interpreted,
         "prompts": [dataclasses.asdict(prompt) for prompt in record.prompts],
+        "devices": {device: list(parts) for device, parts in record.devices.items()},
         "notes": list(record.notes),
         "kept": None if record.kept is None else dataclasses.asdict(record.kept),
         "cache_bits": None if not record.bits else {"bits": record.bits, "group": GROUP, "rank": rank_of(record.bits)},

@@ -111,6 +111,7 @@ class BackendRecord:
         foreign: graphs without a BudgetCache.
         interpreted: why the model's own forward runs uncompiled and is pruned around it; "" where graphs serve.
         prompts: what became of prompts then, each outcome once.
+        devices: what computes on which, of models that are spread over several; a layer's cache lies with it.
         notes: what else there is to say of calls.
         replayed: tokens that came free: the answer followed the lookahead (verified lookahead).
         kept: the budget that was chosen last, and the attention that it keeps.
@@ -128,6 +129,7 @@ class BackendRecord:
     foreign: int = 0
     interpreted: str = ""
     prompts: list[PromptRecord] = dataclasses.field(default_factory=list)
+    devices: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     replayed: int = 0
     proposed: int = 0

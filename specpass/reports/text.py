@@ -116,6 +116,7 @@ def interpreted_lines(record: BackendRecord) -> list[str]:
         lines.append(
             f"interpreted: {record.interpreted}; the model's own forward runs, and its layers are pruned around it"
         )
+    lines += [f"  {device}: {', '.join(parts)}" for device, parts in record.devices.items()]
     if record.prompts and record.pruned_by.sparse_prefill:
         lines.append("sparse_prefill: not in these prompts, whose attention is the model's own and exact")
     for prompt in record.prompts:

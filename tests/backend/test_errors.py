@@ -173,19 +173,23 @@ def test_pairs_that_cannot_work(what: str, door: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("which", ["target", "draft"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_models_on_several_devices(which: str, nested: bool) -> None:
+def test_models_on_several_devices_where_graphs_are_needed(which: str, nested: bool, tmp_path: Path) -> None:
     """As device_map="auto" leaves them: accelerate's hooks say where each module computes."""
     pair = {"target": tiny(), "draft": tiny(seed=1)}
     for device, layer in enumerate(pair[which].model.layers):
         hook = SimpleNamespace(execution_device=f"cuda:{device}")
         layer._hf_hook = SimpleNamespace(hooks=(hook,)) if nested else hook
-    with refused(pair["target"], errors.SeveralDevicesError, which, "cuda:0 and cuda:1", "device_map={'': 'cuda:0'}"):
-        compile_eager(pair["target"], METHOD, pair["draft"])
+    texts = which, "cuda:0 and cuda:1", "device_map={'': 'cuda:0'}"
+    with refused(pair["target"], errors.SeveralDevicesError, *texts):
+        specpass.export_onnx(pair["target"], pair["draft"], METHOD, tmp_path / "out")
+    if which == "draft":
+        with refused(pair["target"], errors.SeveralDevicesError, "SpecPC", *texts):
+            compile_eager(pair["target"], specpass.SpecPC(budget=C, window=W), pair["draft"])
 
 
 def test_devices_of_offloaded_weights_are_one() -> None:
     waiting = map(torch.device, ("cpu", "meta", "cuda", "cuda:0"))
-    checks.check_one_device("target", waiting)
+    checks.check_weights(waiting)
 
 
 def test_one_tokenizer_with_padded_vocabularies_is_no_error(tmp_path: Path) -> None:

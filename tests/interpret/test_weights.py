@@ -15,7 +15,7 @@ from tiny import prompt, tiny
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig
 
 import specpass
-from specpass.backend.checks import device_of
+from specpass.capture.devices import device_of
 from specpass.capture.model import untraceable
 
 W, C = 8, 24
