@@ -167,25 +167,25 @@ def test_prompts_are_held_as_often_as_their_numbers_ask(model: Any) -> None:
 
 
 DRAFTED = specpass.SpecKV(budget=C, window=W, lookahead=5)
-OTHERS: dict[str, tuple[str, Any, dict[str, Any], str]] = {  # family, method, options, why prompts are copied
-    "windows": ("gemma2", METHOD, {}, ""),
-    "speculation": ("llama", DRAFTED, {"speculate": 3}, ""),
-    "heads of all layers": ("llama", specpass.SnapKV(budget=C, window=W, spread="global"), {}, ""),
-    "bits": ("llama", METHOD, {"cache_bits": 8}, "the prompt is quantised"),
+OTHERS: dict[str, tuple[str, int, Any, dict[str, Any], str]] = {  # family, layers, method, options, why they are copied
+    "windows": ("gemma2", 2, METHOD, {}, ""),
+    "speculation": ("llama", 1, DRAFTED, {"speculate": 3}, ""),
+    "heads of all layers": ("llama", 2, specpass.SnapKV(budget=C, window=W, spread="global"), {}, ""),
+    "bits": ("llama", 1, METHOD, {"cache_bits": 8}, "the prompt is quantised"),
 }
 
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_beside_other_features(other: str) -> None:
-    family, method, options, why = OTHERS[other]
-    target = tiny(family, layers=LAYERS)
-    subject = compile_eager(target, method, tiny(family, layers=LAYERS) if method.drafts else None, **options)
+    family, layers, method, options, why = OTHERS[other]
+    target = tiny(family, layers=layers)
+    subject = compile_eager(target, method, tiny(family, layers=layers) if method.drafts else None, **options)
     ids, mask = ROWS
     how = {"num_return_sequences": 2, "temperature": 0.3, "max_new_tokens": 12}
     check(*both(subject, input_ids=ids, attention_mask=mask, **how))
     told = specpass.report(subject).data()["answers"]
-    assert told["copied"] == ({why: LAYERS} if why else {})
-    assert told["shared"] == (0 if why else LAYERS)
+    assert told["copied"] == ({why: layers} if why else {})
+    assert told["shared"] == (0 if why else layers)
     if "speculate" in options:
         assert specpass.report(subject).proposed > 0
 
