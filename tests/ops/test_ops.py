@@ -122,6 +122,18 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             for q in (1, 2)
             for last in ((0.0, None, 0, 0), (2.0, sinks, 3, 0))
         ],
+        "attend_cascade": [
+            (
+                query[:, :, :2].repeat(3, 1, 1, 1),
+                *(states.repeat(3, 1, 1, 1) for states in heads),
+                own,
+                prompt,
+                0.3,
+                *last,
+            )
+            for own in (used.repeat(3, 1),)
+            for prompt, last in [*(([*heads, used], last) for last in options), ([*ragged[:2], counts, begins], ())]
+        ],
         "prefill_attention": [(query, key, value, 0.3), (query[:, :K], key, value, 0.3)]
         + [(query, key, states, 0.3, softcap, sinks) for softcap in (0.0, 2.0) for states in (key, value)]
         + [(query, key, value, 0.3, *last) for last in ((0.0, None, 3, 0), (2.0, sinks, 0, 4))]

@@ -73,6 +73,7 @@ def test_tune_writes_winners_and_the_next_run_finds_them(target: str, tmp_path: 
         "prefill_attention",
         "prefill_attention_lse",
         "append_kv",
+        "attend_cascade",
     }
     assert len(compiled) == 2 * (2 + 2 * 3)  # importance does not depend on the budget
     again = tune(target, "--emit", str(tmp_path / "modules"))
