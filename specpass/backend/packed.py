@@ -65,6 +65,5 @@ def unpacked(data: bytes) -> Pruned:
     pruned = _loads(own)
     for name, child in _loads(drafts).items():
         pruned.graph.add_submodule(name, child)
-    return dataclasses.replace(
-        pruned, graph=copy_module(pruned.graph)
-    )  # whose code is written once, when it is lowered
+    # A copy, whose code is written once, when it is lowered.
+    return dataclasses.replace(pruned, graph=copy_module(pruned.graph))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from specpass.cache.joined import by_head, joined
+from specpass.cache.rows import repeat_rows
 from specpass.cache.worth import Readers
 
 SHARED = ("key_buffer", "value_buffer", "kept_positions")  # of layers that share one storage
@@ -139,7 +140,7 @@ class Storage:
 
     def by_row(self, states: Tensor) -> Tensor:
         """[R, ...] of what a layer has of each prompt [B, ...]."""
-        return states if self.prompt is None else states.repeat_interleave(self.answers, 0)
+        return states if self.prompt is None else repeat_rows(states, self.answers)
 
     def stored(self, buffer: Tensor | None) -> Tensor | None:
         """[B, K, slots, D] of one of the two buffers, which hold no prompt where that is quantised."""

@@ -136,7 +136,7 @@ class CacheProtocol(Cache):
         """Let `repeats` sequences go on from each row, side by side, which share the slots of its prompt."""
         super().batch_repeat_interleave(repeats)
         drafting = DRAFTS.get(self)
-        self.map_rows(lambda t: t.repeat_interleave(repeats, 0))
+        self.map_rows(lambda t: repeat_rows(t, repeats))
         if drafting is not None:
             DRAFTS[self] = drafting.repeated(repeats)
         tell_widest(self.budgeted)

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specpass.kernels.attention import soft_capped
+
 ASKING = ("attention", "rkv")  # policies that need the newest queries
 POLICIES = ("recent", "attention", "rkv", "redundant", "random")
 MIX = 0.1  # lambda of R-KV
@@ -62,9 +64,7 @@ def worth(
         return -redundancy(keys, inside)
     assert queries is not None, "the policy asks for them"
     asked = queries.unflatten(1, (keys.shape[1], -1)).float()
-    logits = torch.matmul(asked, keys.float()[:, :, None].transpose(-1, -2))
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = soft_capped(torch.matmul(asked, keys.float()[:, :, None].transpose(-1, -2)), softcap)
     logits = logits.masked_fill(~goes[:, :, None, None], float("-inf"))
     if policy == "attention":
         return attention(logits)

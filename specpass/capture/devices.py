@@ -40,7 +40,7 @@ def spread_over(model: nn.Module) -> str:
 
 def name_of(device: torch.device) -> str:
     """cuda and cuda:0 are one."""
-    return "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+    return str(_plain(device))
 
 
 def _gather(module: nn.Module, above: list[torch.device] | None, found: dict[torch.device, None]) -> None:

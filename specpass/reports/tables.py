@@ -8,20 +8,7 @@ from rich.text import Text
 
 from specpass.reports.cost import BREAK_EVENS, Costs, Forms
 from specpass.reports.record import BackendRecord
-from specpass.reports.text import (
-    BREAKS,
-    LENGTHS,
-    NEW_TOKENS,
-    amount,
-    bits_lines,
-    bound_lines,
-    break_even,
-    budget_lines,
-    held_lines,
-    interpreted_lines,
-    kept_lines,
-    whole_lines,
-)
+from specpass.reports.text import BREAKS, LENGTHS, NEW_TOKENS, amount, break_even, budget_lines, said_lines
 
 NAMES = {
     "kv_bytes": "KV cache",
@@ -46,9 +33,7 @@ def tables(record: BackendRecord) -> Group:
     if record.draft_seconds:
         parts.append(f"draft captured in {record.draft_seconds:.1f} s")
     parts += [Text(f"  {line}") for line in budget_lines(record)]
-    said = (kept_lines, bits_lines, bound_lines, held_lines, whole_lines)
-    parts += [Text(line) for lines in said for line in lines(record)]
-    parts += [Text(line) for line in interpreted_lines(record)]
+    parts += [Text(line) for line in said_lines(record)]
     parts += [Text(f"refused: {reason} (the model runs exactly)", style="red") for reason in record.refusals]
     costs = record.costs()
     if costs is None:

@@ -33,13 +33,7 @@ def text(record: BackendRecord) -> str:
         lines.append(f"verified lookahead: {record.replayed:,} tokens of answers came free")
     if record.proposed:
         lines.append(f"speculation: {record.accepted:,} of {record.proposed:,} proposed tokens were taken")
-    lines += kept_lines(record)
-    lines += bits_lines(record)
-    lines += bound_lines(record)
-    lines += held_lines(record)
-    lines += whole_lines(record)
-    lines += answers_lines(record)
-    lines += interpreted_lines(record)
+    lines += said_lines(record)
     lines += [f"refused: {reason} (the model runs exactly)" for reason in record.refusals]
     if record.foreign:
         lines.append(f"{record.foreign} graph(s) without a BudgetCache run exactly")
@@ -51,6 +45,12 @@ def text(record: BackendRecord) -> str:
         if record.pruned_by.sparse_prefill:
             lines.append("FLOPs are those of exact attention: sparse_prefill takes fewer on long prompts")
     return "\n".join(lines)
+
+
+def said_lines(record: BackendRecord) -> list[str]:
+    """What became of calls, beside their graphs: of budgets, of what is held, of what ran uncompiled."""
+    said = (kept_lines, bits_lines, bound_lines, held_lines, whole_lines, answers_lines, interpreted_lines)
+    return [line for lines in said for line in lines(record)]
 
 
 def kept_lines(record: BackendRecord) -> list[str]:
