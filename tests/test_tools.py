@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_an_adapted_model_and_a_merged_one_answer_alike(models: Any, monkeypatch
     assert not specpass.report(names["model"]).refusals
 
 
-CONFIG = """[mypy]
+MYPY = """[mypy]
 strict = True
 mypy_path = {root}
 [mypy-specpass.*]
@@ -78,16 +79,34 @@ specpass.SnapKW
 """
 
 
-def test_a_typed_project_sees_types_and_mistakes(tmp_path: Path) -> None:
-    """Reads specpass as installed: its own findings are silent, those of the project are not."""
+@pytest.fixture
+def project(tmp_path: Path) -> SimpleNamespace:
+    """A project that reads specpass as installed: what is right, and below it three mistakes, from line `wrong` on."""
     assert (ROOT / "specpass" / "py.typed").exists()
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "specpass").symlink_to(ROOT / "specpass")
-    (tmp_path / "mypy.ini").write_text(CONFIG.format(root=tmp_path / "site"))
     (source,) = titled(PAGE, "Type checkers").values()
     (tmp_path / "consumer.py").write_text(source + WRONG)
-    command = [sys.executable, "-m", "mypy", "--no-color-output", "--no-error-summary", "consumer.py"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
-    lines, first = found.splitlines(), source.count("\n") + 2
+    return SimpleNamespace(folder=tmp_path, site=tmp_path / "site", wrong=source.count("\n") + 2)
+
+
+def said(project: SimpleNamespace, *command: str) -> str:
+    line = [sys.executable, "-m", *command, "consumer.py"]
+    return subprocess.run(line, cwd=project.folder, capture_output=True, text=True, check=False).stdout
+
+
+def test_mypy_finds_mistakes_and_nothing_else(project: SimpleNamespace) -> None:
+    (project.folder / "mypy.ini").write_text(MYPY.format(root=project.site))
+    found = said(project, "mypy", "--no-color-output", "--no-error-summary")
+    lines, first = found.splitlines(), project.wrong
     assert [line.split(":")[1] for line in lines] == [str(first), str(first + 1), str(first + 2)], found
     assert [line.rsplit("[", 1)[1] for line in lines] == ["arg-type]", "call-arg]", "attr-defined]"]
+
+
+def test_pyright_finds_mistakes_and_nothing_else(project: SimpleNamespace) -> None:
+    settings = {"extraPaths": ["site"], "typeCheckingMode": "strict"}
+    (project.folder / "pyrightconfig.json").write_text(json.dumps(settings))
+    found = said(project, "pyright", "--outputjson", "--pythonpath", sys.executable)
+    errors = {error["range"]["start"]["line"] + 1: error["rule"] for error in json.loads(found)["generalDiagnostics"]}
+    kinds = ["reportArgumentType", "reportCallIssue", "reportAttributeAccessIssue"]
+    assert errors == dict(enumerate(kinds, project.wrong)), found
