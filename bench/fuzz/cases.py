@@ -11,6 +11,7 @@ FAMILIES = (
     *("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "gpt2", "phi", "mixtral", "gpt_oss", "stablelm"),
     "lfm2",  # its convolutions have a state
 )
+UNTURNED = ("gpt2", "lfm2")  # no graph says how positions turn their queries
 RECURRENT = ("lfm2",)  # states cannot be cropped
 # name -> (class, arguments besides the budget)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -117,7 +118,9 @@ def draw(
 
 def _bounded(case: Case, dice: random.Random, policies: tuple[str, ...]) -> Case:
     """The case with a long answer whose tokens are evicted, in one sequence for each row."""
-    if case.method == "speckv-ngram":  # its lookahead is as long as its answer
+    if case.family in UNTURNED:
+        policies = tuple(policy for policy in policies if policy != "triattention")
+    if case.method == "speckv-ngram" or not policies:  # its lookahead is as long as its answer
         return case
     plain: dict[str, Any] = {"mode": "greedy", "returned": 1} if case.mode not in ("greedy", "sample") else {}
     crops = tuple((min(crop, 1), fresh) for crop, fresh in case.turns)

@@ -105,7 +105,7 @@ class Play:
                 view.limit = min(view.limit, ids.shape[1] - self.prompts.ids.shape[1] - 1 - crop)
                 if crop:
                     written = mask[:, self.prompts.ids.shape[1] : -1].sum(1)
-                    self.asked = (written - self._window()).clamp(min=self.asked)
+                    self.asked = (written - self._noted()).clamp(min=self.asked)
                     self.cache.crop(crop)
                     for event in self.events:
                         event.time = min(event.time, self.cache.appended)
@@ -221,6 +221,10 @@ class Play:
         """The newest tokens, which no eviction takes."""
         return min(32, (self.case.generated or 0) // 4)
 
+    def _noted(self) -> int:
+        """The newest tokens whose queries say what goes."""
+        return evictions.noted(self.case.evict, self.case.generated or 0)
+
     def _check_evictions(self, view: oracle.View) -> None:
         """What went scores least; the oracle has read all of the answer by now."""
         before: dict[int, Event] = {}
@@ -232,13 +236,14 @@ class Play:
 
     def _check_eviction(self, view: oracle.View, event: Event, last: Event | None) -> None:
         case, window, (queries, keys) = self.case, self._window(), view.states[event.layer]
+        noted, omega = self._noted(), self.subject.omega(event.layer)
         starts, answers = view.columns(*keys.shape[::2])
         followed = torch.zeros(len(keys), dtype=torch.int64) if view.followed is None else view.followed
         for row, answer in enumerate(answers):
             written = [column for column in answer if column < view.prompt + event.time]
             begin = max(int(followed[row]), int(torch.as_tensor(self.asked).expand(len(keys))[row]))
-            told = written[max(begin, len(written) - window) :]  # the others' queries were never computed
-            apart = followed.min() < followed.max() and len(written) - window < int(followed.max())
+            told = written[max(begin, len(written) - noted) :]  # the others' queries were never computed
+            apart = followed.min() < followed.max() and len(written) - noted < int(followed.max())
             for head in range(keys.shape[1]):
                 slots, left = [], event.held(row, head, starts[row], answer)
                 if case.shared:
@@ -252,8 +257,8 @@ class Play:
                     behind -= set(old) - set(last.held(row, head, starts[row], answer)[1])
                 slots += sorted(behind)
                 asked = queries.unflatten(1, (keys.shape[1], -1))[row, head][:, told]
-                asked = F.pad(asked, (0, 0, window - len(told), 0))
-                worth = None if apart else evictions.scores(case.evict, keys[row, head, slots], asked, window)
+                asked = F.pad(asked, (0, 0, noted - len(told), 0))
+                worth = None if apart else evictions.scores(case.evict, keys[row, head, slots], asked, window, omega)
                 stay = [*(left[0] if case.shared else []), *left[1]]
                 found = evictions.why_not_least(case.evict, slots, stay, event.most, window, worth)
                 if found:

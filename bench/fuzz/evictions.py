@@ -1,7 +1,8 @@
 """Bounded answers (generated=): what each row sees behind evictions, and whether what went may have gone.
 
-Formulas are written from R-KV (arXiv 2505.24133, section 3.2, and its published code); nothing of specpass is imported.
-Symbols: B rows, K KV heads, T columns, W newest tokens.
+Formulas are written from R-KV (arXiv 2505.24133, section 3.2, and its published code) and TriAttention (arXiv
+2604.04921, and its published code); nothing of specpass is imported.
+Symbols: B rows, K KV heads, T columns, W newest tokens, F pairs of dimensions that a rotary embedding turns.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 MIX, POOL = 0.1, 7  # lambda, and neighbours whose largest importance counts
 TIE = 1e-5
+TIES = {"triattention": 1e-3}  # angles of 65,536 radians, in float32
 
 
 @dataclasses.dataclass
@@ -64,14 +66,24 @@ def shown(events: list[Event], prompt: int, starts: list[int], answers: list[lis
     return out
 
 
-def scores(policy: str, keys: Tensor, queries: Tensor, window: int) -> Tensor | None:
-    """[n] of slots' keys [n + W, D], the newest W of which stay anyway; queries [G, W, D] with the scale in them.
+def noted(policy: str, slots: int) -> int:
+    """Newest queries that a policy scores with, of so many slots."""
+    window = min(32, slots // 4)
+    return min(4 * window, slots) if policy == "triattention" else window
+
+
+def scores(policy: str, keys: Tensor, queries: Tensor, window: int, omega: Tensor) -> Tensor | None:
+    """[n] of slots' keys [n + W, D], the newest W of which stay anyway; queries [G, noted, D] with the scale in them.
+
+    Args: omega: [F] by which a layer's first F dimensions turn with the F behind them.
 
     None where any choice is right, or where the order is looked at instead.
     """
     if policy in ("random", "recent"):
         return None
     count = len(keys) - window
+    if policy == "triattention":
+        return expected(keys[:count].double(), queries.double(), omega.double())
     logits = queries @ keys[:count].T  # [G, W, n]
     if policy == "attention":
         return logits.softmax(-1).mean(1).amax(0)
@@ -80,6 +92,29 @@ def scores(policy: str, keys: Tensor, queries: Tensor, window: int) -> Tensor | 
     unit = F.normalize(keys, dim=-1)
     alike = (unit @ unit.T).fill_diagonal_(0.0).mean(1).softmax(0)[:count]
     return -alike if policy == "redundant" else MIX * important - (1 - MIX) * alike
+
+
+def turned(states: Tensor, angles: Tensor) -> Tensor:
+    """States [..., D], whose first F dimensions turn with the F behind them by angles [..., F]."""
+    pairs = angles.shape[-1]
+    first, second, rest = states[..., :pairs], states[..., pairs : 2 * pairs], states[..., 2 * pairs :]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+def expected(keys: Tensor, queries: Tensor, omega: Tensor) -> Tensor:
+    """[n] of keys [n, D]: the mean query's logits, turned to 1, 2, 4, ... positions behind the next token's, and what
+    lengths say where queries [G, W, D] lie apart."""
+    pairs, behind = len(omega), torch.arange(queries.shape[1], 0, -1)
+    alike = turned(queries, behind[:, None] * omega)  # as if all stood where the next token will
+    far = torch.stack([turned(alike.mean(1), 2**power * omega) for power in range(17)])
+
+    def lengths(states: Tensor) -> Tensor:
+        return states[..., : 2 * pairs].unflatten(-1, (2, pairs)).norm(dim=-2)
+
+    apart = lengths(alike).mean(1) - lengths(alike.mean(1))
+    score = (far @ keys.T).mean(0) + apart @ lengths(keys).T
+    return ((score - score.mean(1, keepdim=True)) / score.std(1, correction=0, keepdim=True).clamp(min=1e-6)).amax(0)
 
 
 def why_not_least(
@@ -98,6 +133,6 @@ def why_not_least(
         return f"{after} stay of {before}"
     gone = [place for place, column in enumerate(before[:-window]) if column not in left]
     stay = [place for place, column in enumerate(before[:-window]) if column in left]
-    if worth is not None and gone and stay and worth[gone].max() > worth[stay].min() + TIE:
+    if worth is not None and gone and stay and worth[gone].max() > worth[stay].min() + TIES.get(policy, TIE):
         return f"an evicted slot scores {float(worth[gone].max()):.7f}, more than one that stays"
     return ""

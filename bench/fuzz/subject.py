@@ -7,6 +7,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 import specpass
 from bench.fuzz import oracle
 from bench.fuzz.cases import METHODS, OWN_DRAFT, RECURRENT, Case
@@ -56,6 +58,13 @@ class Subject:
             return self.method.verify and not report.interpreted
         notes = [note for graph in report.graphs for note in graph.notes if note.startswith("no verified lookahead")]
         return self.method.verify and not report.interpreted and not notes
+
+    def omega(self, layer: int) -> Any:
+        """[F] by which a layer's first F dimensions turn with the F behind them, as in all families here that turn."""
+        kinds = getattr(self.twin.config, "layer_types", None)
+        names = ("inv_freq", *([f"{kinds[layer]}_inv_freq"] if kinds else []))
+        held = (getattr(module, name, None) for module in self.twin.modules() for name in names)
+        return next((own for own in held if own is not None), torch.zeros(0))
 
     @property
     def refusals(self) -> list[str]:

@@ -19,6 +19,7 @@ from specpass.cache.worth import Readers
 from specpass.errors import CacheStateError, DroppedError, PositionsError
 from specpass.observe import progress
 from specpass.rewrite.base import PROMPTS
+from specpass.rewrite.sites import Rotation
 from specpass.sizes import Span
 
 STATIC_SIZES = 8
@@ -65,6 +66,7 @@ class Call:
     biased: frozenset[int] = frozenset()  # those of its layers whose attention adds a bias of the keys
     unquantized: Mapping[int, str] = dataclasses.field(default_factory=dict)  # why, of those whose prompt is not
     readers: Mapping[int, Readers] = dataclasses.field(default_factory=dict)  # of a prompt's graph, by the layer
+    rotations: Mapping[int, Rotation | str] = dataclasses.field(default_factory=dict)  # where evictions ask, or why not
     counts: bool = True  # whether a step takes its positions from the cache's length, where no position_ids are given
     ahead: tuple[int, ...] | None = None
     replays: bool = False
@@ -101,6 +103,9 @@ class Call:
             cache.hear(args[self.places["input_ids" if "input_ids" in self.places else "inputs_embeds"]])
             tell_widest(cache.budgeted)
         else:
+            for index, rotation in self.rotations.items():
+                if isinstance(rotation, Rotation):
+                    cache.layers[index].turn(rotation)
             cache.appended += self._query_length(args)
             if "attention_mask" in self.places and not cache.exact and self._hides_tokens(cache, args):
                 cache.padded, cache.uneven = True, cache.appended
@@ -196,6 +201,8 @@ class Call:
                 "a padded batch is decoded without position_ids, so each row's next position is unknown: pass "
                 "position_ids [B, 1] (generate() does)."
             )
+        if cache.bound is not None and cache.bound.turns and not cache.exact:  # another policy's graph may serve it
+            cache.bound.check_turns(cache.config.model_type, {f"layer {i}": own for i, own in self.rotations.items()})
         needed, free = self._query_length(args), cache.free
         if needed > free:
             raise CacheStateError(

@@ -23,7 +23,7 @@ from specpass.capture.devices import device_of, spread_over
 from specpass.capture.draft import capture_draft
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
 from specpass.capture.model import untraceable
-from specpass.capture.rope import following
+from specpass.capture.rope import following, why_not_fixed
 from specpass.dialect.cache import ExtendKv, Fill, QuantizeKv
 from specpass.errors import (
     GeneratedError,
@@ -42,7 +42,7 @@ from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import DRAFTLESS, Method
 from specpass.parallel.shards import Ranks, is_spread
 from specpass.passes.draft import DraftGraphs
-from specpass.passes.facts import Drafted, Spans
+from specpass.passes.facts import Drafted, RotationAsked, Spans
 from specpass.passes.gather_prune import leave_unquantized
 from specpass.passes.pipeline import PASSES, fingerprint
 from specpass.reports.record import GraphRecord
@@ -212,7 +212,10 @@ class Backend:
                 "and those that stay would no longer stand side by side: leave generated out."
             )
         if traced.cache.bound is not None and sites is not None:
-            traced.cache.bound.check_asks(site.module for site in sites.sites if site.made and site.is_full)
+            bound, config = traced.cache.bound, traced.cache.config
+            bound.check_asks(site.module for site in sites.sites if site.made and site.is_full)
+            found = {site.module: site.rotation for site in sites.owners}
+            bound.check_turns(config.model_type, found, why_not_fixed(config))
         pruned = Pruned.of(graph, request, facts, traced.places, self.method.spread)
         pruned.context = context_length(self.draft.config) if self.draft is not None and pruned.drafted else None
         pruned.vocab = self.smaller_vocabulary(traced.cache) if pruned.drafted else None
@@ -253,6 +256,8 @@ class Backend:
         facts = Facts(traced.inputs, traced.weights, Spans(spans if kind in PROMPTS else found))
         if self.ranks is not None:
             facts.add(self.ranks)
+        if cache.bound is not None and (cache.bound.turns if kind in PROMPTS else cache.bound.asks):
+            facts.add(RotationAsked(context_length(cache.config)))  # policies that ask share steps, not prompts
         if kind != "prefill":
             return Request(kind, cache.method), facts
         asked = cache.lookahead > 0 and cache.given_ids is None

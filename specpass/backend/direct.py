@@ -123,6 +123,8 @@ def compiled_call(
                 warned = True
             return target._call_impl(**kwargs)
         check_outputs(target, kwargs)
+        if uncompiled.reason:
+            uncompiled.check(cache)
         cache.in_slots = in_slots
         piece = piece_of_prompt(cache, kwargs, call)
         if piece is None:

@@ -20,7 +20,7 @@ from specpass.reports.record import SiteRecord
 from specpass.reports.report import Report
 from specpass.rewrite import Facts, Request
 from specpass.rewrite.base import PROMPTS
-from specpass.rewrite.sites import Site, Sites
+from specpass.rewrite.sites import Rotation, Site, Sites
 from specpass.sizes import Span
 
 
@@ -48,6 +48,7 @@ class Pruned:
     biased: frozenset[int]
     unquantized: dict[int, str]
     readers: dict[int, Readers]
+    rotations: dict[int, Rotation | str]
     counts: bool
     ahead: tuple[int, ...] | None
     replays: bool
@@ -77,6 +78,7 @@ class Pruned:
             biased=frozenset(site.layer for site in sites if site.alibi is not None),
             unquantized={site.layer: site.unquantized for site in sites if site.unquantized},
             readers={site.layer: readers_of(site) for site in sites if not site.reads},
+            rotations={site.layer: site.rotation for site in sites if site.rotation and not site.reads},
             counts=any(len(advance.seen.users) > 1 for advance in Advance.find(graph.graph)),
             ahead=request.eos_ids if ahead is not None and ahead.tokens else None,
             replays=request.kind == "decode" and "attention_mask" not in places and len(results_of(graph.graph)) == 1,
@@ -102,6 +104,7 @@ class Pruned:
             biased=self.biased,
             unquantized=self.unquantized,
             readers=self.readers,
+            rotations=self.rotations,
             counts=self.counts,
             ahead=self.ahead,
             replays=self.replays,

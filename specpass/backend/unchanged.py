@@ -40,6 +40,7 @@ UNREAD = {
     "pruned_by",
     "read_mask",
     "readers",
+    "rotation",
     "served",
     "uneven",
 }

@@ -114,6 +114,12 @@ class Uncompiled:
         if not isinstance(cache.seen, Tensor):  # no prompt was read to its end
             cache.reset()
 
+    def check(self, cache: BudgetCache) -> None:
+        """Raises: GeneratedError: evictions ask what a graph alone says."""
+        if cache.bound is not None:
+            why = f"its own forward runs, and no graph says it: {self.reason or 'by what the call brings'}"
+            cache.bound.check_turns(cache.config.model_type, {}, why)
+
     def __call__(self, target: nn.Module, cache: BudgetCache, kwargs: dict[str, Any]) -> Any:
         backend = self.backend
         backend.check_cache(cache)
@@ -129,6 +135,7 @@ class Uncompiled:
                 f"the prompt, and here the model's own forward does ({self.reason or 'by what the call brings'}): "
                 "leave futures out."
             )
+        self.check(cache)
         if cache.rungs:
             raise BudgetError(
                 f"budget={backend.method.budget!r}, share={cache.method.share}: a budget is chosen where a graph reads "

@@ -49,8 +49,8 @@ class BudgetCache(CacheProtocol):
         generated: slots M of each KV head for tokens behind the prompt, 8 at least: where they are full, older tokens
             are evicted, a block at a time, and the cache grows no further. None: it grows.
         evict: which of these tokens stay beside the newest: "recent" ones; those that got the most "attention" of the
-            newest; those whose keys are least "redundant"; "rkv", which weighs both; or "random" ones (see
-            cache/worth.py).
+            newest; those whose keys are least "redundant"; "rkv", which weighs both; "triattention": those that queries
+            to come are expected to attend to; or "random" ones (see cache/worth.py).
         share_budget: an eviction chooses among the prompt's slots too: prompt and answer have C + M together.
         dropped: "host": keys and values of all tokens stay in host memory, beside the cache, and a later turn (several
             tokens behind a prompt) scores all of them anew, with its own question. None: what is dropped is gone.

@@ -13,16 +13,17 @@ window of newest tokens, D head dimension.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from specpass.cache.worth import ASKING, POLICIES, worth
+from specpass.cache.worth import ASKING, POLICIES, TURNING, worth
 from specpass.errors import GeneratedError
 from specpass.kernels.attention import first_read
 from specpass.methods.base import Method
+from specpass.rewrite.sites import Rotation
 
 if TYPE_CHECKING:
     from specpass.cache.protocol import BudgetLayer
@@ -96,10 +97,38 @@ class Bound:
                 "get none themselves: use evict='recent' or 'redundant'."
             )
 
+    def check_turns(self, model: str, rotations: Mapping[str, Rotation | str | None], why: str = "") -> None:
+        """Args: model: its type. rotations: of each layer that is pruned, by its path; None: nobody looked. why: it
+        cannot be had at all.
+
+        Raises: GeneratedError: the policy asks how queries turn with their positions, and that is not known.
+        """
+        if not self.turns:
+            return
+        unknown = next((f"{path}: {own}" for path, own in rotations.items() if isinstance(own, str)), "")
+        known = [own for own in rotations.values() if isinstance(own, Rotation)]
+        if known and not any(own.omega for own in known):
+            unknown = unknown or "nothing turns the queries of its full attention with their positions"
+        if why or unknown:
+            raise GeneratedError(
+                f"evict={self.policy!r} scores keys by how rotary embeddings turn queries, and that is not known of "
+                f"this {model} ({why or unknown}): use evict='attention', or another policy."
+            )
+
     @property
     def asks(self) -> bool:
         """Whether the newest queries say what stays."""
         return self.policy in ASKING
+
+    @property
+    def turns(self) -> bool:
+        """Whether it counts how these turn with their positions."""
+        return self.policy == TURNING
+
+    @property
+    def noted(self) -> int:
+        """Newest queries that are noted, where they are asked for: W, and four times as many for a mean of them."""
+        return min(4 * self.window, self.slots) if self.turns else self.window
 
     @property
     def window(self) -> int:
@@ -160,7 +189,7 @@ def evict(layer: BudgetLayer, bound: Bound, kept: int, seed: int) -> None:
     inside, goes = slot < used[..., None], slot < used[..., None] - bound.window
     keys = taken(layer.key_buffer, place)
     softcap = 0.0 if layer.readers is None else layer.readers.softcap
-    score = worth(bound.policy, keys, inside, goes, layer.queries, softcap, seed)
+    score = worth(bound.policy, keys, inside, goes, layer.queries, softcap, seed, layer.rotation)
     order = drop(score, excess, goes)
     for buffer in (layer.key_buffer, layer.value_buffer):
         states = taken(buffer, place.gather(-1, order))

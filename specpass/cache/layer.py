@@ -23,6 +23,7 @@ from torch import Tensor
 from specpass.cache.joined import by_head, joined
 from specpass.cache.rows import repeat_rows
 from specpass.cache.worth import Readers
+from specpass.rewrite.sites import Rotation
 
 SHARED = ("key_buffer", "value_buffer", "kept_positions")  # of layers that share one storage
 PROMPT = ("prompt_keys", "prompt_values", "prompt_starts")  # that several sequences share
@@ -81,6 +82,7 @@ class Storage:
         self.settled: Tensor | None = None  # [B, K] slots of which they are told
         self.evicted: Tensor | None = None  # [B, K] generated tokens that were
         self.readers: Readers | None = None  # who reads it, once its prompt was read
+        self.rotation: Rotation | None = None  # of its queries and keys, once a step's graph has told it
         self.queries: Tensor | None = None  # [B, H, W, D] of the newest tokens, times the scale, where evictions ask
         self.codes: Tensor | None = None  # [B, K, n, bytes] of a quantised prompt, with `counts`: see kernels/bits
         self.basis: Tensor | None = None  # [B, K, r, D + Dv]

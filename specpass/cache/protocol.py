@@ -22,10 +22,12 @@ from specpass.cache.drafting import DRAFTS
 from specpass.cache.layer import Storage
 from specpass.cache.replay import REPLAYS
 from specpass.cache.rows import repeat_rows
+from specpass.cache.triattention import turns
 from specpass.cache.widest import tell_widest
 from specpass.dialect.define import SPEC
 from specpass.errors import CacheStateError
 from specpass.methods.base import Method
+from specpass.rewrite.sites import Rotation
 from specpass.sizes import Span
 
 if TYPE_CHECKING:
@@ -273,7 +275,13 @@ class BudgetLayer(Storage, CacheLayerMixin):
         """Make room for the newest queries of rows `like` [B, ...], where evictions ask by them."""
         bound = self.cache.bound
         if bound is not None and bound.asks and self.readers is not None and self.is_full and self.queries is None:
-            self.queries = self.readers.room(bound.window, like)
+            self.queries = self.readers.room(bound.noted, like)
+
+    def turn(self, rotation: Rotation) -> None:
+        """Note how its queries and keys turn; what evictions take of that is on the device from now on."""
+        if self.rotation is None and self.queries is not None:
+            self.rotation = rotation
+            turns(rotation, self.queries.shape[3], self.queries.shape[2], self.queries.device)
 
     def tell_positions(self) -> None:
         """Note the positions that the target was told of the prompt's slots, before the first step that reads them."""

@@ -9,6 +9,9 @@ counts as the most important among seven neighbours. The redundancy R is a softm
 with every other key (without the paper's threshold, which spares the newest of tokens that are alike); "redundant" is
 that alone.
 
+"triattention" is what keys will get of queries that are still to come, by the centre about which the newest of them lie
+before they are rotated (arXiv 2604.04921): formula and source are in triattention.py.
+
 Symbols: B batch, K KV heads, G query heads of each, P slots to choose among, W newest queries, D head dimension.
 """
 
@@ -20,10 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specpass.cache.triattention import future
 from specpass.kernels.attention import soft_capped
+from specpass.rewrite.sites import Rotation
 
-ASKING = ("attention", "rkv")  # policies that need the newest queries
-POLICIES = ("recent", "attention", "rkv", "redundant", "random")
+TURNING = "triattention"  # the policy that needs to know how queries turn with their positions
+ASKING = ("attention", "rkv", TURNING)  # policies that need the newest queries
+POLICIES = ("recent", "attention", "rkv", "redundant", TURNING, "random")
 MIX = 0.1  # lambda of R-KV
 POOL = 7  # neighbours of which the most important counts for all
 SEED = 0  # of the random choice
@@ -46,13 +52,20 @@ class Readers:
 
 
 def worth(
-    policy: str, keys: Tensor, inside: Tensor, goes: Tensor, queries: Tensor | None, softcap: float, seed: int
+    policy: str,
+    keys: Tensor,
+    inside: Tensor,
+    goes: Tensor,
+    queries: Tensor | None,
+    softcap: float,
+    seed: int,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """[B, K, P] float32. "recent": the order of the slots. "random": drawn, the control. The others: see above.
 
     Args: policy: one of POLICIES. keys [B, K, P, D]; inside [B, K, P] of slots in use; goes [B, K, P] of those that may
     go; queries [B, K * G, W, D] with the softmax's scale in them, zeros where there was none: such a row says the same
-    of all slots.
+    of all slots. rotation: of the layer, for the policy that asks.
     """
     slot = torch.arange(inside.shape[-1], device=inside.device)
     if policy == "recent":
@@ -64,6 +77,9 @@ def worth(
         return -redundancy(keys, inside)
     assert queries is not None, "the policy asks for them"
     asked = queries.unflatten(1, (keys.shape[1], -1)).float()
+    if policy == TURNING:
+        assert rotation is not None, "a step's graph has told it"
+        return future(keys, asked, goes, rotation)
     logits = soft_capped(torch.matmul(asked, keys.float()[:, :, None].transpose(-1, -2)), softcap)
     logits = logits.masked_fill(~goes[:, :, None, None], float("-inf"))
     if policy == "attention":

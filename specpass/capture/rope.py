@@ -27,6 +27,14 @@ def following(model: nn.Module) -> set[str]:
     return {kind for module in model.modules() for kind in rope_types(module) if kind in FOLLOWING}
 
 
+def why_not_fixed(config: Any) -> str:
+    """Why the frequencies of a model with this config follow the length; "" where they are the same at every length."""
+    said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    each = [own for own in (said, *said.values()) if isinstance(own, dict)]  # there may be one for each kind of layer
+    kinds = {own.get("rope_type", own.get("type")) for own in each} & set(FOLLOWING)
+    return f"its rotary frequencies follow the length: rope_type {'/'.join(sorted(kinds))}" if kinds else ""
+
+
 def prepare_rope(model: nn.Module) -> None:
     """Let long-rope make its second set of frequencies now: in a trace it costs a graph, or breaks one."""
     for module in model.modules():

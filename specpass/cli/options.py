@@ -51,7 +51,10 @@ Generated = Annotated[
     int | None, typer.Option(help="KV slots for the answer's own tokens: beyond them older ones are evicted.")
 ]
 Evict = Annotated[
-    str, typer.Option(help="Which of these stay beside the newest: recent, attention, rkv, redundant, random.")
+    str,
+    typer.Option(
+        help="Which of these stay beside the newest: recent, attention, rkv, redundant, triattention, random."
+    ),
 ]
 ShareBudget = Annotated[bool, typer.Option(help="Evict the prompt's slots alike: both share one budget.")]
 Dropped = Annotated[

@@ -20,14 +20,15 @@ from specpass.dialect.cache import AppendKv, Fill, KeepKv, ShowHeads, Widen
 from specpass.errors import NoAttentionSiteError
 from specpass.graph.aten import Sdpa, Softmax, View
 from specpass.graph.walk import module_path, skip_full_slices, value
-from specpass.passes.facts import Inputs, Spans, Weights
+from specpass.passes.facts import Inputs, RotationAsked, Spans, Weights
 from specpass.passes.read.alibi import read_alibi
 from specpass.passes.read.columns import HEADS, LENGTH, Made
 from specpass.passes.read.logits import changed_logits
 from specpass.passes.read.masks import mask_span
+from specpass.passes.read.rotary import hidden_nodes, read_rotation
 from specpass.rewrite import Facts, Pass, Refusal, Request
 from specpass.rewrite.base import Unspliced
-from specpass.rewrite.sites import Alibi, Site, Sites
+from specpass.rewrite.sites import Alibi, Rotation, Site, Sites
 from specpass.sizes import FULL, Span
 
 Write = Fill | AppendKv | KeepKv
@@ -127,6 +128,8 @@ class Reader:
         self.owners, self.inputs, self.spans, self.weights = owners, *map(facts.get, (Inputs, Spans, Weights))
         # Both cached tensors of each write: a latent and a rotary part (MLA) are no key and no value yet.
         self.sources = {node: write for write in owners.values() for node in (key_of(write), value_of(write))}
+        self.asked = facts.get(RotationAsked)
+        self.hidden: set[fx.Node] | None = None
         self.masks: dict[fx.Node, Span | str] = {}  # a model has one mask for many layers
         spans: tuple[Span | None, ...] = (FULL,) * len(owners) if self.spans is None else self.spans.layers
         holding = (index for index, span in enumerate(spans) if span is not None)  # the others write no cache
@@ -170,6 +173,7 @@ class Reader:
             alibi=alibi,
             heads_apart=apart,
             made=made,
+            rotation=self._rotation(attention, write) if not (made or span.positions) else None,
         )
 
     def _cached(self, attention: Sdpa | ModifiedAttention, module: str) -> tuple[Write | None, bool, bool]:
@@ -223,6 +227,19 @@ class Reader:
         if write.handle is not None and known != (alibi is not None):  # a draft's step has no handle
             raise Refusal("a bias is added to the attention logits of the prompt or of later tokens alone", module)
         return None if alibi is None else dataclasses.replace(alibi, positions=write.positions)
+
+    def _rotation(self, attention: Sdpa | ModifiedAttention, write: Write) -> Rotation | str | None:
+        """How the site's new queries and keys turn, where that is asked for.
+
+        A prompt's positions are counted where it is told none, and then they tell nothing: its steps say it.
+        """
+        if self.asked is None or self.inputs is None:
+            return None
+        if not isinstance(write, AppendKv) and self.inputs.positions is None:
+            return None
+        if self.hidden is None:
+            self.hidden = hidden_nodes(write.node.graph, self.inputs)
+        return read_rotation(attention.query, write.key, self.hidden, self.weights, self.asked.context)
 
     def _span(
         self, attention: Sdpa | ModifiedAttention, write: Write, layer: int, module: str, alibi: Alibi | None

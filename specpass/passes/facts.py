@@ -44,6 +44,13 @@ class Spans:
 
 
 @dataclasses.dataclass(frozen=True)
+class RotationAsked:
+    """Evictions ask how queries turn with their positions. `context`: positions that the model was made for."""
+
+    context: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights:
     """The model's real tensors by placeholder: experts are tried on a few rows."""
 

@@ -1,4 +1,4 @@
-"""note_queries: a step leaves its queries to evictions that ask which tokens got the most attention.
+"""note_queries: a step leaves its queries to evictions that ask what tokens are worth to them.
 
 before: append_kv(keys, values, lengths, k, v, ..., queries); o = attend(q, keys, values, lengths, scale)
 after:  append_kv(keys, values, lengths, k, v); o = attend(q, keys, values, lengths, scale)

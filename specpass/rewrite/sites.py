@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -29,6 +30,26 @@ class Alibi:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rotation:
+    """How a head's queries and keys turn with their positions (rotary embeddings): F pairs of its D dimensions.
+
+    Args:
+        first, second: [F] dimensions; the others stay as they are. Empty where nothing turns.
+        omega: [F] radians by which (first, second) turns from one position to the next.
+    """
+
+    first: tuple[int, ...] = ()
+    second: tuple[int, ...] = ()
+    omega: tuple[float, ...] = ()
+
+    def like(self, other: Rotation) -> bool:
+        """Whether it is the same but for rounding."""
+        pairs = zip(self.omega, other.omega, strict=False)
+        same = (self.first, self.second) == (other.first, other.second)
+        return same and all(math.isclose(*pair, rel_tol=1e-5, abs_tol=1e-9) for pair in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Site:
     """One attention site.
 
@@ -51,6 +72,7 @@ class Site:
         unquantized: why its cache stays in the model's dtype where others are in fewer bits; "" where nothing is said.
         made: attention reads what is made of cached keys and values (MLA), not these.
         reads: the site in front of it whose cache it reads, having none of its own; that one chooses what is kept.
+        rotation: how its queries and keys turn with their positions, or why that is not known; None: nobody asked.
     """
 
     layer: int
@@ -71,6 +93,7 @@ class Site:
     unquantized: str = ""
     made: bool = False
     reads: str = ""
+    rotation: Rotation | str | None = None
 
     @property
     def changes(self) -> tuple[Any, ...]:

@@ -45,11 +45,12 @@ def test_caches_in_fewer_bits_are_right() -> None:
 
 
 def test_bounded_answers_are_right_and_wrong_evictions_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which slots rows see behind evictions, and which went: by attention, in one budget with the prompt's."""
+    """Which slots rows see behind evictions, and which went: by attention, in one budget with the prompt's, or not."""
     key = ("llama", "snapkv", 24)
     bounded = cases.Case(0, *key, (40, 31), new=20, turns=((1, 3),), generated=12, evict="attention", shared=True)
     subject = Subject(*key)
     assert check.check(bounded, subject) == ""
+    assert check.check(dataclasses.replace(bounded, evict="triattention", turns=(), shared=False), subject) == ""
     monkeypatch.setattr(evictions, "scores", lambda policy, keys, *_: torch.arange(len(keys) - 3.0))
     with pytest.raises(check.WrongError, match="an evicted slot scores"):
         check.check(bounded, subject)
@@ -139,6 +140,8 @@ def test_several_processes_try_every_group_once() -> None:
 
 
 def test_cases_are_the_same_for_a_seed_and_cover_every_option() -> None:
+    for case in cases.grouped(3, 40, policies=("triattention",)):
+        assert (case.generated is None) == (case.family in cases.UNTURNED or case.method == "speckv-ngram")
     drawn = cases.grouped(3, 400)
     assert drawn == cases.grouped(3, 400)
     assert not any(case.stop and case.mode == "assisted" for case in drawn)  # which no plain model answers
