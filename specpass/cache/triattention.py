@@ -76,9 +76,9 @@ def series(keys: Tensor, queries: Tensor, rotation: Rotation) -> Tensor:
 
 def future(keys: Tensor, queries: Tensor, goes: Tensor, rotation: Rotation) -> Tensor:
     """[B, K, P] float32 of the slots' keys, see `series`; goes [B, K, P]: those that may go, by which it is scaled."""
-    scores = series(keys, queries, rotation)
     among = goes[:, :, None]
+    scores = series(keys, queries, rotation).masked_fill(~among, 0.0)
     count = among.sum(-1, keepdim=True).clamp(min=1)
-    off = scores - (scores * among).sum(-1, keepdim=True) / count
+    off = scores - scores.sum(-1, keepdim=True) / count
     deviation = ((off.square() * among).sum(-1, keepdim=True) / count).sqrt()
     return (off / deviation.clamp(min=LEAST)).amax(2)

@@ -31,8 +31,9 @@ def why_not_fixed(config: Any) -> str:
     """Why the frequencies of a model with this config follow the length; "" where they are the same at every length."""
     said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     each = [own for own in (said, *said.values()) if isinstance(own, dict)]  # there may be one for each kind of layer
-    kinds = {own.get("rope_type", own.get("type")) for own in each} & set(FOLLOWING)
-    return f"its rotary frequencies follow the length: rope_type {'/'.join(sorted(kinds))}" if kinds else ""
+    named = [own.get("rope_type", own.get("type")) for own in each]
+    kinds = [kind for kind in FOLLOWING if kind in named]
+    return f"its rotary frequencies follow the length: rope_type {'/'.join(kinds)}" if kinds else ""
 
 
 def prepare_rope(model: nn.Module) -> None:

@@ -34,7 +34,8 @@ class Rotation:
     """How a head's queries and keys turn with their positions (rotary embeddings): F pairs of its D dimensions.
 
     Args:
-        first, second: [F] dimensions; the others stay as they are. Empty where nothing turns.
+        first: [F] dimensions, one of each pair; empty where nothing turns.
+        second: [F] the other of each. Dimensions in no pair stay as they are.
         omega: [F] radians by which (first, second) turns from one position to the next.
     """
 

@@ -14,6 +14,9 @@ from rich.progress import Progress
 from bench.fuzz import cases, check, evictions, formulas, oracle, run
 from bench.fuzz.run import try_cases
 from bench.fuzz.subject import Subject, plain
+from specpass.cache.evict import Bound
+from specpass.cache.worth import worth
+from specpass.rewrite.sites import Rotation
 
 # Few models, since each is compiled: a plain one and a hybrid, methods that select slots, and slots of tokens.
 SUBJECTS = {("llama", "speckv", 24), ("llama", "speckv-pc", 24), ("lfm2", "speckv", 24)}
@@ -50,10 +53,21 @@ def test_bounded_answers_are_right_and_wrong_evictions_are_seen(monkeypatch: pyt
     bounded = cases.Case(0, *key, (40, 31), new=20, turns=((1, 3),), generated=12, evict="attention", shared=True)
     subject = Subject(*key)
     assert check.check(bounded, subject) == ""
-    assert check.check(dataclasses.replace(bounded, evict="triattention", turns=(), shared=False), subject) == ""
     monkeypatch.setattr(evictions, "scores", lambda policy, keys, *_: torch.arange(len(keys) - 3.0))
     with pytest.raises(check.WrongError, match="an evicted slot scores"):
         check.check(bounded, subject)
+
+
+def test_what_queries_to_come_want_is_the_same_by_two_formulas() -> None:
+    """`evict="triattention"`: the oracle's, which turns a mean query to each offset, and the cache's."""
+    torch.manual_seed(0)
+    keys, queries, omega = torch.randn(20, 16), torch.randn(2, 8, 16) + 1, torch.tensor([1.0, 0.1, 0.01])
+    ours = evictions.scores("triattention", keys, queries, 4, omega)
+    goes = (torch.arange(20) < 16)[None, None]
+    rotation = Rotation((0, 1, 2), (3, 4, 5), tuple(omega.tolist()))
+    theirs = worth("triattention", keys[None, None], goes, goes, queries[None], 0.0, 0, rotation)[0, 0, :16]
+    torch.testing.assert_close(ours, theirs.double(), atol=1e-4, rtol=1e-4)
+    assert evictions.noted("triattention", 64) == Bound(64, "triattention").noted
 
 
 def test_lookups_are_right() -> None:

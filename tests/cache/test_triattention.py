@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import sys
 from typing import Any
 
 import pytest
 import torch
+import traces
+from graphs import SNAPKV
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import compile_eager, padded, run, second_way
@@ -23,7 +24,8 @@ from specpass.cache import budget
 from specpass.cache.evict import Bound
 from specpass.cache.worth import worth
 from specpass.capture.rope import why_not_fixed
-from specpass.rewrite.sites import Rotation
+from specpass.passes.facts import RotationAsked
+from specpass.rewrite.sites import Rotation, Sites
 
 C, M, W = 12, 16, 4
 METHOD = specpass.StreamingLLM(budget=C)
@@ -157,44 +159,64 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Eviction]:
     return found
 
 
-def as_before(model: Any, states: Tensor, places: Tensor) -> Tensor:
-    """States [h, n, D] that stand at places [n], turned back by the model's own embedding and function."""
+def by_model(model: Any, states: Tensor, places: Tensor, back: bool = False) -> Tensor:
+    """States [h, n, D] that stand at places [n], turned (back) by the model's own embedding and function."""
     apply = sys.modules[type(model.model.layers[0].self_attn).__module__].apply_rotary_pos_emb
-    cos, sin = model.model.rotary_emb(states, places[None])
-    part = states[None, ..., : cos.shape[-1]]
-    return torch.cat([apply(part, part, cos, -sin)[0][0], states[..., cos.shape[-1] :]], -1).double()
+    cos, sin = model.model.rotary_emb(states.float(), places[None])
+    part = states[None, ..., : cos.shape[-1]].float()
+    return torch.cat([apply(part, part, cos, -sin if back else sin)[0][0], states[..., cos.shape[-1] :]], -1).double()
 
 
-FAMILIES = {  # of 16 dimensions
+FAMILIES: dict[str, Pairs] = {  # of 16 dimensions
     "llama": [(dim, dim + 8) for dim in range(8)],
-    "glm": [(dim, dim + 1) for dim in range(0, 8, 2)],
+    "cohere": [(dim, dim + 1) for dim in range(0, 16, 2)],
+    "stablelm": [(0, 2), (1, 3)],
 }
 
 
-@functools.cache
-def compiled(family: str) -> Any:
-    """Of one layer, whose other sizes are the coverage's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SIZES, "num_hidden_layers", 1)
-        return compile_eager(tiny_model(family), METHOD, **HOW)
+def speeds(model: Any, pairs: Pairs) -> list[float]:
+    return [model.config.rope_parameters["rope_theta"] ** (-index / len(pairs)) for index in range(len(pairs))]
 
 
-@pytest.mark.parametrize("case", ["llama", "llama/shared", "glm"])
-def test_what_stays_scores_most(case: str, seen: list[Eviction]) -> None:
-    """A padded batch, groups of two heads; the reference undoes the rotation by the model's own code."""
-    family, _, shared = case.partition("/")
-    model, pairs = compiled(family), FAMILIES[family]
-    (ids, mask), lengths = padded([prompt(20), prompt(15, seed=1)]), (20, 15)
-    cache = specpass.BudgetCache(model.config, METHOD, max_new_tokens=28, share_budget=bool(shared), **HOW)
+@pytest.mark.parametrize("family", ["cohere", "stablelm"])
+def test_models_that_pair_neighbours_and_turn_in_part(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what a traced graph says, keys and queries that the model's own code rotated score as they did before."""
+    monkeypatch.setitem(SIZES, "num_hidden_layers", 1)
+    monkeypatch.setattr(traces, "tiny", lambda name, **_: tiny_model(name))
+    traced = traces.prompt_graph(SNAPKV, positions=True, family=family)
+    state = traced.fresh()
+    state.facts.add(RotationAsked(1024))
+    (site,) = state.apply(*traced.passes[:2]).facts[Sites].sites
+    model, pairs, goes = tiny_model(family), FAMILIES[family], torch.ones(1, 2, 20, dtype=torch.bool)
+    places, queries, keys = torch.arange(3, 63, 3), torch.randn(4, 8, 16).double() + 1, torch.randn(2, 20, 16).double()
+    stored, asked = by_model(model, keys, places), by_model(model, queries, torch.arange(55, 63))
+    ours = scores(stored[None].float(), asked[None].float(), site.rotation, goes)[0]
+    for head in range(2):
+        due = paper(queries[2 * head : 2 * head + 2], keys[head], places, 63, pairs, speeds(model, pairs))
+        torch.testing.assert_close(ours[head].double(), standard(due), atol=2e-3, rtol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return compile_eager(tiny(layers=1), METHOD, **HOW)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_stays_scores_most(model: Any, shared: bool, seen: list[Eviction]) -> None:
+    """A padded batch, groups of two heads, two evictions of one layer, one decode graph."""
+    pairs, lengths = FAMILIES["llama"], (20, 15)
+    ids, mask = padded([prompt(20), prompt(15, seed=1)])
+    cache = specpass.BudgetCache(model.config, METHOD, max_new_tokens=28, share_budget=shared, **HOW)
     run(model, ids, 28, mask, past_key_values=cache)
-    omega = [model.config.rope_parameters["rope_theta"] ** (-index / len(pairs)) for index in range(len(pairs))]
+    omega = speeds(model, pairs)
+    assert [graph.kind for graph in specpass.report(model).graphs] == ["prefill", "decode"]
     assert len(seen) == 2
     for event, row, head in itertools.product(seen, range(2), range(2)):
         now = lengths[row] + event.appended
         places = event.places(row, head, lengths[row], event.before)
         chosen = slice(0 if shared else int(event.slots[row, head]), len(places) - W)
-        keys = as_before(model, event.keys[row, [head], : len(places)], places)[0]
-        queries = as_before(model, event.queries[row].unflatten(0, (2, 2))[head], torch.arange(now - M, now))
+        keys = by_model(model, event.keys[row, [head], : len(places)], places, back=True)[0]
+        queries = by_model(model, event.queries[row].unflatten(0, (2, 2))[head], torch.arange(now - M, now), back=True)
         score = standard(paper(queries, keys[chosen], places[chosen], now, pairs, omega))
         stays = torch.isin(places, event.places(row, head, lengths[row], event.after))
         gone = ~stays[chosen]

@@ -1,4 +1,4 @@
-"""read_rotation: what models' own graphs say, and parts that are named and not guessed."""
+"""read_rotation: pairs, what stays, and what is named and not guessed; models' own are in test_triattention.py."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import SNAPKV, small_graph
+from graphs import small_graph
 from torch import Tensor
-from traces import prompt_graph
 
 from specpass.graph.operands import results_of
-from specpass.passes.facts import Inputs, RotationAsked, Weights
+from specpass.passes.facts import Inputs, Weights
 from specpass.passes.read.rotary import hidden_nodes, read_rotation
-from specpass.rewrite.sites import Rotation, Sites
+from specpass.rewrite.sites import Rotation
 
 OMEGA = torch.tensor([1.0, 0.1])
 IDS = torch.zeros(1, 3, dtype=torch.int64)
@@ -47,17 +46,6 @@ def read(make: Callable[..., Tensor], key: Callable[..., Tensor] | None = None, 
 
 def plain(states: Tensor, positions: Tensor, omega: Tensor) -> Tensor:
     return turned(states, positions[..., None].float() * omega)
-
-
-def test_a_model_of_transformers() -> None:
-    traced = prompt_graph(SNAPKV, positions=True)
-    state = traced.fresh()
-    state.facts.add(RotationAsked(4096))
-    found = state.apply(*traced.passes[:2]).facts[Sites].sites[0].rotation
-    assert isinstance(found, Rotation)
-    omega = [10_000 ** (-pair / 8) for pair in range(8)]
-    assert found.like(Rotation(tuple(range(8)), tuple(range(8, 16)), tuple(omega)))
-    assert traced.after("annotate").facts[Sites].sites[0].rotation is None  # where nobody asks
 
 
 def test_pairs_and_what_stays() -> None:
