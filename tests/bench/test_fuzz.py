@@ -48,7 +48,7 @@ def test_caches_in_fewer_bits_are_right() -> None:
 
 
 def test_bounded_answers_are_right_and_wrong_evictions_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which slots rows see behind evictions, and which went: by attention, in one budget with the prompt's, or not."""
+    """Which slots rows see behind evictions, and which went: by attention, in one budget with the prompt's."""
     key = ("llama", "snapkv", 24)
     bounded = cases.Case(0, *key, (40, 31), new=20, turns=((1, 3),), generated=12, evict="attention", shared=True)
     subject = Subject(*key)
