@@ -32,8 +32,6 @@ CASES = (
     "another method",
     "another draft",
     "a mistake of one",
-    "spread budgets",
-    "budgets that are chosen",
     "a draft that scores",
     "heads that do not divide",
     "a style without a form",
