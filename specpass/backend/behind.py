@@ -175,19 +175,20 @@ class Behind:
         """
         backend, graphs, short = self.backend, not self.uncompiled.reason, self.fits(cache, rows)
         refused = without_graphs(cache.method, self.uncompiled.reason)
-        if backend.ranks is not None and cache.method.spread == "global":
-            refused = "spread='global' is agreed on by all processes in a prompt's graph"
         if refused:
             raise Refusal(refused)
         verify = graphs and ahead is not None and cache.method.verify and not kwargs.get("output_hidden_states")
-        question = Question(self.target, cache, kwargs, eos_ids=backend.eos_ids(cache), front=front, rows=rows)
+        ends, ranks = backend.eos_ids(cache), backend.ranks
+        question = Question(self.target, cache, kwargs, eos_ids=ends, front=front, rows=rows, ranks=ranks)
         out, logits, record, exact = question.read(count, ahead, short, verify)
         self.check_exact(exact)
         cache.lookahead_ids = None if ahead is None else ahead[:, : cache.lookahead].contiguous()
         if cache.rungs and not short:
-            cache.kept = choose_budget(cache)
+            cache.kept = choose_budget(cache, backend.ranks)
             backend.report.chose(cache.kept)
         backend.report.read(record)
+        if backend.ranks is not None:
+            cache.tighten()
         self.go_on(cache)
         if verify:
             REPLAYS[cache] = Replay(logits, backend.eos_ids(cache))

@@ -18,6 +18,8 @@ from specpass.cache.widest import tell_widest
 from specpass.cache.worth import Readers
 from specpass.errors import CacheStateError, DroppedError, PositionsError
 from specpass.observe import progress
+from specpass.parallel.agree import mean_of_ranks
+from specpass.parallel.shards import Ranks
 from specpass.rewrite.base import PROMPTS
 from specpass.rewrite.sites import Rotation
 from specpass.sizes import Span
@@ -46,6 +48,7 @@ class Call:
         replays: whether logits are the only result, so that known ones can stand for a step.
         came_free: told how many tokens a step did not compute, and whether a speculator had proposed them.
         work: of a call's compiled layers, for who watches a prompt.
+        ranks: whose heads choose a budget together.
         candidates: of each layer whose budget is chosen behind the prompt, its outputs by name (see cache/choose.py).
         chose: told what was chosen.
         drafts: how many results behind the model's own are the draft's caches, from which it goes on.
@@ -75,6 +78,7 @@ class Call:
     chose: Callable[[Kept], None] = lambda kept: None
     drafts: int = 0
     work: int = 0
+    ranks: Ranks | None = None
     refusal: str = ""  # why this graph runs exactly; "" where it was rewritten
 
     def __call__(self, *args: Any) -> Any:
@@ -150,7 +154,10 @@ class Call:
         """Move each layer's candidates among the results into the budget that the prompt gets, one after the other."""
         share = cache.method.share
         assert share is not None, "a share of the attention chooses"
-        index, cache.kept = choose([out[each["shares"]] for each in self.candidates], cache.rungs, share)
+        every = mean_of_ranks([out[each["shares"]] for each in self.candidates], self.ranks)
+        for each, shares in zip(self.candidates, every, strict=True):
+            out[each["shares"]] = shares
+        index, cache.kept = choose(every, cache.rungs, share)
         self.chose(cache.kept)
         for each in self.candidates:
             chosen = shrink(Candidates(**{name: out[at] for name, at in each.items()}), index, cache.rungs[index])

@@ -237,7 +237,7 @@ class Backend:
             note=self.report.note,
         )
         record.add(lowered)
-        return pruned.call(lowered, lifted, self.sizes, self.report)
+        return pruned.call(lowered, lifted, self.sizes, self.report, self.ranks)
 
     def _request(self, traced: Traced) -> tuple[Request, Facts]:
         """What is asked of the passes, and what they are told.

@@ -27,7 +27,7 @@ from specpass.cache.conversation import check_place
 from specpass.capture.devices import parts_by_device
 from specpass.capture.rope import prepare_rope
 from specpass.capture.stored import OURS
-from specpass.errors import BudgetError, ParallelPlanError, SpreadError
+from specpass.errors import ParallelPlanError
 from specpass.methods.base import Method
 from specpass.parallel.agree import about, agreement
 from specpass.parallel.shards import Ranks, local_part, ranks_of
@@ -40,12 +40,14 @@ _ABSENT = object()
 class Compiled:
     """What compile() knows about a model: its backend, and the attributes that restore() puts back.
 
-    `forget` drops the compiled graphs, and with them the draft's weights.
+    `forget` drops the compiled graphs, and with them the draft's weights. `part` is what runs in the place of a model
+    that is spread over processes, else None.
     """
 
     backend: Backend
     before: dict[str, Any]
     forget: Callable[[], Any]
+    part: nn.Module | None = None
 
     def __deepcopy__(self, memo: dict) -> Compiled:
         return dataclasses.replace(self, forget=lambda: None)  # a copied model shares the graphs and does not own them
@@ -143,19 +145,8 @@ def check_spread_out(
 ) -> tuple[nn.Module, nn.Module | None]:
     """What runs on this rank in the place of a target that is spread over processes, and of its draft.
 
-    Raises: ParallelPlanError: it cannot be spread so. SpreadError, BudgetError: what all heads decide together.
+    Raises: ParallelPlanError: it cannot be spread so.
     """
-    if method.spread == "heads":
-        raise SpreadError(
-            f"{method.name}(spread={method.spread!r}): a layer's KV heads share its budget within one process, and the "
-            f"target's are spread over {ranks.size}: use spread='global', whose heads choose together once for all "
-            "layers, or spread='uniform'."
-        )
-    if method.share is not None:
-        raise BudgetError(
-            f"budget={method.budget!r}: a budget is chosen by all KV heads, and the target's are spread over "
-            f"{ranks.size} processes: give a number of KV slots, e.g. budget=1024."
-        )
     theirs = None if draft is None else ranks_of(draft)
     if theirs is not None and method.prompt is not None:
         raise ParallelPlanError(
@@ -181,7 +172,7 @@ def _install(target: nn.Module, part: nn.Module | None, backend: Backend, by_tex
     # Dynamo's cache would outlive the model: what it holds of a code object is out of the garbage collector's sight.
     forget = weakref.finalize(target, remove_from_cache, forward.__code__)
     forget.atexit = False
-    target._specpass = Compiled(backend, before, forget)
+    target._specpass = Compiled(backend, before, forget, part)
     target._compiled_call_impl = compiled_call(runs, forward, backend, by_text)
     target._prepare_cache_for_generation = cache_factory(target, backend)
     if hasattr(type(target), "prepare_inputs_for_generation"):

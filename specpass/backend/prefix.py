@@ -26,6 +26,7 @@ from specpass.interpret.document import placed, read_document
 from specpass.interpret.question import Front, Rows, part
 from specpass.methods.base import Method
 from specpass.observe import progress
+from specpass.parallel.agree import about_ids, agreement
 from specpass.passes.draft import DraftGraphs
 from specpass.reports.report import base_of
 from specpass.rewrite import Refusal
@@ -50,6 +51,7 @@ def read(model: nn.Module, document_ids: Any, *, device: str | torch.device | No
     Raises:
         PromptError: no tokens. PrefixUnsupportedError: a model or a method that cannot go on from a prefix, and why.
         UnsupportedCallError: the model is not compiled with specpass. DraftContextError: longer than the draft reads.
+        RanksDisagreeError: of a target that is spread over processes: they read different documents.
     """
     target: Any = base_of(model)
     state = target.__dict__.get("_specpass")
@@ -59,9 +61,12 @@ def read(model: nn.Module, document_ids: Any, *, device: str | torch.device | No
         )
     backend: Backend = state.backend
     checks.check_decoder(target, "target")
-    checks.check_draft(backend.draft, backend.method)
-    check_supported(target, backend.method, by_text=backend.eos_of_text is not None)
-    ids = document_of(document_ids)
+    target = target if state.part is None else state.part
+    with agreement(backend.ranks, "specpass.read") as told:
+        checks.check_draft(backend.draft, backend.method)
+        check_supported(target, backend.method, by_text=backend.eos_of_text is not None)
+        ids = document_of(document_ids)
+        told["the document"] = about_ids(ids)
     own = ids[None].to(device_of(target))
     place = None if device is None else torch.device(device)
     with torch.no_grad():
@@ -155,10 +160,12 @@ class Questions:
         """
         target, backend = self.behind.target, self.behind.backend
         check_gradients(target.parameters())
-        check_question(kwargs, prefix)
-        check_supported(target, cache.method, by_text=backend.eos_of_text is not None)
-        backend.check_cache(cache)
-        prefix.check_target(Identity.of(target))
+        with agreement(backend.ranks, "generate") as told:
+            check_question(kwargs, prefix)
+            check_supported(target, cache.method, by_text=backend.eos_of_text is not None)
+            backend.check_cache(cache)
+            prefix.check_target(Identity.of(target))
+            told["the prefix"] = about_ids(prefix.ids)
         backend.report.saw(cache.config)
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         rows = Rows.of(prefix.ids, ids, mask if isinstance(mask, Tensor) else None)

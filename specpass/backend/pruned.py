@@ -14,6 +14,7 @@ from specpass.dialect.cache import Advance
 from specpass.graph.operands import results_of
 from specpass.graph.walk import value
 from specpass.lowering.lower import Lowered
+from specpass.parallel.shards import Ranks
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Ahead, Drafted
 from specpass.reports.record import SiteRecord
@@ -86,8 +87,10 @@ class Pruned:
             drafts=0 if drafted is None else len(drafted.caches) * request.goes_on,
         )
 
-    def call(self, lowered: Lowered, lifted: tuple[Tensor, ...], sizes: set[int], report: Report) -> Call:
-        """What runs it. Args: lifted: by their names above. sizes, report: the backend's."""
+    def call(
+        self, lowered: Lowered, lifted: tuple[Tensor, ...], sizes: set[int], report: Report, ranks: Ranks | None = None
+    ) -> Call:
+        """What runs it. Args: lifted: by their names above. sizes, report, ranks: the backend's."""
         return Call(
             lowered.run,
             self.request.kind,
@@ -113,6 +116,7 @@ class Pruned:
             chose=report.chose,
             drafts=self.drafts,
             work=lowered.work,
+            ranks=ranks,
         )
 
 

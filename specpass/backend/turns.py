@@ -28,6 +28,7 @@ from specpass.interpret.beside import features
 from specpass.interpret.draft import write_by_graphs
 from specpass.interpret.question import Front, Rows
 from specpass.methods.base import Method
+from specpass.parallel.agree import about_ids, agreement
 from specpass.passes.draft import DraftGraphs
 from specpass.reports.record import HeldRecord
 from specpass.rewrite import Refusal
@@ -109,7 +110,9 @@ class Turns:
         talk = Conversation.of(ids)
         talk.reader, talk.drafter = who, drafter
         if prefix is not None:
-            self._stand_behind(talk, prefix, len(ids))
+            with agreement(backend.ranks, "generate") as told:
+                self._stand_behind(talk, prefix, len(ids))
+                told["the prefix"] = about_ids(prefix.ids)
         return talk
 
     @staticmethod

@@ -256,10 +256,17 @@ class BudgetCache(CacheProtocol):
         self.free_at_prefill = room
 
     def tighten(self) -> None:
-        """Cut the storage of heads that chose together with other processes' to what was kept of the prompt."""
-        for layer in self.budgeted:
-            if layer.ragged:
-                layer.tighten(layer.budget)
+        """Cut the storage of heads that chose together with other processes' to what was kept of the prompt.
+
+        All layers get what one of them needs most, so that steps know one number of slots.
+        """
+        wide = [layer for layer in self.budgeted if layer.ragged and layer.slots > layer.budget + layer.room]
+        used = {layer: own for layer in wide if (own := layer.used) is not None}
+        if not used:
+            return
+        kept = max(torch.stack(list(used.values())).tolist())  # the only look at the device
+        for layer in used:
+            layer.tighten(kept)
 
     def hear(self, like: Tensor) -> None:
         """Let layers have room for the newest queries of rows `like` [B, ...], where evictions ask by them."""

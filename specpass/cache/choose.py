@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from specpass.parallel.agree import mean_of_ranks
+from specpass.parallel.shards import Ranks
+
 if TYPE_CHECKING:
     from specpass.cache.budget import BudgetCache
 
@@ -85,14 +88,18 @@ def shrink(layer: Candidates, index: int, budget: int) -> Candidates:
     )
 
 
-def choose_budget(cache: BudgetCache) -> Kept:
-    """Choose for a prompt whose layers hold the largest budget's slots, and move each layer into the chosen size."""
+def choose_budget(cache: BudgetCache, ranks: Ranks | None) -> Kept:
+    """Choose for a prompt whose layers hold the largest budget's slots, and move each layer into the chosen size.
+
+    Args: ranks: whose heads choose together.
+    """
     layers = [layer for layer in cache.budgeted if layer.rung is not None]
     share = cache.method.share
     assert share is not None, "a share of the attention chooses"
-    index, kept = choose([layer.shares for layer in layers], cache.rungs, share)
-    for layer in layers:
-        held = (layer.key_buffer, layer.value_buffer, layer.lengths, layer.kept_positions, layer.rung, layer.shares)
+    every = mean_of_ranks([layer.shares for layer in layers], ranks)
+    index, kept = choose(every, cache.rungs, share)
+    for layer, shares in zip(layers, every, strict=True):
+        held = (layer.key_buffer, layer.value_buffer, layer.lengths, layer.kept_positions, layer.rung, shares)
         found = shrink(Candidates(*held), index, cache.rungs[index])
         layer.key_buffer, layer.value_buffer, layer.lengths = found.keys, found.values, found.lengths
         layer.kept_positions, layer.rung, layer.shares = found.positions, found.rung, found.shares

@@ -277,17 +277,21 @@ class Storage:
             widen(self.stored(buffer), buffer) for buffer in (self.key_buffer, self.value_buffer)
         )
 
-    def tighten(self, budget: int) -> None:
-        """Cut what no row uses off a storage for more than `budget` slots a KV head in the mean: see share_layers."""
-        together = self.together
-        first, last = together[0], together[-1]
-        if first is not self or self.key_buffer is None or last.starts is None or last.counts is None:
-            return
-        heads = self.kv_heads * len(together)
-        if self.slots <= budget + self.room:
-            return
-        used = int((last.starts + last.counts)[:, -1].max()) - (heads - 1) * self.room
-        kept = -(-used // heads)
+    @property
+    def used(self) -> Tensor | None:
+        """0-d: slots of a head, in the mean, that the prompt's positions take in a storage of ragged heads.
+
+        Of the row that takes most, rounded up; None where it is another layer's to say, or heads are not ragged.
+        """
+        last, heads = self.together[-1], self.kv_heads * len(self.together)
+        if self.together[0] is not self or self.key_buffer is None or last.starts is None or last.counts is None:
+            return None
+        end = (last.starts + last.counts)[:, -1].max() - (heads - 1) * self.room
+        return torch.div(end + heads - 1, heads, rounding_mode="floor")
+
+    def tighten(self, kept: int) -> None:
+        """Cut a storage of ragged heads to `kept` slots for the prompt of each, in the mean; see `used`."""
+        together, heads = self.together, self.kv_heads * len(self.together)
 
         def cut(old: Tensor, slots: int) -> Tensor:
             new = old[:, : heads * slots].contiguous()

@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 from specpass.errors import OutputFileError
 from specpass.files import graphs_dir, write_file
+from specpass.parallel.shards import Collective
 from specpass.passes.pipeline import fingerprint
 
 T = TypeVar("T")
@@ -151,13 +152,14 @@ def code_of(function: Any) -> str:
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes besides its weights and submodules.
+    """A module's own attributes besides its weights and submodules, and what it does behind its class's forward.
 
-    Raises: Undescribed: it does more than its class says.
+    Raises: Undescribed: it does more than can be told.
     """
-    if any(getattr(module, name) for name in HOOKS):
+    hooks = {name: list(found.values()) for name in HOOKS if (found := getattr(module, name))}
+    if not all(isinstance(hook, Collective) for found in hooks.values() for hook in found):
         raise Undescribed
-    return {name: held for name, held in vars(module).items() if name not in BARE and name not in UNREAD}
+    return hooks | {name: held for name, held in vars(module).items() if name not in BARE and name not in UNREAD}
 
 
 def described(held: Any) -> str:
@@ -165,7 +167,7 @@ def described(held: Any) -> str:
 
     Raises: Undescribed: it cannot be told (tensors that are no weights, objects with a state).
     """
-    if isinstance(held, PLAIN):
+    if isinstance(held, (*PLAIN, Collective)):
         return repr(held)
     if isinstance(held, (tuple, list)):
         return f"[{', '.join(map(described, held))}]"
@@ -190,9 +192,10 @@ def described(held: Any) -> str:
 
 @functools.cache
 def own_sources() -> str:
-    """Of the capture, and of what it reads besides the passes."""
+    """Of the capture, and of what it reads besides the passes; of what a twin does, whose repr stands for it."""
     here = Path(__file__).parent
-    return "".join(path.read_text() for path in (*sorted(here.glob("*.py")), here.parent / "sizes.py"))
+    beside = here.parent / "sizes.py", here.parent / "parallel" / "shards.py"
+    return "".join(path.read_text() for path in (*sorted(here.glob("*.py")), *beside))
 
 
 def load(key: Key) -> Graphs | None:

@@ -228,6 +228,21 @@ class ChooseShared(
         return [torch.empty_like(own) for own in positions]
 
 
+class ChooseHeads(
+    Operator, schema="choose_heads(Tensor positions, Tensor scores, int total, int rank) -> Tensor", since="PRUNED"
+):
+    """As choose_shared, of one layer, whose heads go on without gaps: [B, K, M] ascending; unused slots last, -1."""
+
+    positions: fx.Node  # [B, K, M] of this rank's candidates, see select_candidates
+    scores: fx.Node  # [P B, K, M] of all P ranks
+    total: int
+    rank: int
+
+    @staticmethod
+    def fake(positions, scores, total, rank):
+        return torch.empty_like(positions)
+
+
 class PackHeads(Operator, schema="pack_heads(Tensor items, int slots) -> Tensor", since="PRUNED"):
     """Items [B, K, M] of heads with budgets of their own as [B, slots]: one head's behind the other's, then -1."""
 

@@ -16,6 +16,8 @@ from specpass.errors import MethodHookError
 from specpass.interpret.rows import Packing
 from specpass.interpret.spread import Shared, most_of, store_ragged
 from specpass.methods.base import Method
+from specpass.parallel.agree import all_of_ranks
+from specpass.parallel.shards import Ranks
 from specpass.passes.attend_slots import UNSPREAD
 from specpass.rewrite import Refusal
 
@@ -35,6 +37,7 @@ class Keeper:
         ahead: lookahead tokens L behind each row, whose keys and values lie in the first free slots (see gather_prune).
         shared: what layers that share a storage have kept so far.
         how: the method that scores and selects, where it is not the cache's.
+        ranks: whose KV heads share budgets with these.
     """
 
     cache: BudgetCache
@@ -45,6 +48,7 @@ class Keeper:
     ahead: int = 0
     shared: Shared = dataclasses.field(default_factory=Shared)
     how: Method | None = None
+    ranks: Ranks | None = None
     copies: dict[torch.device, Keeper] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def on(self, device: torch.device) -> Keeper:
@@ -105,23 +109,29 @@ class Keeper:
             raise Refusal(UNSPREAD)
         method, lengths, budget, most = self.method, self.packing.lengths, layer.budget, layer.budget
         settings, worth = (method.window, method.kernel, method.pool, method.floor(budget)), None
+        ranks = self.ranks
         if scores is None:
             positions = SPEC.keep_all(lengths, key.shape[1], budget)
         elif layer.sharers:
             most = most_of(method, budget)
             positions, worth = SPEC.select_candidates(scores, lengths, most, *settings, method.floor(budget))
-        else:
+        elif ranks is None:
             positions = SPEC.select_heads(scores, lengths, budget, *settings)
+        else:
+            most = method.most(budget, ranks.size)
+            positions, worth = SPEC.select_candidates(scores, lengths, most, *settings, method.floor(budget))
+            every, total = all_of_ranks(worth, ranks).flatten(0, 1), ranks.size * key.shape[1] * budget
+            positions = SPEC.choose_heads(positions, every, total, ranks.rank)
         taken = self._with_ahead(positions)
         if layer.sharers:
             self.shared.add(layer, key, value, positions, taken, most, worth)
         else:
-            store_ragged(layer, key, value, positions, taken, self.cache.room)
+            store_ragged(layer, key, value, positions, taken, most, self.cache.room)
 
     def finish(self) -> None:
         """Behind the last layer: those whose heads share one storage choose."""
         assert isinstance(self.method.budget, int)
-        self.shared.finish(self.method.budget, self.cache.room)
+        self.shared.finish(self.method, self.method.budget, self.cache.room, self.ranks)
 
     def positions(self, layer: BudgetLayer, kv_heads: int, scores: Tensor | None) -> Tensor:
         """[B, K, C] of the tokens that the target reads, ascending; unused slots -1."""

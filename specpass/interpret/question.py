@@ -33,6 +33,7 @@ from specpass.interpret.run import Call
 from specpass.interpret.watch import Attention
 from specpass.methods.base import Method
 from specpass.observe.layers import reading_by_layers
+from specpass.parallel.shards import Ranks
 from specpass.reports.record import PromptRecord
 from specpass.sizes import FULL
 
@@ -187,6 +188,7 @@ class Question(Call):
 
     front: Front = dataclasses.field(kw_only=True)
     rows: Rows = dataclasses.field(kw_only=True)
+    ranks: Ranks | None = dataclasses.field(default=None, kw_only=True)
 
     def read(
         self, count: int, ahead: Tensor | None, short: bool, verify: bool, how: Method | None = None
@@ -204,7 +206,7 @@ class Question(Call):
         scored = None
         if method.scored and not short:
             scored = SPEC.score_rows(rows.lengths, ahead, method.window, list(self.eos_ids), futures)
-        keeper = Keeper(cache, packing, short, scored, ahead=first if verify else 0, how=how)
+        keeper = Keeper(cache, packing, short, scored, ahead=first if verify else 0, how=how, ranks=self.ranks)
         branches = Branches(packing, count, first, futures)
         reading = ReadQuestion(cache, keeper, self.front, rows, branches)
         ids = rows.last(count)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from specpass.cache.protocol import BudgetLayer
 from specpass.dialect.define import SPEC
 from specpass.methods.base import CANDIDATES, Method
+from specpass.parallel.agree import all_of_ranks
+from specpass.parallel.shards import Ranks
 from specpass.rewrite import Refusal
 
 UNLIKE = "its KV heads are unlike those of other layers, with which they cannot share a storage: use spread='heads'"
@@ -32,18 +35,20 @@ def most_of(method: Method, budget: int) -> int:
     return method.window + CANDIDATES * (budget - method.window)
 
 
-def store_ragged(layer: BudgetLayer, key: Tensor, value: Tensor, positions: Tensor, taken: Tensor, room: int) -> None:
+def store_ragged(
+    layer: BudgetLayer, key: Tensor, value: Tensor, positions: Tensor, taken: Tensor, most: int, room: int
+) -> None:
     """A layer whose heads share their slots.
 
     Args: key [B, K, T, D], value [B, K, T, Dv]; positions [B, K, M]; taken: these and the lookahead's [B, K, M + L];
-    room N.
+    most: slots of a head, in the mean; room N.
     """
-    heads, budget, ahead = key.shape[1], layer.budget, taken.shape[2] - positions.shape[2]
-    kept = SPEC.gather_ragged(key, value, taken, heads * (budget + ahead), room - ahead)
+    heads, ahead = key.shape[1], taken.shape[2] - positions.shape[2]
+    kept = SPEC.gather_ragged(key, value, taken, heads * (most + ahead), room - ahead)
     layer.key_buffer, layer.value_buffer, used = kept
     layer.lengths = used - ahead
     layer.starts, layer.counts = SPEC.head_offsets(layer.lengths, room)
-    layer.kept_positions = SPEC.pack_heads(positions, heads * budget)
+    layer.kept_positions = SPEC.pack_heads(positions, heads * most)
     layer.is_initialized = True
 
 
@@ -80,13 +85,21 @@ class Shared:
         worth = None if worth is None else SPEC.pack_heads(worth, heads * most)
         self.layers.append(Candidate(layer, keys, values, used - self.ahead, packed, worth))
 
-    def finish(self, budget: int, room: int) -> None:
-        """Choose among the candidates of all layers. Args: C slots of each head, in the mean; room N."""
+    def finish(self, how: Method, budget: int, room: int, ranks: Ranks | None) -> None:
+        """Choose among the candidates of all layers, and of all ranks.
+
+        Args: C slots of each head, in the mean; room N.
+        """
         if not self.layers:
             return
         names = ("keys", "values", "lengths", "positions")
         lists = [[getattr(each, name) for each in self.layers] for name in names]
         worth = [each.worth for each in self.layers if each.worth is not None]
+        if worth and ranks is not None:
+            every = all_of_ranks(torch.stack(worth), ranks).flatten(0, 1)
+            total = ranks.size * len(worth) * self.layers[0].lengths.shape[1] * budget
+            lists[3], worth = SPEC.choose_shared(lists[3], every, total, ranks.rank), []
+            budget = min(most_of(how, budget), how.most(budget, ranks.size))
         found = SPEC.share_layers(*lists, worth, budget, self.ahead, room)
         for each, lengths, starts, counts in zip(self.layers, *found[3:], strict=True):
             layer = each.layer

@@ -200,6 +200,13 @@ class Method(Traits):
         """Scored positions that each KV head keeps at least of a layer's budget C, beside the window."""
         return int(FLOOR * (budget - self.window))
 
+    def most(self, budget: int, ranks: int) -> int:
+        """Slots of a head, in the mean, of one of several `ranks`, where the others' heads keep their floor alone.
+
+        C of one process.
+        """
+        return ranks * budget - (ranks - 1) * (self.window + self.floor(budget))
+
     @property
     def prompt(self) -> SpecPC | None:
         """How the prompt itself is compressed before the target reads it; None where it is read whole."""

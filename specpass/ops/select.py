@@ -136,6 +136,18 @@ def choose_shared(positions: list[Tensor], scores: Tensor, total: int, rank: int
     return [own.masked_fill(~mine[:, index], -1) for index, own in enumerate(positions)]
 
 
+def choose_heads(positions: Tensor, scores: Tensor, total: int, rank: int) -> Tensor:
+    """Of this rank's candidates those that are among the `total` best of all ranks, as `select` gives them.
+
+    Args: positions [B, K, M]; scores [P B, K, M]: infinite where one is kept anyway, -1 where a slot is unused.
+    """
+    never = torch.iinfo(positions.dtype).max
+    by_rank = scores.unflatten(0, (-1, len(positions))).flatten(2)  # [P, B, K M]
+    (chosen,) = choose_shared([positions.flatten(1)], by_rank, total, rank)
+    chosen = chosen.view_as(positions)
+    return _ascending(chosen.masked_fill(chosen < 0, never), never)
+
+
 def _best(scores: Tensor, lengths: Tensor, top: int, window: int, kernel: int, pool: str) -> tuple[Tensor, Tensor]:
     """The best `top` columns of each head in front of the window, by pooled scores.
 
@@ -231,6 +243,7 @@ bind(dialect.KeepAll, keep_all)
 bind(dialect.KeepShortRows, keep_short_rows)
 bind(dialect.SelectCandidates, select_candidates)
 bind(dialect.ChooseShared, choose_shared)
+bind(dialect.ChooseHeads, choose_heads)
 bind(dialect.PackHeads, pack_heads)
 bind(dialect.MapPositions, map_positions)
 bind(dialect.AddLookahead, add_lookahead)

@@ -38,8 +38,12 @@ def join_last(part: Tensor, width: int, size: int, group: str) -> Tensor:
     return joined[:width].movedim(0, -1).contiguous()
 
 
+class Collective:
+    """What a twin's module does besides what its class says; its repr says all of it."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Sum:
+class Sum(Collective):
     """Behind a module whose output is its rank's summand. A bias is added once, behind the sum."""
 
     group: str
@@ -51,7 +55,7 @@ class Sum:
 
 
 @dataclasses.dataclass(frozen=True)
-class Join:
+class Join(Collective):
     """Behind a module whose output is its rank's part of the last dimension."""
 
     group: str
@@ -62,16 +66,22 @@ class Join:
         return join_last(output, self.width, self.size, self.group)
 
 
-def embed_part(module: nn.Embedding, first: int, group: str) -> Callable[[Tensor], Tensor]:
-    """A forward for an embedding that holds the vocabulary from the id `first` on: ids of other ranks are nothing."""
-    own = module.forward
-    rows = module.weight.shape[0]
+@dataclasses.dataclass(frozen=True)
+class EmbedPart(Collective):
+    """A forward for an embedding that holds the vocabulary from the id `first` on: ids of other ranks are nothing.
 
-    def forward(ids: Tensor) -> Tensor:
-        mine = (ids >= first) & (ids < first + rows)
-        return sum_over(own(torch.where(mine, ids - first, 0)).masked_fill(~mine[..., None], 0), group)
+    Args: own: the module's own forward.
+    """
 
-    return forward
+    own: Callable[[Tensor], Tensor] = dataclasses.field(repr=False)
+    first: int
+    rows: int
+    group: str
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        mine = (ids >= self.first) & (ids < self.first + self.rows)
+        found = self.own(torch.where(mine, ids - self.first, 0))
+        return sum_over(found.masked_fill(~mine[..., None], 0), self.group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +145,8 @@ def local_part(model: nn.Module, ranks: Ranks) -> nn.Module:
         local = weight.detach().to_local() if is_spread(weight) else weight
         memo[id(weight)] = nn.Parameter(local, requires_grad=False) if local is not weight else weight
     twin = copy.deepcopy(model, memo)
+    for name in MESHES:
+        twin.__dict__.pop(name, None)
     modules = dict(twin.named_modules())
     for module in modules.values():
         module.__dict__.pop("forward", None)
@@ -146,7 +158,8 @@ def local_part(model: nn.Module, ranks: Ranks) -> nn.Module:
     return twin
 
 
-SHARED = ("config", "generation_config", "_device_mesh", "_mesh_manager")
+MESHES = ("_device_mesh", "_mesh_manager")  # which say where weights lie: a twin's lie in its own process
+SHARED = ("config", "generation_config", *MESHES)
 
 
 def behind(module: nn.Module, path: str, name: str, whole: dict[str, Any], ranks: Ranks) -> None:
@@ -171,7 +184,7 @@ def behind(module: nn.Module, path: str, name: str, whole: dict[str, Any], ranks
     elif kind is styles.EmbeddingParallel and isinstance(module, nn.Embedding):
         rows = -(-whole[f"{path}.weight"].shape[0] // ranks.size)
         module.padding_idx = None  # which says something of gradients alone, and lies beyond a part's end
-        module.forward = embed_part(module, rows * ranks.rank, ranks.name)
+        module.forward = EmbedPart(module.forward, rows * ranks.rank, module.weight.shape[0], ranks.name)
     elif kind in (styles.AllReduceParallel, styles.MoeExpertsParallel):
         module.register_forward_hook(Sum(ranks.name))
     elif kind not in (

@@ -22,7 +22,7 @@ def of_rank_0(editor: Editor, node: fx.Node, ranks: Ranks | None, before: fx.Nod
     return editor.call(COLLECTIVES.wait_tensor, sent, before=before)
 
 
-def of_all_ranks(editor: Editor, node: fx.Node, ranks: Ranks, before: fx.Node) -> fx.Node:
+def of_all_ranks(editor: Editor, node: fx.Node, ranks: Ranks, before: fx.Node, like: fx.Node | None = None) -> fx.Node:
     """[P A, ...] of the ranks' tensors [A, ...], one behind the other."""
-    sent = editor.call(COLLECTIVES.all_gather_into_tensor, node, ranks.size, ranks.name, before=before)
-    return editor.call(COLLECTIVES.wait_tensor, sent, before=before)
+    sent = editor.call(COLLECTIVES.all_gather_into_tensor, node, ranks.size, ranks.name, before=before, like=like)
+    return editor.call(COLLECTIVES.wait_tensor, sent, before=before, like=like)

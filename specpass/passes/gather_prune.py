@@ -15,6 +15,14 @@ after:  positions = select_heads(scores, lengths, C, W, kernel, pool, floor)    
         keys, values, lengths = gather_ragged(k, v, positions, K * C, N)        [B, K * (C + N), D]
         positions = pack_heads(positions, K * C)                                [B, K * C]
 
+Where each of P ranks has K heads of the layer, each keeps its own of the best of all:
+
+after:  positions, worth = select_candidates(scores, lengths, X, W, kernel, pool, floor, floor)
+        positions = choose_heads(positions, all_gather(worth), P K C, rank)     [B, K, M], K X of them in use at most
+
+X, of a head in the mean, is what the other ranks leave where they keep no more than their floors: the storage is made
+for that, and cut to what is kept behind the graph.
+
 Where those of all layers share, see share_layers.py.
 
 Where the budget is chosen when the prompt was read, C is the largest that it may be, the cache has asked what smaller
@@ -47,7 +55,9 @@ from specpass.dialect.select import SelectRungs
 from specpass.graph.edit import Editor
 from specpass.graph.operands import items_of
 from specpass.graph.walk import ATEN, skip_full_slices, value
+from specpass.parallel.shards import Ranks
 from specpass.passes.attend_slots import UNSPREAD
+from specpass.passes.exchange import of_all_ranks
 from specpass.passes.facts import Ahead, Attention, ReadPositions, Rows, Scores
 from specpass.passes.inline import Inline, check_result
 from specpass.passes.share_layers import Shared, in_prompt, offsets_of, put
@@ -102,18 +112,17 @@ class GatherPrune(Pass):
                 whole = request.pruning.budget
                 lengths = editor.beside(facts[Rows].lengths, site.key, before)
                 positions = editor.call(SPEC.keep_short_rows, positions, lengths, whole, before=before)
-            kept, lengths = self._gather(editor, facts, site, positions, before, like)
+            slots = share_of(request, facts, site)
+            kept, lengths = self._gather(editor, facts, site, positions, slots, before, like)
             positions = in_prompt(editor, facts, site, positions, before, like)
             results: list[fx.Node] = [*(editor.item(kept, index, before) for index in (0, 1)), lengths, positions]
             for asked in offsets:
                 begin = editor.call(SPEC.head_offsets, lengths, asked.room, before=before, like=like)
                 put(editor, asked.node, [editor.item(begin, index, before) for index in (0, 1)])
-                results[3] = editor.call(
-                    SPEC.pack_heads, positions, site.kv_heads * site.budget, before=before, like=like
-                )
+                results[3] = editor.call(SPEC.pack_heads, positions, site.kv_heads * slots, before=before, like=like)
             for wanted in quantized:
-                slots = int(value(positions).shape[2])  # the budget, or more where rows of a padded batch keep all
-                quantize(editor, wanted, site, slots, results[:3], before, like)
+                held = int(value(positions).shape[2])  # the budget, or more where rows of a padded batch keep all
+                quantize(editor, wanted, site, held, results[:3], before, like)
             put(editor, site.cache, results)
             rewritten.append(dataclasses.replace(site, cache=kept))
         shared.finish()
@@ -121,9 +130,9 @@ class GatherPrune(Pass):
 
     @staticmethod
     def _gather(
-        editor: Editor, facts: Facts, site: Site, positions: fx.Node, before: fx.Node, like: fx.Node | None
+        editor: Editor, facts: Facts, site: Site, positions: fx.Node, slots: int, before: fx.Node, like: fx.Node | None
     ) -> tuple[fx.Node, fx.Node]:
-        """What takes the place of the site's `fill`, and the slots in use [B, K]."""
+        """What takes the place of the site's `fill`, and the slots in use [B, K]. Args: slots: see share_of."""
         fill = Fill.of(site.cache)
         ahead, room = facts[Ahead].tokens if Ahead in facts else 0, fill.room
         call = functools.partial(editor.call, before=before, like=like)
@@ -132,8 +141,7 @@ class GatherPrune(Pass):
             positions = call(SPEC.add_lookahead, positions, index)
             room = editor.call(operator.sub, room, ahead, before=before) if isinstance(room, fx.Node) else room - ahead
         if offsets_of(site):
-            slots = site.kv_heads * (site.budget + ahead)
-            kept = call(SPEC.gather_ragged, fill.key, fill.value, positions, slots, room)
+            kept = call(SPEC.gather_ragged, fill.key, fill.value, positions, site.kv_heads * (slots + ahead), room)
         else:
             kept = call(SPEC.gather_kv, fill.key, fill.value, positions, room)
         used = editor.item(kept, 2, before)
@@ -166,8 +174,7 @@ class GatherPrune(Pass):
             plain = (site.budget, method.window, method.kernel, method.pool)
             return call(SPEC.select_rungs, scores, attention, lengths, *plain, rungs)
         if offsets_of(site):
-            settings = (site.budget, method.window, method.kernel, method.pool, method.floor(site.budget))
-            return call(SPEC.select_heads, scores, lengths, *settings)
+            return choose_together(editor, request, facts, site, scores, before, like)
         if method.select is None:
             return call(SPEC.select, scores, lengths, site.budget, method.window, method.kernel, method.pool)
         name = f"{method.name}.select"
@@ -175,6 +182,29 @@ class GatherPrune(Pass):
         positions = inline(scores, lengths, before=before, like=like)
         shape = (*value(scores).shape[:2], site.budget)
         return check_result(positions, shape, torch.int64, name, "positions [B, K, C]")
+
+
+def share_of(request: Request, facts: Facts, site: Site) -> int:
+    """Slots of a head, in the mean, that a site's heads on this rank may keep: C, or more where ranks share them."""
+    shares = Ranks in facts and request.kind == "prefill" and bool(offsets_of(site))
+    return request.pruning.most(site.budget, facts[Ranks].size) if shares else site.budget
+
+
+def choose_together(
+    editor: Editor, request: Request, facts: Facts, site: Site, scores: fx.Node, before: fx.Node, like: fx.Node | None
+) -> fx.Node:
+    """[B, K, M] positions of a site whose heads share budgets, with those of other ranks where there are some."""
+    how, ranks = request.pruning, facts.get(Ranks)
+    call = functools.partial(editor.call, before=before, like=like)
+    lengths, floor = editor.beside(facts[Rows].lengths, site.key, before), how.floor(site.budget)
+    settings = (how.window, how.kernel, how.pool, floor)
+    if ranks is None:
+        return call(SPEC.select_heads, scores, lengths, site.budget, *settings)
+    found = call(SPEC.select_candidates, scores, lengths, share_of(request, facts, site), *settings, floor)
+    positions, worth = (editor.item(found, index, before) for index in (0, 1))
+    every = of_all_ranks(editor, worth, ranks, before, like)
+    total = ranks.size * site.kv_heads * site.budget
+    return call(SPEC.choose_heads, positions, every, total, ranks.rank)
 
 
 def quantizations_of(site: Site) -> list[QuantizeKv]:

@@ -126,10 +126,9 @@ class Shared:
 
     def _most(self, site: Site) -> int:
         """Slots of a head, in the mean, of a rank whose heads keep all that the other ranks' floors leave."""
-        how, ranks = self.request.pruning, self.facts[Ranks]
-        least = how.window + how.floor(site.budget)
+        how = self.request.pruning
         candidates = how.window + CANDIDATES * (site.budget - how.window)
-        return min(candidates, ranks.size * site.budget - (ranks.size - 1) * least)
+        return min(candidates, how.most(site.budget, self.facts[Ranks].size))
 
 
 def put(editor: Editor, node: fx.Node, results: list[fx.Node]) -> None:

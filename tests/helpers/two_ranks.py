@@ -15,7 +15,10 @@ from pathlib import Path
 import torch.distributed as dist
 import transformers
 
+from specpass.capture import stored
+
 ROOT = Path(__file__).parents[2]
+GRAPHS = "SPECPASS_TEST_GRAPHS"  # the folder of kept graphs, one for all processes of a run of the tests
 
 
 def started(script: Path, folder: Path, codes: tuple[int, int] = (0, 0), limit: int = 600) -> list[dict[str, str]]:
@@ -24,7 +27,7 @@ def started(script: Path, folder: Path, codes: tuple[int, int] = (0, 0), limit: 
     Args: codes: with which they end. limit: seconds.
     """
     paths = [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", GRAPHS: str(stored.graphs_dir())}
     logs = [folder / f"{rank}.log" for rank in range(2)]
     ranks = []
     for rank, log in enumerate(logs):
@@ -43,6 +46,8 @@ def started(script: Path, folder: Path, codes: tuple[int, int] = (0, 0), limit: 
 def run_cases(rank: int, folder: Path, cases: Callable[[Path], Iterable[tuple[str, Callable[[], None]]]]) -> None:
     """In one of the two: join the group, run what `cases(folder)` names, write FOLDER/RANK.json after each."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    graphs = Path(os.environ[GRAPHS])
+    stored.graphs_dir = lambda: graphs
     transformers.utils.logging.disable_progress_bar()
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)

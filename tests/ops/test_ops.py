@@ -54,6 +54,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "select_heads": [(scores, lengths, C, W, 3, "max", 1), (scores, lengths, S + 4, W, 7, "avg", 2)],
         "pack_heads": [(some, flat), (worth, flat + 3)],
         "choose_shared": [(each[3], torch.stack([*worths, *worths[::-1]]), 4 * K * (C - 1), rank) for rank in (0, 1)],
+        "choose_heads": [(some, torch.cat([worth, worth.flip(1)]), 2 * K * (C - 1), rank) for rank in (0, 1)],
         "gather_ragged": [(key, value, some, flat, N)],
         "head_offsets": [(counts, N)],
         "show_heads": [(ragged[0], begins, C + N)],

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import specpass.ops  # noqa: F401  (registers the operators)
+import specpass
+import specpass.ops
 from specpass.dialect.define import SPEC
 from specpass.kernels.decode import reference
 from specpass.testing import eager
@@ -47,6 +48,21 @@ def test_select_heads(seed: int) -> None:
             continue
         (due,) = choose([pooled(scores[row], length)], length, C, W)
         assert used(positions[row]) == [head.tolist() for head in due]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_choose_heads(seed: int) -> None:
+    """Of two ranks with K heads each: what one process chooses of all of them. Each second time one takes the most."""
+    lengths = torch.tensor([T, 25, C, 7, W, 2])
+    every = [scores_of(seed + rank, lengths) * (1.0, (1.0, 1000.0)[seed % 2])[rank] for rank in (0, 1)]
+    due = SPEC.select_heads(torch.cat(every, 1), lengths, C, W, 3, "max", FLOOR)
+    most = specpass.SnapKV(budget=C, window=W).most(C, 2)
+    found = [SPEC.select_candidates(own, lengths, most, W, 3, "max", FLOOR, FLOOR) for own in every]
+    worth = torch.cat([worth for _, worth in found])
+    chosen = [SPEC.choose_heads(positions, worth, 2 * K * C, rank) for rank, (positions, _) in enumerate(found)]
+    assert [used(torch.cat(rows)) for rows in zip(*chosen, strict=True)] == [used(row) for row in due]
+    most_kept = int((chosen[1] >= 0).sum((1, 2)).max())
+    assert most_kept == K * most if seed % 2 else most_kept < K * most
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -110,13 +110,31 @@ def test_text_of_shared_budgets() -> None:
     )
 
 
-def test_text_of_budgets_that_several_processes_share() -> None:
-    """Of two, each of which has these two heads: all candidates' worth goes around, and one rank may keep more."""
-    state = prompt_graph(GLOBAL, mask=True).before("gather_prune")
+def difference_of_ranks(method: Any) -> str:
+    """Of the second of two processes."""
+    state = prompt_graph(method, mask=True).before("gather_prune")
     before = copy_module(state.gm)
     state.facts.add(Ranks(None, "tp", 2, 1))
+    return changes(before, state.apply(GatherPrune()).gm)
+
+
+def test_text_of_budgets_that_several_processes_share() -> None:
+    """Of two, each of which has these two heads: all candidates' worth goes around, and one rank may keep more."""
     assert_expected_inline(
-        changes(before, state.apply(GatherPrune()).gm),
+        difference_of_ranks(HEADS),
+        """\
+-fill(add, transpose, handle, 24, 64, 0, False)
+-head_offsets(fill[2], 64)
++select_candidates(importance, pack_order[1], 37, 8, 7, avg, 3, 3)
++all_gather_into_tensor(select_candidates[1], 2, tp)
++wait_tensor(all_gather_into_tensor)
++choose_heads(select_candidates[0], wait_tensor, 96, 1)
++gather_ragged(add, transpose, choose_heads, 74, 64)
++head_offsets(gather_ragged[2], 64)
++pack_heads(choose_heads, 74)""",
+    )
+    assert_expected_inline(
+        difference_of_ranks(GLOBAL),
         """\
 -fill(add, transpose, handle, 24, 64, 0, False)
 -head_offsets(fill[2], 64)
