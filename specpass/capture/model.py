@@ -46,6 +46,21 @@ def untraceable(model: nn.Module) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def experts_of_graphs(model: nn.Module) -> Iterator[None]:
+    """Experts ask whether they are compiled: what multiplies them otherwise has no form in a graph but in bfloat16.
+
+    Other models are not told: some have code of their own for it.
+    """
+    can = getattr(type(model), "_can_set_experts_implementation", None)
+    before = torch.compiler._is_compiling_flag  # what torch.export sets, too
+    torch.compiler._is_compiling_flag = before or (can is not None and can())
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
 def asks_for_length(model: nn.Module) -> bool:
     """Whether attention alone asks the cache for its length, as a number (MPT, to cut its bias).
 
@@ -97,7 +112,11 @@ class ModelTrace:
 
     def trace(self, run: Any, *inputs: Any) -> fx.GraphModule:
         """Pre-dispatch ATen of `run(*inputs, *params)`; nodes know the module that made them."""
-        with quiet(self.mode), fx_traceback.preserve_node_meta(), module_paths(self.model), rope_as_it_was(self.model):
+        with contextlib.ExitStack() as stack:
+            for context in (quiet(self.mode), fx_traceback.preserve_node_meta(), module_paths(self.model)):
+                stack.enter_context(context)
+            stack.enter_context(rope_as_it_was(self.model))
+            stack.enter_context(experts_of_graphs(self.model))
             return make_fx(run, pre_dispatch=True)(*inputs, *self.fakes)
 
     def forward(self, params: tuple[Tensor, ...], ids: Tensor, cache: Cache, **kwargs: Any) -> Tensor:
