@@ -7,7 +7,7 @@ with "/shared" behind it one shares the budget of prompt and answer (share_budge
 is written after each of them, and a rerun goes on from it.
 
     python -m bench.bounded
-    python -m bench.bounded --target qwen2.5-coder-1.5b --draft qwen2.5-coder-0.5b --out bounded_qwen.json
+    python -m bench.bounded --target qwen2.5-coder-1.5b --draft qwen2.5-coder-0.5b  # the committed file
     python -m bench.bounded --new 600 --budget 64 --generated 64 --policies recent attention rkv rkv/shared
 """
 
