@@ -25,7 +25,7 @@ FIXED = [
     for case in cases.grouped(1, 800, families=("llama", "lfm2"), methods=("speckv", "speckv-pc"))
     if case.subject in SUBJECTS
 ]
-FIXED = sorted(FIXED, key=lambda case: case.index)[:80]
+FIXED = sorted(FIXED, key=lambda case: case.index)[:60]
 
 
 FULL = "full_attention"
