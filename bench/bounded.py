@@ -6,8 +6,8 @@ use, bytes of the cache as it filled and at the end, and the number of decode gr
 with "/shared" behind it one shares the budget of prompt and answer (share_budget), and "grows" bounds nothing. The file
 is written after each of them, and a rerun goes on from it.
 
-    python -m bench.bounded
-    python -m bench.bounded --target qwen2.5-coder-1.5b --draft qwen2.5-coder-0.5b  # the committed file
+    python -m bench.bounded --out smollm2.json
+    python -m bench.bounded --target qwen2.5-coder-1.5b --draft qwen2.5-coder-0.5b  # the committed file, which goes on
     python -m bench.bounded --new 600 --budget 64 --generated 64 --policies recent attention rkv rkv/shared
 """
 

@@ -219,7 +219,7 @@ class Play:
 
     def _window(self) -> int:
         """The newest tokens, which no eviction takes."""
-        return min(32, (self.case.generated or 0) // 4)
+        return evictions.newest(self.case.generated or 0)
 
     def _noted(self) -> int:
         """The newest tokens whose queries say what goes."""

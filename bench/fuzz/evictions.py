@@ -66,9 +66,14 @@ def shown(events: list[Event], prompt: int, starts: list[int], answers: list[lis
     return out
 
 
+def newest(slots: int) -> int:
+    """W, which no eviction takes, of so many slots."""
+    return min(32, slots // 4)
+
+
 def noted(policy: str, slots: int) -> int:
     """Newest queries that a policy scores with, of so many slots."""
-    window = min(32, slots // 4)
+    window = newest(slots)
     return min(4 * window, slots) if policy == "triattention" else window
 
 

@@ -112,11 +112,13 @@ class ModelTrace:
 
     def trace(self, run: Any, *inputs: Any) -> fx.GraphModule:
         """Pre-dispatch ATen of `run(*inputs, *params)`; nodes know the module that made them."""
-        with contextlib.ExitStack() as stack:
-            for context in (quiet(self.mode), fx_traceback.preserve_node_meta(), module_paths(self.model)):
-                stack.enter_context(context)
-            stack.enter_context(rope_as_it_was(self.model))
-            stack.enter_context(experts_of_graphs(self.model))
+        with (
+            quiet(self.mode),
+            fx_traceback.preserve_node_meta(),
+            module_paths(self.model),
+            rope_as_it_was(self.model),
+            experts_of_graphs(self.model),
+        ):
             return make_fx(run, pre_dispatch=True)(*inputs, *self.fakes)
 
     def forward(self, params: tuple[Tensor, ...], ids: Tensor, cache: Cache, **kwargs: Any) -> Tensor:

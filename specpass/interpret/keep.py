@@ -14,7 +14,7 @@ from specpass.cache.protocol import BudgetLayer
 from specpass.dialect.define import SPEC
 from specpass.errors import MethodHookError
 from specpass.interpret.rows import Packing
-from specpass.interpret.spread import Shared, most_of, store_ragged
+from specpass.interpret.spread import Shared, store_ragged
 from specpass.methods.base import Method
 from specpass.parallel.agree import all_of_ranks
 from specpass.parallel.shards import Ranks
@@ -113,7 +113,7 @@ class Keeper:
         if scores is None:
             positions = SPEC.keep_all(lengths, key.shape[1], budget)
         elif layer.sharers:
-            most = most_of(method, budget)
+            most = method.candidates(budget)
             positions, worth = SPEC.select_candidates(scores, lengths, most, *settings, method.floor(budget))
         elif ranks is None:
             positions = SPEC.select_heads(scores, lengths, budget, *settings)

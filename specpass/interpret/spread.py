@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specpass.cache.protocol import BudgetLayer
 from specpass.dialect.define import SPEC
-from specpass.methods.base import CANDIDATES, Method
+from specpass.methods.base import Method
 from specpass.parallel.agree import all_of_ranks
 from specpass.parallel.shards import Ranks
 from specpass.rewrite import Refusal
@@ -28,11 +28,6 @@ class Candidate:
     lengths: Tensor
     positions: Tensor
     worth: Tensor | None
-
-
-def most_of(method: Method, budget: int) -> int:
-    """X, the candidates of a head in a layer that shares with others, its window included."""
-    return method.window + CANDIDATES * (budget - method.window)
 
 
 def store_ragged(
@@ -99,7 +94,7 @@ class Shared:
             every = all_of_ranks(torch.stack(worth), ranks).flatten(0, 1)
             total = ranks.size * len(worth) * self.layers[0].lengths.shape[1] * budget
             lists[3], worth = SPEC.choose_shared(lists[3], every, total, ranks.rank), []
-            budget = min(most_of(how, budget), how.most(budget, ranks.size))
+            budget = min(how.candidates(budget), how.most(budget, ranks.size))
         found = SPEC.share_layers(*lists, worth, budget, self.ahead, room)
         for each, lengths, starts, counts in zip(self.layers, *found[3:], strict=True):
             layer = each.layer

@@ -200,6 +200,10 @@ class Method(Traits):
         """Scored positions that each KV head keeps at least of a layer's budget C, beside the window."""
         return int(FLOOR * (budget - self.window))
 
+    def candidates(self, budget: int) -> int:
+        """Slots of a head, in the mean, that a layer may have of a budget C that all layers share, window included."""
+        return self.window + CANDIDATES * (budget - self.window)
+
     def most(self, budget: int, ranks: int) -> int:
         """Slots of a head, in the mean, of one of several `ranks`, where the others' heads keep their floor alone.
 

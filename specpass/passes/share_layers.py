@@ -31,7 +31,6 @@ from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.operands import items_of
 from specpass.graph.walk import ATEN, output_of
-from specpass.methods.base import CANDIDATES
 from specpass.parallel.shards import Ranks
 from specpass.passes.exchange import of_all_ranks
 from specpass.passes.facts import Ahead, ReadPositions, Rows
@@ -77,7 +76,7 @@ class Shared:
             most, worth = site.budget, None
             positions = call(SPEC.keep_all, lengths, site.kv_heads, most)
         else:
-            most, floor = how.window + CANDIDATES * (site.budget - how.window), how.floor(site.budget)
+            most, floor = how.candidates(site.budget), how.floor(site.budget)
             settings = (most, how.window, how.kernel, how.pool, floor, floor)
             found = call(SPEC.select_candidates, scores, lengths, *settings)
             positions, worth = (editor.item(found, index, before) for index in (0, 1))
@@ -127,8 +126,7 @@ class Shared:
     def _most(self, site: Site) -> int:
         """Slots of a head, in the mean, of a rank whose heads keep all that the other ranks' floors leave."""
         how = self.request.pruning
-        candidates = how.window + CANDIDATES * (site.budget - how.window)
-        return min(candidates, how.most(site.budget, self.facts[Ranks].size))
+        return min(how.candidates(site.budget), how.most(site.budget, self.facts[Ranks].size))
 
 
 def put(editor: Editor, node: fx.Node, results: list[fx.Node]) -> None:

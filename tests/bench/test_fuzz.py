@@ -1,4 +1,4 @@
-"""The fuzzer: 80 fixed cases are right, and wrong answers, choices and lookaheads would be seen."""
+"""The fuzzer: 60 fixed cases are right, and wrong answers, choices and lookaheads would be seen."""
 
 from __future__ import annotations
 
