@@ -148,7 +148,7 @@ def check_spread_out(
     Raises: ParallelPlanError: it cannot be spread so.
     """
     theirs = None if draft is None else ranks_of(draft)
-    if theirs is not None and method.prompt is not None:
+    if theirs is not None and theirs.apart and method.prompt is not None:
         raise ParallelPlanError(
             f"{method.name} chooses tokens by all of the draft's heads, and the draft's are spread over {theirs.size} "
             "processes: load it whole in each of them, without tp_plan."

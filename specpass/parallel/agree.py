@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from specpass.errors import RanksDisagreeError, SpecpassError
-from specpass.parallel.shards import Ranks
+from specpass.parallel.shards import Ranks, choosing
 
 Told = dict[str, str]
 
@@ -58,10 +58,12 @@ def first_ranks(tensor: Tensor, ranks: Ranks | None) -> Tensor:
 
 
 def mean_of_ranks(tensors: Sequence[Tensor], ranks: Ranks | None) -> list[Tensor]:
-    """Of tensors alike in shape the means over all ranks, the same bits on each; themselves without ranks.
+    """Of tensors alike in shape the means over all ranks, the same bits on each; themselves where each has
+    all heads.
 
     One collective: a sum by the network's own order need not be one number on all ranks.
     """
+    ranks = choosing(ranks)
     if ranks is None:
         return list(tensors)
     every = all_of_ranks(torch.stack(list(tensors)), ranks)

@@ -67,6 +67,18 @@ class Join(Collective):
 
 
 @dataclasses.dataclass(frozen=True)
+class OwnPart(Collective):
+    """In front of a module that reads its rank's part of the last dimension, where every rank has all of it."""
+
+    rank: int
+    size: int
+
+    def __call__(self, module: nn.Module, args: Any) -> Tensor:
+        width = -(-args[0].shape[-1] // self.size)
+        return args[0][..., width * self.rank : width * (self.rank + 1)]
+
+
+@dataclasses.dataclass(frozen=True)
 class EmbedPart(Collective):
     """A forward for an embedding that holds the vocabulary from the id `first` on: ids of other ranks are nothing.
 
@@ -88,13 +100,22 @@ class EmbedPart(Collective):
 class Ranks:
     """The processes that a model's weights are spread over.
 
-    Args: name: of their group, as functional collectives take it. size: how many. rank: which one this is.
+    Args:
+        name: of their group, as functional collectives take it. size: how many. rank: which one this is.
+        apart: each of them holds KV heads of its own; else all of them hold all heads, as of OLMo 2 or Phi 3, whose
+            plans join what the projections of attention give.
     """
 
     group: Any
     name: str
     size: int
     rank: int
+    apart: bool = True
+
+
+def choosing(ranks: Ranks | None) -> Ranks | None:
+    """The processes whose heads choose together; None where each process chooses for all heads."""
+    return None if ranks is None or not ranks.apart else ranks
 
 
 def ranks_of(model: nn.Module) -> Ranks | None:
@@ -117,7 +138,26 @@ def ranks_of(model: nn.Module) -> Ranks | None:
             f"spreads: load it with DistributedConfig(tp_plan='auto', tp_size={dist.get_world_size()})."
         )
     group = model._mesh_manager.get_mesh("tp").get_group()
-    return Ranks(group, group.group_name, dist.get_world_size(group), dist.get_rank(group))
+    return Ranks(group, group.group_name, dist.get_world_size(group), dist.get_rank(group), heads_apart(plan_of(model)))
+
+
+def plan_of(model: Any) -> dict[str, str]:
+    """The style of each module that a tensor parallel plan names, by its path."""
+    found: dict[str, str] = model._resolve_parallel_plans(model.config.distributed_config)[0]
+    return found
+
+
+def heads_apart(plan: dict[str, str]) -> bool:
+    """Whether a projection of attention leaves its output in parts, so that each process goes on with its own heads."""
+    from torch.distributed.tensor import Shard
+    from transformers.distributed import tensor_parallel as styles
+
+    for path, name in plan.items():
+        style: Any = styles.ALL_PARALLEL_STYLES[name] if "attn" in path or "attention" in path else None
+        parts = isinstance(style, styles.ColwiseParallel) and isinstance(style.output_layouts, Shard)
+        if parts or isinstance(style, styles.PackedColwiseParallel):
+            return True
+    return False
 
 
 def is_spread(weight: Any) -> bool:
@@ -136,7 +176,8 @@ def local_part(model: nn.Module, ranks: Ranks) -> nn.Module:
 
     Raises: ParallelPlanError: heads that do not divide, or a style of the plan that has no such form.
     """
-    check_heads(model.config, ranks.size)
+    if ranks.apart:
+        check_heads(model.config, ranks.size)
     memo: dict[int, Any] = {}
     for module in model.modules():  # what a copy shares with the model
         shared = [held for name, held in vars(module).items() if name in SHARED]
@@ -151,8 +192,7 @@ def local_part(model: nn.Module, ranks: Ranks) -> nn.Module:
     for module in modules.values():
         module.__dict__.pop("forward", None)
     whole = dict(model.named_parameters())
-    plan = model._resolve_parallel_plans(model.config.distributed_config)[0]
-    for path, style in plan.items():
+    for path, style in plan_of(model).items():
         if path in modules:
             behind(modules[path], path, style, whole, ranks)
     return twin
@@ -167,7 +207,7 @@ def behind(module: nn.Module, path: str, name: str, whole: dict[str, Any], ranks
 
     Raises: ParallelPlanError: the style has no such form.
     """
-    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor import Replicate
     from transformers.distributed import tensor_parallel as styles
 
     style: Any = styles.ALL_PARALLEL_STYLES[name]
@@ -175,7 +215,9 @@ def behind(module: nn.Module, path: str, name: str, whole: dict[str, Any], ranks
     if kind is styles.ColwiseParallel and isinstance(style.input_layouts, Replicate):
         if isinstance(style.output_layouts, Replicate):
             module.register_forward_hook(Join(ranks.name, ranks.size, module.out_features))
-    elif kind is styles.RowwiseParallel and isinstance(style.input_layouts, Shard):
+    elif kind is styles.RowwiseParallel:
+        if isinstance(style.input_layouts, Replicate):
+            module.register_forward_pre_hook(OwnPart(ranks.rank, ranks.size))
         module.register_parameter("bias_of_sum", module._parameters.get("bias"))
         module._parameters["bias"] = None
         module.register_forward_hook(Sum(ranks.name))

@@ -55,7 +55,7 @@ from specpass.dialect.select import SelectRungs
 from specpass.graph.edit import Editor
 from specpass.graph.operands import items_of
 from specpass.graph.walk import ATEN, skip_full_slices, value
-from specpass.parallel.shards import Ranks
+from specpass.parallel.shards import Ranks, choosing
 from specpass.passes.attend_slots import UNSPREAD
 from specpass.passes.exchange import of_all_ranks
 from specpass.passes.facts import Ahead, Attention, ReadPositions, Rows, Scores
@@ -186,15 +186,16 @@ class GatherPrune(Pass):
 
 def share_of(request: Request, facts: Facts, site: Site) -> int:
     """Slots of a head, in the mean, that a site's heads on this rank may keep: C, or more where ranks share them."""
-    shares = Ranks in facts and request.kind == "prefill" and bool(offsets_of(site))
-    return request.pruning.most(site.budget, facts[Ranks].size) if shares else site.budget
+    ranks = choosing(facts.get(Ranks))
+    shares = ranks is not None and request.kind == "prefill" and bool(offsets_of(site))
+    return request.pruning.most(site.budget, ranks.size) if ranks is not None and shares else site.budget
 
 
 def choose_together(
     editor: Editor, request: Request, facts: Facts, site: Site, scores: fx.Node, before: fx.Node, like: fx.Node | None
 ) -> fx.Node:
     """[B, K, M] positions of a site whose heads share budgets, with those of other ranks where there are some."""
-    how, ranks = request.pruning, facts.get(Ranks)
+    how, ranks = request.pruning, choosing(facts.get(Ranks))
     call = functools.partial(editor.call, before=before, like=like)
     lengths, floor = editor.beside(facts[Rows].lengths, site.key, before), how.floor(site.budget)
     settings = (how.window, how.kernel, how.pool, floor)

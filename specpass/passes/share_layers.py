@@ -31,7 +31,7 @@ from specpass.dialect.define import SPEC
 from specpass.graph.edit import Editor
 from specpass.graph.operands import items_of
 from specpass.graph.walk import ATEN, output_of
-from specpass.parallel.shards import Ranks
+from specpass.parallel.shards import Ranks, choosing
 from specpass.passes.exchange import of_all_ranks
 from specpass.passes.facts import Ahead, ReadPositions, Rows
 from specpass.rewrite import Facts, Refusal, Request
@@ -104,8 +104,10 @@ class Shared:
         worth = [layer.worth for layer in self.layers if layer.worth is not None]
         room = Fill.of(first.cache).room
         budget = first.budget
-        if worth and Ranks in self.facts:
-            lists[3], worth, budget = self._agreed(lists[3], worth, first, output), [], self._most(first)
+        ranks = choosing(self.facts.get(Ranks))
+        if worth and ranks is not None:
+            lists[3], budget = self._agreed(lists[3], worth, first, ranks, output), self._most(first, ranks)
+            worth = []
         all_of = editor.call(SPEC.share_layers, *lists, worth, budget, self.ahead, room, before=output)
         keys, values, positions, *each = (editor.item(all_of, index, output) for index in range(6))
         for index, layer in enumerate(self.layers):
@@ -114,19 +116,21 @@ class Shared:
                 put(editor, asked.node, about)
             put(editor, layer.site.cache, [keys, values, lengths, positions])
 
-    def _agreed(self, positions: list[fx.Node], worth: list[fx.Node], site: Site, before: fx.Node) -> list[fx.Node]:
+    def _agreed(
+        self, positions: list[fx.Node], worth: list[fx.Node], site: Site, ranks: Ranks, before: fx.Node
+    ) -> list[fx.Node]:
         """Of each layer's positions those that all ranks choose together, all of which are kept; else -1."""
-        editor, ranks = self.editor, self.facts[Ranks]
+        editor = self.editor
         total = ranks.size * len(worth) * site.kv_heads * site.budget
         own = editor.call(ATEN.stack.default, worth, before=before)
         every = of_all_ranks(editor, own, ranks, before)
         chosen = editor.call(SPEC.choose_shared, positions, every, total, ranks.rank, before=before)
         return [editor.item(chosen, index, before) for index in range(len(positions))]
 
-    def _most(self, site: Site) -> int:
+    def _most(self, site: Site, ranks: Ranks) -> int:
         """Slots of a head, in the mean, of a rank whose heads keep all that the other ranks' floors leave."""
         how = self.request.pruning
-        return min(how.candidates(site.budget), how.most(site.budget, self.facts[Ranks].size))
+        return min(how.candidates(site.budget), how.most(site.budget, ranks.size))
 
 
 def put(editor: Editor, node: fx.Node, results: list[fx.Node]) -> None:

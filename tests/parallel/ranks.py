@@ -23,7 +23,7 @@ from two_ranks import run_cases
 import specpass
 from specpass import errors
 
-FAMILIES = ("llama", "qwen2", "qwen3", "smollm", "gemma2")
+FAMILIES = ("llama", "qwen2", "qwen3", "smollm", "gemma2", "mistral")
 METHODS = {
     "speckv": specpass.SpecKV(budget=24, window=8, lookahead=4),
     "snapkv": specpass.SnapKV(budget=24, window=8),
@@ -214,6 +214,15 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         sizes = {"vocab": 127} if family == "qwen2" else {}  # which does not divide
         models = spread(family, folder, **sizes)
         yield family, lambda models=models: same(*models, METHODS["snapkv"], None)
+
+    def all_heads() -> None:
+        """Attention norms all heads together: every process holds and chooses for all of them."""
+        models = spread("olmoe", folder)
+        for method in (METHODS["snapkv"], dataclasses.replace(METHODS["snapkv"], spread="heads")):
+            answers = on_rank_0(lambda method=method: told(*answer(models[0], method, None)))
+            assert told(*answer(models[1], method, None)) == answers
+
+    yield "olmoe", all_heads
 
 
 def main(rank: int, folder: Path) -> None:

@@ -21,6 +21,8 @@ FIRST = (
     "qwen3",
     "smollm",
     "gemma2",
+    "mistral",
+    "olmoe",
     "inductor",
     "three turns",
     "another method",
