@@ -46,18 +46,19 @@ WIDE = {
 def correctness(run: Run) -> None:
     """Each step says whether tokens agree, and which did not."""
     draft = _draft(run)
+    answers = Answers(run, draft)
     methods = {name: METHODS[name] for name in (("SpecKV",) if run.tiny else METHODS)}
     with no_second_way():
         for name, method in methods.items():
             run.step("tokens", f"{name}, covering budget", lambda m=method: covering(run, m, draft))
-            run.step("tokens", f"{name}, kernels against aten", lambda m=method: against_aten(run, m, draft))
+            run.step("tokens", f"{name}, kernels against aten", lambda m=method: against_aten(answers, m))
         for name in sorted(methods.keys() & {"SpecKV", "SpecPC"}):
             method = methods[name]
-            run.step("tokens", f"{name}, graphs on and off", lambda m=method: graphs(run, m, draft))
-            run.step("tokens", f"{name}, Inductor against eager", lambda m=method: compiled(run, m, draft))
+            run.step("tokens", f"{name}, graphs on and off", lambda m=method: graphs(answers, m))
+            run.step("tokens", f"{name}, Inductor against eager", lambda m=method: compiled(answers, m))
         run.step("tokens", "SpecKV, verified lookahead", lambda: followed(run))
         run.step("tokens", "SpecKV, speculation", lambda: speculated(run))
-        run.step("tokens", "SpecKV, sparse prefill", lambda: sparse(run, draft))
+        run.step("tokens", "SpecKV, sparse prefill", lambda: sparse(answers))
         run.step("tokens", "SnapKV, more elements than 32 bits count", lambda: beyond_int32(run))
     torch._dynamo.reset()
 
@@ -134,6 +135,26 @@ def calls(run: Run, model: Any, new: int = NEW) -> list[list[int]]:
     return tokens
 
 
+class Answers:
+    """Of each method and its options, called once: tokens, and what the report says of CUDA graphs."""
+
+    def __init__(self, run: Run, draft: Any) -> None:
+        self.run, self.draft = run, draft
+        self.known: dict[str, tuple[list[list[int]], list[str]]] = {}
+
+    def of(self, method: Any, new: int = NEW, **options: Any) -> tuple[list[list[int]], list[str]]:
+        key = f"{method.key} {new} {options}"
+        if key not in self.known:
+            self.known[key] = self.anew(method, new, **options)
+        return self.known[key]
+
+    def anew(self, method: Any, new: int = NEW, **options: Any) -> tuple[list[list[int]], list[str]]:
+        model = compile_(self.run, method, self.draft, **options)
+        tokens = calls(self.run, model, new)
+        notes = [note for note in str(specpass.report(model)).splitlines() if "CUDA graph" in note]
+        return tokens, list(dict.fromkeys(notes))
+
+
 def verdict(ours: list[list[int]], theirs: list[list[int]]) -> dict[str, Any]:
     """Rows that agree; the first that does not."""
     wrong = [index for index, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other]
@@ -149,26 +170,23 @@ def covering(run: Run, method: Any, draft: Any) -> dict[str, Any]:
     return verdict(calls(run, compile_(run, whole, draft, lowering="eager")), calls(run, _target(run)))
 
 
-def against_aten(run: Run, method: Any, draft: Any) -> dict[str, Any]:
-    ours = calls(run, compile_(run, method, draft, lowering="eager"))
+def against_aten(answers: Answers, method: Any) -> dict[str, Any]:
+    ours, _ = answers.of(method, lowering="eager")
     with aten_alone():
-        return verdict(ours, calls(run, compile_(run, method, draft, lowering="eager", cudagraphs=False)))
+        return verdict(ours, answers.anew(method, lowering="eager", cudagraphs=False)[0])
 
 
-def graphs(run: Run, method: Any, draft: Any) -> dict[str, Any]:
+def graphs(answers: Answers, method: Any) -> dict[str, Any]:
     """Answers that outgrow the first storage, too."""
-    model = compile_(run, method, draft, lowering="eager")
-    plain = compile_(run, method, draft, lowering="eager", cudagraphs=False)
-    new = NEW if run.tiny else GROWS
-    found = verdict(calls(run, model, new), calls(run, plain, new))
-    notes = [note for note in str(specpass.report(model)).splitlines() if "CUDA graph" in note]
-    return found | {"notes": list(dict.fromkeys(notes))}
+    new = NEW if answers.run.tiny else GROWS
+    ours, notes = answers.of(method, new, lowering="eager")
+    return verdict(ours, answers.of(method, new, lowering="eager", cudagraphs=False)[0]) | {"notes": notes}
 
 
-def compiled(run: Run, method: Any, draft: Any) -> dict[str, Any]:
-    plain = compile_(run, method, draft, lowering="eager", cudagraphs=False)
-    lowering = "eager" if run.tiny else "inductor"  # a tiny run is to be short
-    return verdict(calls(run, compile_(run, method, draft, lowering=lowering)), calls(run, plain))
+def compiled(answers: Answers, method: Any) -> dict[str, Any]:
+    lowering = "eager" if answers.run.tiny else "inductor"  # a tiny run is to be short
+    ours, _ = answers.of(method, lowering=lowering)
+    return verdict(ours, answers.of(method, lowering="eager", cudagraphs=False)[0])
 
 
 def followed(run: Run) -> dict[str, Any]:
@@ -192,14 +210,13 @@ def speculated(run: Run) -> dict[str, Any]:
     return found | counts | {"right": found["right"] and report.proposed > 0}
 
 
-def sparse(run: Run, draft: Any) -> dict[str, Any]:
+def sparse(answers: Answers) -> dict[str, Any]:
     """As many columns as tokens are exact attention; fewer answer alike by the kernel and by aten in blocks of rows."""
-    exact = dataclasses.replace(METHODS["SpecKV"], sparse_prefill=PROMPT)
-    found = verdict(*(calls(run, compile_(run, each, draft, lowering="eager")) for each in (exact, METHODS["SpecKV"])))
-    few = dataclasses.replace(METHODS["SpecKV"], sparse_prefill=C)
-    ours = calls(run, compile_(run, few, draft, lowering="eager" if run.tiny else "inductor"))
+    exact, few = (dataclasses.replace(METHODS["SpecKV"], sparse_prefill=columns) for columns in (PROMPT, C))
+    found = verdict(*(answers.of(each, lowering="eager")[0] for each in (exact, METHODS["SpecKV"])))
+    ours, _ = answers.of(few, lowering="eager" if answers.run.tiny else "inductor")
     with aten_alone():
-        plain = calls(run, compile_(run, few, draft, lowering="eager", cudagraphs=False))
+        plain, _ = answers.anew(few, lowering="eager", cudagraphs=False)
     return found if not found["right"] else verdict(ours, plain)
 
 
