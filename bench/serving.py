@@ -2,7 +2,7 @@
 
 One server answers all: each round sends the same lookups twice, first with `X-Specpass-Method: full`, which is vLLM
 alone, then shortened to the budget, so many requests at a time; prefix caching is off, so that no prompt finds its own
-beginning. Needs vLLM's environment:
+beginning. The file is written after each round, and a rerun goes on from it. Needs vLLM's environment:
 
     make vllm
     .venv-vllm/bin/python -m bench.serving
@@ -20,13 +20,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
 from bench import common
+from specpass.benchmarks.results import Store
+from specpass.benchmarks.tasks.scoring import contained
 
 MODES = {"full": {"X-Specpass-Method": "full"}, "specpc": {"X-Specpass-Method": "specpc"}}
 NEW = 32
@@ -40,7 +42,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=1024, help="tokens that the target reads")
     parser.add_argument("--requests", type=int, default=200, help="in all, half of them shortened")
     parser.add_argument("--concurrency", type=int, default=8, help="requests at a time")
-    parser.add_argument("--out", type=Path, default=common.RESULTS / "serving.json")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no half round after so many")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "serving.json", help="file to go on from")
+    parser.add_argument("--restart", action="store_true", help="forget what the file holds")
     return parser.parse_args()
 
 
@@ -97,13 +101,11 @@ async def ask(client: Any, name: str, mode: str, ids: list[int]) -> dict[str, An
     }
 
 
-async def run(
-    args: argparse.Namespace, address: str, prompts: list[Any]
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """All answers, and the seconds that each mode took in all."""
+async def run(args: argparse.Namespace, address: str, prompts: list[Any], store: Store) -> None:
+    """Answers of all rounds that the store lacks; each record holds the seconds that its round took in all."""
     import openai
 
-    client, records, walls = openai.AsyncOpenAI(base_url=address, api_key="none"), [], dict.fromkeys(MODES, 0.0)
+    client, end = openai.AsyncOpenAI(base_url=address, api_key="none"), time.perf_counter() + 60 * args.minutes
     with Progress() as bar:
         task = bar.add_task("answers", total=2 * len(prompts))
         for mode in MODES:  # compiles the draft's graph, and warms the engine up
@@ -111,17 +113,41 @@ async def run(
         for start in range(0, len(prompts), args.concurrency):
             own = prompts[start : start + args.concurrency]
             for mode in MODES:
-                since = time.perf_counter()
-                found = await asyncio.gather(*(ask(client, args.target, mode, list(prompt.ids)) for prompt in own))
-                walls[mode] += time.perf_counter() - since
-                records += [{**one, "prompt": start + index} for index, one in enumerate(found)]
+                if time.perf_counter() > end:
+                    return
+                if (mode, start) not in store:
+                    since = time.perf_counter()
+                    found = await asyncio.gather(*(ask(client, args.target, mode, list(prompt.ids)) for prompt in own))
+                    round_s = round(time.perf_counter() - since, 2)
+                    for index, one in enumerate(found):
+                        score = contained(one["text"], own[index].expected)
+                        store.add({**one, "prompt": start + index, "score": score, "round": start, "round_s": round_s})
                 bar.advance(task, len(own))
-    return records, walls
+
+
+def summary(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of each mode, and shortened over whole; of the rounds that have both."""
+    kept = list(records)
+    modes: dict[str, dict[str, float]] = {}
+    for mode in MODES:
+        own = [record for record in kept if record["mode"] == mode]
+        if not own:
+            return {}
+        modes[mode] = {
+            "requests": len(own),
+            "first_token_s": common.median(record["first_token_s"] for record in own),
+            "total_s": common.median(record["total_s"] for record in own),
+            "all_s": round(sum({record["round"]: record["round_s"] for record in own}.values()), 2),
+            "score": round(sum(record["score"] for record in own) / len(own), 4),
+            "read": common.median(record["read"] for record in own),
+        }
+    whole, short = modes.values()
+    ratio = {what: round(short[what] / whole[what], 4) for what in ("first_token_s", "total_s", "all_s")}
+    return {**modes, "ratio": ratio}
 
 
 def main() -> None:
     args = arguments()
-    from specpass.benchmarks.tasks.scoring import contained
     from specpass.benchmarks.tasks.table import SEPARATING, TASKS
 
     tokenizer, names = common.load_tokenizer(args.target), [name for name in SEPARATING if name.startswith("niah")]
@@ -129,25 +155,13 @@ def main() -> None:
         TASKS[names[index % len(names)]].prompt(index // len(names), args.tokens, tokenizer)
         for index in range(args.requests // 2)
     ]
-    with served(args) as address:
-        records, walls = asyncio.run(run(args, address, prompts))
-    summary = {}
-    for mode in MODES:
-        own = [record for record in records if record["mode"] == mode]
-        scores = [contained(record["text"], prompts[record["prompt"]].expected) for record in own]
-        summary[mode] = {
-            "first_token_s": common.median(record["first_token_s"] for record in own),
-            "total_s": common.median(record["total_s"] for record in own),
-            "all_s": round(walls[mode], 2),
-            "score": round(sum(scores) / len(scores), 4),
-            "read": common.median(record["read"] for record in own),
-        }
-    whole, short = summary.values()
-    ratio = {what: round(short[what] / whole[what], 4) for what in ("first_token_s", "total_s", "all_s")}
     settings = {name: getattr(args, name) for name in ("tokens", "budget", "requests", "concurrency")}
     settings |= {"target": Path(args.target).name, "draft": Path(args.draft).name, "new": NEW}
-    common.save_results(args.out, settings, summary=summary, ratio=ratio, records=records)
-    print(summary, ratio)
+    store = Store(args.out, settings, ("mode", "prompt"), args.restart, summary)
+    with served(args) as address:
+        asyncio.run(run(args, address, prompts, store))
+    store.save()
+    print(f"wrote {args.out}: {store.parts['summary']}")
 
 
 if __name__ == "__main__":

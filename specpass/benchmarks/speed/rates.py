@@ -16,7 +16,7 @@ def _best(call: Callable[[], Any], device: str) -> float:
 
     best, end = float("inf"), time.perf_counter() + ENOUGH_S
     for _ in range(ROUNDS):
-        if time.perf_counter() > end and best < float("inf"):
+        if time.perf_counter() > end:
             break
         start = time.perf_counter()
         call()
