@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import common
+from bench.scores import SCORES
 from specpass import BudgetCache, SnapKV, SpecKV, StreamingLLM, compile, read
 from specpass.benchmarks import results
 from specpass.benchmarks.models import Pair, generate, label, told
@@ -70,6 +71,13 @@ def speckv(**own: Any) -> Callable[..., Method]:
     return lambda given, budget: scored(SpecKV, given, budget, lookahead=given.lookahead, verify=given.verify, **own)
 
 
+def ablated(cls: type[SpecKV], spread: str) -> Callable[..., Method]:
+    """SpecKV with another score; see bench/scores.py."""
+    return lambda given, budget: scored(
+        cls, given, budget, lookahead=given.lookahead, verify=given.verify, spread=spread
+    )
+
+
 def oracle(**own: Any) -> Callable[..., Method]:
     """SpecKV that is told full KV's answer, and does not follow it."""
     return lambda given, budget: scored(SpecKV, given, budget, lookahead=given.lookahead, verify=False, **own)
@@ -98,6 +106,8 @@ ENGINES: dict[str, Callable[[argparse.Namespace, Any], Method]] = {
     "streamingllm": lambda given, budget: StreamingLLM(budget),
     "keydiff": lambda given, budget: scored(KeyDiff, given, budget),
     "random": lambda given, budget: scored(Random, given, budget),
+    **{f"speckv {name}": ablated(cls, "uniform") for name, cls in SCORES.items()},
+    **{f"speckv {name} global": ablated(cls, "global") for name, cls in SCORES.items()},
 }
 
 

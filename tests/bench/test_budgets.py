@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from bench.budgets import ENGINES, KeyDiff, Random, arguments, summarise
+from bench.scores import SCORES, probabilities
+from specpass.kernels.importance.reference import importance
 
 
 def record(method: str, budget: int | None, task: str, score: float, seed: int = 0) -> dict[str, Any]:
@@ -42,3 +44,33 @@ def test_controls_look_at_no_question() -> None:
     first, again = (Random(budget=8, window=4).score(none, key, key, none, lengths, 1.0) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first[:, 0], first[:, 1])
+
+
+def test_other_scores_by_their_definitions() -> None:
+    """One row at a time, and what a row's output is without a column."""
+    torch.manual_seed(0)
+    batch, heads, kv_heads, columns, dim, window = 2, 4, 2, 12, 8, 3
+    query = torch.randn(batch, heads, 4, dim)
+    key, value = (torch.randn(batch, kv_heads, columns, dim) for _ in range(2))
+    rows, lengths = torch.tensor([[8, 9, 10, 11], [-1, 7, 8, 9]]), torch.tensor([11, 9])
+    asked = (query, key, value, rows, lengths, 0.5)
+    found = {name: cls(budget=9, window=window).score(*asked) for name, cls in SCORES.items()}
+    p = probabilities(query, key, rows, 0.5)
+    most = importance(query, key, rows, lengths, window, 0.5, "max")
+    for row, length in enumerate(lengths.tolist()):
+        kept = slice(0, length - window)
+        torch.testing.assert_close(p[row].amax((1, 2))[:, kept], most[row][:, kept])
+        torch.testing.assert_close(found["mean rows"][row], p[row].mean(2).amax(1))
+        risk = most[row][:, kept]
+        risk = risk.maximum(risk.mean(-1, keepdim=True)) * value[row][:, kept].norm(dim=-1)
+        torch.testing.assert_close(found["defensive"][row][:, kept], risk)
+        inner = p[row][..., 4 : length - window]
+        live = inner[:, :, (rows[row] >= 0)]
+        due = (live / live.sum(-1, keepdim=True)).amax((1, 2))
+        torch.testing.assert_close(found["without sinks"][row][:, 4 : length - window], due)
+        for column in range(length - window):
+            rest = p[row].clone()
+            rest[..., column] = 0
+            rest = rest / rest.sum(-1, keepdim=True).clamp(min=1e-9)
+            moved = ((rest - p[row]) @ value[row][:, None]).norm(dim=-1)[:, :, rows[row] >= 0].amax((1, 2))
+            torch.testing.assert_close(found["reconstruction"][row][:, column], moved, atol=1e-4, rtol=1e-4)

@@ -1,5 +1,6 @@
-"""Tasks of RULER (arXiv 2404.06654) that need no download, written from its description.
+"""Tasks of RULER (arXiv 2404.06654) that need no download: all but the two that ask about data sets.
 
+They are written from its description.
 Each function takes a random generator and a wished length and returns a writer: units of haystack -> question.
 Names, templates and sizes (4 values, 4 queries, 4 hops, 10 common and 3 frequent words) are RULER's. Where it has
 essays, this has prose of Python's language reference.

@@ -59,7 +59,10 @@ TASKS = {
         Task("niah_multiquery", _plain(ruler.niah, hay="prose", needles=ruler.QUERIES, asked=ruler.QUERIES), 56),
         Task("niah_multikey_3", _plain(ruler.niah, hay="needles", **_UUIDS), 48),
         Task("code_completion", _plain(code_tasks.code_completion), 32, scoring.edit_similarity),
+        Task("niah_multikey_1", _plain(ruler.niah, hay="prose", needles=ruler.QUERIES), 16),
         Task("niah_single_1", _plain(ruler.niah, hay="noise"), 16),
+        Task("niah_single_2", _plain(ruler.niah, hay="prose"), 16),
+        Task("niah_single_3", _plain(ruler.niah, hay="prose", values=ruler.uuid_text, kind="uuids"), 48),
         Task("cwe", ruler.common_words, 56),
         Task("fwe", _plain(ruler.frequent_words), 40),
     )
