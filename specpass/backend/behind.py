@@ -160,7 +160,7 @@ class Behind:
             known = self.runs[length] = (graphs, run)
         with progress.task("the draft looks ahead"):
             ahead = known[1](*inputs)
-        if self.backend.speculate and not self.uncompiled.reason:
+        if (self.backend.speculate or cache.foresees) and not self.uncompiled.reason:
             start_draft(cache, caches, rows.last(rows.size), length)
         return ahead
 

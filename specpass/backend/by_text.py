@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specpass.backend.compile import Backend
+from specpass.backend.compile import OTHER_TOKENIZER, Backend
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import check_prompt
 from specpass.capture.devices import device_of
@@ -48,7 +48,7 @@ class DraftByText:
 
     Args: tokenizers: the target's and the draft's.
 
-    Raises: TokenizerMismatchError, SpeculationError, FuturesError: what cannot go with two tokenizers.
+    Raises: TokenizerMismatchError, SpeculationError, GeneratedError, FuturesError: what cannot go with two tokenizers.
     """
 
     def __init__(self, backend: Backend, target: nn.Module, tokenizers: Any) -> None:
@@ -66,6 +66,8 @@ class DraftByText:
                 f"speculate={backend.speculate} proposes the draft's tokens as they are, and its tokenizer is another: "
                 "leave speculate out, or use a draft of the same family."
             )
+        if backend.bound is not None:
+            backend.bound.check_foresees(OTHER_TOKENIZER)
         if backend.method.futures > 1:
             raise FuturesError(
                 f"futures={backend.method.futures}: a draft with another tokenizer writes one text: leave futures out, "

@@ -54,6 +54,9 @@ from specpass.rewrite.sites import Sites
 from specpass.sizes import context_length, eos_ids
 
 
+OTHER_TOKENIZER = "this one has a tokenizer of its own, whose tokens are no queries: use a draft of the same family"
+
+
 class Backend:
     """A torch.compile backend: `target.compile(backend=Backend(draft=draft, method=method), dynamic=True)`.
 
@@ -268,7 +271,7 @@ class Backend:
             )
         if asked and not cache.method.looks_up:
             facts.add(self.draft_graphs(cache))
-        goes_on = self.speculate > 0 and DraftGraphs in facts
+        goes_on = (self.speculate > 0 or cache.foresees) and DraftGraphs in facts
         return Request(kind, cache.method, cache.lookahead, self.eos_ids(cache), cache.method.verify, goes_on), facts
 
     def _keep_stage(self, request: Request, name: str, gm: fx.GraphModule) -> None:
@@ -304,7 +307,7 @@ class Backend:
         assert self.draft is not None
         device = device_of(self.draft).type
         how = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        goes_on = goes_on or self.speculate > 0
+        goes_on = goes_on or self.speculate > 0 or cache.foresees
         known = self._graphs.get(how)
         if known is None or (goes_on and known.extend is None):
             checks.check_draft(self.draft, self.method)  # train() may have been called since
@@ -336,10 +339,19 @@ class Backend:
         size = eight_bits(steps.values(), [graphs.prefill], graphs.params)
         self.report.note(f"the draft's steps read copies of its weights in 8 bits, {size / 2**20:,.0f} MiB")
 
+    @property
+    def why_not_foreseen(self) -> str:
+        """Why no draft can go on behind an answer, and what to do about it; "" where one can."""
+        if not self.second_way:
+            return "the plain door has nothing that asks it between two steps: use specpass.compile(model, ...)"
+        return OTHER_TOKENIZER if self.eos_of_text is not None else ""
+
     def check_cache(self, cache: BudgetCache) -> None:
-        """Raises: MethodMismatchError: the cache was made for another method."""
+        """Raises: MethodMismatchError: the cache was made for another method. GeneratedError: no draft can go on for it."""
         self.report.bound = cache.bound or self.report.bound
         self.report.bits = cache.bits or self.report.bits
+        if cache.bound is not None:
+            cache.bound.check_foresees(self.why_not_foreseen)
         mine = dataclasses.replace(self.method, budget=cache.method.budget)
         same_budget = not isinstance(self.method.budget, int) or self.method.budget == cache.method.budget
         ours, theirs = (

@@ -21,6 +21,7 @@ from specpass.backend.behind import Behind
 from specpass.backend.by_text import DraftByText
 from specpass.backend.cold import coarse_form_of, one_at_a_time
 from specpass.backend.compile import Backend
+from specpass.backend.foresee import Foresight
 from specpass.backend.itself import Itself
 from specpass.backend.kept import KeptCalls
 from specpass.backend.limit import raised_limit
@@ -74,6 +75,7 @@ def compiled_call(
     target: nn.Module, forward: types.FunctionType, backend: Backend, by_text: DraftByText | None = None
 ) -> Callable[..., Any]:
     speculator = Speculator(backend, backend.speculate) if backend.speculate else None
+    foresight = Foresight(backend)
     compiled = torch.compile(forward, backend=LooseBackend(backend), dynamic=True)
     uncompiled = Uncompiled(backend, why_uncompiled(target))
     numbered = bool(following(target)) or backend.method.futures > 1
@@ -165,6 +167,8 @@ def compiled_call(
         leave_out_idle(target, names, kwargs)
         if not uncompiled.reason:
             try:
+                if cache.foresees and cache.filled:
+                    foresight.make_room(cache, kwargs, through_graph)
                 out = None if speculator is None else speculator.step(cache, kwargs, through_graph)
                 return through_graph(**kwargs) if out is None else out
             except FailOnRecompileLimitHit as error:

@@ -48,12 +48,45 @@ def lower_proposals(
 
 
 @dataclasses.dataclass
+class Proposals:
+    """What one backend's draft writes greedily behind an answer, `count` = k tokens at a time.
+
+    Args: what: that ends where the draft's context does, for the report.
+    """
+
+    backend: Backend
+    count: int
+    what: str
+    run: Callable[..., Any] | None = None  # compiled at the first
+
+    def reach(self, drafting: Drafting) -> bool:
+        """Whether the draft has positions for what it would write."""
+        assert self.backend.draft is not None
+        context = context_length(self.backend.draft.config)
+        reaches = context is None or drafting.columns + drafting.told.shape[1] + self.count <= context
+        if not reaches:
+            self.backend.report.note(f"{self.what} where the draft's context of {context:,} tokens does")
+        return reaches
+
+    def write(self, cache: BudgetCache, drafting: Drafting, unread: int) -> Tensor:
+        """[B, k] tokens behind those that were told, of which the draft has not read the last `unread`."""
+        positions = drafting.stand(unread, self.count)
+        graphs = self.backend.draft_graphs(cache, goes_on=True)
+        inputs = (drafting.told[:, -unread:].contiguous(), positions, *drafting.caches, *graphs.params.values())
+        if self.run is None:
+            self.run = lower_proposals(self.backend, graphs, self.count, inputs)
+        return first_ranks(self.run(*inputs), self.backend.ranks)
+
+
+@dataclasses.dataclass
 class Speculator:
     """Steps of one backend's target, `count` = k proposed tokens at a time."""
 
     backend: Backend
     count: int
-    run: Callable[..., Any] | None = None  # the draft's proposals, compiled at the first
+
+    def __post_init__(self) -> None:
+        self.proposals = Proposals(self.backend, self.count, "speculation ends")
 
     def step(self, cache: BudgetCache, kwargs: dict[str, Any], call: Callable[..., Any]) -> Any | None:
         """What the model returns for the next token, or None where that is known already, or the draft is at its end.
@@ -68,7 +101,7 @@ class Speculator:
         if ids.shape[1] > 1 or self.follows(cache, ids):
             return None
         REPLAYS.pop(cache, None)
-        if not self.reaches(drafting):
+        if not self.proposals.reach(drafting):
             del DRAFTS[cache]
             return None
         proposed = self.propose(cache, drafting)
@@ -87,15 +120,6 @@ class Speculator:
         """Whether a call asks for logits alone: of more a step to come would know nothing."""
         return not kwargs.get("output_hidden_states") and kwargs.get("return_dict") is not False
 
-    def reaches(self, drafting: Drafting) -> bool:
-        """Whether the draft has positions for what it would write."""
-        assert self.backend.draft is not None
-        context = context_length(self.backend.draft.config)
-        reaches = context is None or drafting.columns + drafting.told.shape[1] + self.count <= context
-        if not reaches:
-            self.backend.report.note(f"speculation ends where the draft's context of {context:,} tokens does")
-        return reaches
-
     @staticmethod
     def follows(cache: BudgetCache, ids: Tensor) -> bool:
         """Whether the step is known: of some row by the prompt's prefill, or of all rows."""
@@ -108,13 +132,7 @@ class Speculator:
     def propose(self, cache: BudgetCache, drafting: Drafting) -> Tensor:
         """[B, k] tokens behind those that were told."""
         assert cache.lookahead_ids is not None
-        unread = drafting.unread(cache.lookahead_ids)
-        positions = drafting.stand(unread, self.count)
-        graphs = self.backend.draft_graphs(cache)
-        inputs = (drafting.told[:, -unread:].contiguous(), positions, *drafting.caches, *graphs.params.values())
-        if self.run is None:
-            self.run = lower_proposals(self.backend, graphs, self.count, inputs)
-        proposed = first_ranks(self.run(*inputs), self.backend.ranks)
+        proposed = self.proposals.write(cache, drafting, drafting.unread(cache.lookahead_ids))
         drafting.read = torch.cat([drafting.told[:, 1:], proposed[:, :-1]], 1)
         return proposed
 

@@ -115,10 +115,15 @@ class Uncompiled:
             cache.reset()
 
     def check(self, cache: BudgetCache) -> None:
-        """Raises: GeneratedError: evictions ask what a graph alone says."""
+        """Raises: GeneratedError: evictions ask what a graph alone says, or a draft that goes on where graphs do."""
         if cache.bound is not None:
-            why = f"its own forward runs, and no graph says it: {self.reason or 'by what the call brings'}"
-            cache.bound.check_turns(cache.config.model_type, {}, why)
+            reason = self.reason or "by what the call brings"
+            cache.bound.check_turns(
+                cache.config.model_type, {}, f"its own forward runs, and no graph says it: {reason}"
+            )
+            cache.bound.check_foresees(
+                f"here the model's own forward runs, behind which none does ({reason}): use another model"
+            )
 
     def __call__(self, target: nn.Module, cache: BudgetCache, kwargs: dict[str, Any]) -> Any:
         backend = self.backend

@@ -49,7 +49,8 @@ class BudgetCache(CacheProtocol):
         generated: slots M of each KV head for tokens behind the prompt, 8 at least: where they are full, older tokens
             are evicted, a block at a time, and the cache grows no further. None: it grows.
         evict: which of these tokens stay beside the newest: "recent" ones; those that got the most "attention" of the
-            newest; those whose keys are least "redundant"; "rkv", which weighs both; "triattention": those that queries
+            newest, or of a draft's "lookahead" behind them, which stands in as many slots more while it is asked; those
+            whose keys are least "redundant"; "rkv", which weighs both; "triattention": those that queries
             to come are expected to attend to; or "random" ones (see cache/worth.py).
         share_budget: an eviction chooses among the prompt's slots too: prompt and answer have C + M together.
         dropped: "host": keys and values of all tokens stay in host memory, beside the cache, and a later turn (several
@@ -57,7 +58,7 @@ class BudgetCache(CacheProtocol):
         cache_bits: 8, 4 or 2: the prompt's slots are quantised in groups once they were gathered, with GEAR's low rank
             and outliers for 2 (see specpass/bits.py); what follows the prompt is not. None: the model's dtype.
         early_exit: False sends prompts that fit the budget through selection and gather too (layers whose budget is C
-            keep everything).
+            keep everything); so does evict="lookahead", whose draft reads every prompt.
 
     Raises:
         BudgetError: a ratio without prompt_length. LookaheadError: lookahead_ids with a method that cannot use them.
@@ -97,7 +98,8 @@ class BudgetCache(CacheProtocol):
         self.bits = check_bits(cache_bits, self.method)
         if self.bound is not None:
             self.bound.check(self.method, self.bits)
-        self.early_exit = early_exit
+        self.foresees = self.bound is not None and self.bound.foresees
+        self.early_exit = early_exit = early_exit and not self.foresees
         self.max_new_tokens = max_new_tokens
         self.made_with = lookahead_ids
         self.look_ahead()
@@ -139,7 +141,7 @@ class BudgetCache(CacheProtocol):
 
     def _bound_room(self, bound: Bound) -> None:
         """All of M from the start where it can be filled: one size, one decode graph."""
-        self.room = min(bound.slots, round_room(self.max_new_tokens or bound.slots))
+        self.room = min(bound.room, round_room((self.max_new_tokens or bound.slots) + bound.ahead))
         if not self.method.verify:
             return
         if self.lookahead > bound.most:  # its keys and values wait in the free slots, which none evicts from
@@ -213,6 +215,8 @@ class BudgetCache(CacheProtocol):
         first = not self.layers[layer_idx].is_initialized
         if first and self.layers[layer_idx] is self.budgeted[0]:
             if self.lookahead > 0 and not self.fits(key_states):
+                if self.foresees:  # Dynamo sees it, and makes such prompts a graph of their own, with a draft's caches
+                    assert self.bound is not None
                 self.lookahead_ids = SPEC.lookahead(key_states, self.given_ids, self.lookahead)
             if self.compresses:
                 self.prompt_positions, self.shift = SPEC.read_prompt(key_states, *self._scores())
@@ -235,18 +239,39 @@ class BudgetCache(CacheProtocol):
         self.free_at_prefill = self.room
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more tokens (see layer.grown_room); nothing happens if there is room."""
+        """Make room for `tokens` more tokens (see layer.grown_room); nothing happens if there is room.
+
+        Where a draft is asked what goes, only a compiled call can evict: see backend/foresee.py.
+        """
         if not self.filled or self.exact:
             return
+        if self.lacks(tokens) and not self.foresees:
+            self.evict(tokens)
         needed = self.appended - self.evictions + tokens
-        if self.bound is not None and needed > self.bound.slots:
-            self._evict(self.bound, tokens)
-            needed = self.appended - self.evictions + tokens
         if needed > self.free_at_prefill:
             room = grown_room(self.free_at_prefill, needed)
             if self.bound is not None:
-                room = min(room, self.bound.slots)
-            self._grow(room)
+                room = min(room, self.bound.room)
+            if room > self.free_at_prefill:
+                self._grow(room)
+
+    def lacks(self, tokens: int) -> bool:
+        """Whether `tokens` more tokens are more than a bounded answer has slots for."""
+        return self.bound is not None and self.appended - self.evictions + tokens > self.bound.slots
+
+    def look_on(self) -> int:
+        """Make room for the tokens that a draft writes behind the answer: so many."""
+        assert self.bound is not None
+        if self.free_at_prefill < self.bound.room:
+            self._grow(self.bound.room)
+        return self.bound.ahead
+
+    def look_back(self, tokens: int) -> None:
+        """Let the last `tokens` written be none of the answer's; their queries stay, until `forget`."""
+        for layer in self.budgeted:
+            layer.lengths.sub_(tokens)
+        self.seen.sub_(tokens)
+        self.appended -= tokens
 
     def _grow(self, room: int) -> None:
         """Widen the layers' storage to `room` slots behind the prompt."""
@@ -284,19 +309,21 @@ class BudgetCache(CacheProtocol):
         """Slots of each KV head that a token surely finds free."""
         return self.free_at_prefill - (self.appended - self.evictions)
 
-    def _evict(self, bound: Bound, tokens: int) -> None:
-        """Make room for `tokens` more tokens without growing.
+    def evict(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens of a bounded answer without growing.
 
         Raises: CacheStateError: there are not so many slots.
         """
+        bound = self.bound
+        assert bound is not None
         if tokens > bound.most:
             raise CacheStateError(
                 f"{tokens} tokens are appended at once and generated={bound.slots} has room for {bound.most} beside "
                 "the newest: append them in parts (generate() and calls of a model from specpass.compile do), or raise "
                 "generated."
             )
-        if self.free_at_prefill < bound.slots:
-            self._grow(bound.slots)
+        if self.free_at_prefill < bound.room:
+            self._grow(bound.room)
         kept = bound.kept(tokens)
         for layer in self.budgeted:
             if not layer.exact:
@@ -320,6 +347,8 @@ class BudgetCache(CacheProtocol):
         twin.handle._specpass_cache = weakref.ref(twin)
         if self in REPLAYS:
             REPLAYS[twin] = REPLAYS[self].copy()
+        if self in DRAFTS and self.foresees:
+            DRAFTS[twin] = copy.deepcopy(DRAFTS[self], memo)
         if self in CONVERSATIONS:
             CONVERSATIONS[twin] = copy.deepcopy(CONVERSATIONS[self], memo)
         return twin

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from specpass.cache.worth import ASKING, POLICIES, TURNING, worth
+from specpass.cache.worth import ASKING, FORESEEING, POLICIES, TURNING, worth
 from specpass.errors import GeneratedError
 from specpass.kernels.attention import first_read
 from specpass.methods.base import Method
@@ -72,7 +72,11 @@ class Bound:
         return None
 
     def check(self, method: Method, bits: int) -> None:
-        """Raises: GeneratedError: the prompt's slots cannot go one by one."""
+        """Raises: GeneratedError: the prompt's slots cannot go one by one, or the policy asks a draft and there is none."""
+        if not method.needs_draft:
+            self.check_foresees(f"{method.name} has no draft here: pass draft= with SpecKV, SpecKVPC or SpecPC")
+        elif method.futures > 1:
+            self.check_foresees(f"it goes on behind one lookahead, and futures={method.futures}: leave futures out")
         if not self.shared:
             return
         why = ""
@@ -95,6 +99,17 @@ class Bound:
             raise GeneratedError(
                 f"evict={self.policy!r}: attention of {layer} reads what is made of cached keys (MLA), and these "
                 "get none themselves: use evict='recent' or 'redundant'."
+            )
+
+    def check_foresees(self, why: str) -> None:
+        """Args: why: no draft can go on, and what to do about it; "": one can.
+
+        Raises: GeneratedError: the policy needs one that does.
+        """
+        if self.foresees and why:
+            raise GeneratedError(
+                f"evict={self.policy!r} lets a draft go on behind the answer, and {why}, or use evict='attention', which "
+                "asks the newest tokens."
             )
 
     def check_turns(self, model: str, rotations: Mapping[str, Rotation | str | None], why: str = "") -> None:
@@ -124,6 +139,21 @@ class Bound:
     def turns(self) -> bool:
         """Whether it counts how these turn with their positions."""
         return self.policy == TURNING
+
+    @property
+    def foresees(self) -> bool:
+        """Whether the queries that are asked are those of tokens still to come, which a draft writes."""
+        return self.policy == FORESEEING
+
+    @property
+    def ahead(self) -> int:
+        """How many of these there are: as many as the newest, which are asked otherwise."""
+        return self.window if self.foresees else 0
+
+    @property
+    def room(self) -> int:
+        """Slots of each KV head behind the prompt's: M, and those where tokens to come stand while they are asked."""
+        return self.slots + self.ahead
 
     @property
     def noted(self) -> int:
@@ -178,7 +208,8 @@ def evict(layer: BudgetLayer, bound: Bound, kept: int, seed: int) -> None:
     assert behind is not None
     first, size, most = behind, bound.slots, kept
     if bound.shared:
-        first, size, most = torch.zeros_like(behind), layer.slots, layer.slots - bound.slots + kept
+        first, size = torch.zeros_like(behind), layer.slots - bound.ahead
+        most = size - bound.slots + kept
     used = layer.lengths - first
     excess = (used - most).clamp(min=0)
     slot = torch.arange(size, device=used.device)

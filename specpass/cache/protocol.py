@@ -43,6 +43,7 @@ class CacheProtocol(Cache):
     read_mask: Tensor | None
     method: Method
     in_slots: bool
+    foresees: bool
     seen: Any  # tokens that generate counts: 0, or a 0-d tensor after the prefill
     appended: int
     uneven: int
@@ -140,7 +141,7 @@ class CacheProtocol(Cache):
         drafting = DRAFTS.get(self)
         self.map_rows(lambda t: repeat_rows(t, repeats))
         if drafting is not None:
-            DRAFTS[self] = drafting.repeated(repeats)
+            DRAFTS[self] = drafting.mapped(lambda t: repeat_rows(t, repeats))
         tell_widest(self.budgeted)
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -168,7 +169,9 @@ class CacheProtocol(Cache):
             REPLAYS[self].map_rows(change)
         if self in CONVERSATIONS:
             CONVERSATIONS[self].map_rows(change)
-        DRAFTS.pop(self, None)  # a prompt's keys and values in the draft are not moved from row to row at each token
+        drafting = DRAFTS.pop(self, None)  # whose keys and values are not moved from row to row at each token
+        if drafting is not None and self.foresees:  # which reads them once in many
+            DRAFTS[self] = drafting.mapped(change)
 
 
 def renumbered(positions: Tensor, read: Tensor) -> Tensor:
@@ -317,12 +320,16 @@ class BudgetLayer(Storage, CacheLayerMixin):
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens."""
         self.lengths.sub_(tokens)
-        if self.queries is not None:  # zeros ask for nothing
-            left = self.queries[:, :, : max(self.queries.shape[2] - tokens, 0)].clone()
-            self.queries.zero_()[:, :, self.queries.shape[2] - left.shape[2] :] = left
+        self.forget(tokens)
         if self.exact or self.cache.exact:
             views = [view for view in (self.keys, self.values) if view is not None]
             self.key_buffer, self.value_buffer = (view[:, :, :-tokens].flatten(1, 2) for view in views)
+
+    def forget(self, tokens: int) -> None:
+        """Let the last `tokens` queries noted ask for nothing, which zeros do."""
+        if self.queries is not None:
+            left = self.queries[:, :, : max(self.queries.shape[2] - tokens, 0)].clone()
+            self.queries.zero_()[:, :, self.queries.shape[2] - left.shape[2] :] = left
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.take_rows(beam_idx, prompts_of(self, beam_idx))

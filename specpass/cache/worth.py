@@ -3,6 +3,8 @@
 "attention" is what a token gets of the newest W queries: a softmax over the tokens that may go, the mean over the
 queries and the most over the heads of a group, as SpecKV scores prompts with other rows.
 
+"lookahead" is the same of W tokens that are still to come, as a draft writes them (see backend/foresee.py).
+
 R-KV (arXiv 2505.24133, section 3.2, and its published code) keeps by Z = lambda I - (1 - lambda) R, with 0.1: "rkv".
 Its importance I differs from "attention": the largest logit of a group's heads goes into the softmax, and a token
 counts as the most important among seven neighbours. The redundancy R is a softmax of the mean cosine of a token's key
@@ -28,8 +30,9 @@ from specpass.kernels.attention import soft_capped
 from specpass.rewrite.sites import Rotation
 
 TURNING = "triattention"  # the policy that needs to know how queries turn with their positions
-ASKING = ("attention", "rkv", TURNING)  # policies that need the newest queries
-POLICIES = ("recent", "attention", "rkv", "redundant", TURNING, "random")
+FORESEEING = "lookahead"  # the policy that needs a draft
+ASKING = ("attention", FORESEEING, "rkv", TURNING)  # policies that need the newest queries
+POLICIES = ("recent", "attention", FORESEEING, "rkv", "redundant", TURNING, "random")
 MIX = 0.1  # lambda of R-KV
 POOL = 7  # neighbours of which the most important counts for all
 SEED = 0  # of the random choice
@@ -82,7 +85,7 @@ def worth(
         return future(keys, asked, goes, rotation)
     logits = soft_capped(torch.matmul(asked, keys.float()[:, :, None].transpose(-1, -2)), softcap)
     logits = logits.masked_fill(~goes[:, :, None, None], float("-inf"))
-    if policy == "attention":
+    if policy in ("attention", FORESEEING):
         return attention(logits)
     return MIX * importance(logits) - (1 - MIX) * redundancy(keys, inside)
 

@@ -94,9 +94,10 @@ def bound_lines(record: BackendRecord) -> list[str]:
     many = f"{bound.kept(1):,} tokens stay"
     if bound.shared:
         many = f"{bound.slots - bound.kept(1):,} tokens of prompt or answer go, so that both share one budget"
+    asked = f"; {bound.ahead:,} more are for the draft's lookahead, which says which" if bound.foresees else ""
     return [
         f"generated tokens: {bound.slots:,} slots of each KV head behind the prompt's; where they are full, "
-        f"{many} (evict={bound.policy!r}); the newest {bound.window} stay"
+        f"{many} (evict={bound.policy!r}); the newest {bound.window} stay{asked}"
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bounded_answers import rotated_apart, seen_by_step
 from support import call, compile_eager, padded, run, second_way
 from tiny import prompt, tiny
 from torch import Tensor
@@ -29,49 +30,11 @@ def model() -> Any:
     return compile_eager(tiny(), METHOD, generated=M)
 
 
-def seen_by_step(cache: Any, length: int, total: int) -> list[Tensor]:
-    """Of each layer [K, T] bool: which of `total` tokens lie in slots."""
-    found = []
-    for layer in cache.budgeted:
-        mask = torch.zeros(layer.kv_heads, total, dtype=torch.bool)
-        for head, own in enumerate(layer.positions[0]):
-            mask[head, own[own >= 0]] = True
-        numbers = layer.generated
-        if numbers is None:
-            mask[:, length:] = True
-        else:
-            for head, own in enumerate(numbers[0]):
-                mask[head, length + own[own >= 0]] = True
-        found.append(mask)
-    return found
-
-
-def rotated_apart(target: Any, ids: Tensor, masks: list[list[Tensor]], length: int) -> Tensor:
-    """Logits [n, V] of ids [1, T] behind the prompt, each token attending to what `masks[i]` shows: plain attention."""
-    layers, group = target.config.num_hidden_layers, 2
-    total = ids.shape[1]
-    allowed = torch.ones(total, total).tril().bool().expand(layers, 4, -1, -1).clone()
-    for index, own in enumerate(masks):
-        for layer, mask in enumerate(own):
-            row = length + index
-            allowed[layer, :, row, : mask.shape[1]] &= mask.repeat_interleave(group, 0)
-    calls = iter(range(layers))
-    before = torch.nn.functional.scaled_dot_product_attention
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
-        how = {"scale": how.get("scale"), "enable_gqa": True}
-        return before(query, key, value, attn_mask=allowed[next(calls)][None], **how)
-
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
-        return target(ids, use_cache=False).logits[0, length:]
-
-
 def decode_graphs(model: Any) -> int:
     return sum(graph.kind == "decode" for graph in specpass.report(model).graphs)
 
 
-HERE = [policy for policy in POLICIES if policy != "triattention"]  # which has a file of its own
+HERE = [policy for policy in POLICIES if policy not in ("triattention", "lookahead")]  # which have files of their own
 
 
 @pytest.mark.parametrize(("policy", "shared"), [*((policy, False) for policy in HERE), ("rkv", True)])
