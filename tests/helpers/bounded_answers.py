@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 
-def seen_by_step(cache: Any, length: int, total: int) -> list[Tensor]:
-    """Of each layer [K, T] bool: which of `total` tokens lie in slots."""
+def seen_by_step(cache: Any, length: int, total: int, row: int = 0) -> list[Tensor]:
+    """Of each layer [K, T] bool: which of `total` tokens, a row's prompt of `length` among them, lie in slots."""
     found = []
     for layer in cache.budgeted:
         mask = torch.zeros(layer.kv_heads, total, dtype=torch.bool)
-        for head, own in enumerate(layer.positions[0]):
+        for head, own in enumerate(layer.positions[row]):
             mask[head, own[own >= 0]] = True
         numbers = layer.generated
         if numbers is None:
             mask[:, length:] = True
         else:
-            for head, own in enumerate(numbers[0]):
+            for head, own in enumerate(numbers[row]):
                 mask[head, length + own[own >= 0]] = True
         found.append(mask)
     return found
