@@ -3,8 +3,9 @@
 A prompt of this repository's own text is pruned to C slots of each KV head; the text behind it is then fed token by
 token (teacher forcing), so that every policy is asked for the same tokens. Kept beside: the most slots a head had in
 use, bytes of the cache as it filled and at the end, and the number of decode graphs. Policies are those of `evict=`;
-with "/shared" behind it one shares the budget of prompt and answer (share_budget), and "grows" bounds nothing. The file
-is written after each of them, and a rerun goes on from it.
+with "/shared" behind it one shares the budget of prompt and answer (share_budget), and "grows" bounds nothing;
+"lookahead" needs a draft, whose own keys and values are counted apart. The file is written after each of them, and a
+rerun goes on from it.
 
     python -m bench.bounded --out smollm2.json
     python -m bench.bounded --target qwen2.5-coder-1.5b --draft qwen2.5-coder-0.5b  # the committed file, which goes on
@@ -29,7 +30,7 @@ CHUNK = 256  # tokens of full KV's at once: logits of all of them would take gig
 
 
 def arguments() -> argparse.Namespace:
-    from specpass.cache.worth import POLICIES
+    from specpass.cache.worth import FORESEEING, POLICIES
 
     names = [*POLICIES, *(f"{policy}/shared" for policy in POLICIES), "grows"]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -39,18 +40,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=4000, help="tokens behind it")
     parser.add_argument("--budget", type=int, default=256, help="C")
     parser.add_argument("--generated", type=int, default=512, help="M")
-    parser.add_argument("--policies", nargs="+", default=names, choices=names, metavar="POLICY", help=", ".join(names))
+    parser.add_argument("--policies", nargs="+", choices=names, metavar="POLICY", help=", ".join(names))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--lowering", default="inductor")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "bounded.json", help="file to go on from")
     parser.add_argument("--restart", action="store_true", help="forget what the file holds")
-    return parser.parse_args()
+    given = parser.parse_args()
+    given.policies = given.policies or [name for name in names if given.draft or not name.startswith(FORESEEING)]
+    return given
 
 
 def fed(model: Any, cache: Any, ids: Any, prompt: int, label: str) -> dict[str, Any]:
     """Feed ids [1, T] behind the first `prompt` of them one by one."""
     import torch
 
+    from specpass.cache.drafting import DRAFTS
     from specpass.observe.storage import cache_bytes
 
     loss, slots, sizes, since = 0.0, 0, [], time.perf_counter()
@@ -62,7 +66,8 @@ def fed(model: Any, cache: Any, ids: Any, prompt: int, label: str) -> dict[str, 
             out = model(input_ids=ids[:, place : place + 1], past_key_values=cache, logits_to_keep=1)
             slots = max(slots, int(cache.get_query_offset(0)))
             sizes.append(cache_bytes(cache))
-    return {
+    draft = {"draft_bytes": sum(states.nbytes for states in DRAFTS[cache].caches)} if cache in DRAFTS else {}
+    return draft | {
         "policy": label,
         "loss": loss / len(steps),
         "perplexity": math.exp(loss / len(steps)),

@@ -12,7 +12,7 @@ FAMILIES = (
     "lfm2",  # its convolutions have a state
 )
 UNTURNED = ("gpt2", "lfm2")  # no graph says how positions turn their queries
-RECURRENT = ("lfm2",)  # states cannot be cropped
+RECURRENT = ("lfm2",)  # states cannot be cropped, and no graph goes on from them
 # name -> (class, arguments besides the budget)
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "speckv": ("SpecKV", {"window": 8, "lookahead": 4}),
@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CHOOSERS = ("specpc", "speckv-pc")  # of what the target reads: no turn can choose among what was never read
 UNWATCHED = ("gpt_oss",)  # its attention is no scaled_dot_product_attention, and its own forward is not pruned
+DRAFTED = ("speckv", "speckv-mean", *CHOOSERS)  # with a draft that can go on
 OWN_DRAFT = ("speckv-mean",)  # their draft is the target's twin, whose lookahead the answer follows
 BUDGETS = (24, 24, 72, 0.5)  # prompts of up to 64 tokens, padding included, are kept by a ratio; and 72 keeps all
 LENGTHS = (2, 5, 9, 23, 24, 25, 26, 31, 40, 47, 60, 71)
@@ -120,6 +121,8 @@ def _bounded(case: Case, dice: random.Random, policies: tuple[str, ...]) -> Case
     """The case with a long answer whose tokens are evicted, in one sequence for each row."""
     if case.family in UNTURNED:
         policies = tuple(policy for policy in policies if policy != "triattention")
+    if case.family in RECURRENT or case.method not in DRAFTED:
+        policies = tuple(policy for policy in policies if policy != "lookahead")
     if case.method == "speckv-ngram" or not policies:  # its lookahead is as long as its answer
         return case
     plain: dict[str, Any] = {"mode": "greedy", "returned": 1} if case.mode not in ("greedy", "sample") else {}

@@ -84,7 +84,7 @@ def scores(policy: str, keys: Tensor, queries: Tensor, window: int, omega: Tenso
 
     None where any choice is right, or where the order is looked at instead.
     """
-    if policy in ("random", "recent"):
+    if policy in ("random", "recent", "lookahead"):  # a draft's tokens are not among those that the oracle read
         return None
     count = len(keys) - window
     if policy == "triattention":

@@ -81,7 +81,7 @@ def recorded() -> Iterator[list[Event]]:
         first = layer.positions.clone()
         before(layer, bound, kept, seed)
         if layer.ordinals is not None:  # not of windows
-            most = kept + (layer.slots - bound.slots) * bound.shared
+            most = kept + (layer.slots - bound.room) * bound.shared
             numbers = layer.generated.clone()
             events.append(Event(layer.index, layer.cache.appended, first, layer.positions.clone(), numbers, most))
 

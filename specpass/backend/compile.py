@@ -53,7 +53,6 @@ from specpass.rewrite.pipeline import check_names
 from specpass.rewrite.sites import Sites
 from specpass.sizes import context_length, eos_ids
 
-
 OTHER_TOKENIZER = "this one has a tokenizer of its own, whose tokens are no queries: use a draft of the same family"
 
 
@@ -347,7 +346,9 @@ class Backend:
         return OTHER_TOKENIZER if self.eos_of_text is not None else ""
 
     def check_cache(self, cache: BudgetCache) -> None:
-        """Raises: MethodMismatchError: the cache was made for another method. GeneratedError: no draft can go on for it."""
+        """Raises: MethodMismatchError: the cache was made for another method. GeneratedError: it needs a draft that
+        goes on, and none does.
+        """
         self.report.bound = cache.bound or self.report.bound
         self.report.bits = cache.bits or self.report.bits
         if cache.bound is not None:

@@ -1,9 +1,10 @@
-"""What goes of a bounded answer is asked of tokens that are still to come, as the draft writes them (evict="lookahead").
+"""What goes of a bounded answer is asked of tokens still to come, as the draft writes them: evict="lookahead".
 
-Where the slots are full, the draft reads what it has not read of the answer and goes on; the target takes the tokens of
-the call, and the draft's behind them, L in all, in one call, whose queries score the slots as SpecKV's lookahead scores
-a prompt's (cache/worth.py). These tokens are then none of the answer's, and the step is what it is. Nothing is looked at
-on the device: what the draft is surely to read is counted.
+Where the slots are full, the draft reads what it has not read of the answer and goes on. The target takes the tokens of
+the call, and the draft's behind them, L in all, in a call of their own, against all that lies in slots; its queries
+score these slots as SpecKV's lookahead scores a prompt's (cache/worth.py). Then these tokens are none of the answer's,
+the block of the lowest scores goes, and the step is what it is without. Nothing is looked at on the device: what the
+draft has surely read is counted.
 
 The draft keeps its keys and values of the prompt, and of the answer's newest M tokens to 2 M.
 

@@ -75,7 +75,7 @@ class Drafting:
         return self.prompt[:, None] + start + torch.arange(tokens, device=self.prompt.device)
 
     def let_go(self, most: int) -> None:
-        """Where twice as many tokens of the answer were read as the newest `most`, these alone stay behind the prompt."""
+        """Where more than twice `most` tokens of the answer are held, let the newest `most` alone stay."""
         excess = self.sure - self.gone - most
         if excess <= most:
             return

@@ -72,7 +72,7 @@ class Bound:
         return None
 
     def check(self, method: Method, bits: int) -> None:
-        """Raises: GeneratedError: the prompt's slots cannot go one by one, or the policy asks a draft and there is none."""
+        """Raises: GeneratedError: the prompt's slots cannot go one by one, or no draft is there for a policy to ask."""
         if not method.needs_draft:
             self.check_foresees(f"{method.name} has no draft here: pass draft= with SpecKV, SpecKVPC or SpecPC")
         elif method.futures > 1:
@@ -108,8 +108,8 @@ class Bound:
         """
         if self.foresees and why:
             raise GeneratedError(
-                f"evict={self.policy!r} lets a draft go on behind the answer, and {why}, or use evict='attention', which "
-                "asks the newest tokens."
+                f"evict={self.policy!r} lets a draft go on behind the answer, and {why}, or use evict='attention', "
+                "which asks the newest tokens."
             )
 
     def check_turns(self, model: str, rotations: Mapping[str, Rotation | str | None], why: str = "") -> None:

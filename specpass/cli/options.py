@@ -53,7 +53,8 @@ Generated = Annotated[
 Evict = Annotated[
     str,
     typer.Option(
-        help="Which of these stay beside the newest: recent, attention, rkv, redundant, triattention, random."
+        help="Which of these stay beside the newest: recent, attention, lookahead, rkv, redundant, triattention, or "
+        "random."
     ),
 ]
 ShareBudget = Annotated[bool, typer.Option(help="Evict the prompt's slots alike: both share one budget.")]

@@ -40,7 +40,8 @@ class Request:
         method: None where nothing is pruned: a draft's own graphs, an exact export.
         lookahead: L tokens that stand behind the prompt; 0 without a lookahead.
         eos_ids: of the draft: rows behind a sequence's end do not score.
-        goes_on: the draft's caches are wanted too, from which it goes on behind its lookahead (speculate, or evict="lookahead").
+        goes_on: the draft's caches are wanted too, from which it goes on behind its lookahead (speculate) or the answer
+            (evict="lookahead").
         verify: the logits behind the lookahead, and its keys and values, are wanted too (verified lookahead).
         model: whose graph it is.
     """

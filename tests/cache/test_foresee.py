@@ -185,7 +185,7 @@ def test_what_has_no_draft_that_goes_on() -> None:
     with pytest.raises(errors.GeneratedError, match="futures=2: leave futures out, or use evict='attention'"):
         specpass.compile(target, draft=draft, method=futures, **HOW)
     own = second_way(tiny(layers=1), METHOD, draft, **HOW)
-    with pytest.raises(errors.GeneratedError, match="the model's own forward runs, .*a test says so"):
+    with pytest.raises(errors.GeneratedError, match=r"the model's own forward runs, .*a test says so"):
         own.generate(prompt(40), max_new_tokens=2)
     with pytest.raises(errors.GeneratedError, match="a tokenizer of its own"):
         DraftByText(own._specpass.backend, target, (None, None))
