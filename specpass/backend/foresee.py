@@ -82,7 +82,7 @@ class Foresight:
         assert cache.bound is not None
         size = cache.bound.ahead
         if ids.shape[1] >= size:
-            return ids[:, :size].contiguous()
+            return first(ids, size)
         proposals = self.proposals.setdefault(size - 1, Proposals(self.backend, size - 1, "evict='lookahead' ends"))
         if not proposals.reach(drafting):
             del DRAFTS[cache]
@@ -90,7 +90,7 @@ class Foresight:
         written = proposals.write(cache, drafting, drafting.unread_surely())
         drafting.sure = drafting.told.shape[1] - 1
         drafting.let_go(cache.bound.slots)
-        return torch.cat([ids, written], 1)[:, :size].contiguous()
+        return first(torch.cat([ids, written], 1), size)
 
 
 def alone(kwargs: dict[str, Any], ahead: Tensor) -> dict[str, Any]:
@@ -101,5 +101,10 @@ def alone(kwargs: dict[str, Any], ahead: Tensor) -> dict[str, Any]:
     positions = kwargs.get("position_ids")
     if isinstance(positions, Tensor):
         behind = torch.arange(1, ahead.shape[1] + 1, device=positions.device, dtype=positions.dtype)
-        own["position_ids"] = torch.cat([positions, positions[:, -1:] + behind], 1)[:, : ahead.shape[1]].contiguous()
+        own["position_ids"] = first(torch.cat([positions, positions[:, -1:] + behind], 1), ahead.shape[1])
     return own
+
+
+def first(columns: Tensor, count: int) -> Tensor:
+    """[B, count] of columns [B, n]; no view: a graph would ask for its base."""
+    return columns[:, :count].clone(memory_format=torch.contiguous_format)

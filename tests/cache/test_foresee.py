@@ -60,7 +60,7 @@ def begun(model: Any, **how: Any) -> tuple[Any, Tensor]:
 def step(model: Any, cache: Any, tokens: Tensor, lengths: tuple[int, ...] = (40, 31)) -> Tensor:
     """Logits [2, V] behind tokens [2, q]."""
     behind = torch.arange(cache.appended, cache.appended + tokens.shape[1])
-    return call(model, tokens, cache, position_ids=torch.tensor(lengths)[:, None] + behind)[:, -1]
+    return call(model, tokens.clone(), cache, position_ids=torch.tensor(lengths)[:, None] + behind)[:, -1]
 
 
 class Drafts:
@@ -134,27 +134,27 @@ def check_eviction(query: Tensor, key: Tensor, slots: Tensor, left: Tensor, firs
         assert torch.equal(left[head, :first], slots[head, :first])
 
 
-def test_rows_change_places_copies_go_on_and_turns_come(model: Any) -> None:
-    """Two rows that are exchanged, a copy, and four tokens at once that are taken back: the answers of each go on."""
-    cache, tokens = begun(model)
+def test_rows_change_places_copies_hold_and_turns_come(model: Any) -> None:
+    """Two rows that are exchanged, and four tokens at once that are taken back: the answers of each go on."""
+    (cache, tokens), (other, _) = begun(model), begun(model)
     answer = [tokens] * 20 + [torch.tensor([[index % 90 + 1], [index % 80 + 7]]) for index in range(40)]
     for own in answer[:28]:
         step(model, cache, own)
-    twin, other = copy.deepcopy(cache), copy.deepcopy(cache)
+        step(model, other, own)
     other.reorder_cache(torch.tensor([1, 0]))
-    for each in (twin, cache):
-        step(model, each, torch.full((2, 3), 5))
-        each.crop(3)
-    assert not cache.layers[0].queries[:, :, :3].any()
+    step(model, cache, torch.full((2, 4), 5))
+    cache.crop(4)
+    assert not cache.layers[0].queries[:, :, :4].any()
     for own in answer[28:]:
-        due, again = step(model, cache, own), step(model, twin, own)
-        turned = step(model, other, own.flip(0), (31, 40)).flip(0)
-        assert torch.equal(due, again)
-        torch.testing.assert_close(turned, due, atol=1e-4, rtol=1e-4)
-    assert torch.equal(other.layers[-1].generated.flip(0), cache.layers[-1].generated)
+        due = step(model, cache, own)
+        torch.testing.assert_close(step(model, other, own.flip(0), (31, 40)).flip(0), due, atol=1e-4, rtol=1e-4)
+    assert torch.equal(other.layers[0].generated.flip(0), cache.layers[0].generated)
     assert DRAFTS[cache].gone == DRAFTS[other].gone > 0
+    held, twin = DRAFTS[cache].caches, DRAFTS[copy.deepcopy(cache)].caches
+    assert all(torch.equal(*pair) and pair[0] is not pair[1] for pair in zip(held, twin, strict=True))
     step(model, cache, torch.full((2, 9), 5))  # more than W: the call's own are asked
     assert "no draft goes on" not in str(specpass.report(model))
+    assert [graph.kind for graph in specpass.report(model).graphs] == ["prefill", "decode", "append"]
 
 
 def test_where_no_draft_goes_on_the_newest_are_asked(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
