@@ -108,6 +108,6 @@ def shares(logits: Tensor) -> Tensor:
 def redundancy(keys: Tensor, inside: Tensor) -> Tensor:
     """[B, K, P] float32, R of R-KV; KeyDiff keeps by the same cosine (arXiv 2504.15364, equation 6)."""
     unit = F.normalize(keys.float(), dim=-1).masked_fill(~inside[..., None], 0.0)
-    others = (unit * unit.sum(2, keepdim=True)).sum(-1) - inside.float()  # less that with itself
+    others = (unit * (unit.sum(2, keepdim=True) - unit)).sum(-1)  # a key of zeros is like none, nor like itself
     mean = others / inside.sum(-1, keepdim=True).clamp(min=1)
     return mean.masked_fill(~inside, float("-inf")).softmax(-1).nan_to_num(0.0)

@@ -132,6 +132,7 @@ def test_worth_is_the_papers() -> None:
     """Importance, redundancy and their mix, by loops over one head's slots."""
     torch.manual_seed(0)
     keys, queries = torch.randn(1, 1, 12, 8), torch.randn(1, 2, 3, 8)
+    keys[0, 0, 4] = 0  # of a token whose embedding is zeros
     inside, goes = torch.arange(12)[None, None] < 10, torch.arange(12)[None, None] < 7
     logits = queries[0] @ keys[0, 0, :7].T
     got = torch.cat([torch.stack([sum(head.softmax(-1)) / 3 for head in logits]).amax(0), torch.zeros(5)])
