@@ -35,6 +35,7 @@ FIXED = sorted(FIXED, key=lambda case: case.index)[:60]
 FIXED += [
     cases.Case(100, *PLAIN, (47,), new=5, prefix=("file", 39)),
     cases.Case(101, *PLAIN, (9,), new=2, prefix=("device", 3)),  # fits the budget
+    cases.Case(110, *PLAIN, (9, 25), new=3, prefix=("device", 1)),  # a row is shorter than the other's question
     cases.Case(102, *PLAIN, (71, 25, 30), new=5, prefix=("cpu", 20)),
     cases.Case(103, *PLAIN, (60,), new=5, turns=((1, 2), (0, 1)), prefix=("device", 58)),  # odd: turns bring it along
     cases.Case(104, *PLAIN, (60,), new=4, mode="beam sample", returned=2, prefix=("file", 40), early_exit=False),
