@@ -25,13 +25,18 @@ def main() -> int:
         "--evict", nargs="+", default=(), choices=POLICIES, help="long answers, of which one of these evicts"
     )
     parser.add_argument("--turns", action="store_true", help="turns, with dropped='host' where that can be had")
+    parser.add_argument(
+        "--prefix", action="store_true", help="prompts behind a document that was read once, where that can be had"
+    )
+    parser.add_argument("--resample", action="store_true", help="particles: sequences chosen anew, by direct calls")
     arguments = parser.parse_args()
     from bench.fuzz.run import quietly, run
 
     quietly()
     how = (arguments.minutes, arguments.restart, arguments.jobs)
     bits = (None,) if arguments.bits is None else tuple(arguments.bits)
-    drawn = {"bits": bits, "policies": tuple(arguments.evict), "turns": arguments.turns}
+    drawn = {"bits": bits, "policies": tuple(arguments.evict)}
+    drawn |= {name: getattr(arguments, name) for name in ("turns", "prefix", "resample")}
     store = run(arguments.resume, arguments.seed, arguments.cases, *how, **drawn)
     store.save()
     print(f"wrote {arguments.resume}: {store.parts['summary']}")

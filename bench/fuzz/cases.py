@@ -30,6 +30,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 CHOOSERS = ("specpc", "speckv-pc")  # of what the target reads: no turn can choose among what was never read
 UNWATCHED = ("gpt_oss",)  # its attention is no scaled_dot_product_attention, and its own forward is not pruned
 DRAFTED = ("speckv", "speckv-mean", *CHOOSERS)  # with a draft that can go on
+PLACES = ("device", "cpu", "file")  # of a document that was read beforehand
+DOCUMENTS = (1, 3, 20, 39, 58)  # tokens
 OWN_DRAFT = ("speckv-mean",)  # their draft is the target's twin, whose lookahead the answer follows
 BUDGETS = (24, 24, 72, 0.5)  # prompts of up to 64 tokens, padding included, are kept by a ratio; and 72 keeps all
 LENGTHS = (2, 5, 9, 23, 24, 25, 26, 31, 40, 47, 60, 71)
@@ -49,6 +51,8 @@ class Case:
         returned: num_return_sequences.
         dropped: what the cache drops is held, and each turn is a prompt of the whole conversation.
         bits: of the prompt's slots.
+        prefix: where a document lies that was read beforehand, and its tokens, with which each of the prompts begins.
+        resampled: sequences of each prompt, and steps of direct calls until they are chosen anew (particles).
         generated: slots of the answer's tokens; evict: which stay; shared: in one budget with the prompt's.
     """
 
@@ -69,6 +73,8 @@ class Case:
     reset: bool = False
     dropped: bool = False
     bits: int | None = None
+    prefix: tuple[str, int] | None = None
+    resampled: tuple[int, int] | None = None
     generated: int | None = None
     evict: str = "recent"
     shared: bool = False
@@ -97,24 +103,49 @@ def draw(
     bits: tuple[int | None, ...] = (None,),
     policies: tuple[str, ...] = (),
     turns: bool = False,
+    prefix: bool = False,
+    resample: bool = False,
 ) -> Case:
     """The case of that number.
 
     Args:
         bits: of which its cache has some. policies: of which one says what is evicted, of long answers.
         turns: it has some, and they choose among all of the conversation (`dropped`), where that can be had.
+        prefix: its prompts begin with a document that was read beforehand, where that can be had.
+        resample: in place of an answer, sequences that are chosen anew; their answers are not bounded.
     """
     case = _drawn(seed, index, families, methods)
     step = any(crop and fresh == 1 for crop, fresh in case.turns)  # one token behind a crop is no turn
     if turns and not case.turns and case.mode not in ("assisted", "lookup"):
         plain: dict[str, Any] = {"mode": "greedy", "returned": 1, "stream": False, "eos": False, "stop": False}
         case = dataclasses.replace(case, turns=((0, 2 + index % 5),), new=max(case.new, 2), **plain)
-    held = not step and case.method not in CHOOSERS and case.family not in (*RECURRENT, *UNWATCHED)
+    goes_on = case.method not in CHOOSERS and case.family not in (*RECURRENT, *UNWATCHED)  # from what was read
+    held = goes_on and not step and case.mode not in ("assisted", "lookup")
     often = 1.0 if turns else 0.5 if case.turns else 0.1
-    if held and case.mode not in ("assisted", "lookup") and random.Random(f"{seed}/{index}/dropped").random() < often:
+    if held and random.Random(f"{seed}/{index}/dropped").random() < often:
         case = dataclasses.replace(case, dropped=True)
     case = dataclasses.replace(case, bits=random.Random(f"{seed}/{index}/bits").choice(bits))
+    if prefix and goes_on:
+        case = _behind(case, random.Random(f"{seed}/{index}/prefix"))
+    if resample:
+        return _resampled(case, random.Random(f"{seed}/{index}/resample"))
     return _bounded(case, random.Random(f"{seed}/{index}/evict"), policies) if policies else case
+
+
+def _behind(case: Case, dice: random.Random) -> Case:
+    """The case with a document in front of its questions, of which each has one token at least."""
+    tokens = dice.choice(DOCUMENTS)
+    longer = [tokens + dice.choice((1, 2, 6, 12)) for _ in case.lengths]
+    lengths = tuple(own if own > tokens else other for own, other in zip(case.lengths, longer, strict=True))
+    mode = case.mode if case.mode not in ("assisted", "lookup") else "greedy"  # no assistant has read it
+    return dataclasses.replace(case, prefix=(dice.choice(PLACES), tokens), lengths=lengths, mode=mode)
+
+
+def _resampled(case: Case, dice: random.Random) -> Case:
+    """The case's prompts, with several sequences behind each that are fed token by token."""
+    plain: dict[str, Any] = {"mode": "greedy", "returned": 1, "stream": False, "eos": False, "stop": False}
+    how = dice.choice((2, 3, 5)), dice.choice((1, 2, 3))
+    return dataclasses.replace(case, **plain, turns=(), ragged=False, new=dice.choice((3, 6, 9)), resampled=how)
 
 
 def _bounded(case: Case, dice: random.Random, policies: tuple[str, ...]) -> Case:
@@ -187,6 +218,8 @@ def _simpler(case: Case) -> Iterator[Case]:
         "generated",
         "shared",
         "bits",
+        "prefix",
+        "resampled",
         "reset",
         "dropped",
         "ragged",
@@ -201,6 +234,10 @@ def _simpler(case: Case) -> Iterator[Case]:
         if getattr(case, field) != getattr(plain, field) and not (field == "mode" and case.returned > 1):
             other: dict[str, Any] = {"evict": plain.evict, "shared": False} if field == "generated" else {}
             yield dataclasses.replace(case, **{field: getattr(plain, field)}, **other)
+    document = 0 if case.prefix is None else case.prefix[1]
+    for simple in (document, 3):
+        if case.prefix not in (None, ("device", simple)) and simple <= document:
+            yield dataclasses.replace(case, prefix=("device", simple))
     if len(case.turns) > 1:
         yield dataclasses.replace(case, turns=case.turns[:1])
     if len(case.lengths) > 1:
@@ -210,5 +247,5 @@ def _simpler(case: Case) -> Iterator[Case]:
         yield dataclasses.replace(case, new=case.new // 2)
     for row, length in enumerate(case.lengths):
         for simple in (25, 9):
-            if length > simple:
+            if length > simple > document:
                 yield dataclasses.replace(case, lengths=(*case.lengths[:row], simple, *case.lengths[row + 1 :]))

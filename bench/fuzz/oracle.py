@@ -37,7 +37,8 @@ class View:
         ahead: [prompts, L] lookahead tokens, which an answer follows for `limit` tokens at most.
         followed: [B] tokens of each row that are, of the call that runs.
         bits: in which what was kept of a prompt is held, 8, 4 or 2; 0: as it is.
-        near: whether some number of that lay so near the middle of two codes that rounding may have decided.
+        near: whether rounding may have decided: some number of that lay in the middle of two codes, or a router gave two
+            experts as much, of which it chose one.
         events: evictions of what stands behind the prompt, in order (see evictions.py).
         states: layer -> queries with the scale in them, and keys, of all columns of the last call.
         windows: layer -> columns that a row reads, None where it reads all: noted of each layer that has attention.
@@ -152,6 +153,7 @@ def in_bits(states: Tensor, bits: int, along: int) -> tuple[Tensor, bool]:
 
 
 CLOSE_CODES = 1e-5  # of a step between two codes
+CLOSE_EXPERTS = 5e-5  # between a router's logits
 _views: list[View] = []
 
 
@@ -192,6 +194,14 @@ def attend(
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+
+
+def watch_experts(router: Any, args: tuple[Tensor], _: Any) -> None:
+    """A hook of a router, Linear with `top_k`: near the least chosen expert of some token stands one that is not."""
+    logits = torch.nn.functional.linear(args[0].flatten(0, -2), router.weight, getattr(router, "bias", None))
+    if _views and router.top_k < logits.shape[-1]:
+        least = logits.topk(router.top_k + 1).values[:, -2:]
+        _views[-1].near |= bool((least[:, 0] - least[:, 1] < CLOSE_EXPERTS).any())
 
 
 @contextlib.contextmanager

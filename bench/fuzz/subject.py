@@ -54,10 +54,15 @@ class Subject:
     def verifies(self, case: Case) -> bool:
         """Whether an answer goes by the prefill's logits while it is the lookahead."""
         report = specpass.report(self.model)
-        if case.dropped:
-            return self.method.verify and not report.interpreted
-        notes = [note for graph in report.graphs for note in graph.notes if note.startswith("no verified lookahead")]
-        return self.method.verify and not report.interpreted and not notes
+        if not self.method.verify or report.interpreted:
+            return False
+        if case.dropped or (case.prefix is not None and not self._as_one(case, case.prefix[1])):
+            return True  # read by the model's own forward
+        return not [note for graph in report.graphs for note in graph.notes if note.startswith("no verified lookahead")]
+
+    def _as_one(self, case: Case, document: int) -> bool:
+        """Whether some row is so short that its document and question are read as one prompt, by a graph."""
+        return min(case.lengths) < max(max(case.lengths) - document, self.method.window)
 
     def omega(self, layer: int) -> Any:
         """[F] by which a layer's first F dimensions turn with the F behind them, as in all families here that turn."""
@@ -96,6 +101,9 @@ def plain(family: str, seed: int = 0) -> Any:
     """A model whose attention is the oracle's."""
     model = tiny_model(family, seed)
     model.config._attn_implementation = oracle.NAME
+    for module in model.modules():
+        if hasattr(module, "top_k") and isinstance(getattr(module, "weight", None), torch.Tensor):
+            module.register_forward_hook(oracle.watch_experts)
     return model
 
 

@@ -84,7 +84,7 @@ class Keeper:
             settings = (layer.budget, method.window, method.kernel, method.pool, rungs)
             found = SPEC.select_rungs(scores, attention, self.packing.lengths, *settings)
             positions, layer.rung, layer.shares = found
-        if layer.widest is not None and self.packing.order is not None:  # of a padded batch, rows that fit keep all
+        if self._unlike(layer) and self.packing.order is not None:  # of a padded batch, rows that fit keep all
             positions = SPEC.keep_short_rows(positions, self.packing.lengths, self.cache.whole)
         stored, room = self._with_ahead(positions), self.cache.room - self.ahead
         layer.key_buffer, layer.value_buffer, used = SPEC.gather_kv(key, value, stored, room)
@@ -96,6 +96,10 @@ class Keeper:
             layer.unquantized = MADE if layer.made else why_unserved(key.shape[3], value.shape[3], dtype)
             if not layer.unquantized:
                 layer.quantize(positions.shape[2])
+
+    def _unlike(self, layer: BudgetLayer) -> bool:
+        """Whether full layers have budgets of their own, as graphs ask it too: quantised ones as well."""
+        return layer.is_full and len({own.budget for own in self.cache.budgeted if own.is_full}) > 1
 
     def _with_ahead(self, positions: Tensor) -> Tensor:
         """Positions [B, K, C] and the lookahead's columns, where these are to wait in the free slots."""

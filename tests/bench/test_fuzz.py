@@ -1,4 +1,4 @@
-"""The fuzzer: 60 fixed cases are right, and wrong answers, choices and lookaheads would be seen."""
+"""The fuzzer: fixed cases are right, and wrong answers, choices, evictions and documents would be seen."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from bench.fuzz import cases, check, evictions, formulas, oracle, run
+import specpass
+from bench.fuzz import beforehand, cases, check, evictions, formulas, oracle, run
+from bench.fuzz.prompts import WrongError
 from bench.fuzz.run import try_cases
 from bench.fuzz.subject import Subject, plain
+from specpass.benchmarks.coverage import tiny
 from specpass.cache.evict import Bound
 from specpass.cache.worth import worth
 from specpass.rewrite.sites import Rotation
 
 # Few models, since each is compiled: a plain one and a hybrid, methods that select slots, and slots of tokens.
-SUBJECTS = {("llama", "speckv", 24), ("llama", "speckv-pc", 24), ("lfm2", "speckv", 24)}
+PLAIN = ("llama", "speckv", 24)
+SUBJECTS = {PLAIN, ("llama", "speckv-pc", 24), ("lfm2", "speckv", 24)}
 FIXED = [
     case
     for case in cases.grouped(1, 800, families=("llama", "lfm2"), methods=("speckv", "speckv-pc"))
     if case.subject in SUBJECTS
 ]
 FIXED = sorted(FIXED, key=lambda case: case.index)[:60]
-
+# By the same compiled model: documents that were read beforehand, and caches in fewer bits, against attention over the
+# same codes by formulas of the oracle's own.
+FIXED += [
+    cases.Case(100, *PLAIN, (47,), new=5, prefix=("file", 39)),
+    cases.Case(101, *PLAIN, (9,), new=2, prefix=("device", 3)),  # fits the budget
+    cases.Case(110, *PLAIN, (9, 25), new=3, prefix=("device", 1)),  # a row is shorter than the other's question
+    cases.Case(102, *PLAIN, (71, 25, 30), new=5, prefix=("cpu", 20)),
+    cases.Case(103, *PLAIN, (60,), new=5, turns=((1, 2), (0, 1)), prefix=("device", 58)),  # odd: turns bring it along
+    cases.Case(104, *PLAIN, (60,), new=4, mode="beam sample", returned=2, prefix=("file", 40), early_exit=False),
+    cases.Case(106, *PLAIN, (71,), new=3, turns=((0, 2),), dropped=True, reset=True, prefix=("cpu", 58)),
+    cases.Case(108, *PLAIN, (47, 9), new=3, bits=4),
+    cases.Case(107, *PLAIN, (71,), new=3, turns=((1, 2),), bits=8, prefix=("device", 58)),
+    cases.Case(109, *PLAIN, (47, 31), new=3, bits=2),
+]
 
 FULL = "full_attention"
 
 
 @pytest.mark.parametrize("subject", sorted({case.subject for case in FIXED}), ids=lambda key: "-".join(map(str, key)))
-def test_fixed_cases_are_right(subject: tuple[str, str, float]) -> None:
+def test_fixed_cases_are_right(subject: tuple[str, str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    if subject != PLAIN:  # what layers have of their own is tried there: one says what is read of a prompt
+        monkeypatch.setitem(tiny.SIZES, "num_hidden_layers", 1)
     outcome = try_cases(subject, [case for case in FIXED if case.subject == subject])
     assert outcome.failures == []
     assert outcome.refusals == []
     assert outcome.counts.get("tie", 0) <= 2
-
-
-def test_caches_in_fewer_bits_are_right() -> None:
-    """Against attention over the same codes by formulas of the oracle's own: padded rows, a crop, a lookahead."""
-    key = ("llama", "speckv", 24)
-    chosen = [cases.Case(0, *key, (47, 9), new=3, bits=4), cases.Case(1, *key, (71,), new=3, turns=((1, 2),), bits=8)]
-    outcome = try_cases(key, [*chosen, cases.Case(2, *key, (47, 31), new=3, bits=2)])
-    assert (outcome.failures, outcome.refusals) == ([], [])
-
-
-def test_bounded_answers_are_right_and_wrong_evictions_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which slots rows see behind evictions, and which went: by attention, in one budget with the prompt's."""
-    key = ("llama", "snapkv", 24)
-    bounded = cases.Case(0, *key, (40, 31), new=20, turns=((1, 3),), generated=12, evict="attention", shared=True)
-    subject = Subject(*key)
-    assert check.check(bounded, subject) == ""
-    monkeypatch.setattr(evictions, "scores", lambda policy, keys, *_: torch.arange(len(keys) - 3.0))
-    with pytest.raises(check.WrongError, match="an evicted slot scores"):
-        check.check(bounded, subject)
 
 
 def test_what_queries_to_come_want_is_the_same_by_two_formulas() -> None:
@@ -73,7 +73,10 @@ def test_what_queries_to_come_want_is_the_same_by_two_formulas() -> None:
 def test_lookups_are_right() -> None:
     key = ("qwen2", "speckv-ngram", 24)
     rows = (71, 25, 9)
-    chosen = [cases.Case(0, *key, rows[:1], new=8), cases.Case(1, *key, rows, new=8, turns=((7, 2),))]
+    chosen = [
+        cases.Case(0, *key, rows[:1], new=8, prefix=("cpu", 40)),
+        cases.Case(1, *key, rows, new=8, turns=((7, 2),)),
+    ]
     outcome = try_cases(key, chosen)
     assert (outcome.failures, outcome.refusals) == ([], [])
 
@@ -83,15 +86,30 @@ def subject() -> Subject:
     return Subject("qwen2", "snapkv", 24)
 
 
+BOUNDED = {"generated": 12, "evict": "attention", "shared": True}  # the module's model has steps of such alone
+
+
 def case(**fields: object) -> cases.Case:
-    return cases.Case(0, "qwen2", "snapkv", 24, **{"lengths": (40,), "new": 4, **fields})
+    """Of two rows, as all of them are: each has the graphs of the others."""
+    return cases.Case(0, "qwen2", "snapkv", 24, **{"lengths": (40, 31), "new": 4, **fields})
+
+
+def test_bounded_answers_are_right_and_wrong_evictions_are_seen(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which slots rows see behind evictions, and which went: by attention, in one budget with the prompt's."""
+    bounded = case(new=20, turns=((1, 3),), **BOUNDED)
+    assert check.check(bounded, subject) == ""
+    monkeypatch.setattr(evictions, "scores", lambda policy, keys, *_: torch.arange(len(keys) - 3.0))
+    with pytest.raises(WrongError, match="an evicted slot scores"):
+        check.check(bounded, subject)
 
 
 def test_a_wrong_choice_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check.check(case(), subject) == ""
-    monkeypatch.setattr(formulas, "head_scores", lambda weights, *_: -weights[..., :32].sum(1)[:2])
-    with pytest.raises(check.WrongError, match="a dropped position scores"):
-        check.check(case(), subject)
+    assert check.check(case(new=1), subject) == ""
+    monkeypatch.setattr(formulas, "head_scores", lambda weights, _, length, __: -weights[..., : length - 8].sum(1)[:2])
+    with pytest.raises(WrongError, match="a dropped position scores"):
+        check.check(case(new=1), subject)
 
 
 def test_a_wrong_answer_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,8 +121,45 @@ def test_a_wrong_answer_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatc
 
     view = oracle.View
     monkeypatch.setattr(oracle, "View", blind)
-    with pytest.raises(check.WrongError, match="logits differ"):
-        check.check(case(), subject)
+    with pytest.raises(WrongError, match="logits differ"):
+        check.check(case(**BOUNDED), subject)
+
+
+def test_a_wrong_document_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its keys and values are those of other tokens, are not what was saved, or are changed by a question."""
+    asked, read, load = case(prefix=("file", 20), **BOUNDED), specpass.read, specpass.Prefix.load
+    assert check.check(asked, subject) == ""
+
+    def others(model: object, ids: torch.Tensor, **how: object) -> specpass.Prefix:
+        return dataclasses.replace(read(model, ids.roll(1), **how), ids=ids)
+
+    monkeypatch.setattr(specpass, "read", others)
+    with pytest.raises(WrongError, match=r"logits differ|a dropped position scores"):
+        check.check(asked, subject)
+    monkeypatch.undo()
+    monkeypatch.setattr(specpass.Prefix, "load", lambda path: spoilt(load(path)))
+    with pytest.raises(WrongError, match="saved and loaded"):
+        check.check(asked, subject)
+    monkeypatch.undo()
+    with (
+        pytest.raises(WrongError, match="changed the prefix"),
+        beforehand.read_beforehand(asked, subject, torch.Generator().manual_seed(0)) as prefix,
+    ):
+        spoilt(prefix)
+
+
+def spoilt(prefix: specpass.Prefix | None) -> specpass.Prefix:
+    assert prefix is not None
+    prefix.layers[0][1][..., 0, 0] += 1
+    return prefix
+
+
+def test_particles_are_right_and_another_parent_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    particles = case(resampled=(2, 1))
+    assert check.check(particles, subject) == ""
+    monkeypatch.setattr(specpass.BudgetCache, "reorder_cache", lambda cache, parents: None)
+    with pytest.raises(WrongError, match="sequence"):
+        check.check(particles, subject)
 
 
 def test_the_oracle_is_the_model_where_everything_is_kept(subject: Subject) -> None:
@@ -159,8 +214,16 @@ def test_cases_are_the_same_for_a_seed_and_cover_every_option() -> None:
     drawn = cases.grouped(3, 400)
     assert drawn == cases.grouped(3, 400)
     assert not any(case.stop and case.mode == "assisted" for case in drawn)  # which no plain model answers
+    behind = cases.grouped(3, 200, prefix=True)
+    assert {case.prefix[0] for case in behind if case.prefix} == set(cases.PLACES)
+    for case in behind:
+        chooses = case.method in cases.CHOOSERS or case.family in (*cases.RECURRENT, *cases.UNWATCHED)
+        assert (case.prefix is None) == chooses
+        assert case.prefix is None or (case.prefix[1] < min(case.lengths) and max(case.lengths) <= max(cases.LENGTHS))
+        assert case.prefix is None or case.mode not in ("assisted", "lookup")
+    assert all(case.resampled and not case.turns for case in cases.grouped(3, 40, resample=True))
     assert {cases.draw(3, index, bits=(8, 4)).bits for index in range(20)} == {8, 4}  # drawn where they are asked for
-    asked_for = ("bits", "generated", "evict", "shared")
+    asked_for = ("bits", "prefix", "resampled", "generated", "evict", "shared")
     for field in (field for field in dataclasses.fields(cases.Case) if field.name not in asked_for):
         assert len(collections.Counter(getattr(case, field.name) for case in drawn)) > 1, field.name
 
@@ -169,3 +232,18 @@ def test_a_failing_case_is_shrunk_to_what_makes_it_fail() -> None:
     long = case(lengths=(71, 40, 60), mode="beam", returned=2, new=8, stop=True, early_exit=False)
     small = cases.shrunk(long, lambda case: 60 in case.lengths and not case.early_exit)
     assert small == dataclasses.replace(case(lengths=(60,), new=2), early_exit=False)
+    behind = case(lengths=(71, 60), prefix=("file", 39), turns=((1, 2),), resampled=(2, 2))
+    small = cases.shrunk(behind, lambda case: case.prefix is not None)
+    assert small == case(lengths=(9,), new=2, prefix=("device", 3))
+
+
+def test_a_router_that_rounding_decides_is_noted() -> None:
+    router = torch.nn.Linear(4, 3)
+    router.top_k = 2
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 1.0, 0]]))
+        router.bias.zero_()
+    for last, near in ((0.5, False), (1.00001, True)):
+        with oracle.seen_by(oracle.View(torch.zeros(1, dtype=torch.int64), 1)) as view:
+            oracle.watch_experts(router, (torch.tensor([[[2.0, 1.0, last, 0.0]]]),), None)
+        assert view.near is near

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import call, compile_eager, padded, run
+from support import call, compile_eager, padded, run, second_way
 from tiny import prompt, tiny
 from torch import Tensor
 from transformers import DynamicCache
@@ -176,11 +176,12 @@ def test_bytes_are_those_of_the_formula(bits: int, budget: int) -> None:
     assert costs.numbers(budget + 9, 1)["kv_bytes"][1] == pytest.approx(cache_bytes(cache), rel=0.03)
 
 
-def test_rows_that_fit_keep_all_where_layers_have_unlike_budgets() -> None:
+@pytest.mark.parametrize("make", [compile_eager, second_way], ids=["graphs", "own forward"])
+def test_rows_that_fit_keep_all_where_layers_have_unlike_budgets(make: Any) -> None:
     """A padded batch's layers then have more slots than their budget."""
     method = specpass.PyramidKV(budget=24, window=8, beta=4)
     ids, mask = padded([prompt(25), prompt(23, seed=1)])
-    target = compile_eager(tiny(), method, cache_bits=8)
+    target = make(tiny(), method, cache_bits=8)
     cache = specpass.BudgetCache(target.config, method, max_new_tokens=2, cache_bits=8)
     run(target, ids, 1, mask, past_key_values=cache)
     assert [layer.counts[1].tolist() for layer in cache.layers] == [[23, 23], [23, 23]]
