@@ -37,8 +37,8 @@ class View:
         ahead: [prompts, L] lookahead tokens, which an answer follows for `limit` tokens at most.
         followed: [B] tokens of each row that are, of the call that runs.
         bits: in which what was kept of a prompt is held, 8, 4 or 2; 0: as it is.
-        near: whether rounding may have decided: some number of that lay in the middle of two codes, or a router gave two
-            experts as much, of which it chose one.
+        near: whether rounding may have decided: some number of that lay in the middle of two codes, or a router gave
+            two experts as much, of which it chose one.
         events: evictions of what stands behind the prompt, in order (see evictions.py).
         states: layer -> queries with the scale in them, and keys, of all columns of the last call.
         windows: layer -> columns that a row reads, None where it reads all: noted of each layer that has attention.
