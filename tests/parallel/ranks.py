@@ -23,7 +23,12 @@ from two_ranks import run_cases
 import specpass
 from specpass import errors
 
-FAMILIES = ("llama", "qwen2", "qwen3", "smollm", "gemma2", "mistral")
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"vocab": 127},  # which does not divide
+    "qwen3": {},
+    "gemma2": {},
+    "mistral": {"tie_word_embeddings": True},
+}
 METHODS = {
     "speckv": specpass.SpecKV(budget=24, window=8, lookahead=4),
     "snapkv": specpass.SnapKV(budget=24, window=8),
@@ -210,8 +215,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "llama-speckv", lambda: same(whole, parts, SPECKV, whole, spread_draft=parts)
     for name in ("pyramidkv", "streamingllm", "specpc", "speckvpc"):
         yield f"llama-{name}", lambda method=METHODS[name]: same(whole, parts, method, draft)
-    for family in FAMILIES[1:]:
-        sizes = {"vocab": 127} if family == "qwen2" else {}  # which does not divide
+    for family, sizes in FAMILIES.items():
         models = spread(family, folder, **sizes)
         yield family, lambda models=models: same(*models, METHODS["snapkv"], None)
 

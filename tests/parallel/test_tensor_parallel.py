@@ -19,7 +19,6 @@ FIRST = (
     "llama-speckvpc",
     "qwen2",
     "qwen3",
-    "smollm",
     "gemma2",
     "mistral",
     "olmoe",
