@@ -67,15 +67,9 @@ def scored(cls: type[Scored], given: argparse.Namespace, budget: Any, **own: Any
     return cls(budget=budget, window=given.window, **own)
 
 
-def speckv(**own: Any) -> Callable[..., Method]:
-    return lambda given, budget: scored(SpecKV, given, budget, lookahead=given.lookahead, verify=given.verify, **own)
-
-
-def ablated(cls: type[SpecKV], spread: str) -> Callable[..., Method]:
-    """SpecKV with another score; see bench/scores.py."""
-    return lambda given, budget: scored(
-        cls, given, budget, lookahead=given.lookahead, verify=given.verify, spread=spread
-    )
+def speckv(cls: type[SpecKV] = SpecKV, **own: Any) -> Callable[..., Method]:
+    """SpecKV, or one with another score: see bench/scores.py."""
+    return lambda given, budget: scored(cls, given, budget, lookahead=given.lookahead, verify=given.verify, **own)
 
 
 def oracle(**own: Any) -> Callable[..., Method]:
@@ -106,8 +100,8 @@ ENGINES: dict[str, Callable[[argparse.Namespace, Any], Method]] = {
     "streamingllm": lambda given, budget: StreamingLLM(budget),
     "keydiff": lambda given, budget: scored(KeyDiff, given, budget),
     "random": lambda given, budget: scored(Random, given, budget),
-    **{f"speckv {name}": ablated(cls, "uniform") for name, cls in SCORES.items()},
-    **{f"speckv {name} global": ablated(cls, "global") for name, cls in SCORES.items()},
+    **{f"speckv {name}": speckv(cls) for name, cls in SCORES.items()},
+    **{f"speckv {name} global": speckv(cls, spread="global") for name, cls in SCORES.items()},
 }
 
 

@@ -115,7 +115,7 @@ async def run(args: argparse.Namespace, address: str, prompts: list[Any], store:
             for mode in MODES:
                 if time.perf_counter() > end:
                     return
-                if (mode, start) not in store:
+                if (mode, start + len(own) - 1) not in store:  # the last one that a round writes
                     since = time.perf_counter()
                     found = await asyncio.gather(*(ask(client, args.target, mode, list(prompt.ids)) for prompt in own))
                     round_s = round(time.perf_counter() - since, 2)
@@ -127,12 +127,14 @@ async def run(args: argparse.Namespace, address: str, prompts: list[Any], store:
 
 def summary(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Medians of each mode, and shortened over whole; of the rounds that have both."""
-    kept = list(records)
+    listed = list(records)
+    both = set.intersection(*({record["round"] for record in listed if record["mode"] == mode} for mode in MODES))
+    kept = [record for record in listed if record["round"] in both]
+    if not kept:
+        return {}
     modes: dict[str, dict[str, float]] = {}
     for mode in MODES:
         own = [record for record in kept if record["mode"] == mode]
-        if not own:
-            return {}
         modes[mode] = {
             "requests": len(own),
             "first_token_s": common.median(record["first_token_s"] for record in own),

@@ -33,6 +33,7 @@ from specpass.interpret.question import Front, Question, Rows
 from specpass.methods.base import Method
 from specpass.observe import progress
 from specpass.parallel.agree import first_ranks
+from specpass.parallel.shards import choosing
 from specpass.passes.draft import DraftGraphs
 from specpass.rewrite import Refusal
 from specpass.sizes import context_length
@@ -178,7 +179,7 @@ class Behind:
         if refused:
             raise Refusal(refused)
         verify = graphs and ahead is not None and cache.method.verify and not kwargs.get("output_hidden_states")
-        ends, ranks = backend.eos_ids(cache), backend.ranks
+        ends, ranks = backend.eos_ids(cache), choosing(backend.ranks)
         question = Question(self.target, cache, kwargs, eos_ids=ends, front=front, rows=rows, ranks=ranks)
         out, logits, record, exact = question.read(count, ahead, short, verify)
         self.check_exact(exact)

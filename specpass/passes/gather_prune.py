@@ -187,8 +187,9 @@ class GatherPrune(Pass):
 def share_of(request: Request, facts: Facts, site: Site) -> int:
     """Slots of a head, in the mean, that a site's heads on this rank may keep: C, or more where ranks share them."""
     ranks = choosing(facts.get(Ranks))
-    shares = ranks is not None and request.kind == "prefill" and bool(offsets_of(site))
-    return request.pruning.most(site.budget, ranks.size) if ranks is not None and shares else site.budget
+    if ranks is None or request.kind != "prefill" or not offsets_of(site):
+        return site.budget
+    return request.pruning.most(site.budget, ranks.size)
 
 
 def choose_together(

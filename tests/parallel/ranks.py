@@ -22,6 +22,7 @@ from two_ranks import run_cases
 
 import specpass
 from specpass import errors
+from specpass.interpret import keep
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"vocab": 127},  # which does not divide
@@ -130,6 +131,15 @@ def asked(model: Any, cache: Any) -> list[int]:
     return ids[0].tolist()
 
 
+def behind_a_document(model: Any, method: Any) -> tuple[Any, Any]:
+    compile_eager(model, method)
+    cache = specpass.BudgetCache(model.config, method, max_new_tokens=5)
+    prefix, question = specpass.read(model, prompt(50)[0]), prompt(20, seed=1)
+    out = model.generate(question, prefix=prefix, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    specpass.restore(model)
+    return told(out, cache)
+
+
 def raises(error: type[Exception], *texts: str) -> Callable[[Callable[[], Any]], None]:
     def check(act: Callable[[], Any]) -> None:
         with pytest.raises(error) as raised:
@@ -224,6 +234,9 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         one, parts = spread("olmoe", folder)
         method = dataclasses.replace(METHODS["snapkv"], spread="heads")
         assert told(*answer(parts, method, None)) == on_rank_0(lambda: told(*answer(one, method, None)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(keep, "all_of_ranks", None)  # no scores go around
+            assert behind_a_document(parts, method) == on_rank_0(lambda: behind_a_document(one, method))
 
     yield "olmoe", all_heads
 
