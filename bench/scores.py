@@ -66,23 +66,4 @@ class Defensive(SpecKV):
         return risk * value.float().norm(dim=-1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reconstruction(SpecKV):
-    """How far a row's output o moves where one column goes and the others share its attention: p / (1 - p) |v - o|,
-    the most over rows and heads (ReST-KV, arXiv 2605.08840, without its smoothing).
-    """
-
-    def score(self, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, lengths: Tensor, scale: float) -> Tensor:
-        p, v = probabilities(query, key, rows, scale), value.float()
-        out = torch.einsum("bkgrt,bktd->bkgrd", p, v)
-        square = v.square().sum(-1)[:, :, None, None] + out.square().sum(-1, keepdim=True)
-        far = (square - 2 * torch.einsum("bkgrd,bktd->bkgrt", out, v)).clamp(min=0).sqrt()
-        return (p / (1 - p).clamp(min=1e-6) * far).amax((2, 3))
-
-
-SCORES: dict[str, type[SpecKV]] = {
-    "mean rows": MeanRows,
-    "without sinks": WithoutSinks,
-    "defensive": Defensive,
-    "reconstruction": Reconstruction,
-}
+SCORES: dict[str, type[SpecKV]] = {"mean rows": MeanRows, "without sinks": WithoutSinks, "defensive": Defensive}

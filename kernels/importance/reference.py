@@ -36,16 +36,11 @@ def importance(
     as `modified_attention`; bias [B or 1, H, T]: added to the logits of each column.
     Returns: scores [B, K, T] float32; columns outside [0, lengths - W) are 0.
     """
-    batch, heads, count, dim = query.shape
-    kv_heads, columns = key.shape[1], key.shape[2]
-    group = heads // kv_heads
-    folded = query.reshape(batch, kv_heads, group * count, dim).float()  # K is never repeated to H heads
-    logits = soft_capped(torch.matmul(folded, key.float().transpose(2, 3)) * scale, softcap)
+    (batch, kv_heads, columns, _), count = key.shape, query.shape[2]
+    group = query.shape[1] // kv_heads
     column = torch.arange(columns, device=key.device)
     hidden = (column > rows[:, :, None])[:, None, None]  # [B, 1, 1, R, T]
-    logits = logits.view(batch, kv_heads, group, count, columns)
-    if bias is not None:
-        logits.add_(bias.float().unflatten(1, (kv_heads, group))[:, :, :, None])
+    logits = row_logits(query, key, scale, softcap, bias)
     logits.masked_fill_(hidden, float("-inf"))
     live = rows >= 0
     if lse is None:
@@ -61,3 +56,11 @@ def importance(
     if reduce == "mean":
         scores = scores / (group * live.sum(1).clamp(min=1))[:, None, None]
     return scores.masked_fill((column >= (lengths - window)[:, None])[:, None], 0.0)
+
+
+def row_logits(query: Tensor, key: Tensor, scale: float, softcap: float = 0.0, bias: Tensor | None = None) -> Tensor:
+    """[B, K, G, R, T] float32 of query [B, H, R, D] and key [B, K, T, D], which is never repeated to H heads."""
+    folded = query.unflatten(1, (key.shape[1], -1))
+    logits = torch.matmul(folded.flatten(2, 3).float(), key.float().transpose(2, 3)) * scale
+    logits = soft_capped(logits, softcap).unflatten(2, folded.shape[2:4])
+    return logits if bias is None else logits + bias.float().unflatten(1, folded.shape[1:3])[:, :, :, None]

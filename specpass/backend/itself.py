@@ -191,7 +191,8 @@ def check_writes(target: nn.Module, method: Method) -> None:
 
 def by_window(method: Method) -> SnapKV:
     """How a prompt is pruned for the lookahead to be written: as SnapKV does, with the method's own sizes."""
-    return SnapKV(method.budget, method.window, kernel=method.kernel, value_norms=method.value_norms)
+    same = {name: getattr(method, name) for name in ("kernel", "value_norms", "reconstruction")}
+    return SnapKV(method.budget, method.window, **same)
 
 
 def own(states: Tensor) -> Tensor:

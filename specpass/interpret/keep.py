@@ -162,6 +162,11 @@ class Keeper:
         Args: lse: [B, H, R] of these rows' logits, where they do not see all columns up to their own.
         """
         method, lengths = self.method, self.packing.lengths
+        if method.reconstruction:
+            assert self.rows is not None, "something is scored"
+            length = 0 if lse is None else (self.rows.shape[1] - method.window) // method.futures
+            operands = (query, key, value, self.rows, lengths, method.window, scale, method.reduce)
+            return SPEC.reconstruction(*operands, length)
         if method.score is None:
             scores = self._importance(query, key, scale, method.reduce, lse)
             return SPEC.weigh_values(scores, value) if method.value_norms else scores

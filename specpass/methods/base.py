@@ -76,6 +76,7 @@ class Traits:
     seed: int = 0  # of the draft's sampling
     futures: int = 1  # branches M of L tokens that the draft writes, each of which scores
     value_norms: bool = False  # whether scores are weighed by the norms of the columns' values
+    reconstruction: bool = False  # whether scores are what the rows' outputs would lose, and no attention
     spread: str = "uniform"  # whether KV heads share their budgets: see SPREADS
     share: float | None = None  # of the attention that a budget has to keep, where the smallest of a few is chosen
     sparse_prefill: int = 0  # top columns that a prompt's queries read, and last positions besides; 0: all
@@ -237,6 +238,8 @@ class Scored(Method):
     """Methods that keep the window and the top C - W positions by pooled attention scores.
 
     value_norms: scores are weighed by the norm of each position's value (arXiv 2406.12335), before they are pooled.
+    reconstruction: a score is how far the outputs of the rows that score would move without a position, and not the
+    attention that it gets (ReST-KV, arXiv 2605.08840).
     spread: "uniform" gives each KV head C slots. "heads": a layer's K heads share K * C, by one choice of the best
     scores of all of them, where each keeps its window and a fifth of C - W at least (AdaKV, arXiv 2407.11550).
     "global": the same for the heads of all layers, none of which has more than three times C - W for each of its heads.
@@ -250,12 +253,14 @@ class Scored(Method):
     kernel: int = 7
     spread: str = dataclasses.field(default="uniform", kw_only=True)
     value_norms: bool = dataclasses.field(default=False, kw_only=True)
+    reconstruction: bool = dataclasses.field(default=False, kw_only=True)
     share: float | None = dataclasses.field(default=None, kw_only=True)
 
     scored: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("window", self.window, 1)
+        self._check_values()
         self._check_spread()
         self._check_share()
         check_count("kernel", self.kernel, 1)
@@ -264,12 +269,21 @@ class Scored(Method):
         self._check_reductions()
         self._check_budget()
 
-    def _check_spread(self) -> None:
-        if self.value_norms and self.score is not None:
+    def _check_values(self) -> None:
+        """Raises: BudgetError: values count in two ways, or in a function of the method's own."""
+        chosen = [name for name in ("value_norms", "reconstruction") if getattr(self, name)]
+        if chosen and self.score is not None:
             raise BudgetError(
-                f"value_norms=True: {self.name} scores by a function of its own, which is handed the values; leave "
-                "value_norms out."
+                f"{chosen[0]}=True: {self.name} scores by a function of its own, which is handed the values; leave "
+                f"{chosen[0]} out."
             )
+        if len(chosen) == 2:
+            raise BudgetError(
+                "value_norms=True and reconstruction=True: the second has the values in it already; leave one of them "
+                "out."
+            )
+
+    def _check_spread(self) -> None:
         if self.spread not in SPREADS:
             raise BudgetError(f"spread={self.spread!r}: expected one of {SPREADS}.")
         if self.spread != "uniform" and self.select is not None:

@@ -38,6 +38,8 @@ class SpecKV(Scored):
             budget of 128, 256, 512, ..., 4096 that keeps as much, and `budget` at most. "auto" stands for 4096, with
             0.95. None: every prompt gets `budget`.
         value_norms: scores are weighed by the norms of the positions' values (arXiv 2406.12335); False in the paper.
+        reconstruction: a score is how far the outputs of the rows that score would move without a position, and not
+            the attention that it gets (ReST-KV, arXiv 2605.08840, without its smoothing); False in the paper.
         futures: M branches of L tokens that the draft writes, by diverse beam search (arXiv 1610.02424, see
             specpass.ops.draft.next_tokens): the first is its greedy lookahead, the others take less likely tokens where
             it hesitates. The rows of all of them score, each seeing the prompt and its own branch. The paper has 1.

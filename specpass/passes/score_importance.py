@@ -5,7 +5,8 @@ after:  the same, and scores [B, K, S + L] = importance(take_rows(q, rows), k, r
 
 Where several futures score, attention has the log-sum-exp of their rows already (see attend_branches).
 
-With value_norms they are weighed: weigh_values(scores, v).
+With value_norms they are weighed: weigh_values(scores, v). With reconstruction they are no attention, but how far what
+the rows read would move: reconstruction(take_rows(q, rows), k, v, rows, lengths).
 
 Where a budget is chosen by the attention that it keeps (`share`), its mean over rows and heads is scored as well.
 
@@ -63,18 +64,22 @@ class ScoreImportance(Pass):
             changes = (None, lse, *site.changes) if site.changes or lse is not None else ()  # no weights
             operands = (taken, site.key, at, until, method.window, site.scale)
             importance = functools.partial(editor.call, SPEC.importance, *operands, before=before, like=like)
-            plain = None if method.score is not None else importance(method.reduce, *changes)
+            plain = None if method.score is not None or method.reconstruction else importance(method.reduce, *changes)
             means.append(None)
             if method.rungs:
                 mean = plain if plain is not None and method.reduce == "mean" else importance("mean", *changes)
                 means[-1] = mean if site.heads_apart else shared(editor, mean, site, "mean")
-            if plain is None:
+            if method.score is not None:
                 scores.append(own(site, (taken, site.key, site.value, at, until), before))
                 continue
-            own_scores = plain
+            if method.reconstruction:
+                tensors = (taken, site.key, site.value, at, until, method.window, site.scale, method.reduce)
+                length = 0 if branches is None else request.lookahead
+                plain = editor.call(SPEC.reconstruction, *tensors, length, *site.changes, before=before, like=like)
+            assert plain is not None
             if method.value_norms:
-                own_scores = editor.call(SPEC.weigh_values, own_scores, site.value, before=before, like=like)
-            scores.append(own_scores if site.heads_apart else shared(editor, own_scores, site, method.reduce))
+                plain = editor.call(SPEC.weigh_values, plain, site.value, before=before, like=like)
+            scores.append(plain if site.heads_apart else shared(editor, plain, site, method.reduce))
         facts.add(Scores(tuple(scores)))
         facts.add(Attention(tuple(means)))
 

@@ -125,7 +125,10 @@ def pruned_forms(method: Method, drafts: bool, quantized: bool = False) -> dict[
     moved = _T.weights() + 2 * _T.kv(read) + _T.kv(C + N)
     if method.scored:
         flops += _T.scores(W + ahead, read, _T.n)
-        moved += _T.keys(read, _T.n) * (2 if method.value_norms else 1)  # once more, and values for their norms
+        reads_values = method.value_norms or method.reconstruction
+        moved += _T.keys(read, _T.n) * (2 if reads_values else 1)  # once more, and values
+        if method.reconstruction:  # what the rows read, and its products with values
+            flops += 2 * _T.scores(W + ahead, read, _T.n)
     if method.share is not None:  # the mean over rows, where that is no score; and the storage is moved at the end
         if method.reduce != "mean":
             flops += _T.scores(W + ahead, read, _T.n)

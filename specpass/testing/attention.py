@@ -49,9 +49,22 @@ def _row_probabilities(
     return scores.softmax(-1).view(kv_heads, -1, length)
 
 
+def moves(probabilities: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """[K, M, T]: how far each of M rows' output moves where one column goes and the others share its attention.
+
+    By the definition (ReST-KV, arXiv 2605.08840): [K, M, T, D] is made. Args: probabilities [K, M, T]; value [K, T, D].
+    """
+    p, v = probabilities.double(), value.double()
+    out = p @ v
+    without = (out[:, :, None] - p[..., None] * v[:, None]) / (1 - p)[..., None]
+    return (out[:, :, None] - without).norm(dim=-1).float()
+
+
 @contextmanager
-def capture(model: PreTrainedModel, rows: int) -> Iterator[list[torch.Tensor]]:
+def capture(model: PreTrainedModel, rows: int, outputs: bool = False) -> Iterator[list[torch.Tensor]]:
     """Collect the float32 probabilities [K, G * rows, T] of the last `rows` queries, one tensor a layer.
+
+    Args: outputs: what each column's going would do to the rows' outputs, in their place (see moves).
 
     Takes post-rotary queries and keys where the model hands them to SDPA: memory is [rows, T] per layer, so
     it serves long prompts, and the softmax is float32 whatever the model's dtype.
@@ -60,7 +73,8 @@ def capture(model: PreTrainedModel, rows: int) -> Iterator[list[torch.Tensor]]:
     plain, found = ALL_ATTENTION_FUNCTIONS["sdpa"], []
 
     def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
-        found.append(_row_probabilities(query, key, attention_mask, kwargs.get("scaling"), rows))
+        own = _row_probabilities(query, key, attention_mask, kwargs.get("scaling"), rows)
+        found.append(moves(own, value[0]) if outputs else own)
         return plain(module, query, key, value, attention_mask, **kwargs)
 
     with sdpa_replaced(attend):
@@ -69,9 +83,11 @@ def capture(model: PreTrainedModel, rows: int) -> Iterator[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def probabilities_by_capture(model: PreTrainedModel, ids: torch.Tensor, rows: int) -> list[torch.Tensor]:
-    """Float32 probabilities [K, G * rows, T] per layer, of the last `rows` tokens of `ids` [1, T]."""
-    with capture(model, rows) as found:
+def probabilities_by_capture(
+    model: PreTrainedModel, ids: torch.Tensor, rows: int, outputs: bool = False
+) -> list[torch.Tensor]:
+    """What `capture` finds, per layer, of the last `rows` tokens of `ids` [1, T]."""
+    with capture(model, rows, outputs) as found:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return found
 

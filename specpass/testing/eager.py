@@ -30,6 +30,7 @@ class Scoring:
     kernel: int = 7
     reduce: str = "max"  # max | mean, over the G * rows of a KV head
     pool: str = "max"  # max | avg, along the sequence
+    outputs: bool = False  # scored by what rows' outputs lose, not by their attention (by the route "capture")
 
 
 SPECKV = Scoring()
@@ -107,8 +108,9 @@ def select(
         return everything(model, length, kv_heads)
     tokens = ids if lookahead is None else torch.cat([ids, lookahead.to(ids)], dim=1)
     rows = how.window + tokens.shape[1] - length
-    probabilities = {"capture": probabilities_by_capture, "output": probabilities_by_output}[route]
-    return _selection(probabilities(model, tokens, rows), length, budget, how)
+    if route == "output":
+        return _selection(probabilities_by_output(model, tokens, rows), length, budget, how)
+    return _selection(probabilities_by_capture(model, tokens, rows, how.outputs), length, budget, how)
 
 
 def _selection(probabilities: list[torch.Tensor], length: int, budget: int, how: Scoring) -> Selection:

@@ -122,7 +122,7 @@ def target_jobs(
     ahead = lookahead if method.appends else 0
     columns = read + ahead * method.futures
     jobs = []
-    if method.scored:
+    if method.scored and (method.rungs or not method.reconstruction):
         for operands in layer.importance(method.window + columns - read, columns, method.window, method.reduce):
             jobs += jobs_of("importance", operands, arch)
     if 0 < 2 * method.sparse_prefill < columns:

@@ -98,7 +98,7 @@ def test_layers_with_budgets_of_their_own() -> None:
 
 GRAPHS = {  # what graphs alone prune so: their choices are compared, and their steps go on
     "heads": specpass.SnapKV(budget=24, window=W, spread="heads"),
-    "global": specpass.SpecKV(budget=24, window=W, lookahead=2, futures=2, value_norms=True, spread="global"),
+    "global": specpass.SpecKV(budget=24, window=W, lookahead=2, futures=2, reconstruction=True, spread="global"),
     "share": specpass.SnapKV(budget=48, window=W, share=0.5),
 }
 

@@ -12,8 +12,10 @@ pytest.importorskip("onnxruntime")
 
 
 def test_a_sampling_draft_writes_torchs_lookahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its steps are unrolled, and its noise is a function of seed and step alone. The target reads sparsely besides."""
-    sampled = dataclasses.replace(METHODS["speckv"], lookahead=3, temperature=0.7, seed=5, sparse_prefill=16)
+    """Its steps are unrolled, and its noise is a function of seed and step alone. The target reads sparsely besides,
+    and scores by outputs."""
+    drawn = {"lookahead": 3, "temperature": 0.7, "seed": 5}
+    sampled = dataclasses.replace(METHODS["speckv"], **drawn, sparse_prefill=16, reconstruction=True)
     monkeypatch.setitem(METHODS, "sampled", sampled)
     check_equal_to_torch(make(tmp_path / "out", "smollm", "sampled", layers=1), PROMPTS[:2])
 

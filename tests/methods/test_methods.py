@@ -108,6 +108,7 @@ def test_keys_tell_all_methods_and_all_fields_apart() -> None:
                 "sparse_prefill": 2048,
                 "spread": "heads",
                 "value_norms": True,
+                "reconstruction": True,
                 "futures": 4,
                 "share": 0.5,
             }[field.name]

@@ -60,7 +60,7 @@ def test_a_package_announces_a_method(tmp_path: Path, monkeypatch: pytest.Monkey
     made = registry.make_method("toy_kv", "64", ["factor=5"], window=16)
     assert made.key == (
         "own_method_a.Toy(budget=64, window=16, reduce='mean', pool='avg', kernel=7, spread='uniform', "
-        "value_norms=False, share=None, factor=5)"
+        "value_norms=False, reconstruction=False, share=None, factor=5)"
     )
     with pytest.raises(AttributeError, match="Toy"):
         specpass.Toy  # noqa: B018
@@ -118,10 +118,8 @@ def test_two_classes_of_one_name_are_two_methods() -> None:
     assert len({ours, one, other}) == 3
     assert ours != one != other != ours
     assert len({ours.key, one.key, other.key}) == 3
-    fields = (
-        "budget=64, window=32, reduce='mean', pool='avg', kernel=7, spread='uniform', value_norms=False, share=None"
-    )
-    assert ours.key == f"SnapKV({fields})"
+    fields = "budget=64, window=32, reduce='mean', pool='avg', kernel=7, spread='uniform'"
+    assert ours.key == f"SnapKV({fields}, value_norms=False, reconstruction=False, share=None)"
     assert one.key == f"one.{ours.key}"
     sizes = Decoder(2, 64, 4, 2, 16, 96, 128, 3, 4)
     assert cost.costs_of(ours, sizes) is not None

@@ -88,7 +88,9 @@ def test_soft_caps_sinks_and_sliding_windows(family: str) -> None:
         assert margin >= -1e-6
 
 
-@pytest.mark.parametrize("options", [{"spread": "global"}, {"value_norms": True}, {"reduce": "mean"}])
+@pytest.mark.parametrize(
+    "options", [{"spread": "global"}, {"value_norms": True}, {"reduce": "mean"}, {"reconstruction": True}]
+)
 def test_other_options_go_beside_it(options: dict[str, Any]) -> None:
     method, ids = dataclasses.replace(METHOD, **options), prompt(60, seed=8)
     cache = run(compile_eager(tiny(layers=2), method, DRAFT), ids).cache

@@ -45,6 +45,10 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     worths = 2 * [SPEC.pack_heads(worth, flat)]
     return {
         "weigh_values": [(scores, value)],
+        "reconstruction": [
+            (query[:, :, : W + L], key, value, rows, lengths, W, 0.3, "max"),
+            (query[:, :, : W + L], key, value, rows, lengths, W, 0.3, "mean", 1, 2.0, sinks, biases[0]),
+        ],
         "select_candidates": [(scores, lengths, C, W, 3, "max", 1, 1), (scores, lengths, S + 4, W, 7, "avg", 2, 0)],
         "select_rungs": [
             (scores, scores / 9, lengths, C, W, 3, "max", [C - 2, C]),

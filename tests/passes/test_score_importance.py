@@ -62,6 +62,17 @@ def test_numbers_of_weighed_scores() -> None:
     torch.testing.assert_close(found["scores"], plain["scores"] * norms)
 
 
+def test_text_of_what_outputs_lose() -> None:
+    method = specpass.SpecKV(budget=C, window=W, lookahead=L, reconstruction=True)
+    assert_expected_inline(
+        difference(method, mask=True),
+        """\
++score_rows(pack_order[1], cat, 8, [])
++take_rows(add, score_rows)
++reconstruction(take_rows, add, transpose, score_rows, pack_order[1], 8, 0.25, max, 0)""",
+    )
+
+
 def test_text_of_capped_logits() -> None:
     assert_expected_inline(
         difference(SNAPKV, family="gemma2", layer_types=("full_attention",)),
