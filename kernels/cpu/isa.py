@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 
 @dataclasses.dataclass(frozen=True)
 class Isa:
@@ -22,3 +24,12 @@ AVX512 = Isa(
 AMX = Isa("AMX", (*AVX512.needs, "amx_tile", "amx_bf16"), (*AVX512.flags, "-mamx-tile", "-mamx-bf16"))
 VNNI = Isa("AVX-512 VNNI", (*AVX512.needs, "avx512_vnni"), (*AVX512.flags, "-mavx512vnni"))
 ANY = Isa("any")
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products of `dtype`: without them torch takes several times float32's time.
+
+    oneDNN is asked, by which torch multiplies on a CPU.
+    """
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in asked or bool(getattr(torch.ops.mkldnn, asked[dtype])())

@@ -9,7 +9,6 @@ import typer
 
 from specpass.cli.options import (
     MODELS,
-    Dtype,
     Lowering,
     Quiet,
     Revision,
@@ -37,7 +36,9 @@ def demo(
     ] = False,
     target: Annotated[str, typer.Option("--target", "-t", help=f"A {MODELS}.")] = "qwen2.5-coder-1.5b",
     draft: Annotated[str, typer.Option("--draft", "-d", help=f"A {MODELS}.")] = "qwen2.5-coder-0.5b",
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="auto (as stored), bfloat16, float16 or float32; bfloat16 where the CPU has it.")
+    ] = None,
     lowering: Lowering = "inductor",
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -45,7 +46,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Find a fact in a long prompt with full KV and with methods: answers, memory, speed, and what was kept."""
-    check_words(dtype, lowering)
+    check_words(dtype or "bfloat16", lowering)
     from specpass import hub
     from specpass.demo import run as demo
 

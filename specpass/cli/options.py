@@ -190,6 +190,7 @@ def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
 
     target, tokenizer = hub.load(choice.target, choice.dtype, trust_remote_code=choice.trust)
     target.requires_grad_(False).to(device)
+    note_slow(target.dtype, target.device.type)
     draft, tokenizers = None, None
     if choice.draft == choice.target:
         draft = target
@@ -221,6 +222,19 @@ def load_pair(choice: Choice, device: str = "cpu") -> tuple[Any, Any, Any]:
             tokenizers=tokenizers,
         )
     return target, draft, tokenizer
+
+
+def note_slow(dtype: Any, device: str) -> None:
+    """Say so where the CPU has no instructions for a dtype."""
+    from specpass.kernels.cpu.isa import multiplies
+
+    if device == "cpu" and not multiplies(dtype):
+        name = str(dtype).removeprefix("torch.")
+        typer.echo(
+            f"note: this CPU has no instructions for {name}, in which it reads prompts several times slower than in "
+            "float32: --dtype float32 is faster, and takes twice the memory",
+            err=True,
+        )
 
 
 def reads_text(target: Any, draft: Any) -> bool:

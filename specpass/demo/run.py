@@ -22,6 +22,7 @@ from specpass.backend import checks
 from specpass.demo.prompt import Prompt, build_prompt
 from specpass.demo.result import Result, Rows
 from specpass.files import check_folder
+from specpass.kernels.cpu.isa import multiplies
 from specpass.methods import registry
 from specpass.methods.base import Method
 from specpass.observe import progress
@@ -86,7 +87,7 @@ def run(
     methods: Sequence[str] = METHODS,
     target: str = TARGET,
     draft: str = DRAFT,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     lowering: str = "inductor",
     out: Path | None = None,
     trust_remote_code: bool = False,
@@ -98,6 +99,7 @@ def run(
         tokens: prompt length S.
         methods: by name; the user's own follow.
         target, draft: models by name, hub id, folder or GGUF file.
+        dtype: of both models; None: bfloat16, or float32 on a CPU that has no instructions for it.
         out: folder for kept.png and kept.html; None draws nothing.
         trust_remote_code: code that the models bring along may run.
 
@@ -111,6 +113,7 @@ def run(
     given: Any = {"trust_remote_code": trust_remote_code}
     configs = [hub.read_config(name, **given) for name in (target, draft)]
     checks.check_tokenizers(*configs)  # before minutes of work, not after
+    dtype = dtype or ("bfloat16" if multiplies(torch.bfloat16) else "float32")
     small, tokenizer = hub.load(draft, dtype, **given)
     model, _ = hub.load(target, dtype, **given)
     prompt = build_prompt(tokenizer, tokens)

@@ -97,6 +97,18 @@ def test_a_draft_with_another_tokenizer_reads_the_text(folder: Path, tmp_path: P
     assert "another tokenizer" in result.stderr
 
 
+@pytest.mark.parametrize(("dtype", "noted"), [("bfloat16", True), ("float32", False)])
+def test_a_dtype_without_instructions_is_noted(
+    dtype: str, noted: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specpass.kernels.cpu.isa.multiplies", lambda asked: asked == torch.float32)
+    options = ("-m", "full", "--dtype", dtype, "-p", TEXT, "--raw")
+    result = generate(folder, *options)
+    assert result.exit_code == 0, result.output
+    assert ("no instructions for bfloat16" in result.stderr) is noted
+    assert ("--dtype float32" in result.stderr) is noted
+
+
 def test_text_of_the_answer_alone_goes_to_stdout(folder: Path) -> None:
     common = ("-m", "full", "-p", TEXT, "--raw")
     text = generate(folder, *common)
