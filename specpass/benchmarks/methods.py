@@ -29,9 +29,10 @@ def make(name: str, budget: int) -> Method:
     try:
         if not name.startswith(PREFIX):
             raise MethodOptionError(name)
-        cls = registry.method_class(name.removeprefix(PREFIX))
+        plain = name.removeprefix(PREFIX)
+        cls, own = registry.method_class(plain), registry.preset(plain)
     except MethodOptionError as error:
         raise BenchmarkError(f"{name!r} is not a method of specpass. Known: {', '.join(names())}.") from error
     # To SpecPC, which chooses what is read and not what is kept, a window and a lookahead mean something else.
     options = {} if issubclass(cls, SpecPC) else registry.fields_of(cls, OPTIONS)
-    return cls(**{"budget": budget, **options})
+    return cls(**{"budget": budget, **own, **options})

@@ -26,7 +26,12 @@ Revision = Annotated[
     str | None, typer.Option(help="The target's branch, tag or commit on the hub; a draft's: OWNER/NAME@REVISION.")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that models bring along.")]
-MethodName = Annotated[str, typer.Option("--method", "-m", help=f"{', '.join(names())}, or {FULL}: no pruning.")]
+MethodName = Annotated[
+    str,
+    typer.Option(
+        "--method", "-m", help=f"{', '.join(names())}; best: speckv with what measured best; or {FULL}: no pruning."
+    ),
+]
 Budget = Annotated[
     str, typer.Option("--budget", "-b", help="KV slots per KV head and layer, a ratio such as 0.25, or auto.")
 ]

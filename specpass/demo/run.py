@@ -42,9 +42,9 @@ NEW_TOKENS = 48
 
 def demo_methods(budget: int, names: Sequence[str] = METHODS) -> list[Method]:
     """Methods by name and the user's own, at one budget; of the latter, what cannot be loaded is left out, warning."""
-    classes = [registry.method_class(name) for name in names]
-    classes += [cls for name in registry.own_names() if (cls := registry.own_class(name)) is not None]
-    return [cls(**{"budget": budget, **registry.fields_of(cls, OPTIONS)}) for cls in classes]
+    classes = [(registry.method_class(name), registry.preset(name)) for name in names]
+    classes += [(cls, {}) for name in registry.own_names() if (cls := registry.own_class(name)) is not None]
+    return [cls(**{"budget": budget, **own, **registry.fields_of(cls, OPTIONS)}) for cls, own in classes]
 
 
 def measure(name: str, model: Any, tokenizer: Any, prompt: Prompt, warm_up: Prompt | None) -> Result:

@@ -1,7 +1,8 @@
 """Methods by name: specpass's own, which are found by looking, and users' own, which packages announce.
 
-A built-in method is a class in a module of this package. A method of one's own is an entry point of the group
-`specpass.methods`, whose name is the method's and whose value is "module:Class"; it is loaded when it is asked for.
+A built-in method is a class in a module of this package; a preset is one of them with fields of its own. A method of
+one's own is an entry point of the group `specpass.methods`, whose name is the method's and whose value is
+"module:Class"; it is loaded when it is asked for.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Any
 import specpass.methods
 from specpass.errors import BudgetError, MethodOptionError
 from specpass.methods.base import AUTO, Method
+from specpass.methods.speckv import BEST, SpecKV
 
 GROUP = "specpass.methods"  # of entry points
 FULL = "full"  # on the command line: no method, the uncompiled model with its whole KV cache
+PRESETS: dict[str, tuple[type[Method], dict[str, Any]]] = {"best": (SpecKV, BEST)}  # SpecKV.best
 
 
 def built_in() -> dict[str, type[Method]]:
@@ -38,7 +41,7 @@ def built_in() -> dict[str, type[Method]]:
 
 def own_names() -> tuple[str, ...]:
     """The names of users' methods; not those that a built-in method, or full KV, has taken."""
-    taken = {FULL, *map(_plain, built_in())}
+    taken = {FULL, *PRESETS, *map(_plain, built_in())}
     return tuple(name for name in _announced() if name not in taken)
 
 
@@ -50,11 +53,15 @@ def names() -> tuple[str, ...]:
 def method_class(name: str) -> type[Method]:
     """The class that a name stands for; case, hyphens and underscores do not count (speckv-pc is SpecKVPC).
 
+    A preset's is that of its method: see `preset`.
+
     Warns of an entry point of this name that cannot serve.
 
     Raises: MethodOptionError, naming the known ones.
     """
     plain = _plain(name)
+    if plain in PRESETS:
+        return PRESETS[plain][0]
     own = next((cls for known, cls in built_in().items() if _plain(known) == plain), None)
     if own is not None:
         for point in _announced().get(plain, ()):
@@ -78,6 +85,12 @@ def own_class(name: str) -> type[Method] | None:
     return found
 
 
+def preset(name: str) -> dict[str, Any]:
+    """The fields that a name brings along; none where it is a class's."""
+    plain = _plain(name)
+    return dict(PRESETS[plain][1]) if plain in PRESETS else {}
+
+
 def fields_of(cls: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the options that the method has."""
     fields = {field.name for field in dataclasses.fields(cls)}
@@ -97,7 +110,8 @@ def make_method(name: str, budget: str | int | float, options: Iterable[str] = (
         MethodOptionError: unknown method, or an option that it does not have. BudgetError: see the method.
     """
     cls = method_class(name)
-    values = {key: value for key, value in given.items() if value is not None} | dict(map(_pair, options))
+    said = {key: value for key, value in given.items() if value is not None}
+    values = preset(name) | said | dict(map(_pair, options))
     values.setdefault("budget", parse_budget(budget))
     if isinstance(values.get("lookahead"), str):
         values["lookahead"] = parse_lookahead(values["lookahead"])

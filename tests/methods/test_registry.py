@@ -12,8 +12,10 @@ from announced import SNAP, announce
 
 import specpass
 import specpass.methods
+from specpass.benchmarks import methods
 from specpass.errors import MethodOptionError
 from specpass.methods import registry
+from specpass.methods.speckv import BEST
 from specpass.reports import cost
 from specpass.sizes import Decoder
 
@@ -107,6 +109,17 @@ def test_methods_from_texts() -> None:
     assert registry.make_method("streamingllm", "64", ["sinks=2"]).sinks == 2
     with pytest.raises(MethodOptionError, match=r"StreamingLLM has no option 'window'.*sinks"):
         registry.make_method("streamingllm", "64", window=8)
+
+
+def test_the_best_is_a_method_with_fields_of_its_own() -> None:
+    best = specpass.SpecKV.best(64, window=16)
+    assert best == registry.make_method("best", "64", window=16) == specpass.SpecKV(64, window=16, **BEST)
+    assert best != specpass.SpecKV(64, window=16)
+    assert registry.make_method("Best", "64", ["spread=heads"]).spread == "heads"
+    assert specpass.SpecKV.best(64, spread="uniform").spread == "uniform"
+    assert isinstance(specpass.SpecKVPC.best(64), specpass.SpecKVPC)
+    assert not registry.preset("speckv")
+    assert methods.make("specpass_best", 64) == specpass.SpecKV.best(64, lookahead=32)
 
 
 def test_two_classes_of_one_name_are_two_methods() -> None:
