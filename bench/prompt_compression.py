@@ -1,10 +1,11 @@
 """Lookups after the prompt itself was shortened: how often SpecPC and SpecKV-PC still find the answer.
 
-Prompts of about 3,000 tokens, kinds "single", "multikey" and "multiquery" of bench.needles; the Qwen pair in bfloat16,
-compiled. Records are written one by one: a rerun goes on where it stopped. `--float32 N` sets the tokens that the
+Prompts of about 3,000 tokens, kinds "single", "multikey" and "multiquery" of bench.needles; the Qwen pair, compiled.
+Records are written one by one: a rerun goes on where it stopped. `--float32 N` sets the tokens that the
 compiled SpecPC reads beside those of the eager formulas (specpass.testing.prompt) in float32, for the first N seeds.
 
-    python -m bench.prompt_compression
+    python -m bench.prompt_compression --methods specpc-512 specpc-1024 speckvpc-1024-128
+    python -m bench.prompt_compression --methods specpc-512 best-512 --kinds multiquery --dtype float32 --out FILE
     python -m bench.prompt_compression --float32 2 --tokens 1500
 """
 
@@ -25,6 +26,15 @@ from rich.progress import track
 from rich.table import Table
 
 from bench import common, needles
+from specpass import SpecKVPC, SpecPC
+
+METHODS = {
+    "specpc-512": SpecPC(budget=512),
+    "specpc-1024": SpecPC(budget=1024),
+    "speckvpc-1024-128": SpecKVPC(budget=128, lookahead=32, prompt_budget=1024),
+    "best-512": SpecPC.best(512),
+    "best-1024": SpecPC.best(1024),
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -32,6 +42,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", default="qwen2.5-coder-1.5b", help="name or folder")
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b", help="name or folder")
     parser.add_argument("--kinds", nargs="+", choices=needles.KINDS, default=needles.KINDS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=tuple(METHODS))
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
     parser.add_argument("--tokens", type=int, default=3000)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--seeds", type=int, default=16, help="seeds 0 .. N-1")
@@ -39,16 +52,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true", help="drop stored records")
     parser.add_argument("--out", type=Path, default=None)
     return parser.parse_args()
-
-
-def methods() -> dict[str, Any]:
-    import specpass
-
-    return {
-        "specpc-512": specpass.SpecPC(budget=512),
-        "specpc-1024": specpass.SpecPC(budget=1024),
-        "speckvpc-1024-128": specpass.SpecKVPC(budget=128, lookahead=32, prompt_budget=1024),
-    }
 
 
 def prompts(args: argparse.Namespace, tokenizer: Any) -> Iterator[needles.Prompt]:
@@ -76,7 +79,7 @@ def generate(model: Any, prompt: needles.Prompt, new_tokens: int, pad: int) -> t
 def summarise(records: Iterable[dict[str, Any]], kinds: list[str]) -> dict[str, Any]:
     """Mean score by method and kind, with the number of prompts."""
     listed, found = list(records), dict[str, Any]()
-    for name in methods():
+    for name in METHODS:
         for kind in kinds:
             scores = [record["score"] for record in listed if record["method"] == f"{name}/{kind}"]
             if scores:
@@ -91,10 +94,11 @@ def run(args: argparse.Namespace) -> None:
     settings = {
         "tokens": args.tokens,
         "new_tokens": args.new_tokens,
-        "dtype": "bfloat16",
+        "dtype": args.dtype,
+        "lowering": args.lowering,
         "target": Path(args.target).name,
         "draft": Path(args.draft).name,
-        "methods": {name: method.key for name, method in methods().items()},
+        "methods": {name: METHODS[name].key for name in args.methods},
     }
     store = common.Store(
         args.out or common.RESULTS / "prompt_compression.json",
@@ -103,13 +107,14 @@ def run(args: argparse.Namespace) -> None:
         partial(summarise, kinds=args.kinds),
     )
     tokenizer = common.load_tokenizer(args.target)
-    target, draft = common.load_model(args.target), common.load_model(args.draft)
+    target, draft = (common.load_model(name, args.dtype) for name in (args.target, args.draft))
     work = list(prompts(args, tokenizer))
-    for name, method in methods().items():
+    for name in args.methods:
+        method = METHODS[name]
         missing = [prompt for prompt in work if (f"{name}/{prompt.kind}", prompt.seed) not in store]
         if not missing:
             continue
-        model = specpass.compile(target, draft=draft, method=method)
+        model = specpass.compile(target, draft=draft, method=method, lowering=args.lowering)
         for prompt in track(missing, name):
             since = time.perf_counter()
             tokens, cache = generate(model, prompt, args.new_tokens, tokenizer.pad_token_id or 0)

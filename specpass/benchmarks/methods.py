@@ -20,6 +20,11 @@ def names() -> tuple[str, ...]:
     return tuple(f"{PREFIX}{name}" for name in registry.names())
 
 
+def presets() -> tuple[str, ...]:
+    """The benchmarks' names of methods with the fields that measured best; they run where they are asked for."""
+    return tuple(f"{PREFIX}{name}" for name in registry.PRESETS)
+
+
 @functools.cache
 def make(name: str, budget: int) -> Method:
     """The method of a benchmark's name.

@@ -29,7 +29,9 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python cod
 MethodName = Annotated[
     str,
     typer.Option(
-        "--method", "-m", help=f"{', '.join(names())}; best: speckv with what measured best; or {FULL}: no pruning."
+        "--method",
+        "-m",
+        help=f"{', '.join(names())}; best, best-pc: speckv and specpc with what measured best; or {FULL}: no pruning.",
     ),
 ]
 Budget = Annotated[

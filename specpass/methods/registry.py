@@ -18,12 +18,15 @@ from typing import Any
 
 import specpass.methods
 from specpass.errors import BudgetError, MethodOptionError
+from specpass.methods import speckv, specpc
 from specpass.methods.base import AUTO, Method
-from specpass.methods.speckv import BEST, SpecKV
 
 GROUP = "specpass.methods"  # of entry points
 FULL = "full"  # on the command line: no method, the uncompiled model with its whole KV cache
-PRESETS: dict[str, tuple[type[Method], dict[str, Any]]] = {"best": (SpecKV, BEST)}  # SpecKV.best
+PRESETS: dict[str, tuple[type[Method], dict[str, Any]]] = {
+    "best": (speckv.SpecKV, speckv.BEST),  # SpecKV.best
+    "bestpc": (specpc.SpecPC, specpc.BEST),  # SpecPC.best
+}
 
 
 def built_in() -> dict[str, type[Method]]:

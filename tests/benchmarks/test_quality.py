@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import specpass
 from specpass import cli, hub
-from specpass.benchmarks import pace
+from specpass.benchmarks import methods, pace
 from specpass.benchmarks.models import Pair, load_tokenizer, told
 from specpass.benchmarks.peers import run as peers
 from specpass.benchmarks.quality import run as quality
@@ -336,6 +336,19 @@ def test_variants_are_the_methods_that_they_were() -> None:
         "kvpress_kvzip": 3 * reads + decode,
     }.items():
         assert Variant(name, 256).work(2048, 40, 0.3) == pytest.approx(work), name
+
+
+def test_what_measured_best_is_a_variant_if_asked_for() -> None:
+    assert tuple(variants.PRESETS) == methods.presets()
+    found = variants.variants(["specpass_bestpc", "specpass_best"], (0, 1))
+    assert [(v.method, v.budget) for v in found] == [
+        ("specpass_best", 256),
+        ("specpass_bestpc", 1024),
+        ("specpass_best", 64),
+        ("specpass_bestpc", 512),
+    ]
+    assert found[0].specpass_method() == specpass.SpecKV.best(256, lookahead=32)
+    assert Plan(methods=methods.presets()).methods == methods.presets()
 
 
 def test_a_method_of_ones_own_is_a_variant(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,9 @@ def test_the_best_is_a_method_with_fields_of_its_own() -> None:
     assert isinstance(specpass.SpecKVPC.best(64), specpass.SpecKVPC)
     assert not registry.preset("speckv")
     assert methods.make("specpass_best", 64) == specpass.SpecKV.best(64, lookahead=32)
+    shortened = specpass.SpecPC.best(128, window=16)
+    assert shortened == registry.make_method("best-pc", "128", window=16) != specpass.SpecPC(128, window=16)
+    assert methods.make("specpass_bestpc", 128) == specpass.SpecPC.best(128)
 
 
 def test_two_classes_of_one_name_are_two_methods() -> None:

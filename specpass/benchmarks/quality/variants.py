@@ -28,6 +28,10 @@ GRID: dict[str, tuple[int | None, ...]] = {
     "specpass_pyramidkv": (256, 64),
     "kvpress_kvzip": (256, 64),
 }
+PRESETS: dict[str, tuple[int | None, ...]] = {
+    "specpass_best": (256, 64),
+    "specpass_bestpc": (1024, 512),
+}  # if asked for
 BUDGETS = (256, 64)  # of a method that is not in the grid
 
 
@@ -84,10 +88,10 @@ def variants(names: Iterable[str], budgets: Sequence[int]) -> list[Variant]:
 
     Raises: BenchmarkError: an unknown method, naming the known ones.
     """
-    chosen, there = list(names), known()
+    chosen, there = list(names), (*known(), *PRESETS)
     for name in chosen:
         if name not in there:
             raise BenchmarkError(f"{name!r} is not a method of this benchmark. Known: {', '.join(there)}.")
-    of = {name: GRID.get(name, BUDGETS) for name in there if name in chosen}
+    of = {name: (GRID | PRESETS).get(name, BUDGETS) for name in there if name in chosen}
     rounds = [[Variant(name, own[min(index, len(own) - 1)]) for name, own in of.items()] for index in budgets]
     return list(dict.fromkeys(variant for found in rounds for variant in found))

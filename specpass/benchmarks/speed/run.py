@@ -90,7 +90,7 @@ class Plan:
     timed: int = 8192  # longest prompt whose prefill is timed
 
     def __post_init__(self) -> None:
-        known = dict.fromkeys([*METHODS, *methods.names()])
+        known = dict.fromkeys([*METHODS, *methods.names(), *methods.presets()])
         for name in self.methods:
             if name not in known:
                 raise BenchmarkError(f"{name!r} is not a method of this benchmark. Known: {', '.join(known)}.")
