@@ -5,6 +5,7 @@ healing). Each depth answers alone and drafts for SpecKV and SpecPC; full KV and
 lines that one compares with. Records are written one by one: a rerun goes on where it stopped.
 
     python -m bench.weak_draft
+    python -m bench.weak_draft --layers 16 --methods full specpass_speckv specpass_best --dtype float32 --out FILE
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ from specpass.benchmarks.tasks.prompts import Prompt
 from specpass.benchmarks.tasks.table import SEPARATING, TASKS
 
 DRAFTLESS = (Variant(FULL, None), Variant("specpass_snapkv", 256))
-DRAFTED = (Variant(DRAFT, None), Variant("specpass_speckv", 256), Variant("specpass_specpc", 1024))
+DRAFTED = (
+    Variant(DRAFT, None),
+    Variant("specpass_speckv", 256),
+    Variant("specpass_specpc", 1024),
+    Variant("specpass_best", 256),
+    Variant("specpass_bestpc", 1024),
+)
+METHODS = tuple(variant.method for variant in (*DRAFTLESS, *DRAFTED))
 KEY = ("draft_layers", "method", "budget", "task", "length", "seed")
 
 
@@ -39,6 +47,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--target", default="qwen2.5-coder-1.5b", help="name or folder")
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b", help="name or folder")
     parser.add_argument("--layers", type=int, nargs="+", default=[24, 22, 20, 16], help="layers that the draft keeps")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--seeds", type=int, default=2, help="prompts of each task")
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
@@ -67,12 +77,12 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.pair = Pair(args.target, args.draft, lowering=args.lowering)
+        self.pair = Pair(args.target, args.draft, args.dtype, lowering=args.lowering)
         settings = {
             "kind": "weak_draft",
             "target": label(args.target),
             "draft": label(args.draft),
-            "dtype": "bfloat16",
+            "dtype": args.dtype,
             "window": WINDOW,
             "lookahead": LOOKAHEAD,
         }
@@ -91,6 +101,8 @@ class Bench:
         grid: list[tuple[int | None, Variant]] = [(None, variant) for variant in DRAFTLESS]
         grid += [(layers, variant) for layers in self.args.layers for variant in DRAFTED]
         for layers, variant in grid:
+            if variant.method not in self.args.methods:
+                continue
             prompts = [prompt for prompt in self.prompts if self.key(layers, variant, prompt) not in self.store]
             if prompts:
                 yield layers, variant, prompts
