@@ -34,26 +34,23 @@ def test_a_cut_model_is_the_first_layers_and_the_last() -> None:
 def test_each_depth_is_measured_once(tmp_path: Path) -> None:
     folder = str(save_model(tmp_path / "tiny"))
     out = tmp_path / "weak.json"
-    args = SimpleNamespace(
-        target=folder, draft=folder, layers=[2], tokens=1536, seeds=1, lowering="eager", restart=False, out=out
-    )
+    sizes = {"layers": [2], "tokens": 1536, "seeds": 1}
+    methods = ("full", "draft", "specpass_best")
+    how = {"methods": methods, "dtype": "float32", "lowering": "eager", "restart": False}
+    args = SimpleNamespace(target=folder, draft=folder, out=out, **sizes, **how)
     bench = weak_draft.Bench(args)
     bench.run()
     assert not list(bench.todo())
     document = read_results(out)
     assert {(r["draft_layers"], r["method"]) for r in document["results"]} == {
         (None, "full"),
-        (None, "specpass_snapkv"),
         (2, "draft"),
-        (2, "specpass_speckv"),
-        (2, "specpass_specpc"),
+        (2, "specpass_best"),
     }
     assert [(e["draft_layers"], e["method"]) for e in document["summary"]] == [
         (None, "full"),
-        (None, "specpass_snapkv"),
         (2, "draft"),
-        (2, "specpass_speckv"),
-        (2, "specpass_specpc"),
+        (2, "specpass_best"),
     ]
     assert {e["prompts"] for e in document["summary"]} == {4}
     assert not list(weak_draft.Bench(args).todo())
