@@ -35,6 +35,7 @@ DRAFT, TARGET = "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"
 METHODS, TOKENS = ("snapkv", "speckv"), 2000  # about three minutes on two cores
 ALL_METHODS, ALL_TOKENS = (*METHODS, "specpc", "speckvpc"), 4000  # seven
 OPTIONS = {"window": 32, "lookahead": 32, "prompt_budget": 1024}  # where a method has them
+ADVICE = "Methods have their papers' options here. What measured best: -m best, or specpass.SpecKV.best(budget)."
 WARM_UP_TOKENS = 256  # graphs serve every length beyond the budget: a short prompt compiles for a long one
 WARM_UP_NEW = 3  # the second token compiles decode; rooms come in blocks of 64 slots, so it serves NEW_TOKENS too
 NEW_TOKENS = 48
@@ -140,4 +141,5 @@ def run(
 
         for path in draw(out, rows.rows, prompt, rows.title):
             Console(stderr=True).print(f"wrote {path}", soft_wrap=True)
+    Console(stderr=True).print(ADVICE, soft_wrap=True)
     return rows.rows
