@@ -27,7 +27,6 @@ from specpass.errors import (
     LookaheadError,
     OnnxMissingError,
     OutputFileError,
-    SpreadError,
 )
 from specpass.files import write_file
 from specpass.methods.base import Method
@@ -130,11 +129,6 @@ def check_method(method: Method | None) -> None:
         raise BudgetError(
             f"budget={method.budget} is a ratio, and an exported graph has a constant budget: give a "
             "count, e.g. budget=256."
-        )
-    if method.spread != "uniform":
-        raise SpreadError(
-            f"spread={method.spread!r}: an exported step has as many slots for each KV head; export with "
-            "spread='uniform'."
         )
     if method.futures > 1:
         raise FuturesError(f"futures={method.futures}: an exported draft writes one; leave futures out.")

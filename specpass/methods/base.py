@@ -8,8 +8,8 @@ PyramidKV (2406.02069).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from specpass.errors import BudgetError, LookaheadError
 
@@ -81,6 +81,8 @@ class Traits:
     share: float | None = None  # of the attention that a budget has to keep, where the smallest of a few is chosen
     sparse_prefill: int = 0  # top columns that a prompt's queries read, and last positions besides; 0: all
 
+    recommended: ClassVar[Mapping[str, Any]] = {}  # fields that measured better than the paper's: see Method.best
+
     # A method of one's own replaces these by methods; None stands for the operators `importance` and `select`.
     # score(query [B, H, R, D], key [B, K, T, D], value [B, K, T, Dv], rows [B, R], lengths [B], scale)
     #   -> [B, K, T] float32 >= 0; rows are the positions of the R = W + L queries, -1 where there is none
@@ -101,6 +103,14 @@ class Method(Traits):
 
     def __post_init__(self) -> None:
         self._check_budget()
+
+    @classmethod
+    def best(cls, budget: int | float | str, **options: Any) -> Self:
+        """The method with the fields that measured best here, where a class's own are its paper's.
+
+        Args: options: other fields, or other values of these.
+        """
+        return cls(budget, **{**cls.recommended, **options})
 
     def _check_budget(self) -> None:
         budget, least = self.budget, max(self.window, self.sinks)
@@ -211,6 +221,21 @@ class Method(Traits):
         C of one process.
         """
         return ranks * budget - (ranks - 1) * (self.window + self.floor(budget))
+
+    def longest(self, budget: int, kv_heads: int, layers: int) -> int:
+        """Slots M that one KV head of a layer's budget C may have for a prompt: all that the floors of the others leave.
+
+        Args: layers: that share their budgets, or would.
+        """
+        floor = self.floor(budget)
+
+        def left(each: int, heads: int) -> int:
+            return self.window + heads * (each - self.window) - (heads - 1) * floor
+
+        of_layer = left(budget, kv_heads)
+        if self.spread == "global":
+            return min(left(self.candidates(budget), kv_heads), left(budget, layers * kv_heads))
+        return of_layer if self.spread == "heads" else budget
 
     @property
     def prompt(self) -> SpecPC | None:

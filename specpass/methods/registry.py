@@ -1,7 +1,7 @@
 """Methods by name: specpass's own, which are found by looking, and users' own, which packages announce.
 
-A built-in method is a class in a module of this package; a preset is one of them with fields of its own. A method of
-one's own is an entry point of the group `specpass.methods`, whose name is the method's and whose value is
+A built-in method is a class in a module of this package; a preset is one of them with the fields that measured best. A
+method of one's own is an entry point of the group `specpass.methods`, whose name is the method's and whose value is
 "module:Class"; it is loaded when it is asked for.
 """
 
@@ -18,15 +18,11 @@ from typing import Any
 
 import specpass.methods
 from specpass.errors import BudgetError, MethodOptionError
-from specpass.methods import speckv, specpc
 from specpass.methods.base import AUTO, Method
 
 GROUP = "specpass.methods"  # of entry points
 FULL = "full"  # on the command line: no method, the uncompiled model with its whole KV cache
-PRESETS: dict[str, tuple[type[Method], dict[str, Any]]] = {
-    "best": (speckv.SpecKV, speckv.BEST),  # SpecKV.best
-    "bestpc": (specpc.SpecPC, specpc.BEST),  # SpecPC.best
-}
+PRESETS = {"best": "speckv", "bestpc": "specpc"}  # with the fields that measured best: see Method.best
 
 
 def built_in() -> dict[str, type[Method]]:
@@ -62,9 +58,7 @@ def method_class(name: str) -> type[Method]:
 
     Raises: MethodOptionError, naming the known ones.
     """
-    plain = _plain(name)
-    if plain in PRESETS:
-        return PRESETS[plain][0]
+    plain = PRESETS.get(_plain(name), _plain(name))
     own = next((cls for known, cls in built_in().items() if _plain(known) == plain), None)
     if own is not None:
         for point in _announced().get(plain, ()):
@@ -90,8 +84,7 @@ def own_class(name: str) -> type[Method] | None:
 
 def preset(name: str) -> dict[str, Any]:
     """The fields that a name brings along; none where it is a class's."""
-    plain = _plain(name)
-    return dict(PRESETS[plain][1]) if plain in PRESETS else {}
+    return dict(method_class(name).recommended) if _plain(name) in PRESETS else {}
 
 
 def fields_of(cls: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from specpass.errors import BudgetError, FuturesError, LookaheadError
 from specpass.methods.base import DRAFTLESS, NGRAM, SELF, Scored, check_count, check_temperature
-
-BEST = {"spread": "global", "reconstruction": True}  # what kept most of full KV's score (bench/budgets.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +60,7 @@ class SpecKV(Scored):
 
     drafts: ClassVar[bool] = True
     appends: ClassVar[bool] = True
-
-    @classmethod
-    def best(cls, budget: int | float, **options: Any) -> Self:
-        """SpecKV with the options that measured best, where the paper's are the class's own: see BEST.
-
-        Args: options: other fields, or other values of these.
-        """
-        return cls(budget, **{**BEST, **options})
+    recommended: ClassVar[Mapping[str, Any]] = {"spread": "global", "reconstruction": True}  # see bench/budgets.py
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from specpass.errors import BudgetError
 from specpass.methods.base import Method, check_count, check_temperature
 
 POSITIONS = ("renumber", "original")
-BEST = {"kernel": 16, "neighbours": 16}  # what found most of several answers (bench/prompt_compression.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +44,8 @@ class SpecPC(Method):
     seed: int = 0
 
     drafts: ClassVar[bool] = True
-
-    @classmethod
-    def best(cls, budget: int | float, **options: Any) -> Self:
-        """SpecPC with the options that measured best, where the paper's are the class's own: see BEST.
-
-        A quarter of the paper's width around each peak: four times as many places fit in a budget.
-
-        Args: options: other fields, or other values of these.
-        """
-        return cls(budget, **{**BEST, **options})
+    # A quarter of the paper's width: four times as many places fit in a budget, see bench/prompt_compression.py.
+    recommended: ClassVar[Mapping[str, Any]] = {"kernel": 16, "neighbours": 16}
 
     def __post_init__(self) -> None:
         for name in ("window", "lookahead", "kernel", "neighbours"):

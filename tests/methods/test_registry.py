@@ -15,7 +15,6 @@ import specpass.methods
 from specpass.benchmarks import methods
 from specpass.errors import MethodOptionError
 from specpass.methods import registry
-from specpass.methods.speckv import BEST
 from specpass.reports import cost
 from specpass.sizes import Decoder
 
@@ -113,7 +112,11 @@ def test_methods_from_texts() -> None:
 
 def test_the_best_is_a_method_with_fields_of_its_own() -> None:
     best = specpass.SpecKV.best(64, window=16)
-    assert best == registry.make_method("best", "64", window=16) == specpass.SpecKV(64, window=16, **BEST)
+    assert (
+        best
+        == registry.make_method("best", "64", window=16)
+        == specpass.SpecKV(64, window=16, spread="global", reconstruction=True)
+    )
     assert best != specpass.SpecKV(64, window=16)
     assert registry.make_method("Best", "64", ["spread=heads"]).spread == "heads"
     assert specpass.SpecKV.best(64, spread="uniform").spread == "uniform"
