@@ -223,6 +223,10 @@ def describe(folder: Path, target: nn.Module, draft: nn.Module | None, method: M
     for layer in range(config.num_hidden_layers):
         key, value = (shapes[f"past.{layer}.{part}"] for part in ("key", "value"))
         kv.append((key.shape[1], key.shape[3], value.shape[3]))
+    budgets = () if method is None else method.layer_budgets(len(kv))
+    if method is not None and method.spread != "uniform":  # the most that one head may have
+        kept = {value.name: value.shape for value in ir.load(folder / PREFILL).graph.outputs}
+        budgets = tuple(kept[f"positions.{layer}"][2] for layer in range(len(kv)))
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
         for path in sorted(folder.iterdir())
@@ -230,7 +234,7 @@ def describe(folder: Path, target: nn.Module, draft: nn.Module | None, method: M
     }
     return Bundle(
         method="none" if method is None else method.key,
-        budgets=() if method is None else method.layer_budgets(config.num_hidden_layers),
+        budgets=budgets,
         kv=tuple(kv),
         dtype=str(key.dtype.numpy()),
         weights=weights,
