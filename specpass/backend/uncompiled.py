@@ -16,7 +16,7 @@ from specpass.backend.compile import Backend
 from specpass.cache.budget import BudgetCache
 from specpass.cache.prompt import check_ids
 from specpass.cache.states import recurrent_layer, why_unheld
-from specpass.capture.devices import device_of
+from specpass.capture.devices import device_of, spread_over
 from specpass.capture.model import untraceable
 from specpass.capture.rope import following
 from specpass.errors import (
@@ -34,7 +34,9 @@ from specpass.interpret.beside import axes_disagree, beside, features, types_mas
 from specpass.interpret.draft import Written, write_by_forward, write_by_graphs
 from specpass.interpret.rows import Packing
 from specpass.interpret.run import Call
+from specpass.interpret.spread import Unspread
 from specpass.parallel.agree import first_ranks
+from specpass.passes.attend_slots import UNSPREAD
 from specpass.rewrite import Refusal
 from specpass.rewrite.verify import StageError
 from specpass.sizes import context_length
@@ -128,12 +130,8 @@ class Uncompiled:
     def __call__(self, target: nn.Module, cache: BudgetCache, kwargs: dict[str, Any]) -> Any:
         backend = self.backend
         backend.check_cache(cache)
-        if cache.method.spread != "uniform":
-            raise SpreadError(
-                f"{cache.method.name}(spread={cache.method.spread!r}): KV heads can share budgets where a graph reads "
-                f"the prompt, and here the model's own forward does ({self.reason or 'by what the call brings'}): use "
-                "spread='uniform'."
-            )
+        if cache.method.spread != "uniform" and (spread_over(target) or UNSPREAD in self.reason):
+            raise self.unspread(cache, self.reason)
         if cache.method.futures > 1:
             raise FuturesError(
                 f"{cache.method.name}(futures={cache.method.futures}): several futures are read where a graph reads "
@@ -160,6 +158,8 @@ class Uncompiled:
         except (SpecpassError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if isinstance(error, Unspread):
+                raise self.unspread(cache, str(error)) from error
             if started:
                 raise CacheStateError(
                     f"the prompt was pruned, and no token can follow it ({first_line(error)}): call "
@@ -174,6 +174,14 @@ class Uncompiled:
             if backend.speculate:
                 backend.report.note("speculation needs graphs: every token is decoded by itself")
         return out
+
+    @staticmethod
+    def unspread(cache: BudgetCache, reason: str) -> SpreadError:
+        method = cache.method
+        return SpreadError(
+            f"{method.name}(spread={method.spread!r}): KV heads cannot share budgets here ({reason}): use "
+            "spread='uniform'."
+        )
 
 
 def moved(given: dict[str, Any], device: torch.device) -> dict[str, Any]:

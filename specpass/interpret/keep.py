@@ -14,12 +14,11 @@ from specpass.cache.protocol import BudgetLayer
 from specpass.dialect.define import SPEC
 from specpass.errors import MethodHookError
 from specpass.interpret.rows import Packing
-from specpass.interpret.spread import Shared, store_ragged
+from specpass.interpret.spread import Shared, Unspread, store_ragged
 from specpass.methods.base import Method
 from specpass.parallel.agree import all_of_ranks
 from specpass.parallel.shards import Ranks
 from specpass.passes.attend_slots import UNSPREAD
-from specpass.rewrite import Refusal
 
 MADE = "attention reads what is made of cached keys"
 
@@ -72,7 +71,7 @@ class Keeper:
 
         Args: scores [B, K, T]; attention [B, K, T]: by which a budget is chosen behind the last layer.
 
-        Raises: Refusal: its heads cannot share budgets.
+        Raises: Unspread: its heads cannot share budgets.
         """
         if layer.ragged:
             self._spread(layer, key, value, scores)
@@ -110,7 +109,7 @@ class Keeper:
     def _spread(self, layer: BudgetLayer, key: Tensor, value: Tensor, scores: Tensor | None) -> None:
         """Of a layer whose heads share budgets, among themselves or with those of all layers."""
         if layer.made:
-            raise Refusal(UNSPREAD)
+            raise Unspread(UNSPREAD)
         method, lengths, budget, most = self.method, self.packing.lengths, layer.budget, layer.budget
         settings, worth = (method.window, method.kernel, method.pool, method.floor(budget)), None
         ranks = self.ranks

@@ -115,6 +115,7 @@ class Call:
         cache.columns, cache.read_mask = part.ids.shape[1] if part is not None and not short else size, mask
         if ahead is not None:
             self._read_ahead(reading, ahead, kwargs.get("position_ids"))
+        keeper.finish()
         self._told(size, like.device, packing, written, part)
         if part is not None and not short:
             out = last_logits(out)
@@ -237,7 +238,8 @@ class Call:
         if layer.is_sliding:
             return SiteRecord(path, layer.budget, str(layer.span))
         budget = self.cache.whole if short else layer.budget
-        return SiteRecord(path, budget, unquantized=layer.unquantized)
+        spread = self.cache.method.spread if layer.ragged else "uniform"
+        return SiteRecord(path, budget, spread=spread, unquantized=layer.unquantized)
 
     def _step(self) -> Any:
         """q tokens behind the prompt."""

@@ -17,6 +17,10 @@ from specpass.rewrite import Refusal
 UNLIKE = "its KV heads are unlike those of other layers, with which they cannot share a storage: use spread='heads'"
 
 
+class Unspread(Refusal):
+    """KV heads cannot share budgets here: equal ones would be something else than was asked for, so it is an error."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """What a layer keeps until all have read the prompt: keys [B, K (X + L), D], values, lengths [B, K], and packed
@@ -68,12 +72,12 @@ class Shared:
 
         Args: as store_ragged; most: X, of a head in the mean; worth [B, K, M], None: all of them stay.
 
-        Raises: Refusal: its heads are unlike those of the layers before.
+        Raises: Unspread: its heads are unlike those of the layers before.
         """
         heads = positions.shape[1]
         kept = [each.keys.shape[2:] + each.values.shape[2:] + each.lengths.shape[1:] for each in self.layers[:1]]
         if kept and kept[0] != key.shape[3:] + value.shape[3:] + key.shape[1:2]:
-            raise Refusal(UNLIKE)
+            raise Unspread(UNLIKE)
         self.ahead = taken.shape[2] - positions.shape[2]
         keys, values, used = SPEC.gather_ragged(key, value, taken, heads * (most + self.ahead), 0)
         packed = SPEC.pack_heads(positions, heads * most)
@@ -96,9 +100,10 @@ class Shared:
             lists[3], worth = SPEC.choose_shared(lists[3], every, total, ranks.rank), []
             budget = min(how.candidates(budget), how.most(budget, ranks.size))
         found = SPEC.share_layers(*lists, worth, budget, self.ahead, room)
+        sharers = [each.layer for each in self.layers]  # without those that had to stay whole
         for each, lengths, starts, counts in zip(self.layers, *found[3:], strict=True):
             layer = each.layer
             layer.key_buffer, layer.value_buffer, layer.kept_positions = found[:3]
-            layer.lengths, layer.starts, layer.counts = lengths, starts, counts
+            layer.lengths, layer.starts, layer.counts, layer.sharers = lengths, starts, counts, sharers
             layer.is_initialized = True
         self.layers.clear()

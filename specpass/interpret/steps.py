@@ -42,7 +42,7 @@ class Steps(Listener):
                 "model as it was called for the prompt."
             )
         packed = (self.packing.states(states) for states in (key, value))
-        SPEC.append_kv(own.key_buffer, own.value_buffer, own.lengths, *packed, None)
+        SPEC.append_kv(own.key_buffer, own.value_buffer, own.lengths, *packed, None, None, own.starts)
         self.heads[layer], self.count = 0, key.shape[2]
         assert self.watch is not None, "this layer is pruned"
         if own.made:  # the model makes what attention reads of all slots
@@ -72,7 +72,9 @@ class Steps(Listener):
         order = packing.order
         if order is not None:
             query = packing.states(F.pad(query, (0, 0, self.count - rows, 0)))
-        keys, values, lengths = own.stored(own.key_buffer), own.stored(own.value_buffer), own.lengths
+        keys, values, lengths = own.key_buffer, own.value_buffer, own.lengths
+        if own.starts is None:
+            keys, values = own.stored(keys), own.stored(values)
         if made:
             keys, values = call.key, call.value
             lengths = lengths if keys.shape[1] == own.kv_heads else lengths[:, :1].expand(-1, keys.shape[1])
@@ -81,8 +83,10 @@ class Steps(Listener):
         if own.prompt is not None:
             out = SPEC.attend_cascade(asked, keys, values, lengths, own.prompt, call.scale, *bounds)
         else:
-            prompt = {} if own.quantized is None else {"quantized": own.quantized, "bits": own.bits}
-            out = SPEC.attend(asked, keys, values, lengths, call.scale, *bounds, **prompt)
+            how = {} if own.quantized is None else {"quantized": own.quantized, "bits": own.bits}
+            if own.starts is not None:
+                how = {"offsets": own.starts, "layers": len(own.together)}
+            out = SPEC.attend(asked, keys, values, lengths, call.scale, *bounds, **how)
         out = out.to(query.dtype)
         if not heads and own.queries is not None:  # the layer's own, not those of others that share it
             padding = None if order is None else self.count - packing.lengths
