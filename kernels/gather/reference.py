@@ -79,7 +79,9 @@ def share_layers(
         worth = torch.cat(scores, 1)
         best = torch.sort(worth, dim=1, descending=True, stable=True).indices[:, :total]
         keep = torch.zeros_like(keep).scatter(1, best, True) & keep
-    counts = torch.zeros(every.shape[0], heads, dtype=torch.int64, device=every.device).scatter_add(1, head, keep.long())
+    counts = torch.zeros(every.shape[0], heads, dtype=torch.int64, device=every.device).scatter_add(
+        1, head, keep.long()
+    )
     starts = head_offsets(counts, room)
     rank = keep.cumsum(1) - 1  # among all that is kept
     before = (counts.cumsum(1) - counts).gather(1, head)  # of that, in front of the head

@@ -27,10 +27,13 @@ from specpass.errors import (
     LookaheadError,
     OnnxMissingError,
     OutputFileError,
+    SpreadError,
 )
 from specpass.files import write_file
 from specpass.methods.base import Method
 from specpass.observe import progress
+from specpass.passes.attend_slots import UNSPREAD
+from specpass.passes.share_layers import UNLIKE
 from specpass.rewrite import Refusal
 from specpass.runtime.bundle import DECODE, MANIFEST, PREFILL, Bundle, file_hash
 from specpass.sizes import context_length, eos_ids
@@ -74,8 +77,9 @@ def export_onnx(
 
     Raises:
         ExportError: an architecture or operator that has no ONNX form; names the layer.
-        SpecpassError: OnnxMissingError, BudgetError (a ratio), LookaheadError, DtypeMismatchError, OutputFileError; and
-            what specpass.compile raises for a draft or target that does not fit.
+        SpecpassError: OnnxMissingError, BudgetError (a ratio), LookaheadError, DtypeMismatchError, OutputFileError,
+            SpreadError (KV heads that cannot share budgets); and what specpass.compile raises for a draft or target
+            that does not fit.
     """
     check_packages(weights)
     if method is not None:
@@ -189,6 +193,8 @@ def write_graphs(
         with progress.task("tracing"):
             capture = capture_target(target, method, draft, unrolled)
     except Refusal as refusal:
+        if refusal.reason in (UNSPREAD, UNLIKE):
+            raise SpreadError(f"this architecture cannot be exported with shared budgets: {refusal}.") from refusal
         raise ExportError(f"this architecture cannot be exported: {refusal}. specpass.compile runs it.") from refusal
     files = {"target": WeightFile(folder / TARGET_DATA), "draft": WeightFile(folder / DRAFT_DATA)}
     for name, program in ((PREFILL, capture.prefill), (DECODE, capture.decode)):

@@ -24,7 +24,7 @@ from specpass.export.heads import Heads
 from specpass.export.name_nodes import named
 from specpass.export.program import Capture, Program, names
 from specpass.graph.walk import value
-from specpass.methods.base import Method
+from specpass.methods.base import Method, Scored
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Ahead, Inputs, Spans, Weights
 from specpass.passes.pipeline import PASSES
@@ -126,7 +126,9 @@ class Pruned:
             for index, (layer, site) in enumerate(zip(cache.layers, facts[Sites].sites, strict=True))
             if layer.ragged
         }
-        self.slots = [spread[index].most if index in spread else layer.budget for index, layer in enumerate(cache.layers)]
+        self.slots = [
+            spread[index].most if index in spread else layer.budget for index, layer in enumerate(cache.layers)
+        ]
         draft = facts.get(DraftGraphs)
         drafted = {} if draft is None else {f"draft.{name}": tensor for name, tensor in draft.params.items()}
 
@@ -146,7 +148,7 @@ class Pruned:
                 owners = [layer for layer in out[stored:positions] for _ in ("key", "value")]
                 both = [split_lookahead(*pair) for pair in zip(out[1:stored], owners, strict=True)]
                 out[1:stored] = [kept for kept, _ in both]
-                out += [ahead for _, ahead in both]
+                out += [waiting for _, waiting in both]
             return tuple(out)
 
         # The prompt's length is the symbol itself here; to the pipeline the symbol means S + L.
@@ -168,7 +170,7 @@ class Pruned:
 
     def _decode(self) -> Program:
         model, layers, method, budgets = self.model, self.layers, self.method, self.slots
-        if method.spread != "uniform":  # each head's length says what of its M slots is in use
+        if isinstance(method, Scored):  # M slots for each head, whose length says what of them is in use
             method = dataclasses.replace(method, spread="uniform")
 
         def run(ids: Tensor, position: Tensor, *rest: Tensor) -> Tensor:

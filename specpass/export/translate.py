@@ -102,7 +102,7 @@ def sort_stable(self: Any, stable: bool = True, dim: int = -1, descending: bool 
 def searchsorted(
     sorted_sequence: Any, self: Any, out_int32: bool = False, right: bool = False, side: Any = None, sorter: Any = None
 ) -> Any:
-    """aten.searchsorted of few numbers [..., K], the first heads of slots [..., T]: how many are below each, [..., T]."""
+    """aten.searchsorted of few numbers [..., K], each compared with all of [..., T]: how many are below, [..., T]."""
     few, each = op.Unsqueeze(sorted_sequence, [-2]), op.Unsqueeze(self, [-1])
     below = op.LessOrEqual(few, each) if right or side == "right" else op.Less(few, each)
     counted = op.ReduceSum(op.Cast(below, to=ir.DataType.INT64), [-1], keepdims=0)

@@ -223,9 +223,9 @@ class Method(Traits):
         return ranks * budget - (ranks - 1) * (self.window + self.floor(budget))
 
     def longest(self, budget: int, kv_heads: int, layers: int) -> int:
-        """Slots M that one KV head of a layer's budget C may have for a prompt: all that the floors of the others leave.
+        """Slots M that one KV head may have of a layer's budget C for a prompt: all that the others' floors leave.
 
-        Args: layers: that share their budgets, or would.
+        Args: layers: so many share one storage.
         """
         floor = self.floor(budget)
 

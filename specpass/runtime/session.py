@@ -289,7 +289,7 @@ def slots_used(positions: Sequence[np.ndarray], lengths: np.ndarray) -> list[int
     Args: lengths [layers, B, K].
     """
     sizes = [own.shape[2] for own in positions]
-    longest = {size: 0 for size in sizes}
+    longest = dict.fromkeys(sizes, 0)
     for size, own in zip(sizes, lengths, strict=True):
         longest[size] = max(longest[size], int(own.max()))
     return [longest[size] for size in sizes]
