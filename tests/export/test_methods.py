@@ -20,9 +20,9 @@ pytest.importorskip("onnxruntime")
 
 def test_a_sampling_draft_writes_torchs_lookahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its steps are unrolled, and its noise is a function of seed and step alone. The target reads sparsely besides,
-    scores by outputs, and its KV heads share their budgets."""
+    and scores by outputs."""
     drawn = {"lookahead": 3, "temperature": 0.7, "seed": 5}
-    sampled = dataclasses.replace(METHODS["speckv"], **drawn, sparse_prefill=16, reconstruction=True, spread="heads")
+    sampled = dataclasses.replace(METHODS["speckv"], **drawn, sparse_prefill=16, reconstruction=True)
     monkeypatch.setitem(METHODS, "sampled", sampled)
     check_equal_to_torch(make(tmp_path / "out", "smollm", "sampled", layers=1), PROMPTS[:2])
 
@@ -37,9 +37,9 @@ def test_tokens_and_positions_are_torchs(method: str, tmp_path: Path) -> None:
 
 
 def test_heads_of_all_layers_share_budgets(tmp_path: Path) -> None:
-    """Each is padded to M, and in the runtime to the longest of them. The draft is the target, whose answer to the
-    prompt that it reads whole follows the lookahead."""
-    method = dataclasses.replace(METHODS["speckvpc"], spread="global")
+    """Each is padded to M, and in the runtime to the longest of them. The draft is the target, whose answer follows
+    the lookahead."""
+    method = dataclasses.replace(METHODS["speckv"], spread="global")
     target, draft = (tiny("llama", layers=2) for _ in range(2))
     folder = specpass.export_onnx(target, draft, method, tmp_path / "out")
     model, prompts = runtime.load(folder, threads=1), PROMPTS[1:]
