@@ -79,18 +79,20 @@ def share_layers(
         worth = torch.cat(scores, 1)
         best = torch.sort(worth, dim=1, descending=True, stable=True).indices[:, :total]
         keep = torch.zeros_like(keep).scatter(1, best, True) & keep
-    counts = torch.zeros(len(every), heads, dtype=torch.int64, device=every.device).scatter_add(1, head, keep.long())
+    counts = torch.zeros(every.shape[0], heads, dtype=torch.int64, device=every.device).scatter_add(
+        1, head, keep.long()
+    )
     starts = head_offsets(counts, room)
     rank = keep.cumsum(1) - 1  # among all that is kept
     before = (counts.cumsum(1) - counts).gather(1, head)  # of that, in front of the head
     place = starts.gather(1, head) + rank - before
-    row = torch.arange(len(every), device=every.device)[:, None]
-    packed = torch.full((len(every), total + 1), -1, dtype=every.dtype, device=every.device)
+    row = torch.arange(every.shape[0], device=every.device)[:, None]
+    packed = torch.full((every.shape[0], total + 1), -1, dtype=every.dtype, device=every.device)
     packed.scatter_(1, torch.where(keep, rank, total), every)
     columns = torch.arange(ahead, device=every.device)
 
     def share(states: list[Tensor]) -> Tensor:
-        storage = states[0].new_zeros(len(every), total + heads * room, states[0].shape[2])
+        storage = states[0].new_zeros(every.shape[0], total + heads * room, states[0].shape[2])
         begin = 0
         for own, (local, _), count, first in zip(states, places, lengths, firsts, strict=True):
             part = slice(begin, begin + local.shape[1])
@@ -129,7 +131,7 @@ def head_offsets(lengths: Tensor, room: int) -> Tensor:
 def slot_sources(lengths: Tensor, total: int, room: int) -> tuple[Tensor, Tensor]:
     """Whose slots they are: head [B, total], and the slot's number among the head's; -1 behind the last head's room."""
     offsets = head_offsets(lengths, room)
-    slot = torch.arange(total, device=lengths.device).expand(len(lengths), -1).contiguous()
+    slot = torch.arange(total, device=lengths.device).expand(lengths.shape[0], -1).contiguous()
     head = torch.searchsorted(offsets, slot, right=True) - 1  # of heads without slots the last, which starts there too
     rank = slot - offsets.gather(1, head)
     return head, rank.masked_fill(rank >= lengths.gather(1, head) + room, -1)

@@ -40,10 +40,13 @@ def joined(layer: Storage, name: str, buffer: Tensor | None) -> Tensor:
     return found.masked_fill(~inside[..., None], 0)
 
 
-def by_head(flat: Tensor, starts: Tensor, counts: Tensor, unused: int) -> Tensor:
-    """[B, T, ...] of which head k has `counts` [B, K] items from `starts` [B, K] on -> [B, K, longest, ...], a copy."""
-    slot = torch.arange(int(counts.max()), device=flat.device)
+def by_head(flat: Tensor, starts: Tensor, counts: Tensor, unused: int, most: int | None = None) -> Tensor:
+    """[B, T, ...] of which head k has `counts` [B, K] items from `starts` [B, K] on -> [B, K, M, ...], a copy.
+
+    Args: most: M, as many as the longest head has unless told.
+    """
+    slot = torch.arange(int(counts.max()) if most is None else most, device=flat.device)
     inside = slot < counts[..., None]
-    row = torch.arange(len(flat), device=flat.device)[:, None, None]
+    row = torch.arange(flat.shape[0], device=flat.device)[:, None, None]
     found = flat[row, torch.where(inside, starts[..., None] + slot, 0)]
     return found.masked_fill(~inside.reshape(*inside.shape, *[1] * (flat.dim() - 2)), unused)

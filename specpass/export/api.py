@@ -32,6 +32,8 @@ from specpass.errors import (
 from specpass.files import write_file
 from specpass.methods.base import Method
 from specpass.observe import progress
+from specpass.passes.attend_slots import UNSPREAD
+from specpass.passes.share_layers import UNLIKE
 from specpass.rewrite import Refusal
 from specpass.runtime.bundle import DECODE, MANIFEST, PREFILL, Bundle, file_hash
 from specpass.sizes import context_length, eos_ids
@@ -75,8 +77,9 @@ def export_onnx(
 
     Raises:
         ExportError: an architecture or operator that has no ONNX form; names the layer.
-        SpecpassError: OnnxMissingError, BudgetError (a ratio), LookaheadError, DtypeMismatchError, OutputFileError; and
-            what specpass.compile raises for a draft or target that does not fit.
+        SpecpassError: OnnxMissingError, BudgetError (a ratio), LookaheadError, DtypeMismatchError, OutputFileError,
+            SpreadError (KV heads that cannot share budgets); and what specpass.compile raises for a draft or target
+            that does not fit.
     """
     check_packages(weights)
     if method is not None:
@@ -130,11 +133,6 @@ def check_method(method: Method | None) -> None:
         raise BudgetError(
             f"budget={method.budget} is a ratio, and an exported graph has a constant budget: give a "
             "count, e.g. budget=256."
-        )
-    if method.spread != "uniform":
-        raise SpreadError(
-            f"spread={method.spread!r}: an exported step has as many slots for each KV head; export with "
-            "spread='uniform'."
         )
     if method.futures > 1:
         raise FuturesError(f"futures={method.futures}: an exported draft writes one; leave futures out.")
@@ -195,6 +193,8 @@ def write_graphs(
         with progress.task("tracing"):
             capture = capture_target(target, method, draft, unrolled)
     except Refusal as refusal:
+        if refusal.reason in (UNSPREAD, UNLIKE):
+            raise SpreadError(f"this architecture cannot be exported with shared budgets: {refusal}.") from refusal
         raise ExportError(f"this architecture cannot be exported: {refusal}. specpass.compile runs it.") from refusal
     files = {"target": WeightFile(folder / TARGET_DATA), "draft": WeightFile(folder / DRAFT_DATA)}
     for name, program in ((PREFILL, capture.prefill), (DECODE, capture.decode)):
@@ -229,6 +229,10 @@ def describe(folder: Path, target: nn.Module, draft: nn.Module | None, method: M
     for layer in range(config.num_hidden_layers):
         key, value = (shapes[f"past.{layer}.{part}"] for part in ("key", "value"))
         kv.append((key.shape[1], key.shape[3], value.shape[3]))
+    budgets = () if method is None else method.layer_budgets(len(kv))
+    if method is not None and method.spread != "uniform":  # the most that one head may have
+        kept = {value.name: value.shape for value in ir.load(folder / PREFILL).graph.outputs}
+        budgets = tuple(kept[f"positions.{layer}"][2] for layer in range(len(kv)))
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_hash(path)}
         for path in sorted(folder.iterdir())
@@ -236,7 +240,7 @@ def describe(folder: Path, target: nn.Module, draft: nn.Module | None, method: M
     }
     return Bundle(
         method="none" if method is None else method.key,
-        budgets=() if method is None else method.layer_budgets(config.num_hidden_layers),
+        budgets=budgets,
         kv=tuple(kv),
         dtype=str(key.dtype.numpy()),
         weights=weights,

@@ -39,7 +39,8 @@ def write_nothing(graph: fx.Graph, call: Written) -> None:
         source = view.input
     if not schema.name.endswith("_") or (source is not written and any(user > node for user in source.users)):
         raise ExportError(f"{module_path(node)}: {node.target} writes a tensor that is read elsewhere.")
-    name = schema.name.split("::")[1].removesuffix("_")
+    name = schema.name.split("::")[1]
+    name = name.replace("__i", "__", 1) if name.endswith("__") else name.removesuffix("_")  # __ior__, relu_
     target = getattr(getattr(ATEN, name), schema.overload_name or "default")
     with graph.inserting_before(node):
         new = graph.call_function(target, node.args, dict(node.kwargs))

@@ -20,10 +20,11 @@ from specpass.export.draft_loop import DraftSteps, LoopedDraft
 from specpass.export.exact import Exact
 from specpass.export.flatten import Inliner, flatten
 from specpass.export.forms import by_head, split_lookahead
+from specpass.export.heads import Heads
 from specpass.export.name_nodes import named
 from specpass.export.program import Capture, Program, names
 from specpass.graph.walk import value
-from specpass.methods.base import Method
+from specpass.methods.base import Method, Scored
 from specpass.passes.draft import DraftGraphs
 from specpass.passes.facts import Ahead, Inputs, Spans, Weights
 from specpass.passes.pipeline import PASSES
@@ -54,15 +55,16 @@ class Pruned:
         self.spans = layer_spans(self.config)
         self.layers = len(self.spans)
         self.kv: list[tuple[int, int, int]] = []  # K, D, Dv of each layer, known once the prefill is captured
+        self.slots: list[int] = []  # of each layer's heads for the prompt, known likewise
         self.weights = {f"target.{name}": tensor for name, tensor in self.model.params.items()}
 
     def capture(self) -> Capture:
         prefill = self._prefill()
         return Capture(prefill, self._decode(), self.kv)
 
-    def _cache(self) -> BudgetCache:
+    def _cache(self, method: Method | None = None) -> BudgetCache:
         # A prompt that fits the budget goes through selection too: one graph serves every length.
-        cache = BudgetCache(self.config, self.method, early_exit=False)
+        cache = BudgetCache(self.config, method or self.method, early_exit=False)
         # The runtime owns the free slots, but for those in which the lookahead waits.
         cache.room, cache.in_slots = cache.lookahead if self.verify else 0, asks_for_length(self.model.model)
         if None in self.spans:
@@ -86,8 +88,9 @@ class Pruned:
             cache = self._cache()
             logits = self.model.forward(params, ids, cache)
             states = [states for layer in cache.layers for states in (layer.key_buffer, layer.value_buffer)]
-            positions = [layer.positions for layer in cache.layers]
-            return [logits, *states, *positions, *(getattr(cache, name) for name in told)]
+            positions = [layer.kept_positions for layer in cache.layers]
+            places = [place for layer in cache.layers if layer.ragged for place in (layer.starts, layer.counts)]
+            return [logits, *states, *positions, *places, *(getattr(cache, name) for name in told)]
 
         model = self.model
         with model.mode:
@@ -116,6 +119,16 @@ class Pruned:
             )
         self.kv.extend(site.kv_shape for site in facts[Sites].sites)
         self.spans = tuple(site.span for site in facts[Sites].sites)
+        cache = self._cache()
+        ahead = cache.room
+        spread = {
+            index: Heads.of(layer, site.kv_heads, site.budget, site.is_full)
+            for index, (layer, site) in enumerate(zip(cache.layers, facts[Sites].sites, strict=True))
+            if layer.ragged
+        }
+        self.slots = [
+            spread[index].most if index in spread else layer.budget for index, layer in enumerate(cache.layers)
+        ]
         draft = facts.get(DraftGraphs)
         drafted = {} if draft is None else {f"draft.{name}": tensor for name, tensor in draft.params.items()}
 
@@ -123,13 +136,19 @@ class Pruned:
             inner = Inliner(pruned)
             out = list(inner.run(*args))
             stored, positions = 2 * self.layers + 1, 3 * self.layers + 1
-            for index in range(1, stored):  # storage [B, K * C, D] as [B, K, C, D]
-                out[index] = by_head(out[index], self.kv[(index - 1) // 2][0])
+            places = iter([out.pop(positions) for _ in range(2 * len(spread))])
+            for layer, (kv_heads, _, _) in enumerate(self.kv):
+                keys, values, kept = 1 + 2 * layer, 2 + 2 * layer, stored + layer
+                if layer in spread:
+                    flat = out[keys], out[values], out[kept]
+                    out[keys], out[values], out[kept] = spread[layer].padded(*flat, next(places), next(places), ahead)
+                else:  # storage [B, K * C, D] as [B, K, C, D]
+                    out[keys], out[values] = (by_head(out[index], kv_heads) for index in (keys, values))
             if self.verify:
                 owners = [layer for layer in out[stored:positions] for _ in ("key", "value")]
                 both = [split_lookahead(*pair) for pair in zip(out[1:stored], owners, strict=True)]
                 out[1:stored] = [kept for kept, _ in both]
-                out += [ahead for _, ahead in both]
+                out += [waiting for _, waiting in both]
             return tuple(out)
 
         # The prompt's length is the symbol itself here; to the pipeline the symbol means S + L.
@@ -150,11 +169,12 @@ class Pruned:
         )
 
     def _decode(self) -> Program:
-        model, layers = self.model, self.layers
-        budgets = [layer.budget for layer in self._cache().layers]
+        model, layers, method, budgets = self.model, self.layers, self.method, self.slots
+        if isinstance(method, Scored):  # M slots for each head, whose length says what of them is in use
+            method = dataclasses.replace(method, spread="uniform")
 
         def run(ids: Tensor, position: Tensor, *rest: Tensor) -> Tensor:
-            cache, params = self._cache(), rest[3 * layers :]
+            cache, params = self._cache(method), rest[3 * layers :]
             for layer, group in zip(cache.layers, zip(*[iter(rest[: 3 * layers])] * 3, strict=True), strict=True):
                 layer.key_buffer, layer.value_buffer, layer.lengths = group
                 layer.is_initialized = True
@@ -169,7 +189,7 @@ class Pruned:
             caches += [model.dynamic((BATCH, heads * slots, width), model.dtype, (0, 1)) for width in (dim, value_dim)]
             caches.append(model.dynamic((BATCH, heads), torch.int64, (0,)))
         gm = model.trace(run, ids, position, *caches)
-        Pipeline(PASSES).run(gm, Request("decode", self.method), Facts(Spans(self.spans)))
+        Pipeline(PASSES).run(gm, Request("decode", method), Facts(Spans(self.spans)))
         return decode_program(gm, self.kv, self.weights)
 
 

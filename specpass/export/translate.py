@@ -53,7 +53,10 @@ def translate(program: Program, title: str) -> ir.Model:
                 opset_version=OPSET,
                 verbose=False,
                 optimize=False,
-                custom_translation_table={torch.ops.aten.sort.stable: sort_stable},
+                custom_translation_table={
+                    torch.ops.aten.sort.stable: sort_stable,
+                    torch.ops.aten.searchsorted.Tensor: searchsorted,
+                },
             )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(_explain(error, exported, title)) from error
@@ -94,6 +97,16 @@ def sort_stable(self: Any, stable: bool = True, dim: int = -1, descending: bool 
     count = op.Slice(op.Shape(numbers), [dim], [dim + 1 if dim != -1 else 2**62])
     values, indices = op.TopK(numbers, count, axis=dim, largest=int(descending), sorted=1)
     return (op.CastLike(values, self) if small else values), indices
+
+
+def searchsorted(
+    sorted_sequence: Any, self: Any, out_int32: bool = False, right: bool = False, side: Any = None, sorter: Any = None
+) -> Any:
+    """aten.searchsorted of few numbers [..., K], each compared with all of [..., T]: how many are below, [..., T]."""
+    few, each = op.Unsqueeze(sorted_sequence, [-2]), op.Unsqueeze(self, [-1])
+    below = op.LessOrEqual(few, each) if right or side == "right" else op.Less(few, each)
+    counted = op.ReduceSum(op.Cast(below, to=ir.DataType.INT64), [-1], keepdims=0)
+    return op.Cast(counted, to=ir.DataType.INT32) if out_int32 else counted
 
 
 def lift_constants(program: Program) -> None:

@@ -12,9 +12,8 @@ from specpass.dialect.define import SPEC
 from specpass.methods.base import Method
 from specpass.parallel.agree import all_of_ranks
 from specpass.parallel.shards import Ranks
+from specpass.passes.share_layers import UNLIKE
 from specpass.rewrite import Refusal
-
-UNLIKE = "its KV heads are unlike those of other layers, with which they cannot share a storage: use spread='heads'"
 
 
 class Unspread(Refusal):

@@ -222,6 +222,21 @@ class Method(Traits):
         """
         return ranks * budget - (ranks - 1) * (self.window + self.floor(budget))
 
+    def longest(self, budget: int, kv_heads: int, layers: int) -> int:
+        """Slots M that one KV head may have of a layer's budget C for a prompt: all that the others' floors leave.
+
+        Args: layers: so many share one storage.
+        """
+        floor = self.floor(budget)
+
+        def left(each: int, heads: int) -> int:
+            return self.window + heads * (each - self.window) - (heads - 1) * floor
+
+        of_layer = left(budget, kv_heads)
+        if self.spread == "global":
+            return min(left(self.candidates(budget), kv_heads), left(budget, layers * kv_heads))
+        return of_layer if self.spread == "heads" else budget
+
     @property
     def prompt(self) -> SpecPC | None:
         """How the prompt itself is compressed before the target reads it; None where it is read whole."""

@@ -37,6 +37,8 @@ from specpass.passes.facts import Ahead, ReadPositions, Rows
 from specpass.rewrite import Facts, Refusal, Request
 from specpass.rewrite.sites import Site
 
+UNLIKE = "its KV heads are unlike those of other layers, with which they cannot share a storage: use spread='heads'"
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
@@ -64,11 +66,7 @@ class Shared:
         Raises: Refusal: its heads are unlike those of the layers before.
         """
         if self.layers and site.kv_shape != self.layers[0].site.kv_shape:
-            raise Refusal(
-                "its KV heads are unlike those of other layers, with which they cannot share a storage: use "
-                "spread='heads'",
-                site.module,
-            )
+            raise Refusal(UNLIKE, site.module)
         editor, how, fill, like = self.editor, self.request.pruning, Fill.of(site.cache), site.attention
         call = functools.partial(editor.call, before=before, like=like)
         lengths = editor.beside(self.facts[Rows].lengths, site.key, before)

@@ -25,7 +25,8 @@ class Bundle:
 
     Attributes:
         method: its key (all hyperparameters), or "none".
-        budgets: KV slots of each layer; empty where everything is kept.
+        budgets: KV slots of each layer's heads, the most that one may have where they share budgets; empty where
+            everything is kept.
         kv: [K, D, Dv] of each layer. dtype: of K and V, as numpy names it.
         compressed: whether positions are shifted behind the prompt (SpecPC).
         lookahead: tokens that the draft writes; context: positions that the draft can read, or None.

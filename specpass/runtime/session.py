@@ -45,7 +45,8 @@ class State:
 
     Attributes:
         logits: [B, V] of the last position.
-        positions: per layer [B, K, C] kept prompt positions, unused slots -1.
+        positions: per layer [B, K, M] kept prompt positions, unused slots -1; M is the layer's entry in the folder's
+            budgets.
         lengths: [layers, B, K] slots in use.
         told: [B] position of the next token, as the target counts.
         storage: `past.0.key`, ... [B, K, slots, D], as OrtValues; arrays: the same memory, for numpy.
@@ -180,19 +181,20 @@ class Runtime:
             0 if ahead is None else ahead.shape[1]
         )  # of the free slots, those with the lookahead's keys and values
         free = -(-max(room, waiting) // ROOM_STEP) * ROOM_STEP
-        arrays = {}
-        for name in [name for name in out if name.startswith("present.")]:
-            states = out.pop(name)
-            batch, heads, used, dim = states.shape
-            buffer = np.zeros((batch, heads, used + free, dim), states.dtype)
-            buffer[:, :, :used] = states
-            arrays[name.replace("present", "past", 1)] = buffer
         positions = [out[f"positions.{layer}"] for layer in range(len(self.bundle.kv))]
         told = mask.sum(1) - out.get("shift", np.zeros(len(ids), np.int64))
         most = max(heads for heads, _, _ in self.bundle.kv)
         lengths = np.zeros((len(positions), len(ids), most), np.int64)
         for layer, own in enumerate(positions):
             lengths[layer, :, : own.shape[1]] = (own >= 0).sum(-1)
+        used = slots_used(positions, lengths)
+        arrays = {}
+        for name in [name for name in out if name.startswith("present.")]:
+            states, size = out.pop(name), used[_layer_of(name)]
+            batch, heads, _, dim = states.shape
+            buffer = np.zeros((batch, heads, size + free, dim), states.dtype)
+            buffer[:, :, :size] = states[:, :, :size]
+            arrays[name.replace("present", "past", 1)] = buffer
         for name in [name for name in out if name.startswith("lookahead.")]:
             states = out.pop(name)
             place = self._next_slots(lengths, name, np.ones(len(ids), dtype=bool), waiting)
@@ -232,9 +234,10 @@ class Runtime:
 
     def step(self, state: State, tokens: np.ndarray) -> None:
         """One decode step on tokens [B]: the cache is written in place, `state.logits` are the new ones [B, V]."""
-        slots = min(value.shape()[2] for value in state.storage.values())
-        if state.lengths.max() >= slots:
-            raise PromptError(f"the cache's {slots} slots are full: call prefill with a larger room.")
+        for name, value in state.storage.items():
+            slots = value.shape()[2]
+            if state.lengths[_layer_of(name)].max() >= slots:
+                raise PromptError(f"the cache's {slots} slots are full: call prefill with a larger room.")
         follows = np.zeros(len(tokens), dtype=bool)
         known = state.logits
         if state.replay is not None:
@@ -256,7 +259,7 @@ class Runtime:
 
     def _next_slots(self, lengths: np.ndarray, name: str, rows: np.ndarray, count: int = 1) -> tuple[np.ndarray, ...]:
         """Index of the next `count` free slots of each KV head of a layer's buffer `past.LAYER.key`, of rows [B]."""
-        layer = int(name.split(".")[1])
+        layer = _layer_of(name)
         chosen = np.flatnonzero(rows)[:, None, None]
         heads = np.arange(self.bundle.kv[layer][0])[None, :, None]
         return chosen, heads, lengths[layer][chosen, heads] + np.arange(count)
@@ -276,6 +279,25 @@ class Runtime:
         binding.bind_output("logits", "cpu")
         self._decode.run_with_iobinding(binding)
         state.logits = binding.get_outputs()[-1].numpy()[:, -1]
+
+
+def slots_used(positions: Sequence[np.ndarray], lengths: np.ndarray) -> list[int]:
+    """Of each layer the slots in use of its longest head, or of one in a layer with as many slots: these stay alike.
+
+    Fewer than its positions [B, K, M] have where heads have budgets of their own, or prompts are short.
+
+    Args: lengths [layers, B, K].
+    """
+    sizes = [own.shape[2] for own in positions]
+    longest = dict.fromkeys(sizes, 0)
+    for size, own in zip(sizes, lengths, strict=True):
+        longest[size] = max(longest[size], int(own.max()))
+    return [longest[size] for size in sizes]
+
+
+def _layer_of(name: str) -> int:
+    """The layer of `present.LAYER.key`."""
+    return int(name.split(".")[1])
 
 
 def _onnxruntime() -> Any:

@@ -65,6 +65,19 @@ def test_numbers_stay() -> None:
     assert torch.equal(given, X)
 
 
+def test_pythons_own_operators() -> None:
+    """Masks of sliding layers are made so, and aten calls them otherwise: __ior__."""
+
+    def masked(x: Any) -> Any:
+        mask = x > 4
+        mask |= x < 1
+        return mask
+
+    gm = functional(small_graph(masked, X))
+    check_count(gm, ["__ior__"], __or__=1)
+    assert torch.equal(gm(X), masked(X))
+
+
 def test_leaves_what_writes_nothing() -> None:
     state = small_graph(lambda x: (x + 1).exp(), X)
     before = copy_module(state.gm)

@@ -26,8 +26,15 @@ METHODS: dict[str, Any] = {
     "pyramidkv": specpass.PyramidKV(budget=BUDGET, window=WINDOW),
     "streamingllm": specpass.StreamingLLM(budget=BUDGET),
     "specpc": specpass.SpecPC(budget=BUDGET, window=WINDOW, lookahead=3, **SMALL),
-    "speckvpc": specpass.SpecKVPC(
-        budget=16, window=WINDOW, lookahead=3, prompt_budget=32, prompt_window=WINDOW, prompt_kernel=5, neighbours=5
+    "speckvpc": specpass.SpecKVPC(  # whose KV heads have budgets of their own: other cases have equal ones
+        budget=16,
+        window=WINDOW,
+        lookahead=3,
+        spread="heads",
+        prompt_budget=32,
+        prompt_window=WINDOW,
+        prompt_kernel=5,
+        neighbours=5,
     ),
     "none": None,
 }

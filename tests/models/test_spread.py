@@ -217,5 +217,5 @@ def test_where_heads_cannot_share_it_is_an_error(tmp_path: Path) -> None:
     how = specpass.SnapKV(budget=C, window=W, spread="heads")
     with pytest.raises(SpreadError, match=r"SnapKV\(spread='heads'\).*ALiBi.*use spread='uniform'"):
         run(compile_eager(tiny("bloom"), how), prompt(60))
-    with pytest.raises(SpreadError, match="export with spread='uniform'"):
-        specpass.export_onnx(tiny(), tmp_path / "out", method=how)
+    with pytest.raises(SpreadError, match=r"cannot be exported.*h\.0.*ALiBi.*use spread='uniform'"):
+        specpass.export_onnx(tiny("bloom"), None, how, tmp_path / "out")
