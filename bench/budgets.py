@@ -6,7 +6,7 @@ alone. The draft's lookahead is written once too. No lookahead is verified unles
 logits would answer in the slots' place. Records are written one by one, and a rerun goes on where it stopped.
 
     python -m bench.budgets --length 2048 --budgets 64 128 --seeds 8                      # the Qwen pair
-    python -m bench.budgets --length 2048 --budgets 64 128 --seeds 8 --dtype float32 --out bench/results/budgets_float32.json
+    python -m bench.budgets --length 2048 --dtype float32 --out bench/results/budgets_float32.json
     python -m bench.budgets --length 1200 --budgets 64 --seeds 2 --draft qwen2.5-coder-0.5b --target qwen2.5-coder-0.5b
 """
 
