@@ -18,7 +18,7 @@ from specpass.cache.evict import Bound, evict
 from specpass.cache.layer import first_room, grown_room, round_room
 from specpass.cache.protocol import BudgetLayer, CacheProtocol, is_traced
 from specpass.cache.replay import REPLAYS
-from specpass.cache.states import make_layers, why_unheld
+from specpass.cache.states import make_layers, tell_sharers, why_unheld
 from specpass.dialect.define import SPEC
 from specpass.errors import (
     BudgetError,
@@ -235,6 +235,7 @@ class BudgetCache(CacheProtocol):
     def reset(self) -> None:
         """Forget everything; the next prompt is pruned anew."""
         super().reset()
+        tell_sharers(self, self.layers)
         self._clear()
         self.free_at_prefill = self.room
 

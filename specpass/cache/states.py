@@ -154,11 +154,20 @@ def make_layers(cache: BudgetCache, config: Any) -> list[Any]:
             else:
                 layers.append(BudgetLayer(cache, index, budget, span))
     tell_widest([layer for layer in layers if isinstance(layer, BudgetLayer)])
-    if cache.method.spread == "global":
-        sharers = [layer for layer in layers if isinstance(layer, BudgetLayer) and layer.ragged]
-        for layer in sharers:
-            layer.sharers = sharers
+    tell_sharers(cache, layers)
     return layers
+
+
+def tell_sharers(cache: BudgetCache, layers: list[Any]) -> None:
+    """Tell layers whose heads lie in one storage, where those of all layers share: all that grow with the prompt.
+
+    One prompt may leave out some of them, which had to stay whole.
+    """
+    if cache.method.spread != "global":
+        return
+    sharers = [layer for layer in layers if isinstance(layer, BudgetLayer) and layer.ragged]
+    for layer in sharers:
+        layer.sharers = sharers
 
 
 def span_beside(options: dict[str, Any]) -> Span:

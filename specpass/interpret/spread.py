@@ -99,7 +99,7 @@ class Shared:
             lists[3], worth = SPEC.choose_shared(lists[3], every, total, ranks.rank), []
             budget = min(how.candidates(budget), how.most(budget, ranks.size))
         found = SPEC.share_layers(*lists, worth, budget, self.ahead, room)
-        sharers = [each.layer for each in self.layers]  # without those that had to stay whole
+        sharers = [each.layer for each in self.layers]  # without those that had to stay whole, until the next prompt
         for each, lengths, starts, counts in zip(self.layers, *found[3:], strict=True):
             layer = each.layer
             layer.key_buffer, layer.value_buffer, layer.kept_positions = found[:3]

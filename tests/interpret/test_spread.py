@@ -11,6 +11,7 @@ from support import compile_eager, padded, run
 from tiny import prompt
 
 import specpass
+from specpass.interpret.prompt import ReadPrompt
 from specpass.testing.spread import reading_only
 
 W, C, L, S = 8, 24, 6, 60
@@ -23,9 +24,11 @@ METHODS = {
 FAMILIES = ["lfm2", "qwen3_next", "jamba", "falcon_h1"]
 
 
-def heads_of(cache: Any, row: int = 0) -> dict[int, list[torch.Tensor]]:
-    """By layer [K] positions that a row keeps, ascending, without unused slots."""
-    return {layer.index: [head[head >= 0] for head in layer.positions[row]] for layer in cache.budgeted}
+def heads_of(cache: Any, row: int = 0, whole: int | None = None) -> dict[int, list[torch.Tensor]]:
+    """By layer [K] positions that a row keeps, ascending, without unused slots. Args: whole: a layer that keeps all."""
+    kept = {layer.index: layer.positions for layer in cache.budgeted if layer.index != whole}
+    found = {index: [head[head >= 0] for head in positions[row]] for index, positions in kept.items()}
+    return found if whole is None else found | {whole: [torch.arange(S)] * 2}
 
 
 def check(ours: Any, family: str, ids: torch.Tensor, row: int = 0) -> None:
@@ -54,7 +57,29 @@ def test_heads_keep_as_many_slots_together(family: str, name: str) -> None:
     check(ours, family, ids)
 
 
-def test_a_padded_batch_and_turns_behind_it() -> None:
+def test_a_layer_that_stays_whole_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others share among themselves; the next prompt asks all of them again."""
+    kinds = ["conv", *["full_attention"] * 3]
+    model, ids = compile_eager(hybrid("lfm2", layer_types=kinds), METHODS["global"]), prompt(S)
+    cache, masked = specpass.BudgetCache(model.config, METHODS["global"], 6), ReadPrompt._masked
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ReadPrompt, "_masked", lambda self, layer, call: "odd" * (layer == 2) or masked(self, layer, call)
+        )
+        ours = run(model, ids, past_key_values=cache)
+    assert [layer.exact for layer in cache.budgeted] == [False, True, False]
+    assert [len(layer.together) for layer in cache.budgeted] == [2, 1, 2]
+    kept = heads_of(cache, whole=2)
+    assert sum(len(head) for layer in (1, 3) for head in kept[layer]) == 2 * 2 * C
+    with reading_only([kept.get(layer, []) for layer in range(4)], S):
+        theirs = run(hybrid("lfm2", layer_types=kinds), ids)
+    assert ours.tokens == theirs.tokens
+    cache.reset()
+    run(model, ids, past_key_values=cache)
+    assert [len(layer.together) for layer in cache.budgeted] == [3, 3, 3]
+
+
+def test_a_padded_batch() -> None:
     model = compile_eager(hybrid("lfm2"), METHODS["heads"])
     prompts = [prompt(length, seed=length) for length in (S, 47)]
     ids, mask = padded(prompts)
