@@ -68,13 +68,18 @@ def test_a_draft_of_text() -> None:
     assert "it reads their placeholders as plain tokens" in str(specpass.report(model))
 
 
-def test_padded_rows_as_alone() -> None:
-    seen, model = with_pictures("qwen3_vl", TEXTS), compile_eager(vlm("qwen3_vl"), SNAP)
+@pytest.mark.parametrize("spread", ["uniform", "global"])
+def test_padded_rows_as_alone(spread: str) -> None:
+    method = dataclasses.replace(SNAP, spread=spread)
+    seen, model = with_pictures("qwen3_vl", TEXTS), compile_eager(vlm("qwen3_vl"), method)
     together, pixels = answer(model, seen), seen.beside["pixel_values"].chunk(2)
     for row, text in enumerate(TEXTS):
         own = with_pictures("qwen3_vl", [text])
         own.beside["pixel_values"] = pixels[row]
         assert answer(model, own).tokens[0] == together.tokens[row]
+    counts = torch.stack([layer.prompt_slots for layer in together.cache.layers])  # [n, B, K]
+    assert (counts.sum((0, 2)) == counts[:, 0].numel() * C).all()
+    assert (counts == C).all() == (spread == "uniform")
 
 
 @torch.no_grad()
