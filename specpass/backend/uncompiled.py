@@ -157,9 +157,9 @@ class Uncompiled:
             out, record = call()
         except (SpecpassError, torch.OutOfMemoryError):
             raise
+        except Unspread as error:
+            raise self.unspread(cache, str(error)) from error
         except Exception as error:
-            if isinstance(error, Unspread):
-                raise self.unspread(cache, str(error)) from error
             if started:
                 raise CacheStateError(
                     f"the prompt was pruned, and no token can follow it ({first_line(error)}): call "

@@ -227,15 +227,15 @@ class Method(Traits):
 
         Args: layers: so many share one storage.
         """
-        floor = self.floor(budget)
+        if self.spread == "uniform":
+            return budget
 
         def left(each: int, heads: int) -> int:
-            return self.window + heads * (each - self.window) - (heads - 1) * floor
+            return self.window + heads * (each - self.window) - (heads - 1) * self.floor(budget)
 
-        of_layer = left(budget, kv_heads)
-        if self.spread == "global":
-            return min(left(self.candidates(budget), kv_heads), left(budget, layers * kv_heads))
-        return of_layer if self.spread == "heads" else budget
+        if self.spread == "heads":
+            return left(budget, kv_heads)
+        return min(left(self.candidates(budget), kv_heads), left(budget, layers * kv_heads))
 
     @property
     def prompt(self) -> SpecPC | None:
