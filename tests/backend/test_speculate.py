@@ -13,6 +13,8 @@ from tiny import prompt, tiny
 import specpass
 from specpass.cache.drafting import DRAFTS
 from specpass.errors import SpeculationError
+from specpass.kernels.cpu.build import Unbuilt
+from specpass.kernels.cpu.linear8 import rows8
 
 C, W, L = 40, 4, 4
 SIZES = {"prompt_budget": 44, "prompt_window": W, "prompt_kernel": 3, "neighbours": 3, "first_layer": 0}
@@ -81,7 +83,8 @@ def test_a_draft_in_eight_bits_changes_no_answer() -> None:
     assert run(fast, ids, 12).tokens == run(plain, ids, 12).tokens
     found = specpass.report(fast)
     assert found.accepted > 0
-    assert "8 bits" in str(found)
+    without = isinstance(rows8(), Unbuilt)  # this CPU has no instructions for it
+    assert ("weights are read as they are: " if without else "copies of its weights in 8 bits") in str(found)
 
 
 def test_a_draft_that_is_right_saves_calls_of_the_target() -> None:

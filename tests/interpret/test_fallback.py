@@ -118,9 +118,10 @@ def test_specpc_needs_a_captured_draft() -> None:
     ids=["eager", "flex"],
 )
 def test_attention_that_cannot_be_seen(make: Callable[[], Any], reason: str) -> None:
+    ids = prompt(128)  # torch's flex kernel for AVX2 reads beyond a prompt that fills no block (torch 2.13)
     model = compile_eager(make(), SNAP)
-    found = run(model, prompt(40), new=1)  # flex attention compiles anew for each length
-    assert found.tokens == run(make(), prompt(40), new=1).tokens
+    found = run(model, ids, new=1)  # flex attention compiles anew for each length
+    assert found.tokens == run(make(), ids, new=1).tokens
     assert all(layer.exact for layer in found.cache.budgeted)
     assert reason in text_of(model)
 
