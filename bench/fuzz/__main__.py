@@ -28,14 +28,18 @@ def main() -> int:
     parser.add_argument(
         "--prefix", action="store_true", help="prompts behind a document that was read once, where that can be had"
     )
+    parser.add_argument(
+        "--spread", action="store_true", help="methods whose heads share budgets, or whose scores weigh values"
+    )
     parser.add_argument("--resample", action="store_true", help="particles: sequences chosen anew, by direct calls")
     arguments = parser.parse_args()
+    from bench.fuzz.cases import SPREAD
     from bench.fuzz.run import quietly, run
 
     quietly()
     how = (arguments.minutes, arguments.restart, arguments.jobs)
     bits = (None,) if arguments.bits is None else tuple(arguments.bits)
-    drawn = {"bits": bits, "policies": tuple(arguments.evict)}
+    drawn = {"bits": bits, "policies": tuple(arguments.evict), "methods": tuple(SPREAD) if arguments.spread else ()}
     drawn |= {name: getattr(arguments, name) for name in ("turns", "prefix", "resample")}
     store = run(arguments.resume, arguments.seed, arguments.cases, *how, **drawn)
     store.save()

@@ -27,12 +27,27 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         {"window": 6, "lookahead": 3, "prompt_budget": 30, "prompt_window": 8, "prompt_kernel": 5, "neighbours": 3},
     ),
 }
+# name -> the same, of methods whose KV heads share budgets or whose scores weigh values: drawn where they are asked for
+SPREAD: dict[str, tuple[str, dict[str, Any]]] = {
+    "speckv-heads": ("SpecKV", {"window": 8, "lookahead": 4, "spread": "heads"}),
+    "speckv-global": ("SpecKV", {"window": 8, "lookahead": 4, "spread": "global", "value_norms": True}),
+    "speckv-best": ("SpecKV", {"window": 8, "lookahead": 4, "spread": "global", "reconstruction": True}),
+    "speckv-moves": (
+        "SpecKV",
+        {"window": 5, "lookahead": 7, "reduce": "mean", "pool": "avg", "kernel": 3, "reconstruction": True},
+    ),
+    "snapkv-heads": ("SnapKV", {"window": 8, "spread": "heads", "reconstruction": True}),
+    "snapkv-norms": ("SnapKV", {"window": 8, "value_norms": True}),
+}
 CHOOSERS = ("specpc", "speckv-pc")  # of what the target reads: no turn can choose among what was never read
 UNWATCHED = ("gpt_oss",)  # its attention is no scaled_dot_product_attention, and its own forward is not pruned
-DRAFTED = ("speckv", "speckv-mean", *CHOOSERS)  # with a draft that can go on
+DRAFTED = (
+    *("speckv", "speckv-mean", *CHOOSERS),
+    *(name for name in SPREAD if "speckv" in name),
+)  # with a draft that can go on
 PLACES = ("device", "cpu", "file")  # of a document that was read beforehand
 DOCUMENTS = (1, 3, 20, 39, 58)  # tokens
-OWN_DRAFT = ("speckv-mean",)  # their draft is the target's twin, whose lookahead the answer follows
+OWN_DRAFT = ("speckv-mean", "speckv-moves")  # their draft is the target's twin, whose lookahead the answer follows
 BUDGETS = (24, 24, 72, 0.5)  # prompts of up to 64 tokens, padding included, are kept by a ratio; and 72 keeps all
 LENGTHS = (2, 5, 9, 23, 24, 25, 26, 31, 40, 47, 60, 71)
 LONGEST_ANSWER = 70  # beyond the 64 slots of room

@@ -1,11 +1,12 @@
 """What may be kept: scores and choices by the field's formulas, in plain torch, and whether a choice is a top one.
 
 Written from the papers, apart from specpass: "Draft-based Approximate Inference for LLMs" (arXiv 2506.08373), SnapKV
-(2404.14469), StreamingLLM (2309.17453). One row, no padding.
+(2404.14469), StreamingLLM (2309.17453), and what each formula names. One row, no padding.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,17 +14,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TIE = 1e-6
+FLOOR = 0.2  # of its even share that a head keeps at least where several share
 
 
-def head_scores(weights: Tensor, kv_heads: int, length: int, how: dict) -> Tensor:
-    """Probabilities [H, W + L, T] -> pooled scores [K, S - W]."""
-    columns = weights[:, :, : length - how["window"]]
-    rows = columns.reshape(kv_heads, -1, columns.shape[-1])
+def head_scores(weights: Tensor, values: Tensor, length: int, how: dict) -> tuple[Tensor, Tensor]:
+    """Probabilities [H, W + L, T], values [K, T, Dv] -> pooled scores [K, S - W], and how far rounding may move them.
+
+    By `how` attention counts as it is, or times the value's norm (arXiv 2406.12335), or as how far a row's output moves
+    where a column goes and the others share its attention (ReST-KV, arXiv 2605.08840).
+    """
+    rows = weights.unflatten(0, (len(values), -1)).flatten(1, 2).double()  # [K, G (W + L), T]
+    near, norms = torch.full_like(rows, TIE), values.double().norm(dim=-1)[:, None]
+    if how["reconstruction"]:
+        rows, near = moves(rows, values.double())
+    elif how["value_norms"]:
+        rows, near = rows * norms, near * norms
+    return tuple(_pooled(part[..., : length - how["window"]], how) for part in (rows, near))  # type: ignore[return-value]
+
+
+def moves(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of [K, M, T] and [K, T, Dv] how far each output moves without a column [K, M, T], and what float32 may say else:
+    it has the distance of a value from an output by squares, which cancel where they are near."""
+    out = weights @ values
+    rest = (1 - weights).clamp(min=TIE)
+    without = (out[:, :, None] - weights[..., None] * values[:, None]) / rest[..., None]
+    moved = (out[:, :, None] - without).norm(dim=-1)
+    squares = values.square().sum(-1)[:, None] + out.square().sum(-1, keepdim=True)
+    share = weights / rest
+    far, off = moved / share.clamp(min=1e-12), TIE * squares
+    blurred = share * torch.minimum(off.sqrt(), off / far.clamp(min=1e-12))
+    return moved, blurred + moved * TIE / rest + TIE
+
+
+def _pooled(rows: Tensor, how: dict) -> Tensor:
+    """[K, M, S - W] -> [K, S - W]."""
     reduced = rows.max(1).values if how["reduce"] == "max" else rows.mean(1)
     pad = how["kernel"] // 2
-    if how["pool"] == "max":
-        return F.max_pool1d(F.pad(reduced, (pad, pad), value=0.0), how["kernel"], 1)
-    return F.avg_pool1d(F.pad(reduced, (pad, pad), value=0.0), how["kernel"], 1)
+    padded = F.pad(reduced, (pad, pad), value=0.0)
+    return F.max_pool1d(padded, how["kernel"], 1) if how["pool"] == "max" else F.avg_pool1d(padded, how["kernel"], 1)
 
 
 def looked_up(tokens: list[int], length: int) -> list[int]:
@@ -41,22 +69,39 @@ def looked_up(tokens: list[int], length: int) -> list[int]:
     return grown[len(tokens) :]
 
 
-def why_not_top(kept: Tensor, scores: Tensor, length: int, budget: int, window: int) -> str:
-    """What is wrong with positions [K, C] for scores [K, S - W]; "" where nothing is."""
-    for head, own in enumerate(kept):
-        used = own[own >= 0]
-        if len(used) != min(budget, length):
-            return f"head {head} keeps {len(used)} positions of {length}, budget {budget}"
-        if (used.diff() <= 0).any() or used[-1] >= length:
-            return f"head {head}: {used.tolist()} is not ascending inside the prompt"
-        if not set(range(max(0, length - window), length)) <= set(used.tolist()):
+def why_not_top(kept: list[Tensor], scores: list[tuple[Tensor, Tensor]], length: int, budget: int, window: int) -> str:
+    """What is wrong with what heads that share their budgets keep, each ascending positions, -1 where unused.
+
+    Args: scores: of each of n heads [S - W], and how far rounding may move them; budget: C of a head in the mean.
+
+    Returns: "" where nothing is wrong: the window of each head, its best fifth of C - W at least (AdaKV, arXiv
+    2407.11550), and of all scores of the heads the n (C - W) best.
+    """
+    used = [own[own >= 0] for own in kept]
+    for head, own in enumerate(used):
+        if (own.diff() <= 0).any() or own[-1] >= length:
+            return f"head {head}: {own.tolist()} is not ascending inside the prompt"
+        if not set(range(max(0, length - window), length)) <= set(own.tolist()):
             return f"head {head} lacks some of its window"
-        if budget >= length:
-            continue
+    if sum(map(len, used)) != len(used) * min(budget, length):
+        return f"heads keep {[len(own) for own in used]} positions of {length}, budget {budget}"
+    if budget >= length:
+        return ""
+    floor, worst, missed = int(FLOOR * (budget - window)), [], []
+    for head, (own, (score, near)) in enumerate(zip(used, scores, strict=True)):
+        if len(own) - window < min(floor, length - window):
+            return f"head {head} keeps {len(own)} positions, its floor is {window + floor}"
         chosen = torch.zeros(length - window, dtype=torch.bool)
-        chosen[used[used < length - window]] = True
-        if scores[head][chosen].min() < scores[head][~chosen].max() - TIE:
-            return f"head {head}: a dropped position scores {float(scores[head][~chosen].max()):.6f}, more than a kept"
+        chosen[own[own < length - window]] = True
+        worst.append(float((score + near)[chosen].min()) if chosen.any() else math.inf)
+        missed.append(float((score - near)[~chosen].max()) if not chosen.all() else -math.inf)
+        if worst[-1] < missed[-1]:
+            return f"head {head}: a dropped position scores {missed[-1]:.6f}, more than a kept"
+    least = min((low for low, own in zip(worst, used, strict=True) if len(own) - window > floor), default=math.inf)
+    if least < max(missed):
+        return (
+            f"a dropped position of head {missed.index(max(missed))} scores {max(missed):.6f}, more than another's kept"
+        )
     return ""
 
 

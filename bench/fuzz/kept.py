@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,27 @@ from bench.fuzz.subject import Subject
 
 CLOSE = 1e-3  # of the logits' size
 CLOSE_IN_BITS = 2e-2  # of quantised caches: what differs by rounding upstream may get another code
+
+
+SCORING = ("window", "reduce", "pool", "kernel", "value_norms", "reconstruction")  # of a method
+
+
+class Head(NamedTuple):
+    """Of a KV head its layer, its slots C in the mean, what it keeps, and scores and what rounding may do to them."""
+
+    layer: int
+    slots: int
+    kept: Tensor
+    scores: Tensor
+    near: Tensor
+
+
+def sharing(heads: list[Head], spread: str) -> list[list[Head]]:
+    """Heads that share their budgets."""
+    if spread == "global":
+        return [heads]
+    by_layer = [list(own) for _, own in itertools.groupby(heads, lambda head: head.layer)]
+    return by_layer if spread == "heads" else [[head] for head in heads]
 
 
 def apart(ours: Tensor, due: Tensor, case: Case) -> str:
@@ -106,7 +128,7 @@ class Kept:
             self._check_ahead(row, ahead[row])
             tokens = torch.cat([ids, ahead[[row], :-1]], 1)  # nothing follows the last token: it has no row
             weights = oracle.probabilities(subject.draft, tokens, how["window"] + method.lookahead - 1)
-            scores = formulas.token_scores([weights[layer] for layer in sorted(weights)], ids.shape[1], how)
+            scores = formulas.token_scores([weights[layer][0] for layer in sorted(weights)], ids.shape[1], how)
             wanted = formulas.read_tokens(scores, how["budget"], how)
             if read.tolist() != wanted:
                 raise WrongError(f"row {row}: reads {read.tolist()}, due are {wanted}")
@@ -121,20 +143,26 @@ class Kept:
         if budget < length and ahead is not None and method.appends:
             self._check_ahead(row, ahead[row])
             ids = torch.cat([ids, ahead[[row]]], 1)
-        weights: dict[int, Tensor] = {}
-        if method.scored and min(counts, default=length) < length:
-            weights = oracle.probabilities(self.subject.twin, ids, method.window + ids.shape[1] - length)
-        how = {name: getattr(method, name) for name in ("window", "reduce", "pool", "kernel")}
+        if not method.scored:
+            wanted = formulas.streamed(length, budget if method.prompt is None else length)
+            for layer, positions in kept.items():
+                if not all(torch.equal(head[head >= 0], wanted) for head in positions[row]):
+                    raise WrongError(f"row {row}, layer {layer}: keeps {positions[row].tolist()}")
+            return
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        if min(counts, default=length) < length:
+            found = oracle.probabilities(self.subject.twin, ids, method.window + ids.shape[1] - length)
+        how = {name: getattr(method, name) for name in SCORING}
+        heads: list[Head] = []
         for (layer, positions), count in zip(kept.items(), counts, strict=True):
-            own = positions[row]
-            if method.scored:
-                scores = formulas.head_scores(weights[layer], len(own), length, how) if weights else own
-                found = formulas.why_not_top(own, scores, length, count, method.window)
-            else:
-                wanted = formulas.streamed(length, budget if method.prompt is None else length)
-                found = "" if all(torch.equal(head[head >= 0], wanted) for head in own) else f"keeps {own.tolist()}"
-            if found:
-                raise WrongError(f"row {row}, layer {layer}: {found}")
+            none = torch.zeros(len(positions[row]), 0)
+            scores, near = formulas.head_scores(*found[layer], length, how) if found else (none, none)
+            heads += [Head(layer, count, *own) for own in zip(positions[row], scores, near, strict=True)]
+        for own in sharing(heads, method.spread):
+            scored = [(head.scores, head.near) for head in own]
+            why = formulas.why_not_top([head.kept for head in own], scored, length, own[0].slots, method.window)
+            if why:
+                raise WrongError(f"row {row}, layer {own[0].layer}, of {len(own)} heads: {why}")
 
     def _budget(self, mean: int, length: int, depth: int, kept: list[Tensor]) -> int:
         """Slots that a layer has; how PyramidKV's are rounded is left open: what was kept may be on either side."""

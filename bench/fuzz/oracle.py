@@ -33,7 +33,8 @@ class View:
         starts: [prompts] columns of padding in front of each prompt; rows of one prompt are neighbours.
         prompt: S. kept: layer -> positions [prompts, K, C], -1 where unused; layers that are missing see everything.
         mask: [prompts, columns so far] 0 where padding stands; none of what is generated is.
-        rows: probabilities of the last so many rows are noted in `found`, layer -> [B, H, rows, T].
+        rows: probabilities of the last so many rows are noted in `found`, layer -> [B, H, rows, T], and `values`,
+            layer -> [B, K, T, Dv].
         ahead: [prompts, L] lookahead tokens, which an answer follows for `limit` tokens at most.
         followed: [B] tokens of each row that are, of the call that runs.
         bits: in which what was kept of a prompt is held, 8, 4 or 2; 0: as it is.
@@ -57,6 +58,7 @@ class View:
     events: list[Event] = dataclasses.field(default_factory=list)
     states: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     found: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    values: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     windows: dict[int, int | None] = dataclasses.field(default_factory=dict)
 
     def allowed(self, batch: int, heads: int, tokens: int, layer: int, window: int | None) -> Tensor:
@@ -188,7 +190,7 @@ def attend(
         scores = torch.cat([scores, s_aux.float().view(1, heads, 1, 1).expand(batch, -1, tokens, 1)], -1)
     weights = scores.softmax(-1)[..., :tokens]
     if view.rows:
-        view.found[module.layer_idx] = weights[:, :, -view.rows :]
+        view.found[module.layer_idx], view.values[module.layer_idx] = weights[:, :, -view.rows :], value.float()
     out = torch.where(as_it_is, weights @ pairs[0][1], weights @ pairs[-1][1])
     return out.transpose(1, 2).to(query.dtype), weights
 
@@ -233,9 +235,10 @@ def windows(model: Any) -> dict[int, int | None]:
 
 
 @torch.no_grad()
-def probabilities(model: Any, ids: Tensor, rows: int) -> dict[int, Tensor]:
-    """Attention [H, rows, T] of the last `rows` tokens of `ids` [1, T] in each layer that has any."""
+def probabilities(model: Any, ids: Tensor, rows: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """Of each layer that has attention that of the last `rows` tokens of `ids` [1, T], [H, rows, T], and all values
+    [K, T, Dv]."""
     view = View(torch.zeros(1, dtype=torch.int64), ids.shape[1], rows=rows)
     with seen_by(view):
         model(input_ids=ids, use_cache=False)
-    return {layer: found[0] for layer, found in view.found.items()}
+    return {layer: (found[0], view.values[layer][0]) for layer, found in view.found.items()}

@@ -11,7 +11,7 @@ import torch
 
 import specpass
 from bench.fuzz import oracle
-from bench.fuzz.cases import METHODS, OWN_DRAFT, RECURRENT, Case
+from bench.fuzz.cases import METHODS, OWN_DRAFT, RECURRENT, SPREAD, Case
 from bench.fuzz.evictions import Event
 from specpass.benchmarks.coverage.tiny import VOCAB, tiny_model
 from specpass.cache import budget
@@ -21,7 +21,7 @@ class Subject:
     """What cases of one family, method and budget call."""
 
     def __init__(self, family: str, method: str, budget: float) -> None:
-        name, fields = METHODS[method]
+        name, fields = (METHODS | SPREAD)[method]
         fields = {**fields, "prompt_budget": max(fields["prompt_budget"], budget)} if method == "speckv-pc" else fields
         self.method: Any = getattr(specpass, name)(budget=budget, **fields)
         self.model, self.twin = tiny_model(family), plain(family)

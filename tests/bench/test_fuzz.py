@@ -107,9 +107,23 @@ def test_bounded_answers_are_right_and_wrong_evictions_are_seen(
 
 def test_a_wrong_choice_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check.check(case(new=1), subject) == ""
-    monkeypatch.setattr(formulas, "head_scores", lambda weights, _, length, __: -weights[..., : length - 8].sum(1)[:2])
+
+    def upside_down(weights: torch.Tensor, values: torch.Tensor, length: int, _: object) -> list[torch.Tensor]:
+        return [-weights[: len(values), :, : length - 8].sum(1), torch.zeros(len(values), length - 8)]
+
+    monkeypatch.setattr(formulas, "head_scores", upside_down)
     with pytest.raises(WrongError, match="a dropped position scores"):
         check.check(case(new=1), subject)
+
+
+def test_shared_budgets_are_right_and_other_scores_or_shares_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = Subject("qwen2", "speckv-best", 24)
+    shared = dataclasses.replace(case(new=2), method="speckv-best")
+    assert check.check(shared, subject) == ""
+    for changed in ({"reconstruction": False}, {"spread": "uniform"}):
+        monkeypatch.setattr(subject, "resolved", lambda _, how=changed: dataclasses.replace(subject.method, **how))
+        with pytest.raises(WrongError, match=r"a dropped position|heads keep"):
+            check.check(shared, subject)
 
 
 def test_a_wrong_answer_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +236,7 @@ def test_cases_are_the_same_for_a_seed_and_cover_every_option() -> None:
         assert case.prefix is None or (case.prefix[1] < min(case.lengths) and max(case.lengths) <= max(cases.LENGTHS))
         assert case.prefix is None or case.mode not in ("assisted", "lookup")
     assert all(case.resampled and not case.turns for case in cases.grouped(3, 40, resample=True))
+    assert {case.method for case in cases.grouped(3, 60, methods=tuple(cases.SPREAD))} == set(cases.SPREAD)
     assert {cases.draw(3, index, bits=(8, 4)).bits for index in range(20)} == {8, 4}  # drawn where they are asked for
     asked_for = ("bits", "prefix", "resampled", "generated", "evict", "shared")
     for field in (field for field in dataclasses.fields(cases.Case) if field.name not in asked_for):
