@@ -11,6 +11,7 @@ lines that one compares with. Records are written one by one: a rerun goes on wh
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import common
+from specpass import SpecKVPC
 from specpass.benchmarks.methods import LOOKAHEAD, WINDOW
 from specpass.benchmarks.models import Pair, answers, label
 from specpass.benchmarks.pace import Pace
@@ -29,6 +31,17 @@ from specpass.benchmarks.quality.variants import DRAFT, FULL, Variant
 from specpass.benchmarks.results import Store
 from specpass.benchmarks.tasks.prompts import Prompt
 from specpass.benchmarks.tasks.table import SEPARATING, TASKS
+from specpass.methods.base import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class Filtered(Variant):
+    """SpecKV-PC whose target reads 512 tokens: the draft's attention chooses them, whatever it writes."""
+
+    def specpass_method(self) -> Method:
+        assert self.budget is not None
+        return SpecKVPC.best(self.budget, prompt_budget=512, lookahead=8)
+
 
 DRAFTLESS = (Variant(FULL, None), Variant("specpass_snapkv", 256))
 DRAFTED = (
@@ -37,6 +50,7 @@ DRAFTED = (
     Variant("specpass_specpc", 1024),
     Variant("specpass_best", 256),
     Variant("specpass_bestpc", 1024),
+    Filtered("specpass_bestkvpc_512", 256),
 )
 METHODS = tuple(variant.method for variant in (*DRAFTLESS, *DRAFTED))
 KEY = ("draft_layers", "method", "budget", "task", "length", "seed")

@@ -116,7 +116,7 @@ class Prefix:
         if model.weights != self.target.weights:
             raise PrefixModelError(
                 f"the prefix was read by {self.target.name} with other weights than the target's ({model.name}; "
-                "adapters count): read the document with this target."
+                "adapters count, and so does a process's part of a shared model): read the document with this target."
             )
 
     def check_draft(self, model: Identity) -> None:

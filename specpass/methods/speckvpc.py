@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from specpass.errors import LookaheadError, PromptBudgetError
 from specpass.methods.base import check_count
@@ -31,6 +33,8 @@ class SpecKVPC(SpecKV):
     neighbours: int = 32
     first_layer: int | None = None
     positions: str = "renumber"
+
+    recommended: ClassVar[Mapping[str, Any]] = {**SpecKV.recommended, "prompt_kernel": 16, "neighbours": 16}
 
     def __post_init__(self) -> None:
         super().__post_init__()
