@@ -22,7 +22,8 @@ from specpass.methods.base import AUTO, Method
 
 GROUP = "specpass.methods"  # of entry points
 FULL = "full"  # on the command line: no method, the uncompiled model with its whole KV cache
-PRESETS = {"best": "speckv", "bestpc": "specpc"}  # with the fields that measured best: see Method.best
+# With the fields that measured best: see Method.best.
+PRESETS = {"best": "speckv", "bestpc": "specpc", "bestkvpc": "speckvpc"}
 
 
 def built_in() -> dict[str, type[Method]]:

@@ -120,7 +120,9 @@ def test_the_best_is_a_method_with_fields_of_its_own() -> None:
     assert best != specpass.SpecKV(64, window=16)
     assert registry.make_method("Best", "64", ["spread=heads"]).spread == "heads"
     assert specpass.SpecKV.best(64, spread="uniform").spread == "uniform"
-    assert isinstance(specpass.SpecKVPC.best(64), specpass.SpecKVPC)
+    both = registry.make_method("best-kvpc", 64, ["prompt_budget=512"])
+    assert both == specpass.SpecKVPC.best(64, prompt_budget=512)
+    assert (both.reconstruction, both.prompt.kernel, both.prompt.neighbours) == (True, 16, 16)
     assert not registry.preset("speckv")
     assert methods.make("specpass_best", 64) == specpass.SpecKV.best(64, lookahead=32)
     shortened = specpass.SpecPC.best(128, window=16)

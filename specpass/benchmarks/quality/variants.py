@@ -31,6 +31,7 @@ GRID: dict[str, tuple[int | None, ...]] = {
 PRESETS: dict[str, tuple[int | None, ...]] = {
     "specpass_best": (256, 64),
     "specpass_bestpc": (1024, 512),
+    "specpass_bestkvpc": (256, 64),
 }  # if asked for
 BUDGETS = (256, 64)  # of a method that is not in the grid
 

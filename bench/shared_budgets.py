@@ -1,0 +1,121 @@
+"""What budgets that KV heads share cost beside equal ones: first token, decode step and storage, in one process.
+
+Every method compiles a twin of the target over the same weights. In each round one prompt, this repository's own text,
+goes through all of them, in an order that turns from round to round, so that a busy machine slows all. Beside the
+medians stand the floors: a prefill's FLOPs over a measured matmul rate, and a step's bytes over the memory's bandwidth.
+
+    python -m bench.shared_budgets
+    python -m bench.shared_budgets --tokens 2048 --dtype float32 --out FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from bench import common
+from bench.first_token import prefill_flops
+
+UNIFORM = "uniform"
+SPREADS: dict[str, dict[str, Any]] = {
+    UNIFORM: {},
+    "heads": {"spread": "heads"},
+    "global": {"spread": "global"},
+    "global, scores by outputs": {"spread": "global", "reconstruction": True},
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", default="qwen2.5-coder-1.5b", help="name or folder")
+    parser.add_argument("--draft", default="qwen2.5-coder-0.5b", help="name or folder")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
+    parser.add_argument("--tokens", type=int, default=8192, help="prompt length")
+    parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--lookahead", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=32, help="decode steps behind each prompt")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "shared_budgets.json")
+    return parser.parse_args()
+
+
+def timed(model: Any, method: Any, ids: list[int], steps: int) -> tuple[float, float, int]:
+    """Seconds to the first token, seconds of a decode step, bytes of the cache."""
+    from specpass import BudgetCache
+    from specpass.observe.storage import cache_bytes
+
+    cache = BudgetCache(model.config, method, max_new_tokens=steps + 1, prompt_length=len(ids))
+    found = common.answer(model, ids, steps + 1, min_new_tokens=steps + 1, past_key_values=cache)
+    return found.first_s, (found.total_s - found.first_s) / steps, cache_bytes(cache)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Records of every method: seconds of each round, bytes."""
+    from rich.progress import track
+
+    import specpass
+
+    target, draft = (common.load_model(name, args.dtype) for name in (args.target, args.draft))
+    prompts = common.own_text(common.load_tokenizer(args.target), args.rounds + 1, args.tokens)
+    # Every step is the graph's: replayed ones cost nothing.
+    given = {"budget": args.budget, "lookahead": args.lookahead, "verify": False}
+    methods = {name: specpass.SpecKV(**given, **fields) for name, fields in SPREADS.items()}
+    models = {
+        name: specpass.compile(common.twin(target), draft=draft, method=method, lowering=args.lowering)
+        for name, method in methods.items()
+    }
+    found: dict[str, Any] = {name: {"first_s": [], "step_s": []} for name in methods}
+    for turn, ids in enumerate(track(prompts, "prompts")):
+        names = list(methods)
+        for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
+            first, step, held = timed(models[name], methods[name], ids, args.steps)
+            found[name]["cache_bytes"] = held
+            if turn:  # the first compiles
+                found[name]["first_s"].append(round(first, 3))
+                found[name]["step_s"].append(round(step, 5))
+    return found | {"floors": floors(target, draft, args, found[UNIFORM]["cache_bytes"])}
+
+
+def floors(target: Any, draft: Any, args: argparse.Namespace, held: int) -> dict[str, float]:
+    """Seconds that FLOPs and bytes alone take: of both prefills, and of a step with the weights and `held` bytes."""
+    from specpass.benchmarks.speed.rates import bandwidth, matmul_rate
+    from specpass.observe.storage import step_weight_bytes
+
+    flops = prefill_flops(draft, args.tokens) + prefill_flops(target, args.tokens + args.lookahead)
+    return {
+        "first_s": round(flops / matmul_rate("cpu", args.dtype), 3),
+        "step_s": round((step_weight_bytes(target) + held) / bandwidth("cpu"), 5),
+    }
+
+
+def summarise(found: dict[str, Any]) -> dict[str, Any]:
+    """Medians, and each over that of equal budgets."""
+    medians = {name: {key: common.median(own[key], 5) for key in ("first_s", "step_s")} for name, own in found.items()}
+    even = medians[UNIFORM] | {"cache_bytes": found[UNIFORM]["cache_bytes"]}
+    return {
+        name: {
+            **own,
+            **{f"{key} over uniform": round(own[key] / even[key], 4) for key in own},
+            "cache_bytes over uniform": round(found[name]["cache_bytes"] / even["cache_bytes"], 4),
+        }
+        for name, own in medians.items()
+    }
+
+
+def main() -> None:
+    args = arguments()
+    found = run(args)
+    least = found.pop("floors")
+    names = ("tokens", "budget", "lookahead", "steps", "rounds", "dtype", "lowering")
+    settings = {name: getattr(args, name) for name in names}
+    settings |= {"target": Path(args.target).name, "draft": Path(args.draft).name}
+    summary = summarise(found)
+    for name, entry in summary.items():
+        print(name, entry)
+    common.save_results(args.out, settings, summary=summary, floors=least, results=found)
+
+
+if __name__ == "__main__":
+    main()
