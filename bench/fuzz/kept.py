@@ -33,8 +33,8 @@ class Head(NamedTuple):
 
 
 def sharing(heads: list[Head], spread: str) -> list[list[Head]]:
-    """Heads that share their budgets."""
-    if spread == "global":
+    """Heads that share their budgets; no group where there is no head."""
+    if spread == "global" and heads:
         return [heads]
     by_layer = [list(own) for _, own in itertools.groupby(heads, lambda head: head.layer)]
     return by_layer if spread == "heads" else [[head] for head in heads]
