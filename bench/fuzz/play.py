@@ -58,7 +58,8 @@ class Play:
         view: oracle.View | None = None
         for crop, fresh in ((0, 0), *self.case.turns):
             if view is not None:
-                view.limit = min(view.limit, ids.shape[1] - self.kept.prompts.size - 1 - crop)
+                if crop:  # else what a turn feeds, the answer's last token first, may be the lookahead's too
+                    view.limit = min(view.limit, ids.shape[1] - self.kept.prompts.size - 1 - crop)
                 ids, mask = self._following(ids, mask, crop, fresh)
             if self.case.dropped:
                 self.went.forget()

@@ -126,6 +126,13 @@ def test_shared_budgets_are_right_and_other_scores_or_shares_are_seen(monkeypatc
             check.check(shared, subject)
 
 
+def test_a_turn_goes_on_with_the_lookahead() -> None:
+    """Its first token is the answer's last, which the draft, the target's twin, has written; so may others be."""
+    key = ("qwen2", "speckv-mean", 24)
+    follows = [cases.Case(index, *key, (31,), new=3, turns=turns) for index, turns in enumerate([((0, 1),), ((1, 2),)])]
+    assert try_cases(key, follows).counts == {"right": 2}
+
+
 def test_a_wrong_answer_is_seen(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle reads one position fewer than was kept."""
 
