@@ -31,8 +31,8 @@ MethodName = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help=f"{', '.join(names())}; best, best-pc, best-kvpc: speckv, specpc and speckv-pc with what measured best; or "
-        f"{FULL}: no pruning.",
+        help=f"{', '.join(names())}; best, best-pc, best-kvpc: speckv, specpc and speckv-pc with what measured best; "
+        f"or {FULL}: no pruning.",
     ),
 ]
 Budget = Annotated[
