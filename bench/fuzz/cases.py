@@ -41,10 +41,8 @@ SPREAD: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CHOOSERS = ("specpc", "speckv-pc")  # of what the target reads: no turn can choose among what was never read
 UNWATCHED = ("gpt_oss",)  # its attention is no scaled_dot_product_attention, and its own forward is not pruned
-DRAFTED = (
-    *("speckv", "speckv-mean", *CHOOSERS),
-    *(name for name in SPREAD if "speckv" in name),
-)  # with a draft that can go on
+# With a draft that can go on.
+DRAFTED = ("speckv", "speckv-mean", *CHOOSERS, *(name for name in SPREAD if "speckv" in name))
 PLACES = ("device", "cpu", "file")  # of a document that was read beforehand
 DOCUMENTS = (1, 3, 20, 39, 58)  # tokens
 OWN_DRAFT = ("speckv-mean", "speckv-moves")  # their draft is the target's twin, whose lookahead the answer follows

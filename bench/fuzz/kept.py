@@ -18,7 +18,6 @@ from bench.fuzz.subject import Subject
 CLOSE = 1e-3  # of the logits' size
 CLOSE_IN_BITS = 2e-2  # of quantised caches: what differs by rounding upstream may get another code
 
-
 SCORING = ("window", "reduce", "pool", "kernel", "value_norms", "reconstruction")  # of a method
 
 

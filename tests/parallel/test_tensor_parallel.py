@@ -60,7 +60,7 @@ def results(folder: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def together(folder: Path, results: list[dict[str, str]]) -> list[dict[str, str]]:
     """Of the second pair."""
-    return started(HERE / "together.py", folder / "second", (0, DIED), 300)
+    return started(HERE / "together.py", folder / "second", (0, DIED), 600)
 
 
 @pytest.mark.parametrize("case", FIRST)
