@@ -51,8 +51,8 @@ def timed(model: Any, method: Any, ids: list[int], steps: int) -> tuple[float, f
     return found.first_s, (found.total_s - found.first_s) / steps, cache_bytes(cache)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Records of every method: seconds of each round, bytes."""
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
+    """Records of every method, seconds of each round and bytes, and the floors."""
     from rich.progress import track
 
     import specpass
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             if turn:  # the first compiles
                 found[name]["first_s"].append(round(first, 3))
                 found[name]["step_s"].append(round(step, 5))
-    return found | {"floors": floors(target, draft, args, found[UNIFORM]["cache_bytes"])}
+    return found, floors(target, draft, args, found[UNIFORM]["cache_bytes"])
 
 
 def floors(target: Any, draft: Any, args: argparse.Namespace, held: int) -> dict[str, float]:
@@ -106,8 +106,7 @@ def summarise(found: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     args = arguments()
-    found = run(args)
-    least = found.pop("floors")
+    found, least = run(args)
     names = ("tokens", "budget", "lookahead", "steps", "rounds", "dtype", "lowering")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"target": Path(args.target).name, "draft": Path(args.draft).name}

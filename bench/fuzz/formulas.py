@@ -29,7 +29,8 @@ def head_scores(weights: Tensor, values: Tensor, length: int, how: dict) -> tupl
         rows, near = moves(rows, values.double())
     elif how["value_norms"]:
         rows, near = rows * norms, near * norms
-    return tuple(_pooled(part[..., : length - how["window"]], how) for part in (rows, near))  # type: ignore[return-value]
+    end = length - how["window"]
+    return _pooled(rows[..., :end], how), _pooled(near[..., :end], how)
 
 
 def moves(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

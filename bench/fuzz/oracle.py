@@ -33,8 +33,8 @@ class View:
         starts: [prompts] columns of padding in front of each prompt; rows of one prompt are neighbours.
         prompt: S. kept: layer -> positions [prompts, K, C], -1 where unused; layers that are missing see everything.
         mask: [prompts, columns so far] 0 where padding stands; none of what is generated is.
-        rows: probabilities of the last so many rows are noted in `found`, layer -> [B, H, rows, T], and `values`,
-            layer -> [B, K, T, Dv].
+        rows: probabilities of the last so many rows, [B, H, rows, T], and values [B, K, T, Dv] are noted in `found`,
+            by layer.
         ahead: [prompts, L] lookahead tokens, which an answer follows for `limit` tokens at most.
         followed: [B] tokens of each row that are, of the call that runs.
         bits: in which what was kept of a prompt is held, 8, 4 or 2; 0: as it is.
@@ -57,8 +57,7 @@ class View:
     near: bool = False
     events: list[Event] = dataclasses.field(default_factory=list)
     states: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
-    found: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    values: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    found: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
     windows: dict[int, int | None] = dataclasses.field(default_factory=dict)
 
     def allowed(self, batch: int, heads: int, tokens: int, layer: int, window: int | None) -> Tensor:
@@ -190,7 +189,7 @@ def attend(
         scores = torch.cat([scores, s_aux.float().view(1, heads, 1, 1).expand(batch, -1, tokens, 1)], -1)
     weights = scores.softmax(-1)[..., :tokens]
     if view.rows:
-        view.found[module.layer_idx], view.values[module.layer_idx] = weights[:, :, -view.rows :], value.float()
+        view.found[module.layer_idx] = weights[:, :, -view.rows :], value.float()
     out = torch.where(as_it_is, weights @ pairs[0][1], weights @ pairs[-1][1])
     return out.transpose(1, 2).to(query.dtype), weights
 
@@ -241,4 +240,4 @@ def probabilities(model: Any, ids: Tensor, rows: int) -> dict[int, tuple[Tensor,
     view = View(torch.zeros(1, dtype=torch.int64), ids.shape[1], rows=rows)
     with seen_by(view):
         model(input_ids=ids, use_cache=False)
-    return {layer: (found[0], view.values[layer][0]) for layer, found in view.found.items()}
+    return {layer: (weights[0], values[0]) for layer, (weights, values) in view.found.items()}
