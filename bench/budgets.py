@@ -118,7 +118,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=SEPARATING, help=f"of {', '.join(TASKS)}")
     parser.add_argument("--seeds", type=int, default=8, help="seeds 0 .. N-1")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=tuple(ENGINES), metavar="NAME")
-    parser.add_argument("--peers", nargs="+", choices=peers.SHARING, default=(), metavar="NAME", help="kvpress's own")
+    parser.add_argument("--peers", nargs="+", choices=peers.PRESSES, default=(), metavar="NAME", help="kvpress's own")
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--lookahead", type=int, default=32)
     parser.add_argument(

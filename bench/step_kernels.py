@@ -2,7 +2,8 @@
 
 Products: weights of the Qwen2.5 pair's shapes, in bfloat16, as many as take 1.2 GB, one after another, as a step reads
 them; `read` is the sum of the same bytes as int64, `packed` is oneDNN's way with a copy of each weight in its own
-layout. Attention: one new token behind the slots in use, one layer, aten's append and attention against one call.
+layout. Attention: one new token behind the slots in use, one layer, aten's append and attention against one call, with
+equal budgets and with those that KV heads share.
 
     python -m bench.step_kernels
     python -m bench.step_kernels --rows 1 4 --rounds 3
@@ -11,6 +12,7 @@ layout. Attention: one new token behind the slots in use, one layer, aten's appe
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import specpass.ops  # noqa: F401  (says where libraries are kept)
 from bench.common import RESULTS, median, save_results
-from specpass.kernels.cpu import decode
 from specpass.kernels.cpu.build import Unbuilt
 from specpass.kernels.cpu.linear import few_rows, multiply
 from specpass.kernels.decode import reference
+from specpass.ops import attention as ops
 
 SHAPES = {
     "target": ((8960, 1536), (1536, 8960), (1536, 1536), (256, 1536), (151_936, 1536)),
@@ -70,29 +71,38 @@ def products(shape: tuple[int, int], rows: int, rounds: int, pool: Tensor) -> di
     return {"weight": list(shape), "weights": count, "rows": rows, **rates, **best}
 
 
-def attention(model: str, batch: int, slots: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a layer's append and attention, by each way."""
+def attention(model: str, batch: int, slots: int, dtype: str, shared: bool, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a layer's append and attention, by each way.
+
+    Args: shared: whether KV heads share budgets: one has half of another's slots, in one storage.
+    """
     heads, kv_heads, dim = HEADS[model]
-    room = slots + 64
-    keys, values = (torch.randn(batch, kv_heads * room, dim).bfloat16() for _ in range(2))
-    new = [torch.randn(batch, count, 1, dim).bfloat16() for count in (heads, kv_heads, kv_heads)]
-    lengths = torch.empty(batch, kv_heads, dtype=torch.int64)
+    kind, room = getattr(torch, dtype), slots + 64
+    keys, values = (torch.randn(batch, kv_heads * room, dim).to(kind) for _ in range(2))
+    new = [torch.randn(batch, count, 1, dim).to(kind) for count in (heads, kv_heads, kv_heads)]
+    used, offsets = torch.full((batch, kv_heads), slots), None
+    if shared:
+        used[:, 0] -= slots // 3
+        used[:, 1] += slots // 3
+        offsets = (used + 64).cumsum(1) - (used + 64)
+    lengths = torch.empty_like(used)
 
     def repeated(call: Callable[..., Any]) -> Callable[[], None]:
         def run() -> None:
             for _ in range(20):
-                call(keys, values, lengths.fill_(slots), *new, dim**-0.5)
+                call(keys, values, lengths.copy_(used), *new, dim**-0.5, 0.0, None, 0, 0, offsets)
 
         return run
 
-    spans = by_turns({"aten": repeated(reference.append_attend), "ours": repeated(decode.append_attend)}, rounds)
+    spans = by_turns({"aten": repeated(reference.append_attend), "ours": repeated(ops.append_attend)}, rounds)
     medians = {f"{name}_ms": median([each / 20 for each in times]) for name, times in spans.items()}
-    return {"model": model, "batch": batch, "slots": slots, **medians}
+    return {"model": model, "batch": batch, "slots": slots, "dtype": dtype, "shared": shared, **medians}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 5, 8, 16, 32])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 5, 8, 16, 32], help="none: attention alone")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of attention")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS / "step_kernels.json")
     args = parser.parse_args()
@@ -103,11 +113,16 @@ def main() -> None:
             for rows in args.rows:
                 linears.append({"model": model, **products(shape, rows, args.rounds, pool)})
                 print(linears[-1])
-        for batch in BATCHES:
-            for slots in SLOTS:
-                attentions.append(attention(model, batch, slots, args.rounds))
-                print(attentions[-1])
-    settings = {"rows": args.rows, "rounds": args.rounds, "threads": torch.get_num_threads(), "bytes": BYTES}
+        for batch, slots, dtype, shared in itertools.product(BATCHES, SLOTS, args.dtypes, (False, True)):
+            attentions.append(attention(model, batch, slots, dtype, shared, args.rounds))
+            print(attentions[-1])
+    settings = {
+        "rows": args.rows,
+        "dtypes": args.dtypes,
+        "rounds": args.rounds,
+        "threads": torch.get_num_threads(),
+        "bytes": BYTES,
+    }
     save_results(args.out, settings, products=linears, attention=attentions)
 
 

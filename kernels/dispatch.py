@@ -78,8 +78,7 @@ def choose(operator: str, operands: Operands) -> Choice:
     if device.type == "cpu" and operator in CPU_KERNELS:
         return _choose_on_cpu(operator, operands)
     if device.type == "cpu" and operator in ("append_attend", "append_attend_lse"):
-        refused = decode.refuse(operands)
-        return Choice(operator, None if refused else "decode_avx512", refused or "bfloat16 on a CPU with AVX-512")
+        return Choice(operator, *decode.served(operands))
     if device.type != "cuda":
         return Choice(operator, None, f"{device.type} tensors")
     reason = None

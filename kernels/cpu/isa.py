@@ -16,6 +16,7 @@ class Isa:
     flags: tuple[str, ...] = ()
 
 
+AVX2 = Isa("AVX2", ("avx2", "fma3"), ("-mavx2", "-mfma"))
 AVX512 = Isa(
     "AVX-512",
     ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "avx512_bf16"),

@@ -226,18 +226,20 @@ def append_attend(
     layers: int = 1,
 ) -> Tensor:
     """As the reference."""
-    if choose("append_attend", dict(locals())).kernel == "decode_avx512":
-        return decode.append_attend(keys, values, lengths, query, key, value, scale, sliding, offsets)[0]
-    changes = (softcap, sinks, sliding, chunk, offsets, layers)
-    return reference.append_attend(keys, values, lengths, query, key, value, scale, *changes)
+    kernel = choose("append_attend", dict(locals())).kernel
+    states, changes = (keys, values, lengths, query, key, value, scale), (softcap, sinks, sliding, chunk, offsets)
+    if kernel in decode.WAYS:
+        return decode.append_attend(kernel, *states, *changes)[0]
+    return reference.append_attend(*states, *changes, layers)
 
 
 def append_attend_lse(
     keys: Tensor, values: Tensor, lengths: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """As the reference."""
-    if choose("append_attend_lse", dict(locals())).kernel == "decode_avx512":
-        return decode.append_attend(keys, values, lengths, query, key, value, scale)
+    kernel = choose("append_attend_lse", dict(locals())).kernel
+    if kernel in decode.WAYS:
+        return decode.append_attend(kernel, keys, values, lengths, query, key, value, scale)
     return reference.append_attend_lse(keys, values, lengths, query, key, value, scale)
 
 

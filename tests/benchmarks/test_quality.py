@@ -443,7 +443,7 @@ import worker
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[2], dtype=torch.float32).eval()
 ids = torch.randint(3, 9000, (1, 300), generator=torch.Generator().manual_seed(0))
-names = ("kvpress_snapkv", "kvpress_adakv_snapkv", "kvpress_expected_attention")
+names = sys.argv[3:]
 with torch.no_grad():
     presses = [worker.make_press(name, 64, 300) for name in names]
     first, found = worker.prefill_together(model, ids, presses)
@@ -468,7 +468,8 @@ print("as kvpress runs it")
 def test_presses_that_share_a_prefill_are_kvpress_alone() -> None:
     if not list((cache_dir() / "peers").glob(f"*/{peers.STAMP}")):
         pytest.skip("the peers are not installed (1.4 GB); `specpass bench quality` does it")
-    command = [str(peers.python()), "-P", "-c", TOGETHER, str(peers.HERE), str(hub.model_path("smollm2-135m"))]
+    model = str(hub.model_path("smollm2-135m"))
+    command = [str(peers.python()), "-P", "-c", TOGETHER, str(peers.HERE), model, *peers.SHARING]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "as kvpress runs it" in done.stdout

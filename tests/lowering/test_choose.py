@@ -19,6 +19,8 @@ import specpass
 import specpass.ops
 from specpass.kernels import dispatch
 from specpass.kernels.archs import ARCHS
+from specpass.kernels.cpu import decode
+from specpass.kernels.cpu.build import Unbuilt
 from specpass.kernels.dispatch import choose
 from specpass.kernels.registry import REGISTRY
 from specpass.lowering.choose import choose_sites
@@ -158,7 +160,8 @@ def test_the_cpu_path_never_imports_triton() -> None:
     assert run.stdout.strip() == "False"
 
 
-def test_a_models_report_says_what_each_site_became() -> None:
+def test_a_models_report_says_what_each_site_became(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "WAYS", {})  # whatever this CPU has
     layers, method = 2, specpass.SnapKV(budget=12, window=4)
     model = compile_eager(tiny(layers=layers), method)
     run(model, prompt(40, seed=1), 3)
@@ -174,3 +177,12 @@ def test_a_models_report_says_what_each_site_became() -> None:
         assert [line for _, line in found[kind]] == lines * layers
         assert all(f"layers.{index // len(names)}." in path for index, (path, _) in enumerate(found[kind]))
     assert f"{layers} x attend: aten (cpu tensors)" in str(report)
+
+
+def test_a_step_in_float32_is_one_call_where_the_cpu_has_vectors() -> None:
+    way = "decode_avx2"
+    if isinstance(refused := decode.WAYS[way].library(), Unbuilt):
+        pytest.skip(str(refused))
+    model = compile_eager(tiny(layers=2), specpass.SnapKV(budget=12, window=4))
+    run(model, prompt(40, seed=1), 3)
+    assert f"2 x append_attend: kernel {way} (float32 and bfloat16 on a CPU with AVX2)" in str(specpass.report(model))

@@ -138,7 +138,7 @@ def test_leaves_an_append_that_others_read(function: Callable[..., Any]) -> None
 
 
 def test_leaves_what_the_table_gives_to_aten() -> None:
-    gm = fused(traced(device="cpu", dtype=torch.float32))
+    gm = fused(traced(device="cpu", dtype=torch.float16))
     check_count(gm, ["append_attend"], append_kv=1, attend=1)
 
 

@@ -28,7 +28,14 @@ from specpass.hub import model_path
 
 HERE = Path(__file__).parent
 PINS, WORKER = HERE / "peers.txt", HERE / "worker.py"
-SHARING = ("kvpress_snapkv", "kvpress_adakv_snapkv", "kvpress_expected_attention")  # prune what one prefill wrote
+SHARING = (  # prune what one prefill wrote
+    "kvpress_snapkv",
+    "kvpress_adakv_snapkv",
+    "kvpress_expected_attention",
+    "kvpress_criticaladakv_snapkv",
+    "kvpress_keydiff",
+)
+PRESSES = (*SHARING, "kvpress_kvzip")
 STAMP = "specpass-complete"
 
 

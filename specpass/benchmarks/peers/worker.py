@@ -38,6 +38,10 @@ def make_press(name: str, budget: int, length: int) -> Any:
         return kvpress.AdaKVPress(kvpress.SnapKVPress(compression_ratio=ratio, window_size=WINDOW))
     if name == "kvpress_expected_attention":
         return kvpress.ExpectedAttentionPress(compression_ratio=ratio)
+    if name == "kvpress_criticaladakv_snapkv":
+        return kvpress.CriticalAdaKVPress(kvpress.SnapKVPress(compression_ratio=ratio, window_size=WINDOW))
+    if name == "kvpress_keydiff":
+        return kvpress.KeyDiffPress(compression_ratio=ratio)
     if name == "kvpress_kvzip":
         return kvpress.KVzipPress(compression_ratio=ratio)
     raise ValueError(f"unknown press {name!r}")
@@ -209,6 +213,8 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
     model = model.eval().requires_grad_(False).to(job["device"])
+    if getattr(model.config, "head_dim", None) is None:  # Qwen2's; CriticalKV reads it of any
+        model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
     if job["what"] == "speed":
         print(json.dumps(speed(model, job)), flush=True)
         return

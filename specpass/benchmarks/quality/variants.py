@@ -27,6 +27,8 @@ GRID: dict[str, tuple[int | None, ...]] = {
     "specpass_speckvpc": (256, 64),
     "specpass_pyramidkv": (256, 64),
     "kvpress_kvzip": (256, 64),
+    "kvpress_criticaladakv_snapkv": (256, 64),
+    "kvpress_keydiff": (256, 64),
 }
 PRESETS: dict[str, tuple[int | None, ...]] = {
     "specpass_best": (256, 64),
