@@ -1,8 +1,9 @@
 """What budgets that KV heads share cost beside equal ones: first token, decode step and storage, in one process.
 
 Every method compiles a twin of the target over the same weights. In each round one prompt, this repository's own text,
-goes through all of them, in an order that turns from round to round, so that a busy machine slows all. Beside the
-medians stand the floors: a prefill's FLOPs over a measured matmul rate, and a step's bytes over the memory's bandwidth.
+goes through all of them, in an order that turns from round to round, and then single steps do, so that a busy machine
+slows all. Beside the medians stand the floors: a prefill's FLOPs over a measured matmul rate, and a step's bytes over
+the memory's bandwidth.
 
     python -m bench.shared_budgets
     python -m bench.shared_budgets --tokens 2048 --dtype float32 --out FILE
@@ -11,6 +12,7 @@ medians stand the floors: a prefill's FLOPs over a measured matmul rate, and a s
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +43,32 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def timed(model: Any, method: Any, ids: list[int], steps: int) -> tuple[float, float, int]:
-    """Seconds to the first token, seconds of a decode step, bytes of the cache."""
-    from specpass import BudgetCache
-    from specpass.observe.storage import cache_bytes
+def first_token(model: Any, method: Any, ids: list[int], room: int) -> tuple[float, Any]:
+    """Seconds from the prompt to its first token's logits, and the cache."""
+    import torch
 
-    cache = BudgetCache(model.config, method, max_new_tokens=steps + 1, prompt_length=len(ids))
-    found = common.answer(model, ids, steps + 1, min_new_tokens=steps + 1, past_key_values=cache)
-    return found.first_s, (found.total_s - found.first_s) / steps, cache_bytes(cache)
+    from specpass import BudgetCache
+
+    cache = BudgetCache(model.config, method, max_new_tokens=room, prompt_length=len(ids))
+    return seconds(model, cache, torch.tensor([ids])), cache
+
+
+def seconds(model: Any, cache: Any, ids: Any) -> float:
+    import torch
+
+    since = time.perf_counter()
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+    return time.perf_counter() - since
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
-    """Records of every method, seconds of each round and bytes, and the floors."""
+    """Records of every method, seconds of each prompt and step and bytes, and the floors."""
+    import torch
     from rich.progress import track
 
     import specpass
+    from specpass.observe.storage import cache_bytes
 
     target, draft = (common.load_model(name, args.dtype) for name in (args.target, args.draft))
     prompts = common.own_text(common.load_tokenizer(args.target), args.rounds + 1, args.tokens)
@@ -67,14 +80,20 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
         for name, method in methods.items()
     }
     found: dict[str, Any] = {name: {"first_s": [], "step_s": []} for name in methods}
+    token = torch.tensor([[prompts[0][0]]])
     for turn, ids in enumerate(track(prompts, "prompts")):
-        names = list(methods)
-        for name in (*names[turn % len(names) :], *names[: turn % len(names)]):
-            first, step, held = timed(models[name], methods[name], ids, args.steps)
-            found[name]["cache_bytes"] = held
+        turned = [*list(methods)[turn % len(methods) :], *list(methods)[: turn % len(methods)]]
+        caches: dict[str, Any] = {}
+        for name in turned:
+            took, caches[name] = first_token(models[name], methods[name], ids, args.steps)
+            found[name]["cache_bytes"] = cache_bytes(caches[name])
             if turn:  # the first compiles
-                found[name]["first_s"].append(round(first, 3))
-                found[name]["step_s"].append(round(step, 5))
+                found[name]["first_s"].append(round(took, 3))
+        for _ in range(args.steps):
+            for name in turned:
+                took = seconds(models[name], caches[name], token)
+                if turn:
+                    found[name]["step_s"].append(round(took, 5))
     return found, floors(target, draft, args, found[UNIFORM]["cache_bytes"])
 
 
@@ -91,16 +110,18 @@ def floors(target: Any, draft: Any, args: argparse.Namespace, held: int) -> dict
 
 
 def summarise(found: dict[str, Any]) -> dict[str, Any]:
-    """Medians, and each over that of equal budgets."""
-    medians = {name: {key: common.median(own[key], 5) for key in ("first_s", "step_s")} for name, own in found.items()}
-    even = medians[UNIFORM] | {"cache_bytes": found[UNIFORM]["cache_bytes"]}
+    """Medians, and each over that of equal budgets: of times the median of the ratios, turn by turn."""
+    even = found[UNIFORM]
     return {
         name: {
-            **own,
-            **{f"{key} over uniform": round(own[key] / even[key], 4) for key in own},
-            "cache_bytes over uniform": round(found[name]["cache_bytes"] / even["cache_bytes"], 4),
+            **{key: common.median(own[key], 5) for key in ("first_s", "step_s")},
+            **{
+                f"{key} over uniform": common.median(a / b for a, b in zip(own[key], even[key], strict=True))
+                for key in ("first_s", "step_s")
+            },
+            "cache_bytes over uniform": round(own["cache_bytes"] / even["cache_bytes"], 4),
         }
-        for name, own in medians.items()
+        for name, own in found.items()
     }
 
 
