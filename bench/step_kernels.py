@@ -1,9 +1,9 @@
 """What a decode step on this CPU consists of, ours beside torch's, by turns: matrix products and attention.
 
-Products: weights of the Qwen2.5 pair's shapes, in bfloat16, as many as take 1.2 GB, one after another, as a step reads
-them; `read` is the sum of the same bytes as int64, `packed` is oneDNN's way with a copy of each weight in its own
-layout. Attention: one new token behind the slots in use, one layer, aten's append and attention against one call, with
-equal budgets and with those that KV heads share.
+Products: weights of the Qwen2.5 pair's shapes, as many as take 1.2 GB, one after another, as a step reads them; `read`
+is the sum of the same bytes as int64, `packed` is oneDNN's way with a copy of each weight in its own layout, where it
+multiplies the dtype. Attention: one new token behind the slots in use, one layer, aten's append and attention against
+one call, with equal budgets and with those that KV heads share.
 
     python -m bench.step_kernels
     python -m bench.step_kernels --rows 1 4 --rounds 3
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bench.common import RESULTS, median, save_results
 from specpass.kernels.cpu.build import Unbuilt
+from specpass.kernels.cpu.isa import multiplies
 from specpass.kernels.cpu.linear import few_rows, multiply
 from specpass.kernels.decode import reference
 from specpass.ops import attention as ops
@@ -35,6 +36,12 @@ SHAPES = {
 HEADS = {"target": (12, 2, 128), "draft": (14, 2, 64)}  # H, K, D
 SLOTS, BATCHES = (256, 1_024, 8_192), (1, 4)
 BYTES = 1_200_000_000
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def by_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -54,21 +61,23 @@ def products(shape: tuple[int, int], rows: int, rounds: int, pool: Tensor) -> di
     size = shape[0] * shape[1]
     count = pool.numel() // size
     weights = [pool[index * size : (index + 1) * size].view(shape) for index in range(count)]
-    packed = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
-    x = torch.randn(rows, shape[1]).bfloat16()
-    own = few_rows()
+    x = torch.randn(rows, shape[1]).to(pool.dtype)
+    own = few_rows(pool.dtype)
     ways: dict[str, Callable[[], Any]] = {
         "read": lambda: pool[: count * size].view(torch.int64).sum(),
         "linear": lambda: [F.linear(x, weight) for weight in weights],
-        "packed": lambda: [torch.ops.mkldnn._linear_pointwise(x, each, None, "none", [], "") for each in packed],
     }
+    if multiplies(pool.dtype):
+        packed = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
+        ways["packed"] = lambda: [torch.ops.mkldnn._linear_pointwise(x, each, None, "none", [], "") for each in packed]
     if not isinstance(own, Unbuilt):
         ways["ours"] = lambda: [multiply(own, x, [weight], [None]) for weight in weights]
-    gigabytes = 2 * count * size / 1e9
+    gigabytes = pool.itemsize * count * size / 1e9
     spans = by_turns(ways, rounds)
     rates = {f"{name}_gb_s": round(1e3 * gigabytes / median(times), 2) for name, times in spans.items()}
     best = {f"{name}_best_gb_s": round(1e3 * gigabytes / min(times), 2) for name, times in spans.items()}
-    return {"weight": list(shape), "weights": count, "rows": rows, **rates, **best}
+    kind = str(pool.dtype).removeprefix("torch.")
+    return {"weight": list(shape), "weights": count, "rows": rows, "dtype": kind, **rates, **best}
 
 
 def attention(model: str, batch: int, slots: int, dtype: str, shared: bool, rounds: int) -> dict[str, Any]:
@@ -77,7 +86,7 @@ def attention(model: str, batch: int, slots: int, dtype: str, shared: bool, roun
     Args: shared: whether KV heads share budgets: one has half of another's slots, in one storage.
     """
     heads, kv_heads, dim = HEADS[model]
-    kind, room = getattr(torch, dtype), slots + 64
+    kind, room = torch_dtype(dtype), slots + 64
     keys, values = (torch.randn(batch, kv_heads * room, dim).to(kind) for _ in range(2))
     new = [torch.randn(batch, count, 1, dim).to(kind) for count in (heads, kv_heads, kv_heads)]
     used, offsets = torch.full((batch, kv_heads), slots), None
@@ -102,17 +111,18 @@ def attention(model: str, batch: int, slots: int, dtype: str, shared: bool, roun
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 5, 8, 16, 32], help="none: attention alone")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of attention")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], help="of both")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS / "step_kernels.json")
     args = parser.parse_args()
-    pool = torch.empty(BYTES // 2, dtype=torch.bfloat16).normal_(std=0.02)
     linears, attentions = [], []
-    for model, shapes in SHAPES.items():
-        for shape in shapes:
-            for rows in args.rows:
+    for dtype in map(torch_dtype, args.dtypes if args.rows else ()):
+        pool = torch.empty(BYTES // dtype.itemsize, dtype=dtype).normal_(std=0.02)
+        for model, shapes in SHAPES.items():
+            for shape, rows in itertools.product(shapes, args.rows):
                 linears.append({"model": model, **products(shape, rows, args.rounds, pool)})
                 print(linears[-1])
+    for model in SHAPES:
         for batch, slots, dtype, shared in itertools.product(BATCHES, SLOTS, args.dtypes, (False, True)):
             attentions.append(attention(model, batch, slots, dtype, shared, args.rounds))
             print(attentions[-1])

@@ -3,7 +3,7 @@
 before: q = linear(x, wq, bq); k = linear(x, wk, bk); v = linear(x, wv, bv)
 after:  q, k, v = linear_rows(x, [wq, wk, wv], [bq, bk, bv])
 
-Of weights in bfloat16 on a CPU for which the kernels have a library. A step has few rows, but in which graph a batch is
+Of weights on a CPU in a dtype for which the kernels have a library. A step has few rows, but in which graph a batch is
 a number, and in which symbolic, is Dynamo's choice: the operator looks at the rows that come.
 """
 
@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from specpass.dialect.define import SPEC
@@ -34,12 +35,10 @@ class FewRows(Pass):
     kinds: ClassVar[tuple[Kind, ...]] = STEPS
 
     def run(self, gm: fx.GraphModule, request: Request, facts: Facts) -> None:
-        groups = served(gm.graph)
-        rows = few_rows() if groups else None
-        if rows is None or isinstance(rows, Unbuilt):
-            return
         editor = Editor(gm)
-        for group in groups:
+        for group in served(gm.graph):
+            if isinstance(few_rows(dtype_of(group[0])), Unbuilt):
+                continue
             first = group[0].node
             weights, biases = [each.weight for each in group], [each.bias for each in group]
             call = editor.call(SPEC.linear_rows, group[0].input, weights, biases, before=first, like=first)
@@ -49,14 +48,21 @@ class FewRows(Pass):
 
 def linear_notes(gm: fx.GraphModule) -> list[str]:
     """How a step's linear layers run, for the report; nothing where none could be a library's."""
-    calls, left = LinearRows.find(gm.graph), sum(map(len, served(gm.graph)))
-    rows = few_rows() if calls or left else None
-    if isinstance(rows, Unbuilt):
-        return [f"{left} linear layers are torch's: {rows}"]
-    if rows is None or not calls:
-        return []
-    count = sum(len(call.weights) for call in calls)
-    return [f"{count} linear layers in {len(calls)} calls: {rows.how}, for up to {rows.most} rows"]
+    calls, left = LinearRows.find(gm.graph), [linear for group in served(gm.graph) for linear in group]
+    dtypes, notes = [value(call.weights[0]).dtype for call in calls], []
+    for dtype in dict.fromkeys([*dtypes, *map(dtype_of, left)]):
+        rows, own = few_rows(dtype), [call for call, each in zip(calls, dtypes, strict=True) if each == dtype]
+        count = sum(len(call.weights) for call in own)
+        if isinstance(rows, Unbuilt):
+            count += sum(dtype_of(linear) == dtype for linear in left)
+            notes.append(f"{count} linear layers are torch's: {rows}")
+        elif own:
+            notes.append(f"{count} linear layers in {len(own)} calls: {rows.how}, for up to {rows.most} rows")
+    return notes
+
+
+def dtype_of(linear: Linear) -> torch.dtype:
+    return value(linear.weight).dtype
 
 
 def served(graph: fx.Graph) -> list[list[Linear]]:

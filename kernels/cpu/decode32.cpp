@@ -1,32 +1,13 @@
 // A step's attention on a CPU with AVX2: see decode.h. float32 or bfloat16 in and out, all arithmetic in float32.
 // Products of 8 slots with one query end in one vector of 8 scores; D and Dv are multiples of 8.
 
-#include <immintrin.h>
-
-#include <cstring>
-
+#include "avx2.h"
 #include "decode.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 8, CHUNK = 64;  // slots of a product, which are a vector's numbers; slots of a softmax
-constexpr int64_t MANY = 4;               // queries whose sums are registers
-
-inline __m256 widened(const float *from) { return _mm256_loadu_ps(from); }
-inline __m256 widened(const bf16 *from) {
-  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-
-inline void narrowed(float *to, __m256 v) { _mm256_storeu_ps(to, v); }
-inline void narrowed(bf16 *to, __m256 v) {
-  uint32_t words[BLOCK];
-  std::memcpy(words, &v, sizeof words);
-  for (int64_t i = 0; i < BLOCK; i++) {
-    const bool is_nan = (words[i] & 0x7fffffff) > 0x7f800000;  // to the nearest, ties to even, and NaN stays
-    to[i] = is_nan ? 0x7fc0 : (words[i] + 0x7fff + (words[i] >> 16 & 1)) >> 16;
-  }
-}
+constexpr int64_t BLOCK = LANES, CHUNK = 64;  // slots of a product, and of a softmax
+constexpr int64_t MANY = 4;                   // queries whose sums are registers
 
 // Lane i of the result: all of v[i].
 inline __m256 sums_of(const __m256 (&v)[8]) {
@@ -59,13 +40,6 @@ inline float highest_of(__m256 v) {
   float all[BLOCK];
   _mm256_storeu_ps(all, v);
   return *std::max_element(all, all + BLOCK);
-}
-
-inline float sum_of(__m256 v) {
-  float all[BLOCK], sum = 0;
-  _mm256_storeu_ps(all, v);
-  for (float one : all) sum += one;
-  return sum;
 }
 
 // One KV head's queries over some of its slots, a chunk at a time, relative to the highest score so far.

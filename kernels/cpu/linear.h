@@ -1,4 +1,4 @@
-// What linear.cpp and linear8.cpp share: the matrices of one call, and how their rows are dealt to threads.
+// What linear.cpp, linear8.cpp and linear32.cpp share: the matrices of one call, how their rows are dealt to threads.
 //
 // Blocks of 16 rows of W are dealt. Lines of W are asked for AHEAD bytes before they are read, the next block's where a
 // row ends: the hardware does not look over the end of a row, and is behind most of the time.
@@ -14,20 +14,20 @@
 namespace {
 
 constexpr int64_t BLOCK = 16, AHEAD = 512;
-constexpr int64_t PARALLEL = 1 << 17;  // numbers of W from which threads are woken
 
-template <class Number> struct Part {
+template <class Number, class Value = uint16_t> struct Part {
   const Number *weight;   // [N, K]
   int64_t stride;         // numbers from one row of it to the next
   const float *scale;     // [N]: what a row is multiplied by, or null
-  const uint16_t *bias;   // [N], or null
-  uint16_t *out;          // [M, N]
+  const Value *bias;      // [N], or null
+  Value *out;             // [M, N]
   int64_t n;
 
   int64_t blocks() const { return (n + BLOCK - 1) / BLOCK; }
   // The last block is whole: it begins early, and what was done before is done again, and not written.
   int64_t first(int64_t block) const { return std::min(block * BLOCK, n - BLOCK); }
 
+#ifdef __AVX512BF16__
   // sums of the block's 16 rows, of row m of x -> out, rounded to nearest even.
   void write(int64_t block, int64_t m, __m512 sums) const {
     const int64_t from = first(block);
@@ -39,25 +39,27 @@ template <class Number> struct Part {
     const __mmask16 fresh = (__mmask16)(0xffffu << (block * BLOCK - from));
     _mm256_mask_storeu_epi16(out + m * n + from, fresh, (__m256i)_mm512_cvtneps_pbh(sums));
   }
+#endif
 };
 
 inline void ask(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T0); }
 
 // work(part, block, rows of the block behind it, their stride) for all blocks of all parts, by a Worker of each thread.
-template <class Number, class Make>
-void deal(const Part<Number> *parts, int64_t count, int64_t inner, const Make &make) {
+// Threads are woken from PARALLEL numbers of W on.
+template <int64_t PARALLEL, class Number, class Value, class Make>
+void deal(const Part<Number, Value> *parts, int64_t count, int64_t inner, const Make &make) {
   int64_t total = 0, numbers = 0;
   for (int64_t i = 0; i < count; i++) total += parts[i].blocks(), numbers += parts[i].n * inner;
 #pragma omp parallel if (numbers >= PARALLEL)
   {
     const int64_t threads = omp_get_num_threads(), own = omp_get_thread_num();
     int64_t block = total * own / threads, left = total * (own + 1) / threads - block;
-    const Part<Number> *part = parts;
+    const Part<Number, Value> *part = parts;
     while (left && block >= part->blocks()) block -= part->blocks(), part++;
     if (left) {
       auto work = make();
       for (; left; left--) {
-        const Part<Number> *then = part;
+        const Part<Number, Value> *then = part;
         int64_t next = block + 1;
         if (next == part->blocks() && left > 1) next = 0, then++;
         const Number *rows = then->weight + then->first(next) * then->stride;

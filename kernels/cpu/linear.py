@@ -1,7 +1,8 @@
-"""Linear layers of few rows by linear.cpp: weights in bfloat16, read once, as they lie.
+"""Linear layers of few rows by linear.cpp (bfloat16) and linear32.cpp (float32, and bfloat16 with AVX2 alone): weights
+are read once, as they lie.
 
-`python -m bench.step_kernels` times it beside torch's product, oneDNN's with packed weights (a second copy) and a plain
-read of the same bytes. Dot products of AVX-512 serve few rows, AMX more.
+`python -m bench.step_kernels` times them beside torch's product, oneDNN's with packed weights (a second copy) and a
+plain read of the same bytes. Vectors serve few rows, AMX more.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from specpass.kernels.cpu.build import Source, Unbuilt, load
-from specpass.kernels.cpu.isa import AMX, AVX512, Isa
+from specpass.kernels.cpu.isa import AMX, AVX2, AVX512, Isa
 
-BLOCK, DEPTH = 16, 32  # rows of a weight that are read side by side, and columns at a time
+BLOCK, LINE = 16, 64  # rows of a weight that are read side by side, and bytes of a row at a time
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +32,14 @@ class Rows:
 
 
 @functools.cache
-def few_rows() -> Rows | Unbuilt:
-    """What this machine multiplies few rows by, or why nothing does. Compiles it on first use."""
-    found = prepared(AMX, 32, "AMX tiles")
-    return prepared(AVX512, 8, "dot products of AVX-512") if isinstance(found, Unbuilt) else found
+def few_rows(dtype: torch.dtype) -> Rows | Unbuilt:
+    """What this machine multiplies few rows of a dtype by, or why nothing does. Compiles it on first use."""
+    if dtype == torch.bfloat16:
+        for isa, most, how in ((AMX, 32, "AMX tiles"), (AVX512, 8, "dot products of AVX-512")):
+            found = prepared(isa, most, how)
+            if not isinstance(found, Unbuilt):
+                return found
+    return vectors(dtype)
 
 
 def prepared(isa: Isa, most: int, how: str) -> Rows | Unbuilt:
@@ -46,6 +52,14 @@ def prepared(isa: Isa, most: int, how: str) -> Rows | Unbuilt:
     return Rows(typed(library.linear_rows), most, how)
 
 
+def vectors(dtype: torch.dtype) -> Rows | Unbuilt:
+    """linear32.cpp for a dtype."""
+    library = load(Source("linear32", AVX2))
+    if isinstance(library, Unbuilt):
+        return library
+    return Rows(typed(library[f"linear_{str(dtype).removeprefix('torch.')}"]), 16, "vectors of AVX2")
+
+
 def typed(run: Callable[..., None]) -> Callable[..., None]:
     """A library's function, told how it is called."""
     run.restype, run.argtypes = None, [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]  # type: ignore[attr-defined]
@@ -53,22 +67,22 @@ def typed(run: Callable[..., None]) -> Callable[..., None]:
 
 
 def serves(weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the library multiplies by this weight [N, K], real or fake."""
+    """Whether a library multiplies by this weight [N, K], real or fake."""
     return (
         weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
+        and weight.dtype in DTYPES
         and weight.dim() == 2
         and weight.stride(1) == 1
         and weight.shape[0] >= BLOCK
-        and weight.shape[1] % DEPTH == 0
-        and (bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous()))
+        and weight.shape[1] * weight.dtype.itemsize % LINE == 0
+        and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
     )
 
 
 def multiply(rows: Rows, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """x W^T + bias for each weight: [..., K] -> [..., N].
 
-    Args: x with 1 to `rows.most` rows, bfloat16; weights that are served, all of K columns.
+    Args: x with 1 to `rows.most` rows, of the weights' dtype; weights that are served, all of K columns.
     """
     return call(rows.run, x, weights, [None] * len(weights), biases)
 

@@ -18,14 +18,10 @@ from specpass.ops.bind import bind
 
 def linear_rows(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """[..., K] -> [..., N] for each weight [N, K]: graphs with symbolic sizes also come with many rows."""
-    rows = few_rows()
-    if (
-        not isinstance(rows, Unbuilt)
-        and 0 < input.numel() <= rows.most * input.shape[-1]
-        and input.dtype == torch.bfloat16
-        and all(map(serves, weights, biases))
-    ):
-        return multiply(rows, input, weights, biases)
+    if all(weight.dtype == input.dtype and serves(weight, bias) for weight, bias in zip(weights, biases, strict=True)):
+        rows = few_rows(input.dtype)
+        if not isinstance(rows, Unbuilt) and 0 < input.numel() <= rows.most * input.shape[-1]:
+            return multiply(rows, input, weights, biases)
     return [F.linear(input, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
