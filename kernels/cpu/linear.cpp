@@ -197,5 +197,5 @@ extern "C" int linear_prepare() {
 // `parts` multiply the same x [rows, inner]; rows from 1 to MAX_ROWS.
 extern "C" void linear_rows(const Weights *parts, int64_t count, const uint16_t *x, int64_t rows, int64_t inner) {
   const uint16_t *turned = turn(x, rows, inner);
-  deal<1 << 17>(parts, count, inner, [&] { return Worker(turned, rows, inner); });
+  deal(parts, count, inner, 1 << 17, [&] { return Worker(turned, rows, inner); });
 }

@@ -45,12 +45,12 @@ template <class Number, class Value = uint16_t> struct Part {
 inline void ask(const void *line) { _mm_prefetch((const char *)line, _MM_HINT_T0); }
 
 // work(part, block, rows of the block behind it, their stride) for all blocks of all parts, by a Worker of each thread.
-// Threads are woken from PARALLEL numbers of W on.
-template <int64_t PARALLEL, class Number, class Value, class Make>
-void deal(const Part<Number, Value> *parts, int64_t count, int64_t inner, const Make &make) {
+// Threads are woken from `least` numbers of W on.
+template <class Number, class Value, class Make>
+void deal(const Part<Number, Value> *parts, int64_t count, int64_t inner, int64_t least, const Make &make) {
   int64_t total = 0, numbers = 0;
   for (int64_t i = 0; i < count; i++) total += parts[i].blocks(), numbers += parts[i].n * inner;
-#pragma omp parallel if (numbers >= PARALLEL)
+#pragma omp parallel if (numbers >= least)
   {
     const int64_t threads = omp_get_num_threads(), own = omp_get_thread_num();
     int64_t block = total * own / threads, left = total * (own + 1) / threads - block;

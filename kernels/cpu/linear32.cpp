@@ -3,6 +3,7 @@
 //
 // M rows of x, K columns (whole lines of 64 bytes), N rows of W (16 at least).
 
+#include <cstdlib>
 #include <vector>
 
 #include "avx2.h"
@@ -77,9 +78,15 @@ const float *wide(const bf16 *x, int64_t count) {
   return room.data();
 }
 
+// Numbers of W from which threads are woken: where they sleep between calls, that takes as long as one reads megabytes.
+int64_t least() {
+  static const char *policy = std::getenv("OMP_WAIT_POLICY");
+  return policy && (*policy == 'p' || *policy == 'P') ? 1 << 21 : 1 << 19;  // passive, or not
+}
+
 template <class T> void multiply(const Part<T, T> *parts, int64_t count, const T *x, int64_t rows, int64_t inner) {
   const float *given = wide(x, rows * inner);
-  deal<1 << 19>(parts, count, inner, [&] { return Worker<T>(given, rows, inner); });
+  deal(parts, count, inner, least(), [&] { return Worker<T>(given, rows, inner); });
 }
 
 }  // namespace

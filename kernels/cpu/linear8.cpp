@@ -115,5 +115,5 @@ extern "C" void linear_rows8(const Weights *parts, int64_t count, const uint16_t
   thread_local Whole numbers;
   whole(x, rows, inner, numbers);
   const Whole &shared = numbers;
-  deal<1 << 17>(parts, count, inner, [&] { return Worker(shared, rows, inner); });
+  deal(parts, count, inner, 1 << 17, [&] { return Worker(shared, rows, inner); });
 }
