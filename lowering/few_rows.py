@@ -67,7 +67,13 @@ def dtype_of(linear: Linear) -> torch.dtype:
 
 def served(graph: fx.Graph) -> list[list[Linear]]:
     """Linear layers that could be linear_rows, together where they can be one call."""
-    return together(linear for linear in Linear.find(graph) if serves(value(linear.weight), value(linear.bias)))
+    return together(filter(is_served, Linear.find(graph)))
+
+
+def is_served(linear: Linear) -> bool:
+    """Autocast, which only torch's own operator obeys, is seen by its results: they are not of the weight's dtype."""
+    dtypes = {value(node).dtype for node in (linear.input, linear.weight, linear.node)}
+    return len(dtypes) == 1 and serves(value(linear.weight), value(linear.bias))
 
 
 def together(linears: Iterable[Linear]) -> list[list[Linear]]:

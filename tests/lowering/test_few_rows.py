@@ -108,6 +108,16 @@ def test_leaves_what_no_library_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear_notes(state.gm) == ["3 linear layers are torch's: this CPU has no avx2"]
 
 
+def test_leaves_what_autocast_changes() -> None:
+    """Weights in float32 whose products are bfloat16: linear_rows would give float32."""
+    given = inputs(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        state = small_graph(attention, *given, kind="decode")
+    before = copy_module(state.gm)
+    assert changes(before, lowered(state)) == ""
+    assert linear_notes(state.gm) == []
+
+
 @pytest.mark.usefixtures("any_weight")
 def test_leaves_prompts() -> None:
     state = prompt_graph(SNAPKV).after("specialize")
