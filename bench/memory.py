@@ -1,4 +1,5 @@
-"""Peak memory of a prefill as the prompt grows: specpass holds one layer's full K/V, not all layers'.
+"""Peak memory of a prefill as the prompt grows: specpass holds one layer's full K/V, not all layers', and of KV heads
+that share budgets each layer's candidates.
 
 Each figure is one fresh process: load, prefill a short prompt (compiles, warms up), reset the kernel's high-
 water mark, prefill S tokens, read the mark. Growth per token is the slope between the shortest and the
@@ -6,6 +7,7 @@ longest prompt. Activations grow with S too, so a prefill that keeps no K/V at a
 runs beside: what an engine grows above it is its K/V.
 
     python -m bench.memory
+    python -m bench.memory --engines specpass global best --lengths 2048 8000 --out FILE
 """
 
 from __future__ import annotations
@@ -21,7 +23,12 @@ from typing import Any
 
 from bench import common
 
-ENGINES = ("none", "full", "specpass")
+SPREADS: dict[str, dict[str, Any]] = {
+    "specpass": {},
+    "global": {"spread": "global"},
+    "best": {"spread": "global", "reconstruction": True},
+}
+ENGINES = ("none", "full", *SPREADS)
 
 
 def arguments() -> argparse.Namespace:
@@ -32,7 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--lookahead", type=int, default=32, help="given lookahead ids: no draft's own memory")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=("none", "full", "specpass"))
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "memory.json")
     parser.add_argument("--child", choices=ENGINES, help=argparse.SUPPRESS)
@@ -71,11 +78,11 @@ def child(args: argparse.Namespace) -> None:
     import torch
 
     model, method = common.load_model(args.target, args.dtype), None
-    if args.child == "specpass":
+    if args.child in SPREADS:
         import specpass
 
         lookahead = [list(range(100, 100 + args.lookahead))]
-        method = specpass.SpecKV(budget=args.budget, lookahead_ids=lookahead)
+        method = specpass.SpecKV(budget=args.budget, lookahead_ids=lookahead, **SPREADS[args.child])
         model = specpass.compile(model, method=method, lowering=args.lowering)
     with torch.no_grad():
         for length in args.warmup:
