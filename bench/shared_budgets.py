@@ -80,9 +80,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
         for name, method in methods.items()
     }
     found: dict[str, Any] = {name: {"first_s": [], "step_s": []} for name in methods}
-    token = torch.tensor([[prompts[0][0]]])
+    token, names = torch.tensor([[prompts[0][0]]]), list(methods)
     for turn, ids in enumerate(track(prompts, "prompts")):
-        turned = [*list(methods)[turn % len(methods) :], *list(methods)[: turn % len(methods)]]
+        turned = [*names[turn % len(names) :], *names[: turn % len(names)]]
         caches: dict[str, Any] = {}
         for name in turned:
             took, caches[name] = first_token(models[name], methods[name], ids, args.steps)

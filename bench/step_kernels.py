@@ -27,6 +27,7 @@ from specpass.kernels.cpu.build import Unbuilt
 from specpass.kernels.cpu.isa import multiplies
 from specpass.kernels.cpu.linear import few_rows, multiply
 from specpass.kernels.decode import reference
+from specpass.kernels.shapes import dtype_of
 from specpass.ops import attention as ops
 
 SHAPES = {
@@ -36,12 +37,6 @@ SHAPES = {
 HEADS = {"target": (12, 2, 128), "draft": (14, 2, 64)}  # H, K, D
 SLOTS, BATCHES = (256, 1_024, 8_192), (1, 4)
 BYTES = 1_200_000_000
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype)
-    return found
 
 
 def by_turns(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -76,8 +71,7 @@ def products(shape: tuple[int, int], rows: int, rounds: int, pool: Tensor) -> di
     spans = by_turns(ways, rounds)
     rates = {f"{name}_gb_s": round(1e3 * gigabytes / median(times), 2) for name, times in spans.items()}
     best = {f"{name}_best_gb_s": round(1e3 * gigabytes / min(times), 2) for name, times in spans.items()}
-    kind = str(pool.dtype).removeprefix("torch.")
-    return {"weight": list(shape), "weights": count, "rows": rows, "dtype": kind, **rates, **best}
+    return {"weight": list(shape), "weights": count, "rows": rows, "dtype": dtype_of(pool), **rates, **best}
 
 
 def attention(model: str, batch: int, slots: int, dtype: str, shared: bool, rounds: int) -> dict[str, Any]:
@@ -86,7 +80,7 @@ def attention(model: str, batch: int, slots: int, dtype: str, shared: bool, roun
     Args: shared: whether KV heads share budgets: one has half of another's slots, in one storage.
     """
     heads, kv_heads, dim = HEADS[model]
-    kind, room = torch_dtype(dtype), slots + 64
+    kind, room = getattr(torch, dtype), slots + 64
     keys, values = (torch.randn(batch, kv_heads * room, dim).to(kind) for _ in range(2))
     new = [torch.randn(batch, count, 1, dim).to(kind) for count in (heads, kv_heads, kv_heads)]
     used, offsets = torch.full((batch, kv_heads), slots), None
@@ -116,8 +110,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "step_kernels.json")
     args = parser.parse_args()
     linears, attentions = [], []
-    for dtype in map(torch_dtype, args.dtypes if args.rows else ()):
-        pool = torch.empty(BYTES // dtype.itemsize, dtype=dtype).normal_(std=0.02)
+    for kind in (getattr(torch, name) for name in args.dtypes if args.rows):
+        pool = torch.empty(BYTES // kind.itemsize, dtype=kind).normal_(std=0.02)
         for model, shapes in SHAPES.items():
             for shape, rows in itertools.product(shapes, args.rows):
                 linears.append({"model": model, **products(shape, rows, args.rounds, pool)})

@@ -83,4 +83,9 @@ def constant(size: Any) -> int:
 
 def dtype_of(tensor: Any) -> str:
     """ "bfloat16" of a tensor of torch.bfloat16."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return name_of(tensor.dtype)
+
+
+def name_of(dtype: Any) -> str:
+    """ "bfloat16" of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
 
 from specpass.kernels.cpu.build import Source, Unbuilt, load
 from specpass.kernels.cpu.isa import AVX2, AVX512
+from specpass.kernels.shapes import name_of
 from specpass.kernels.spec import Operands
 
 MOST = 8  # new tokens: a second turn's are aten's
@@ -70,13 +72,13 @@ class Way:
         library = self.library()
         return str(library) if isinstance(library, Unbuilt) else None
 
-    @property
+    @functools.cached_property  # each call of a step asks for both
     def reads(self) -> str:
         return " and ".join(map(name_of, self.dtypes))
 
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    @functools.cached_property
+    def reason(self) -> str:
+        return f"{self.reads} on a CPU with {self.source.isa.title}"
 
 
 # By the name that reports give, in the order in which they are asked.
@@ -92,7 +94,7 @@ def served(operands: Operands) -> tuple[str | None, str]:
     for name, way in WAYS.items():
         found = way.refuse(operands)
         if found is None:
-            return name, f"{way.reads} on a CPU with {way.source.isa.title}"
+            return name, way.reason
         refused = found
     return None, refused
 

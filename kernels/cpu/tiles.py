@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specpass.kernels.cpu.build import Source, Unbuilt, load
 from specpass.kernels.cpu.isa import AMX, AVX512, Isa
+from specpass.kernels.shapes import dtype_of
 
 Strides = ctypes.c_int64 * 3
 
@@ -33,7 +34,7 @@ def refuse_tensors(scale: float, *tensors: Tensor) -> str | None:
     if first.device.type != "cpu":
         return f"{first.device.type} tensors"
     if any(states.dtype != torch.bfloat16 for states in tensors):
-        return f"{str(first.dtype).removeprefix('torch.')}, where AMX and AVX-512 multiply bfloat16"
+        return f"{dtype_of(first)}, where AMX and AVX-512 multiply bfloat16"
     for dim in (states.shape[3] for states in tensors):
         if dim % 32 or dim > 512:
             return f"head dimension {dim}: at most 512 and a multiple of 32"

@@ -14,6 +14,7 @@ from specpass.dialect.define import SPEC
 from specpass.kernels.cpu import decode
 from specpass.kernels.decode import reference
 from specpass.kernels.dispatch import choose
+from specpass.kernels.shapes import name_of
 
 FLOAT, BF16 = torch.float32, torch.bfloat16
 SLACK = 1e-6  # of numbers of about 1, beside aten's own error
@@ -70,7 +71,7 @@ def fresh(given: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[st
     return given | {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
 
 
-@pytest.fixture(params=WAYS, ids=lambda way: f"{way[0]}-{decode.name_of(way[1])}")
+@pytest.fixture(params=WAYS, ids=lambda way: f"{way[0]}-{name_of(way[1])}")
 def way(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
     """A way's name and a dtype that it reads, where this CPU has it."""
     name, dtype = request.param
