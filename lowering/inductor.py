@@ -14,7 +14,7 @@ import functools
 import hashlib
 import operator
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from specpass.graph.edit import copy_module
 from specpass.graph.walk import value
 from specpass.lowering.regions import Region, close, find_regions, layer_of
 from specpass.lowering.restate import Hints, Size, hint_of, symbolic_sizes
+from specpass.lowering.row_pieces import Pieces, split_rows
 from specpass.lowering.variants import Variants
 from specpass.observe import progress
 
@@ -159,11 +160,21 @@ def compile_region(
             None for a graph of Dynamo's, whose symbols are at least 2 (Dynamo checks that on each call).
         note: see Variants.
     """
-    values = [node.meta["val"] for node in region.inputs]
-    expected = [hint_of(size, hints or {}) for size, _ in symbolic_sizes(values)]
     layer = layer_of(region.nodes[0]) or "a region"
     name = layer if hints is None else f"the draft's {layer}"
-    return Variants(extract(gm, region), values, expected, 2 if hints is None else 1, name, note).callable()
+    least = 2 if hints is None else 1
+
+    def compiled(part: Region, given: Sequence[Any], expected: Sequence[int]) -> Callable[..., Any]:
+        return Variants(extract(gm, part), given, expected, least, name, note).callable()
+
+    def known(part: Region) -> tuple[list[Any], list[int]]:
+        values = [node.meta["val"] for node in part.inputs]
+        return values, [hint_of(size, hints or {}) for size, _ in symbolic_sizes(values)]
+
+    split = split_rows(region)
+    if split is None:
+        return compiled(region, *known(region))
+    return Pieces(compiled(split.head, *known(split.head)), compiled(split.tail, *split.piece()), split, region)
 
 
 def called_with(gm: fx.GraphModule, name: str, hints: Hints | None) -> Hints:

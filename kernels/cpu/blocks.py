@@ -1,11 +1,11 @@
 """The large results of one layer lie where the last layer's lay, while a prompt is read on a CPU.
 
-A prompt's largest values, S x intermediate size each, lie above the size from which malloc maps memory for one
-allocation and unmaps it when it is freed: every layer has the system zero the same pages anew, a tenth of a prefill's
-time. While `reused()` holds, generated code takes memory for the largest size that it has asked for from blocks that
-stay, of which the last reference goes when the prefill ends, or when a larger size is asked for. What outlives the call
-holds no more than itself. Idle blocks are bounded, and lie beside what attention holds meanwhile: the peak is a layer's
-MLP, or up to a fifth more (453 MiB for 387 of the 1.5B model's 8,192 tokens).
+The largest values of a piece of rows (lowering/row_pieces.py), or of a whole prompt where a layer has no such pieces,
+lie above the size from which malloc maps memory for one allocation and unmaps it when it is freed: every layer has the
+system zero the same pages anew, a tenth of a prefill's time. While `reused()` holds, generated code takes memory for
+the largest size that it has asked for from blocks that stay, of which the last reference goes when the prefill ends, or
+when a larger size is asked for. What outlives the call holds no more than itself. Idle blocks are bounded, and lie
+beside what attention holds meanwhile.
 """
 
 from __future__ import annotations

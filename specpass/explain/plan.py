@@ -16,6 +16,7 @@ from typing import Any
 
 from specpass.errors import ScaleError
 from specpass.kernels.archs import Arch
+from specpass.lowering.row_pieces import piece_rows
 from specpass.methods.base import CANDIDATES, Method
 from specpass.parallel.shards import check_heads
 from specpass.reports.cost import costs_of
@@ -142,13 +143,16 @@ def kv(decoder: Decoder, slots: int, layers: int) -> int:
     return 2 * layers * decoder.kv_heads * decoder.head_dim * slots * decoder.itemsize
 
 
-def activations(part: Decoder, rows: int) -> int:
+def activations(part: Decoder, rows: int, pieces: bool) -> int:
     """Least bytes of `rows` tokens inside a layer, beside its keys and values: the residual stream, and the larger of
-    what attention (the normed input or the output, and queries) and the MLP (its input and inner rows) hold at once."""
+    what attention (the normed input or the output, and queries) and the MLP (its input and inner rows) hold at once;
+    with `pieces` of rows (lowering/row_pieces.py) the MLP's are those of one, and attention's output waits for them."""
     inner = part.heads * part.head_dim
-    attention = max(part.hidden, inner) + inner
-    mlp = part.hidden + (part.mlp_matrices - 1) * part.intermediate
-    return rows * part.itemsize * (part.hidden + max(attention, mlp))
+    attention = rows * (max(part.hidden, inner) + inner)
+    few = min(rows, piece_rows(part.intermediate * part.itemsize, "cuda")) if pieces else rows
+    mlp = few * (part.hidden + (part.mlp_matrices - 1) * part.intermediate)
+    waiting = rows * (inner + part.hidden) if few < rows else 0
+    return part.itemsize * (rows * part.hidden + max(attention, waiting + mlp))
 
 
 def tokens_read(method: Method, tokens: int, new_tokens: int) -> int:
@@ -175,7 +179,7 @@ def _held(
     held: dict[str, Pair] = {"target weights": (matrices[0], matrices[0])}
     drafting = 0
     if small is not None:
-        caches, layer = kv(small, tokens, small.layers), activations(small, tokens)
+        caches, layer = kv(small, tokens, small.layers), activations(small, tokens, pieces=True)
         held |= {"draft weights": (0, matrices[1]), "draft K/V of the prompt": (0, caches)}
         held["draft activations of a layer"] = (0, layer)
         drafting = sum(matrices) + caches + layer
@@ -187,7 +191,10 @@ def _held(
     if method.spread == "global":  # each layer's candidates, until the last has read the prompt
         until *= CANDIDATES
     held["target K/V while it reads"] = (whole, own + until)
-    held["target activations of a layer"] = (activations(part, tokens), activations(part, read))
+    held["target activations of a layer"] = (
+        activations(part, tokens, pieces=False),
+        activations(part, read, pieces=True),
+    )
     held["cache while it answers"] = kept
     reading, inside = held["target K/V while it reads"], held["target activations of a layer"]
     base = (matrices[0], sum(matrices))

@@ -46,6 +46,15 @@ def test_a_device_holds_its_part_and_the_whole_draft() -> None:
     )
 
 
+def test_an_mlp_is_read_in_pieces_behind_attention() -> None:
+    found, config = planned(SPECKV, intermediate_size=1 << 20)
+    hidden, inner = config.hidden_size, (1 << 20) // 2
+    rows, piece = S + 32, (512 << 20) // (2 * inner)
+    whole, own = found.held["target activations of a layer"]
+    assert whole == 2 * S * (2 * hidden + 2 * inner)
+    assert own == 2 * (rows * (2 * hidden + hidden // 2) + piece * (hidden + 2 * inner))
+
+
 def test_a_target_that_writes_its_own_lookahead_holds_all_of_the_prompt_until_then() -> None:
     found, _ = planned(specpass.SpecKV(budget=1024, window=32, lookahead="self"))
     whole, pruned = found.held["target K/V while it reads"]

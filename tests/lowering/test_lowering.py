@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tiny import prompt, tiny
 
 import specpass
 from specpass.kernels.cpu import blocks
+from specpass.lowering import row_pieces
 from specpass.observe import progress
 
 C, W, L, LAYERS = 24, 8, 4, 3
@@ -19,13 +21,15 @@ METHOD = specpass.SpecKV(budget=C, window=W, lookahead=L)
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[Any, Any]:
-    """The same pair, lowered by Inductor and not at all."""
+def models() -> Iterator[tuple[Any, Any]]:
+    """The same pair, lowered by Inductor, with pieces of a few rows, and not at all."""
     draft = tiny(seed=1, layers=2)
-    return (
-        specpass.compile(tiny(layers=LAYERS), draft=draft, method=METHOD, lowering="inductor"),
-        compile_eager(tiny(layers=LAYERS), METHOD, draft),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_pieces, "CPU_PIECE", 20 * 96 * 4)
+        yield (
+            specpass.compile(tiny(layers=LAYERS), draft=draft, method=METHOD, lowering="inductor"),
+            compile_eager(tiny(layers=LAYERS), METHOD, draft),
+        )
 
 
 @pytest.fixture(scope="module")
