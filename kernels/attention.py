@@ -32,6 +32,25 @@ def first_read(last: Tensor, sliding: int, chunk: int) -> Tensor:
     return last // chunk * chunk if chunk else torch.zeros_like(last)
 
 
+def visible(rows: Tensor, columns: int, lengths: Tensor, lookahead: int, sliding: int, chunk: int) -> Tensor:
+    """[B, R, T] bool: which columns the rows at columns [B, R] read; sliding, chunk: as in the dialect.
+
+    Futures of `lookahead` tokens stand behind prompts of `lengths` [B], and none sees the others.
+    """
+    (branch, position), (own, last) = (
+        placed(at, lengths[:, None], lookahead) for at in (torch.arange(columns, device=rows.device)[None], rows)
+    )
+    branch, position, own, last = branch[:, None], position[:, None], own[:, :, None], last[:, :, None]
+    return ((branch < 0) | (branch == own)) & (position <= last) & (position >= first_read(last, sliding, chunk))
+
+
+def placed(at: Tensor, lengths: Tensor, lookahead: int) -> tuple[Tensor, Tensor]:
+    """The future that stands in columns `at`, -1 for the prompt's, and their positions."""
+    behind = at - lengths
+    branch = torch.where(behind < 0, -1, behind // lookahead)
+    return branch, torch.where(behind < 0, at, lengths + behind % lookahead)
+
+
 def biased(allowed: Tensor, bias: Tensor) -> Tensor:
     """What is added to logits, in float32: a bias of the keys where a query reads them, -inf elsewhere.
 

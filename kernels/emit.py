@@ -8,11 +8,14 @@ and leave signatures and calls. The module is what a person reads to see what ru
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 from typing import Any
 
 from specpass.kernels.shapes import Shapes
 from specpass.kernels.spec import FOLDER, Kernel
 from specpass.kernels.tiles import Tile
+
+PACKAGE = "specpass.kernels"
 
 
 def emit(kernel: Kernel, shapes: Shapes, tile: Tile) -> str:
@@ -23,8 +26,7 @@ def emit(kernel: Kernel, shapes: Shapes, tile: Tile) -> str:
         for name, value in launch.constants.items():
             if constants.setdefault(name, value) != value:
                 raise ValueError(f"{kernel.name}: {name} is {constants[name]} in one launch and {value} in another")
-    files = (FOLDER / "logits.py", kernel.folder / "jit.py")
-    body = [node for file in files for node in ast.parse(file.read_text()).body]
+    body = _with_imported(kernel.folder / "jit.py")
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     bind = _Bind(constants, functions)
     bound = {name: ast.fix_missing_locations(bind.visit(node)) for name, node in functions.items()}
@@ -40,6 +42,23 @@ def emit(kernel: Kernel, shapes: Shapes, tile: Tile) -> str:
     head = f'"""{kernel.name}, emitted by specpass for one attention site.\n\n{_describe(shapes)}\n{launches}\n"""'
     imports = "import triton\nimport triton.language as tl"
     return "\n\n".join([head, imports, "\n".join([*shared, *used])]) + "\n\n\n" + text + "\n"
+
+
+def _with_imported(file: Path) -> list[ast.stmt]:
+    """A module's statements behind those of the modules here that it takes functions from, each once."""
+    bodies: dict[Path, list[ast.stmt]] = {}
+
+    def add(path: Path) -> None:
+        if path in bodies:
+            return
+        body = ast.parse(path.read_text()).body
+        for node in body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
+                add(FOLDER / f"{node.module.removeprefix(PACKAGE + '.').replace('.', '/')}.py")  # type: ignore[union-attr]
+        bodies[path] = body
+
+    add(file)
+    return [node for body in bodies.values() for node in body]
 
 
 def _describe(shapes: Shapes) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specpass.interpret.rows import Packing
 from specpass.interpret.watch import SDPA, Attention
-from specpass.ops.branches import visible
+from specpass.kernels.attention import visible
 from specpass.sizes import FULL, Span
 
 

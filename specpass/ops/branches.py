@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specpass.dialect import branches as dialect
-from specpass.kernels.attention import first_read, soft_capped
+from specpass.kernels.attention import soft_capped, visible
 from specpass.ops.bind import bind
 
 
@@ -55,22 +55,6 @@ def attend_branches(
     own = torch.cat(outs, 1).transpose(1, 2).to(attention.dtype)  # [B, (M - 1) L, H, Dv]
     index = rows[:, first:, None, None].expand(-1, -1, *own.shape[2:])
     return attention.transpose(1, 2).scatter(1, index, own).transpose(1, 2), torch.cat(sums, 1)
-
-
-def visible(rows: Tensor, columns: int, lengths: Tensor, lookahead: int, sliding: int, chunk: int) -> Tensor:
-    """[B, R, T] bool: which columns the rows at columns [B, R] read."""
-    (branch, position), (own, last) = (
-        placed(at, lengths[:, None], lookahead) for at in (torch.arange(columns, device=rows.device)[None], rows)
-    )
-    branch, position, own, last = branch[:, None], position[:, None], own[:, :, None], last[:, :, None]
-    return ((branch < 0) | (branch == own)) & (position <= last) & (position >= first_read(last, sliding, chunk))
-
-
-def placed(at: Tensor, lengths: Tensor, lookahead: int) -> tuple[Tensor, Tensor]:
-    """The future that stands in columns `at`, -1 for the prompt's, and their positions."""
-    behind = at - lengths
-    branch = torch.where(behind < 0, -1, behind // lookahead)
-    return branch, torch.where(behind < 0, at, lengths + behind % lookahead)
 
 
 def attend_branches_flops(

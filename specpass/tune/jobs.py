@@ -50,6 +50,12 @@ class Layer:
         }
         return [operands | {"lse": lse} for lse in (None, _empty("float32", self.batch, self.heads, rows))]
 
+    def reconstruction(self, rows: int, columns: int, window: int, reduce: str) -> dict[str, Any]:
+        """Operands of `reconstruction`."""
+        operands = self.importance(rows, columns, window, reduce)[0]
+        shared = ("query", "key", "window", "reduce", "softcap", "sinks")
+        return {name: operands[name] for name in shared} | {"value": operands["key"]}
+
     def prefill_attention_sparse(self, columns: int, read: int, window: int, ahead: int) -> dict[str, Any]:
         """Operands of `prefill_attention_sparse`, whose queries read as many columns as last positions."""
         states = self._empty(self.kv_heads, columns)
@@ -121,10 +127,12 @@ def target_jobs(
     read = prompt if method.prompt is None else min(prompt, int(method.prompt.budget))
     ahead = lookahead if method.appends else 0
     columns = read + ahead * method.futures
-    jobs = []
+    jobs, scored = [], (method.window + columns - read, columns, method.window, method.reduce)
     if method.scored and (method.rungs or not method.reconstruction):
-        for operands in layer.importance(method.window + columns - read, columns, method.window, method.reduce):
+        for operands in layer.importance(*scored):
             jobs += jobs_of("importance", operands, arch)
+    if method.reconstruction and method.futures == 1:  # rows that do not see one another are no kernel's
+        jobs += jobs_of("reconstruction", layer.reconstruction(*scored), arch)
     if 0 < 2 * method.sparse_prefill < columns:
         jobs += sparse_jobs(layer, method, arch, columns, ahead)
     followed = ahead if method.verify else 0  # tokens of the lookahead, kept for an answer that follows it

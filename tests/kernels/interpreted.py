@@ -110,6 +110,29 @@ def test_equal_scores_stay_equal_across_tiles_so_that_ties_go_to_the_lower_posit
     assert kept.tolist() == [[[0, 1, 2, 66, 67, 68, 69]] * kv_heads]
 
 
+@FEW
+@given(st.data(), DTYPES, DIMS, st.sampled_from(["max", "mean"]), SEEDS)
+def test_reconstruction(data: Any, dtype: torch.dtype, dim: int, reduce: str, seed: int) -> None:
+    batch, kv_heads, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 4))
+    window, ahead = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
+    lengths = torch.tensor([data.draw(st.integers(1, 75)) for _ in range(batch)])
+    columns = int(lengths.max()) + ahead
+    torch.manual_seed(seed)
+    query, key, value = (
+        torch.randn(batch, columns, heads, size).to(dtype).transpose(1, 2)
+        for heads, size in ((kv_heads * group, dim), (kv_heads, dim), (kv_heads, 16))
+    )
+    rows = rows_ops.score_rows(lengths, torch.randint(1, 6, (batch, ahead)) if ahead else None, window, [2])
+    softcap, sinks = changes(data, kv_heads * group)
+    operands: dict[str, Any] = {"query": rows_ops.take_rows(query, rows), "key": key, "value": value, "rows": rows}
+    operands |= {"lengths": lengths, "window": window, "scale": 1 / math.sqrt(dim), "reduce": reduce}
+    operands |= {"softcap": softcap, "sinks": sinks}
+    kernel, tile = REGISTRY["reconstruction"], Tile(*(data.draw(st.sampled_from([16, 32])) for _ in range(2)))
+    expected = kernel.reference(**operands)
+    # Where a row sees little but one column, o is nearly its value, and |v - o| has the rounding of both.
+    torch.testing.assert_close(kernel.launch(operands, tile), expected, atol=1e-3, rtol=1e-4)
+
+
 @settings(FEW, max_examples=15)
 @given(st.data(), DTYPES, DIMS, st.sampled_from([1, 3, 7]), SEEDS)
 def test_sparse_prefill(data: Any, dtype: torch.dtype, dim: int, group: int, seed: int) -> None:

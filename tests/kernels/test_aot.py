@@ -37,7 +37,7 @@ def other(dtype: str, group: int, dim: int, **sizes: Any) -> Shapes:
 OTHERS = [
     other("bfloat16", 7, 64, reduce="mean", sinks=True),
     other("float16", 1, 80, reduce="sum"),
-    other("bfloat16", 16, 96, budget=34, batch=512),
+    other("bfloat16", 16, 96, budget=34, batch=512, softcap=30.0),
     other("float16", 2, 256, softcap=50.0),
     other("float32", 7, 64),
     other("float32", 3, 128, weighted=True),
@@ -48,8 +48,11 @@ BROAD = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 def met_by(shapes: Shapes) -> tuple[str, ...]:
-    """Kernels that one of OTHERS is compiled for; decode's twin over codes where something is done to logits."""
-    return tuple(name for name in REGISTRY if name != "decode_codes" or shapes.softcap or shapes.sinks)
+    """Kernels that one of OTHERS is compiled for; decode's twin over codes where something is done to logits, and
+    reconstruction to the head dimensions that it takes."""
+    left = set() if shapes.softcap or shapes.sinks else {"decode_codes"}
+    left |= {"reconstruction"} if shapes.dim > (64 if shapes.dtype == "float32" else 128) else set()
+    return tuple(name for name in REGISTRY if name not in left)
 
 
 CASES = [
@@ -96,7 +99,7 @@ def test_the_cases_cover_what_they_say() -> None:
     for arch in BROAD:
         assert {dim for name, at, dim in met if (name, at) == ("decode", arch)} == {64, 80, 96, 128, 256}
         for name in REGISTRY:
-            least = 2 if name == "decode_codes" else 3
+            least = 2 if name in ("decode_codes", "reconstruction") else 3
             assert len({dim for other_name, at, dim in met if (other_name, at) == (name, arch)}) >= least
     assert {shapes.group for shapes, _, _ in CASES} >= {1, 2, 3, 4, 7, 16}
     assert {(shapes.reduce, shapes.weighted) for shapes, _, names in CASES if "importance" in names} >= {
@@ -122,7 +125,7 @@ def test_the_report_sees_spills_and_oversized_shared_memory() -> None:
 # What a golden file holds: each kernel for a plain layer, and those that read logits for a capped one with sinks.
 CHANGED = dataclasses.replace(LLAMA, softcap=50.0, sinks=True)
 GOLDEN = [(name, LLAMA, name) for name in REGISTRY] + [
-    *((name, CHANGED, f"{name}_changed") for name in ("importance", "decode_append")),
+    *((name, CHANGED, f"{name}_changed") for name in ("importance", "reconstruction", "decode_append")),
     ("decode_codes", dataclasses.replace(LLAMA, bits=4), "decode_codes_4_bits"),
 ]
 

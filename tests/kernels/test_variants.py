@@ -38,6 +38,7 @@ CALLS: dict[str, tuple[Callable[[Layer, int], dict[str, Any]], int]] = {
     "decode_codes": (lambda layer, length: codes(layer, length), 3),
     "importance": (lambda layer, length: importance(layer, length, 0), 1),
     "importance_given_lse": (lambda layer, length: importance(layer, length, 1), 1),
+    "reconstruction": (lambda layer, length: layer.reconstruction(64, length, 32, "max"), 1),
     "sparse_prefill": (lambda layer, length: layer.prefill_attention_sparse(length, 2048, 32, 32), 1),
     "gather": (lambda layer, length: layer.gather_kv(length, 1024, 256), 1),
 }

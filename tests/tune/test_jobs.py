@@ -28,6 +28,7 @@ METHODS = [
     specpass.SpecKV(budget=24, window=8, lookahead=5, futures=3),
     specpass.SnapKV(budget=24, window=8),
     specpass.SpecKV(budget=24, window=8, lookahead=5, spread="global"),
+    specpass.SpecKV(budget=24, window=8, lookahead=5, reconstruction=True),
     specpass.PyramidKV(budget=24, window=8),
     specpass.StreamingLLM(budget=24),
     specpass.SpecPC(budget=40, window=8, lookahead=3, **PC),

@@ -1,0 +1,1 @@
+"""Scores by what a row's output loses without a column."""
