@@ -78,12 +78,12 @@ def tagged(fingerprint: str) -> AbstractContextManager[None]:
 
 
 def lower_regions(
-    gm: fx.GraphModule, note: Callable[[str], None], hints: Hints | None = None, step: bool = False
+    gm: fx.GraphModule, note: Callable[[str], None], hints: Hints | None = None, *, prompt: bool, step: bool = False
 ) -> tuple[int, int]:
     """Replace each decoder layer by a call of its compiled region, in place; subgraphs (the draft) too.
 
     Args:
-        note, hints: see compile_region.
+        note, hints, prompt: see compile_region.
         step: the graph is called for each token, which is little beside a prompt.
     Returns: how many regions there were, and how many of them are distinct.
     """
@@ -96,7 +96,7 @@ def lower_regions(
             if lowered is None:
                 lowered = copy_module(child)
                 often = len(gm.graph.find_nodes(op="call_module", target=name)) > 1
-                inside = lower_regions(lowered, note, called_with(gm, name, hints), often)
+                inside = lower_regions(lowered, note, called_with(gm, name, hints), prompt=prompt, step=often)
                 count, distinct = count + inside[0], distinct + inside[1]
                 lowered.recompile()
                 child.meta["specpass_lowered"] = lowered
@@ -108,7 +108,7 @@ def lower_regions(
         key = region.key()
         if key not in compiled:
             compiled[key] = f"region_{len(compiled)}"
-            run = compile_region(gm, region, hints, note)
+            run = compile_region(gm, region, hints, note, prompt=prompt)
             gm.add_submodule(compiled[key], CompiledRegion(run, 0 if step else weights_of(region)))
             progress.advance()
         stitch(gm, region, compiled[key])
@@ -151,7 +151,12 @@ def extract(gm: fx.GraphModule, region: Region) -> fx.GraphModule:
 
 
 def compile_region(
-    gm: fx.GraphModule, region: Region, hints: Hints | None = None, note: Callable[[str], None] = lambda text: None
+    gm: fx.GraphModule,
+    region: Region,
+    hints: Hints | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    *,
+    prompt: bool = False,
 ) -> Callable[..., Any]:
     """Inductor's code for one region, for the symbolic sizes of its inputs.
 
@@ -159,6 +164,7 @@ def compile_region(
         hints: sizes of the call that is compiled for, where the graph is called by another with sizes of its own;
             None for a graph of Dynamo's, whose symbols are at least 2 (Dynamo checks that on each call).
         note: see Variants.
+        prompt: the graph reads prompts: what is computed of each row alone runs in pieces (row_pieces.py).
     """
     layer = layer_of(region.nodes[0]) or "a region"
     name = layer if hints is None else f"the draft's {layer}"
@@ -171,7 +177,7 @@ def compile_region(
         values = [node.meta["val"] for node in part.inputs]
         return values, [hint_of(size, hints or {}) for size, _ in symbolic_sizes(values)]
 
-    split = split_rows(region)
+    split = split_rows(region) if prompt else None
     if split is None:
         return compiled(region, *known(region))
     return Pieces(compiled(split.head, *known(split.head)), compiled(split.tail, *split.piece()), split, region)

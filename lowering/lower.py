@@ -86,7 +86,7 @@ def lower(
 
         count = distinct_regions(gm) if progress.watched() else None
         with tagged(fingerprint), progress.task("layers", count):
-            regions, distinct = lower_regions(gm, note)
+            regions, distinct = lower_regions(gm, note, prompt=request.kind in PROMPTS)
         work = work_of(gm)
     if graphs and graph_subgraphs(gm, note):
         notes.append("the draft's steps are replayed as one CUDA graph")
@@ -126,7 +126,7 @@ def lower_draft(
         from specpass.lowering.inductor import hints_of, lower_regions, tagged
 
         with tagged(fingerprint):
-            lower_regions(gm, note, hints_of(gm, sizes))
+            lower_regions(gm, note, hints_of(gm, sizes), prompt=kind in PROMPTS)
     if graphs:
         graph_subgraphs(gm, note)
     gm.recompile()

@@ -5,7 +5,7 @@ after:  o, ... = head(h, ...)           what mixes rows, and what that reads
         for each piece of rows: out[piece] = tail(o[piece], h[piece], ...)       values [1, rows, I]
 
 The peak of a prefill is then a layer's attention and no MLP of the whole prompt. A piece's rows may be of any prompt of
-the batch: [B, T, E] is read as [1, B * T, E].
+the batch: [B, T, E] is read as [1, B * T, E]. Steps are called without: their few rows would pay for two calls a layer.
 """
 
 from __future__ import annotations

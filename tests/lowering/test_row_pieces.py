@@ -177,7 +177,7 @@ def test_one_code_for_all_lengths_and_prompts(batch: int, monkeypatch: pytest.Mo
     gm, region = region_of(layer, batch)
     up, down = weights()
     notes: list[str] = []
-    run = compile_region(gm, region, note=notes.append)
+    run = compile_region(gm, region, note=notes.append, prompt=True)
     assert isinstance(run, Pieces)
     for columns in (4, 7, 23, 100):
         x = torch.randn(batch, columns, E)
