@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from specpass.graph.aten import Written
-from specpass.graph.rows import is_rows, keeps_rows
+from specpass.graph.rows import keeps_rows
 from specpass.graph.walk import depends, is_size, value
 from specpass.lowering.regions import Region, close
 from specpass.lowering.restate import symbolic_sizes
@@ -82,22 +82,35 @@ def row_wise(nodes: Sequence[fx.Node], batch: Any, columns: torch.SymInt) -> lis
     region, found = set(nodes), set[fx.Node]()
     for node in reversed(nodes):
         rows = [source for source in node.all_input_nodes if depends(value(source), columns)]
-        alike = all(is_rows(each, columns) and same(value(each).shape[0], batch) for each in (node, *rows))
+        alike = all(has_only_rows(each, batch, columns) for each in (node, *rows))
         readers = [user for user in node.users if user in region]
         if alike and rows and keeps_rows(node, columns) and found.issuperset(readers):
             found.add(node)
     return [node for node in nodes if node in found]
 
 
+def parts_of(node: fx.Node) -> Sequence[Any]:
+    """A node's value, or the items of it (a layer's gate and up, cut from one product)."""
+    val = value(node)
+    return val if isinstance(val, (list, tuple)) else [val]
+
+
+def has_only_rows(node: fx.Node, batch: Any, columns: torch.SymInt) -> bool:
+    """Whether the value, or each item of it, is [B, T, any]."""
+    tensors = [part for part in parts_of(node) if isinstance(part, Tensor) and part.dim() == 3]
+    alike = all(is_size(part.shape[1], columns) and same(part.shape[0], batch) for part in tensors)
+    return alike and len(tensors) == len(parts_of(node))
+
+
 def row_bytes(node: fx.Node) -> int:
-    return value(node).shape[2] * value(node).element_size()
+    return sum(part.shape[2] * part.element_size() for part in parts_of(node))
 
 
 def kind_of(node: fx.Node, batch: Any, columns: torch.SymInt) -> str:
     """See Split.takes; "?" for what pieces cannot be given."""
     val = value(node)
-    if is_rows(node, columns):
-        return "r" if same(val.shape[0], batch) else "?"
+    if isinstance(val, Tensor) and has_only_rows(node, batch, columns):
+        return "r"
     if isinstance(val, Tensor):
         return "w" if all(isinstance(size, int) for size in (*val.shape, *val.stride())) else "?"
     if is_size(val, columns):
