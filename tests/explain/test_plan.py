@@ -47,8 +47,8 @@ def test_a_device_holds_its_part_and_the_whole_draft() -> None:
 
 
 def test_an_mlp_is_read_in_pieces_behind_attention() -> None:
-    found, config = planned(SPECKV, intermediate_size=1 << 20)
-    hidden, inner = config.hidden_size, (1 << 20) // 2
+    found, config = planned(SPECKV, intermediate_size=4096)
+    hidden, inner = config.hidden_size, 4096 // 2
     rows, piece = S + 32, (512 << 20) // (2 * inner)
     whole, own = found.held["target activations of a layer"]
     assert whole == 2 * S * (2 * hidden + 2 * inner)
