@@ -45,10 +45,8 @@ class Split:
 
     def piece(self) -> tuple[list[Any], list[int]]:
         """The tail's inputs, its rows contiguous, and what each of their symbolic sizes is in a piece."""
-        values = [
-            together(value(node)) if take == "r" else value(node)
-            for node, take in zip(self.tail.inputs, self.takes, strict=True)
-        ]
+        given = zip(map(value, self.tail.inputs), self.takes, strict=True)
+        values = [val.new_empty(val.shape) if take == "r" else val for val, take in given]
         columns = next(val.shape[1] for val, take in zip(values, self.takes, strict=True) if take == "r")
         return values, [self.most if is_size(size, columns) else 1 for size, _ in symbolic_sizes(values)]
 
@@ -66,7 +64,7 @@ def split_rows(region: Region) -> Split | None:
     inside = set(tail)
     written = [view.input for view in map(Written.match, region.nodes) if view is not None]
     if any(node not in inside and depends(value(node), columns) for node in written):
-        return None  # rows that change while pieces read them, or a copy of them that would
+        return None  # a piece may be a copy, which would be written in the place of the rows
     head, rest = close([node for node in region.nodes if node not in inside]), close(tail)
     takes = "".join(kind_of(node, batch, columns) for node in rest.inputs)
     return None if "?" in takes else Split(head, rest, takes, piece_rows(widest, states.device.type))
@@ -121,12 +119,6 @@ def kind_of(node: fx.Node, batch: Any, columns: torch.SymInt) -> str:
 def same(size: Any, batch: Any) -> bool:
     """Whether a first axis is the batch: a symbolic size, or one prompt (another number would be all prompts')."""
     return is_size(size, batch) if isinstance(batch, torch.SymInt) else type(size) is int and size == batch == 1
-
-
-def together(rows: Tensor) -> Tensor:
-    """A fake tensor of the same sizes, contiguous."""
-    with rows.fake_mode:
-        return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
 
 class Pieces:
