@@ -10,7 +10,7 @@ a number, and in which symbolic, is Dynamo's choice: the operator looks at the r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -39,11 +39,16 @@ class FewRows(Pass):
         for group in served(gm.graph):
             if isinstance(few_rows(dtype_of(group[0])), Unbuilt):
                 continue
-            first = group[0].node
-            weights, biases = [each.weight for each in group], [each.bias for each in group]
-            call = editor.call(SPEC.linear_rows, group[0].input, weights, biases, before=first, like=first)
-            for index, each in enumerate(group):
-                editor.replace(each.node, editor.item(call, index, each.node))
+            one_call(editor, group)
+
+
+def one_call(editor: Editor, group: Sequence[Linear]) -> None:
+    """linear_rows in the place of linear layers of one input."""
+    first = group[0].node
+    weights, biases = [each.weight for each in group], [each.bias for each in group]
+    call = editor.call(SPEC.linear_rows, group[0].input, weights, biases, before=first, like=first)
+    for index, each in enumerate(group):
+        editor.replace(each.node, editor.item(call, index, each.node))
 
 
 def linear_notes(gm: fx.GraphModule) -> list[str]:
@@ -71,9 +76,12 @@ def served(graph: fx.Graph) -> list[list[Linear]]:
 
 
 def is_served(linear: Linear) -> bool:
+    return is_of_one_dtype(linear) and serves(value(linear.weight), value(linear.bias))
+
+
+def is_of_one_dtype(linear: Linear) -> bool:
     """Autocast, which only torch's own operator obeys, is seen by its results: they are not of the weight's dtype."""
-    dtypes = {value(node).dtype for node in (linear.input, linear.weight, linear.node)}
-    return len(dtypes) == 1 and serves(value(linear.weight), value(linear.bias))
+    return len({value(node).dtype for node in (linear.input, linear.weight, linear.node)}) == 1
 
 
 def together(linears: Iterable[Linear]) -> list[list[Linear]]:

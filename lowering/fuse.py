@@ -10,13 +10,22 @@ from specpass.dialect.cache import AppendKv
 from specpass.graph.edit import copy_module
 from specpass.lowering.dense_rows import DenseRows
 from specpass.lowering.few_rows import FewRows
+from specpass.lowering.float32_linear import Float32Linear
 from specpass.lowering.fuse_append import FuseAppend
 from specpass.lowering.share_lse import ShareLse
 from specpass.lowering.share_step_lse import ShareStepLse
 from specpass.lowering.take_early import TakeEarly
 from specpass.rewrite import Facts, Kind, Observer, Pass, Pipeline, Request
 
-FUSION: tuple[Pass, ...] = (TakeEarly(), DenseRows(), ShareLse(), FuseAppend(), ShareStepLse(), FewRows())
+FUSION: tuple[Pass, ...] = (
+    TakeEarly(),
+    DenseRows(),
+    ShareLse(),
+    FuseAppend(),
+    ShareStepLse(),
+    FewRows(),
+    Float32Linear(),
+)
 
 
 def fuse(

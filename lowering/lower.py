@@ -14,6 +14,7 @@ from specpass.kernels.dispatch import Choice
 from specpass.lowering.choose import choose_sites
 from specpass.lowering.cuda_graph import GraphedModule, GraphedStep, input_kinds, on_cuda, operand_kinds
 from specpass.lowering.few_rows import linear_notes
+from specpass.lowering.float32_linear import float32_notes
 from specpass.lowering.fuse import fuse
 from specpass.observe import progress
 from specpass.rewrite import Kind, Observer, Request
@@ -79,7 +80,7 @@ def lower(
     graphs = cudagraphs and on_cuda(gm)
     pass_seconds = fuse(gm, request, skip, observers)
     choices = tuple(choose_sites(gm))
-    notes = linear_notes(gm) if request.kind in STEPS else []
+    notes = linear_notes(gm) if request.kind in STEPS else float32_notes(gm)
     regions = distinct = work = 0
     if lowering == "inductor":
         from specpass.lowering.inductor import distinct_regions, lower_regions, tagged, work_of

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from specpass.dialect.linear import LinearRows
 from specpass.graph.aten import Written
 from specpass.graph.rows import keeps_rows
 from specpass.graph.walk import depends, is_size, value
@@ -82,7 +83,7 @@ def row_wise(nodes: Sequence[fx.Node], batch: Any, columns: torch.SymInt) -> lis
         rows = [source for source in node.all_input_nodes if depends(value(source), columns)]
         alike = all(has_only_rows(each, batch, columns) for each in (node, *rows))
         readers = [user for user in node.users if user in region]
-        if alike and rows and keeps_rows(node, columns) and found.issuperset(readers):
+        if alike and rows and (keeps_rows(node, columns) or LinearRows.is_call(node)) and found.issuperset(readers):
             found.add(node)
     return [node for node in nodes if node in found]
 

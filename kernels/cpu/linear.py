@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specpass.kernels.cpu.build import Source, Unbuilt, load
-from specpass.kernels.cpu.isa import AMX, AVX2, AVX512, Isa
+from specpass.kernels.cpu.isa import AMX, AVX2, AVX512, Isa, multiplies
 from specpass.kernels.shapes import name_of
 
 BLOCK, LINE = 16, 64  # rows of a weight that are read side by side, and bytes of a row at a time
@@ -58,7 +58,8 @@ def vectors(dtype: torch.dtype) -> Rows | Unbuilt:
     library = load(Source("linear32", AVX2))
     if isinstance(library, Unbuilt):
         return library
-    return Rows(typed(library[f"linear_{name_of(dtype)}"]), 16, "vectors of AVX2")
+    most = 16 if multiplies(dtype) else 64  # beyond, torch's product is faster, or wide.py's
+    return Rows(typed(library[f"linear_{name_of(dtype)}"]), most, "vectors of AVX2")
 
 
 def typed(run: Callable[..., None]) -> Callable[..., None]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.kernels.attention import biased, first_read, modified_attention
 from specpass.kernels.bits.reference import attend_quantized
+from specpass.kernels.cpu.wide import sdpa
 
 
 def append_kv(
@@ -85,7 +85,7 @@ def attend(
     if softcap or sinks is not None or (bias is not None and query.dtype != torch.float32):
         return modified_attention(query, keys, values, mask.unflatten(2, (-1, count)), scale, softcap, sinks)
     folded = query.reshape(batch, keys.shape[1], group * count, dim)
-    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    out = sdpa(folded, keys, values, attn_mask=mask, scale=scale)
     return out.reshape(batch, heads, count, values.shape[3])
 
 
@@ -167,7 +167,7 @@ def attend_heads(
             own, place = slice(head * group, head * group + group), slice(start, start + used)
             some, states = query[row : row + 1, own], (keys[row, place][None, None], values[row, place][None, None])
             if plain and sinks is None:
-                one = F.scaled_dot_product_attention(some.transpose(1, 2), *states, scale=scale).transpose(1, 2)
+                one = sdpa(some.transpose(1, 2), *states, scale=scale).transpose(1, 2)
             else:
                 share = None if sinks is None else sinks[own]
                 count = lengths[row : row + 1, head : head + 1]

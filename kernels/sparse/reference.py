@@ -8,8 +8,9 @@ Formula: arXiv 2506.08373, "sparse prefill".
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from specpass.kernels.cpu.wide import sdpa
 
 ROWS = 256  # query rows whose logits are held at once
 
@@ -63,7 +64,7 @@ def in_blocks(query: Tensor, key: Tensor, value: Tensor, columns: Tensor, scale:
             torch.cat([taken, states[:, :, seen]], 2) for taken, states in zip(chosen, (key, value), strict=True)
         )
         folded = query[:, :, rows].unflatten(1, (kv_heads, -1)).flatten(2, 3)
-        found = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+        found = sdpa(folded, keys, values, attn_mask=mask, scale=scale)
         out[:, :, rows] = found.unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
     return out
 
@@ -76,6 +77,6 @@ def read_all(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, scale: flo
     mask = (torch.arange(key.shape[2], device=key.device) <= rows[:, :, None])[:, None]
     folded = taken.unflatten(1, (kv_heads, -1)).flatten(2, 3)
     mask = mask.repeat(1, 1, heads // kv_heads, 1)
-    found = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+    found = sdpa(folded, key, value, attn_mask=mask, scale=scale)
     found = found.unflatten(2, (heads // kv_heads, -1)).flatten(1, 2)
     return out.scatter_(2, index.expand(-1, -1, -1, value.shape[3]), found)

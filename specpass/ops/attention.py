@@ -15,6 +15,7 @@ from specpass.bits import GROUP
 from specpass.dialect import attention as dialect
 from specpass.kernels.attention import biased, first_read, modified_attention
 from specpass.kernels.cpu import decode, prefill
+from specpass.kernels.cpu.wide import sdpa, widened
 from specpass.kernels.decode import reference
 from specpass.kernels.dispatch import choose, returns_lse
 from specpass.ops.bind import bind
@@ -66,7 +67,7 @@ def prefill_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     group = heads // key.shape[1]
     if group == 1 or (on_cuda(query) and returns_lse(query, key, value)):
         how = {"is_causal": True, "scale": scale, "enable_gqa": group > 1}
-        return F.scaled_dot_product_attention(query, key, value, **how)
+        return sdpa(query, key, value, **how)
     out = query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
     attention_of_groups(query, key, value, out, is_causal=True, scale=scale)
     return out
@@ -92,11 +93,11 @@ def prefill_in_blocks(
         rows = slice(start, min(start + ROWS, columns))
         seen = slice(max(start - sliding + 1, 0) if sliding else start // chunk * chunk if chunk else 0, rows.stop)
         mask = ((column[seen] <= column[rows, None]) & (column[seen] >= first[rows, None]))[None, None]
-        block = query[:, :, rows], key[:, :, seen], value[:, :, seen]
+        block = widened(query[:, :, rows]), widened(key[:, :, seen]), widened(value[:, :, seen])
         if bias is not None:
             mask = biased(mask, bias[:, :, None, seen])
         # scaled_dot_product_attention takes a mask that is added in the query's dtype alone.
-        if softcap or sinks is not None or (bias is not None and query.dtype != torch.float32):
+        if softcap or sinks is not None or (bias is not None and block[0].dtype != torch.float32):
             out[:, :, rows] = modified_attention(*block, mask, scale, softcap, sinks)
         else:
             attention_of_groups(*block, out[:, :, rows], attn_mask=mask, scale=scale)
@@ -118,9 +119,7 @@ def attention_of_groups(
         return
     for member in range(group):
         own = attn_mask if attn_mask is None or attn_mask.shape[1] == 1 else attn_mask[:, member::group]
-        out[:, member::group] = F.scaled_dot_product_attention(
-            query[:, member::group], key, value, attn_mask=own, **how
-        )
+        out[:, member::group] = sdpa(query[:, member::group], key, value, attn_mask=own, **how)
 
 
 def attention_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **how: Any) -> Tensor:
@@ -167,11 +166,12 @@ def flash_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float, slid
         return prefill.prefill(query, key, value, scale, sliding)
     batch, heads, columns = query.shape[:3]
     group = heads // key.shape[1]
+    key, value = widened(key), widened(value)
     out = query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
     lse = query.new_empty(batch, heads, columns, dtype=torch.float32)
     for member in range(group):
         out[:, member::group], lse[:, member::group] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query[:, member::group], key, value, 0.0, True, scale=scale
+            widened(query[:, member::group]), key, value, 0.0, True, scale=scale
         )
     return out, lse
 

@@ -1,4 +1,4 @@
-"""Linear layers of few rows: a library's where it serves, else torch's."""
+"""Linear layers: a library's where rows are few, in float32 where the CPU knows no better, else torch's."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specpass.dialect.linear import LinearRows, LinearRows8
+from specpass.kernels.cpu import wide
 from specpass.kernels.cpu.build import Unbuilt
 from specpass.kernels.cpu.linear import few_rows, multiply, serves
 from specpass.kernels.cpu.linear8 import multiply8, rows8
 from specpass.ops.bind import bind
+
+FEW = 32  # rows that do not pay for a weight in float32
 
 
 def linear_rows(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -22,7 +25,8 @@ def linear_rows(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tenso
         rows = few_rows(input.dtype)
         if not isinstance(rows, Unbuilt) and 0 < input.numel() <= rows.most * input.shape[-1]:
             return multiply(rows, input, weights, biases)
-    return [F.linear(input, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    linear = wide.linear if wide.is_slow(input) and input.numel() > FEW * input.shape[-1] else F.linear
+    return [linear(input, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def linear_rows8(
