@@ -109,6 +109,16 @@ def test_a_dtype_without_instructions_is_noted(
     assert ("--dtype float32" in result.stderr) is noted
 
 
+def test_a_pruned_answer_needs_no_instructions_for_its_dtype(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled multiplies in float32: no note, and the report says so."""
+    monkeypatch.setattr("specpass.kernels.cpu.isa.multiplies", lambda asked: asked == torch.float32)
+    monkeypatch.setattr("specpass.kernels.cpu.wide.multiplies", lambda asked: asked == torch.float32)
+    method = ("-m", "snapkv", "-b", "24", "--window", "8", "--dtype", "bfloat16", "--lowering", "eager")
+    result = generate(folder, *method, "-p", TEXT, "--raw", "--json")
+    assert result.exit_code == 0, result.output
+    assert "no instructions for bfloat16" not in result.stderr
+
+
 def test_text_of_the_answer_alone_goes_to_stdout(folder: Path) -> None:
     common = ("-m", "full", "-p", TEXT, "--raw")
     text = generate(folder, *common)
