@@ -24,17 +24,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 
 from bench import common
 from specpass.benchmarks.results import Store
 from specpass.benchmarks.tasks.scoring import contained
+from specpass.kernels.cpu.isa import multiplies
 
 MODES = {"full": {"X-Specpass-Method": "full"}, "specpc": {"X-Specpass-Method": "specpc"}}
 NEW = 32
 
 
 def arguments() -> argparse.Namespace:
+    dtype = "bfloat16" if multiplies(torch.bfloat16) else "float32"  # products of bfloat16 are slow there
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--target", default="qwen2.5-coder-1.5b", help="name or folder")
     parser.add_argument("--draft", default="qwen2.5-coder-0.5b", help="name or folder")
@@ -42,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=int, default=1024, help="tokens that the target reads")
     parser.add_argument("--requests", type=int, default=200, help="in all, half of them shortened")
     parser.add_argument("--concurrency", type=int, default=8, help="requests at a time")
+    parser.add_argument("--dtype", default=dtype, help="of the engine (default here: %(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no half round after so many")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "serving.json", help="file to go on from")
     parser.add_argument("--restart", action="store_true", help="forget what the file holds")
@@ -56,7 +60,7 @@ def served(args: argparse.Namespace) -> Iterator[str]:
         port = probe.getsockname()[1]
     line = [sys.executable, "-m", "specpass.cli", "serve", "-t", args.target, "-d", args.draft, "-b", str(args.budget)]
     line += ["--max-model-len", str(args.tokens + 2 * NEW), "--no-enable-prefix-caching", "--enforce-eager"]
-    line += ["--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port)]
+    line += ["--dtype", args.dtype, "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(line, stdout=log, stderr=log) as server:
         try:
             while True:
@@ -157,7 +161,7 @@ def main() -> None:
         TASKS[names[index % len(names)]].prompt(index // len(names), args.tokens, tokenizer)
         for index in range(args.requests // 2)
     ]
-    settings = {name: getattr(args, name) for name in ("tokens", "budget", "requests", "concurrency")}
+    settings = {name: getattr(args, name) for name in ("tokens", "budget", "requests", "concurrency", "dtype")}
     settings |= {"target": Path(args.target).name, "draft": Path(args.draft).name, "new": NEW}
     store = Store(args.out, settings, ("mode", "prompt"), args.restart, summary)
     with served(args) as address:

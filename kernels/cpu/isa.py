@@ -30,7 +30,9 @@ ANY = Isa("any")
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for products of `dtype`: without them torch takes several times float32's time.
 
-    oneDNN is asked, by which torch multiplies on a CPU.
+    oneDNN is asked, by which torch multiplies on a CPU; True of a torch that was built without it.
     """
+    if not torch.backends.mkldnn.is_available():
+        return True
     asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     return dtype not in asked or bool(getattr(torch.ops.mkldnn, asked[dtype])())

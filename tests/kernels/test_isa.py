@@ -21,3 +21,10 @@ def test_a_cpu_that_our_kernels_run_on_multiplies_bfloat16() -> None:
 def test_onednn_is_asked(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     assert multiplies(torch.bfloat16) is supported
+
+
+def test_a_torch_without_onednn_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can be asked: its products are not said to be slow."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", raising=False)
+    assert multiplies(torch.bfloat16)
