@@ -1,4 +1,4 @@
-"""Linear layers of few rows, as lowered steps say them."""
+"""Linear layers, as lowered graphs say them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from specpass.dialect.define import Operator
 class LinearRows(
     Operator, schema="linear_rows(Tensor input, Tensor[] weights, Tensor?[] biases) -> Tensor[]", since="LOWERED"
 ):
-    """linear(input, weight, bias) [..., N] of each weight [N, K], for an input [..., K] of few rows; biases [N]."""
+    """linear(input, weight, bias) [..., N] of each weight [N, K], for one input [..., K]; biases [N]."""
 
     input: fx.Node
     weights: list[fx.Node]
@@ -21,10 +21,24 @@ class LinearRows(
         return [input.new_empty(*input.shape[:-1], weight.shape[0]) for weight in weights]
 
 
+class GroupedLinear(
+    Operator, schema="grouped_linear(Tensor input, Tensor weight, Tensor ends) -> Tensor", since="LOWERED"
+):
+    """[R, N]: each row of input [R, K] times its expert's weight of [E, K, N]; ends [E]: where an expert's rows end."""
+
+    input: fx.Node
+    weight: fx.Node
+    ends: fx.Node
+
+    @staticmethod
+    def fake(input, weight, ends):
+        return input.new_empty(input.shape[0], weight.shape[2])
+
+
 class LinearRows8(
     Operator, schema="linear_rows8(Tensor input, Tensor[] weights, Tensor[] scales, Tensor?[] biases) -> Tensor[]"
 ):
-    """The same of weights [N, K] in int8, each of whose rows is multiplied by its scale [N] in float32."""
+    """linear_rows of weights [N, K] in int8, each of whose rows is multiplied by its scale [N] in float32."""
 
     input: fx.Node
     weights: list[fx.Node]

@@ -37,6 +37,14 @@ class Linear(Operands, packets=[ATEN.linear]):
     bias: fx.Node | None  # [N]
 
 
+class GroupedMm(Operands, packets=[ATEN._grouped_mm]):
+    input: fx.Node  # [R, K], or a batch
+    mat2: fx.Node  # [E, K, N]
+    offs: fx.Node | None  # [E]
+    bias: fx.Node | None
+    out_dtype: Any
+
+
 class Bmm(Operands, packets=[ATEN.bmm]):
     input: fx.Node
     mat2: fx.Node

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import traces
 from expecttest import assert_expected_inline
 from graph_text import changes, check_count, text
 from graphs import HANDLE, IDS, SNAPKV, SPECKV, State, alone, assert_same, check_contract, small_graph
+from tiny import tiny
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from traces import prompt_graph, step_graph
@@ -101,6 +103,32 @@ def test_numbers_of_a_model_stay() -> None:
     model = prompt_graph(SNAPKV).after("specialize")
     before = model.run(IDS, HANDLE)
     assert_same(model.apply(Float32Linear()).run(IDS, HANDLE), before)
+
+
+def experts(x: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    return torch._grouped_mm(x, w, offs=ends)
+
+
+@pytest.mark.usefixtures("slow_bfloat16")
+@pytest.mark.parametrize("turned", [True, False])
+def test_numbers_of_experts(turned: bool) -> None:
+    """One without rows, one with few, one with many, as both ways of storing weights give them."""
+    x, ends = torch.randn(200, 32).bfloat16(), torch.tensor([20, 20, 200], dtype=torch.int32)
+    w = torch.randn(3, 24, 32).bfloat16().transpose(1, 2)
+    w = w if turned else w.contiguous()
+    gm = lowered(small_graph(experts, x, w, ends))
+    assert text(gm) == "grouped_linear(x_1, w_1, ends_1)"
+    assert float32_notes(gm) == ["1 linear layers in float32: this CPU has no instructions for bfloat16"]
+    exact = torch.cat([x[:20].double() @ w[0].double(), x[20:].double() @ w[2].double()])
+    torch.testing.assert_close(gm(x, w, ends).double(), exact, atol=1e-4, rtol=2**-8)
+
+
+def test_experts_of_a_model_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs are grouped products in bfloat16."""
+    monkeypatch.setattr(wide, "multiplies", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(traces, "tiny", lambda *args, **options: tiny(*args, **options).bfloat16())
+    state = prompt_graph.__wrapped__(SNAPKV, family="mixtral").after("specialize").apply(Float32Linear())
+    check_count(state.gm, ["linear", "_grouped_mm"], linear_rows=4, grouped_linear=2)
 
 
 @pytest.mark.usefixtures("slow_float32")

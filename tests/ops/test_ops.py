@@ -164,6 +164,14 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             for x, weight, bias in linears
             for numbers, scale in [quantized(weight)]
         ],
+        "grouped_linear": [
+            (
+                x.flatten(0, -2),
+                torch.stack([weight, weight]).transpose(1, 2),
+                torch.tensor([1, x.flatten(0, -2).shape[0]]),
+            )
+            for x, weight, _ in linears
+        ],
         "read_prompt": [(key,), (key, scores[:, 0, :S])],
         "widen": [(keys, K, C + N), (keys, K, C + N + 3)],
         "advance": [(torch.tensor(5), None, 2), (torch.tensor(5), lengths, 2)],
