@@ -39,7 +39,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = N
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + bias in float32, rounded to x's dtype: x [..., K], weight [N, K], bias [N] -> [..., N]."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows, weight = x.detach().reshape(-1, x.shape[-1]), weight.detach()  # who wants gradients is told by read_prompt
     (count, inner), features = rows.shape, weight.shape[0]
     out = x.new_empty(count, features)
     blocks = torch.empty(min(FEATURES, features), inner), torch.empty(min(ROWS, count), inner)
@@ -47,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     for first in range(0, features, FEATURES):
         some = slice(first, min(first + FEATURES, features))
         own = blocks[0][: some.stop - first].copy_(weight[some])
-        added = None if bias is None else bias[some].float()
+        added = None if bias is None else bias.detach()[some].float()
         for start in range(0, count, ROWS):
             block = rows[start : start + ROWS]
             product = products[: block.shape[0] * own.shape[0]].view(block.shape[0], -1)

@@ -78,6 +78,12 @@ def test_linear_is_float32s_rounded_once(
     assert max(operand.numel() for operand in seen.operands) <= 24 * max(blocks)
 
 
+def test_weights_that_want_gradients_are_multiplied_too() -> None:
+    """Their owner is told what to do elsewhere (GradientsError), and not by a product."""
+    x, weight, bias = states(1, 9, 24), states(5, 24).requires_grad_(), states(5).requires_grad_()
+    assert not wide.linear(x, weight, bias).requires_grad
+
+
 B, H, K, T, D = 1, 4, 2, 70, 16
 QUERY, KEY, VALUE = states(B, H, T, D), states(B, K, T, D), states(B, K, T, D + 1)[..., :D]
 LENGTHS = torch.tensor([[T] * K])
