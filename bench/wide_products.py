@@ -1,7 +1,7 @@
 """Products of a prompt in bfloat16 on a CPU that has no instructions for it: by torch, and in float32 (cpu/wide.py).
 
-Linear layers and causal attention of the Qwen2.5 pair's target, by turns: as torch multiplies bfloat16, as graphs of
-specpass do, and torch in float32, whose weights take twice the memory. The floor is the FLOPs over the rate of a large
+Linear layers of the Qwen2.5 pair's target, by turns: as torch multiplies bfloat16, as graphs of specpass do, and torch in
+float32, whose weights take twice the memory. The floor is the FLOPs over the rate of a large
 product in float32. With `--models`, whole first tokens as well: transformers in both dtypes, and SpecKV in bfloat16.
 
     python -m bench.wide_products
@@ -21,14 +21,12 @@ import torch.nn.functional as F
 
 import specpass
 from bench.common import RESULTS, load_model, load_tokenizer, median, own_text, save_results
-from bench.prefill_attention import by_turns, states
+from bench.prefill_attention import by_turns
 from specpass.benchmarks.speed.rates import matmul_rate
 from specpass.kernels.cpu import wide
 from specpass.kernels.cpu.isa import multiplies
-from specpass.ops.attention import prefill_attention
 
 LINEARS = ((1536, 1536), (8960, 1536), (1536, 8960))  # N, K
-HEADS = (12, 2, 128)  # H, K, D
 PAIR = ("qwen2.5-coder-1.5b", "qwen2.5-coder-0.5b")
 
 
@@ -50,24 +48,6 @@ def linear(features: int, inner: int, rows: int) -> tuple[str, int, dict[str, Ca
         "float32": lambda: F.linear(x32, weight32),
     }
     return f"linear {rows} x {inner} x {features}", 2 * rows * inner * features, ways
-
-
-def attention(rows: int) -> tuple[str, int, dict[str, Callable[[], Any]]]:
-    heads, kv_heads, dim = HEADS
-    given, scale = states(heads, kv_heads, dim, rows), dim**-0.5
-    given32 = [each.float() for each in given]
-
-    def by_torch() -> None:
-        for member in range(heads // kv_heads):
-            query = given[0][:, member :: heads // kv_heads]
-            F.scaled_dot_product_attention(query, *given[1:], is_causal=True, scale=scale)
-
-    ways: dict[str, Callable[[], Any]] = {
-        "torch": by_torch,
-        "ours": lambda: prefill_attention(*given, scale),
-        "float32": lambda: prefill_attention(*given32, scale),
-    }
-    return f"attention of {rows}", 2 * heads * rows * (rows + 1) * dim, ways
 
 
 def first_tokens(length: int, rounds: int) -> dict[str, Any]:
@@ -99,7 +79,7 @@ def main() -> None:
     if multiplies(torch.bfloat16):
         raise SystemExit("nothing to measure: this CPU has instructions for bfloat16.")
     rates = [matmul_rate("cpu", "float32")]
-    cases = [linear(*sizes, rows) for rows in options.rows for sizes in LINEARS] + [*map(attention, options.rows)]
+    cases = [linear(*sizes, rows) for rows in options.rows for sizes in LINEARS]
     found = [measure(name, flops, max(rates), options.rounds, ways) for name, flops, ways in cases]
     parts = {"first_tokens": first_tokens(1024, 1)} if options.models else {}
     settings = {"rounds": options.rounds, "threads": torch.get_num_threads()}

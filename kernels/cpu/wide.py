@@ -1,5 +1,5 @@
 """Products in float32 where a CPU has no instructions for the dtype: torch multiplies bfloat16 and float16 there
-several times slower.
+several times slower, but in flash attention.
 
 Operands become float32 block by block, so that no second copy of a weight is held, and results are rounded once.
 `python -m bench.wide_products` times it beside torch's products.
@@ -29,7 +29,12 @@ def widened(states: Tensor) -> Tensor:
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **how: Any) -> Tensor:
-    """F.scaled_dot_product_attention, in float32 where that is faster; [B, H, q, Dv] of the query's dtype."""
+    """F.scaled_dot_product_attention, in float32 where that is faster; [B, H, q, Dv] of the query's dtype.
+
+    Torch's flash attention multiplies in float32 itself; values of another width than keys it does not serve.
+    """
+    if query.shape[3] == value.shape[3]:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask, **how)
     wide = widened(query)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         attn_mask = attn_mask.to(wide.dtype)

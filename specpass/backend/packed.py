@@ -46,11 +46,11 @@ def packed(pruned: Pruned) -> bytes:
 
     Raises: Undescribed: it holds tensors of its own.
     """
-    children = {name: child for name, child in pruned.graph.named_children() if isinstance(child, fx.GraphModule)}
+    graph = copy_module(pruned.graph)
+    children = {name: child for name, child in graph.named_children() if isinstance(child, fx.GraphModule)}
     copies = {name: copy_module(child) for name, child in children.items()}
     for name, child in children.items():
         copies[name].meta["specpass_symbols"] = child.meta.get("specpass_symbols")
-    graph = copy_module(pruned.graph)
     if any(each.graph.find_nodes(op="get_attr") for each in (graph, *copies.values())):
         raise stored.Undescribed
     for each in (graph, *copies.values()):

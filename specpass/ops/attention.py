@@ -93,12 +93,13 @@ def prefill_in_blocks(
         rows = slice(start, min(start + ROWS, columns))
         seen = slice(max(start - sliding + 1, 0) if sliding else start // chunk * chunk if chunk else 0, rows.stop)
         mask = ((column[seen] <= column[rows, None]) & (column[seen] >= first[rows, None]))[None, None]
-        block = widened(query[:, :, rows]), widened(key[:, :, seen]), widened(value[:, :, seen])
+        block = query[:, :, rows], key[:, :, seen], value[:, :, seen]
         if bias is not None:
             mask = biased(mask, bias[:, :, None, seen])
         # scaled_dot_product_attention takes a mask that is added in the query's dtype alone.
-        if softcap or sinks is not None or (bias is not None and block[0].dtype != torch.float32):
-            out[:, :, rows] = modified_attention(*block, mask, scale, softcap, sinks)
+        if softcap or sinks is not None or (bias is not None and query.dtype != torch.float32):
+            asked, keys, values = map(widened, block)
+            out[:, :, rows] = modified_attention(asked, keys, values, mask, scale, softcap, sinks)
         else:
             attention_of_groups(*block, out[:, :, rows], attn_mask=mask, scale=scale)
     return out
@@ -166,12 +167,11 @@ def flash_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float, slid
         return prefill.prefill(query, key, value, scale, sliding)
     batch, heads, columns = query.shape[:3]
     group = heads // key.shape[1]
-    key, value = widened(key), widened(value)
     out = query.new_empty(batch, columns, heads, value.shape[3]).transpose(1, 2)
     lse = query.new_empty(batch, heads, columns, dtype=torch.float32)
     for member in range(group):
         out[:, member::group], lse[:, member::group] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            widened(query[:, member::group]), key, value, 0.0, True, scale=scale
+            query[:, member::group], key, value, 0.0, True, scale=scale
         )
     return out, lse
 

@@ -119,7 +119,8 @@ class _Unrolled:
     def run(self, prefill: fx.Node) -> tuple[fx.Node, fx.Node | None]:
         """From the prefill's results: lookahead ids [B, M L], scores or None."""
         draft, editor, anchor = self.draft, self.editor, self.anchor
-        editor.gm.add_submodule("draft_step", draft.step)
+        if self.lookahead > 1:  # the first token is the prefill's
+            editor.gm.add_submodule("draft_step", draft.step)
         self.lengths = self._each(self.lengths)
         ended = editor.call(ATEN.zeros_like, self.lengths, before=anchor)
         ended = over = editor.call(ATEN.to.dtype, ended, torch.bool, before=anchor)

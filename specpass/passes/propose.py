@@ -37,7 +37,8 @@ def proposal_graph(draft: DraftGraphs, count: int, *, lookahead: bool = False) -
     last = editor.call(ATEN.slice.Tensor, position, 1, -1, before=output)
     ended = editor.call(ATEN.zeros_like, editor.call(ATEN.select.int, ids, 1, 0, before=output), before=output)
     ended = editor.call(ATEN.to.dtype, ended, torch.bool, before=output)
-    gm.add_submodule("draft_step", draft.plain_step)
+    if count > 1:
+        gm.add_submodule("draft_step", draft.plain_step)
     val, logits = value(results_of(draft.plain_step.graph)[0]), results_of(gm.graph)[0]
     temperature, seed = (draft.temperature, draft.seed) if lookahead else (0.0, 0)
     ends = list(draft.eos_ids) if lookahead else []

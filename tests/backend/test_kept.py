@@ -92,6 +92,18 @@ def test_a_draft_and_its_proposals_are_found_too() -> None:
         assert (again, all(kept), traced) == (written, True, 0)
 
 
+def test_a_lookahead_of_one_token_is_the_drafts_prefill_alone() -> None:
+    """An answer of one token asks for no more; a draft's step that nobody calls was lost on the way to the disk."""
+    for found in (False, True):
+        torch._dynamo.reset()
+        model = tiny(seed=0, layers=1)
+        specpass.compile(model, draft=tiny(seed=1, layers=1), method=specpass.SpecKV(budget=24, window=8))
+        model.generate(prompt(50), max_new_tokens=1, do_sample=False, pad_token_id=0)
+        report = specpass.report(model)
+        assert [NOTE in graph.notes for graph in report.graphs] == [found]
+        assert not report.refusals
+
+
 def test_a_model_that_changes_is_traced_anew() -> None:
     answer(tiny(seed=0, layers=1))
     model = tiny(seed=0, layers=1)
