@@ -1,8 +1,8 @@
 """Products of a prompt in bfloat16 on a CPU that has no instructions for it: by torch, and in float32 (cpu/wide.py).
 
-Linear layers of the Qwen2.5 pair's target, by turns: as torch multiplies bfloat16, as graphs of specpass do, and torch in
-float32, whose weights take twice the memory. The floor is the FLOPs over the rate of a large
-product in float32. With `--models`, whole first tokens as well: transformers in both dtypes, and SpecKV in bfloat16.
+Linear layers of the Qwen2.5 pair's target, by turns: as torch multiplies bfloat16, as graphs of specpass do, and torch
+in float32, whose weights take twice the memory. The floor is the FLOPs over the rate of a large product in float32.
+With `--models`, whole first tokens as well: transformers in both dtypes, and SpecKV in bfloat16.
 
     python -m bench.wide_products
     python -m bench.wide_products --rows 512 --rounds 3 --models
@@ -51,7 +51,7 @@ def linear(features: int, inner: int, rows: int) -> tuple[str, int, dict[str, Ca
 
 
 def first_tokens(length: int, rounds: int) -> dict[str, Any]:
-    """Seconds to a prompt's first token: two models at a time, since all four take 13 GB."""
+    """Seconds to a prompt's first token: one way at a time, since all weights together take 13 GB."""
     prompts = own_text(load_tokenizer(PAIR[0]), rounds + 1, length)
     found: dict[str, Any] = {"tokens": length}
     for name in ("transformers, float32", "transformers", "SpecKV"):
