@@ -78,12 +78,12 @@ def main() -> None:
     options = parser.parse_args()
     if multiplies(torch.bfloat16):
         raise SystemExit("nothing to measure: this CPU has instructions for bfloat16.")
-    rates = [matmul_rate("cpu", "float32")]
+    rate = matmul_rate("cpu", "float32")
     cases = [linear(*sizes, rows) for rows in options.rows for sizes in LINEARS]
-    found = [measure(name, flops, max(rates), options.rounds, ways) for name, flops, ways in cases]
+    found = [measure(name, flops, rate, options.rounds, ways) for name, flops, ways in cases]
     parts = {"first_tokens": first_tokens(1024, 1)} if options.models else {}
     settings = {"rounds": options.rounds, "threads": torch.get_num_threads()}
-    save_results(options.out, settings, matmul_flops_per_s=round(rates[0]), results=found, **parts)
+    save_results(options.out, settings, matmul_flops_per_s=round(rate), results=found, **parts)
 
 
 if __name__ == "__main__":
