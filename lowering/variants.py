@@ -21,10 +21,9 @@ from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from specpass.graph.edit import copy_module
+from specpass.graph.fakes import symbolic_mode
 from specpass.lowering.guards import Guards, read_guards
 from specpass.lowering.restate import Place, Size, restate, sizes_at, symbolic_sizes
 from specpass.lowering.reuse_blocks import is_prompts, reusing_code
@@ -115,7 +114,7 @@ class Variants:
 
     def _compile(self, hints: Sequence[int]) -> Variant:
         """Inductor's code for the symbolic sizes of the inputs, with what it takes for granted."""
-        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        mode = symbolic_mode()
         inputs, symbols = restate(self.values, self.sizes, hints, mode)
         graph = copy_module(self.graph)
         hidden = [place for place, symbol in zip(self.places, symbols, strict=True) if is_hidden(place, symbol)]

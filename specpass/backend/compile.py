@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from specpass.backend import checks
 from specpass.backend.calls import Call
 from specpass.backend.facts import Traced
-from specpass.backend.limit import ensure_limit, raised_limit
 from specpass.backend.pruned import Pruned
+from specpass.backend.settings import call_settings, ensure_limit
 from specpass.cache.budget import BudgetCache
 from specpass.cache.evict import Bound
 from specpass.cache.states import recurrent_layer
@@ -79,7 +79,7 @@ class Backend:
         MissingDraftError, GradientsError, EncoderDecoderError, NoCudaError, DraftBitsError: see specpass.errors.
     """
 
-    backend_ctx_ctor = staticmethod(raised_limit)  # Dynamo enters it around each call
+    backend_ctx_ctor = staticmethod(call_settings)  # Dynamo enters it around each call
 
     def __init__(
         self,

@@ -24,10 +24,10 @@ from specpass.backend.compile import Backend
 from specpass.backend.foresee import Foresight
 from specpass.backend.itself import Itself
 from specpass.backend.kept import KeptCalls
-from specpass.backend.limit import raised_limit
 from specpass.backend.pieces import piece_of_append, piece_of_lookahead, piece_of_prompt
 from specpass.backend.positions import number, number_step, take_one_axis
 from specpass.backend.prefix import Questions, check_same
+from specpass.backend.settings import call_settings
 from specpass.backend.speculate import Speculator
 from specpass.backend.turns import Turns
 from specpass.backend.uncompiled import FAILURES, Uncompiled, why_uncaptured, why_uncompiled
@@ -91,7 +91,7 @@ def compiled_call(
         prepare(cache, kwargs, numbered)
         form = coarse_form_of(cache, kwargs)
         with (
-            raised_limit(specialize_float=True),
+            call_settings(specialize_float=True),
             one_at_a_time(known, form),
             collector_rests_while_compiling(),
             told_of_compilation(),

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from specpass.backend.compile import Backend
-from specpass.backend.limit import raised_limit
+from specpass.backend.settings import call_settings
 from specpass.methods.speckv import as_id_rows
 
 
@@ -28,7 +28,7 @@ def entry_point(
     return _keeping(backend, backend(gm, example_inputs))
 
 
-entry_point.backend_ctx_ctor = raised_limit  # type: ignore[attr-defined]
+entry_point.backend_ctx_ctor = call_settings  # type: ignore[attr-defined]
 
 
 def _key(options: dict[str, Any]) -> Hashable:

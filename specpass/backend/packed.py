@@ -7,12 +7,12 @@ import pickle
 from typing import Any
 
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
 
 from specpass.backend.pruned import Pruned
 from specpass.capture import stored
 from specpass.graph.edit import copy_module
+from specpass.graph.fakes import symbolic_mode
 
 ENV = ("var_to_range", "backed_var_to_val", "var_to_val", "replacements", "divisible", "size_like", "counter")
 
@@ -38,7 +38,7 @@ def _dumps(held: Any) -> bytes:
 
 
 def _loads(data: bytes) -> Any:
-    return stored.Pickler.loads(data, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+    return stored.Pickler.loads(data, symbolic_mode())
 
 
 def packed(pruned: Pruned) -> bytes:

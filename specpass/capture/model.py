@@ -15,14 +15,14 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from transformers import Cache
 
 from specpass.capture.devices import spread_over
 from specpass.capture.rope import rope_as_it_was
 from specpass.graph.edit import quiet
+from specpass.graph.fakes import symbolic_mode
 
 # Sizes while tracing: all different, so that no two dimensions are taken for one.
 BATCH, COUNT, PROMPT, ROOM, SLOTS = 3, 7, 1021, 31, 1087
@@ -94,7 +94,7 @@ class ModelTrace:
         self.params = weights_of(model)
         self.dtype = next(model.parameters()).dtype
         self.device = next(iter(self.params.values())).device
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        self.mode = symbolic_mode()
         self.fakes = [self.mode.from_tensor(param, static_shapes=True) for param in self.params.values()]
         self.ids = self.dynamic((BATCH, PROMPT), torch.int64, (0, 1))
         self.lengths = self.dynamic((BATCH,), torch.int64, (0,))

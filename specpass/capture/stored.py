@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx._graph_pickler import GraphPickler, Options
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from specpass.errors import OutputFileError
 from specpass.files import graphs_dir, write_file
+from specpass.graph.fakes import symbolic_mode
 from specpass.parallel.shards import Collective
 from specpass.passes.pipeline import fingerprint
 
@@ -202,7 +202,7 @@ def load(key: Key) -> Graphs | None:
     """The graphs kept under `key`, with a shape environment of their own; None where there are none."""
 
     def parse(data: bytes) -> Graphs:
-        graphs = GraphPickler.loads(data, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+        graphs = GraphPickler.loads(data, symbolic_mode())
         for graph in graphs:
             if graph is not None:
                 graph.recompile()  # a pickle holds no code, and not all callers compile a copy

@@ -1,7 +1,9 @@
-"""Dynamo's recompile limit, raised while one of our models is called and at no other time.
+"""Dynamo's settings while one of our models is called, and at no other time: more graphs, and no cache of fake results.
 
-Past the limit Dynamo runs a call uncompiled without a word, and its default of 8 counts all models of a process: they
-share transformers' decorated forward, which is one code object.
+Past its recompile limit Dynamo runs a call uncompiled without a word, and its default of 8 counts all models of a
+process: they share transformers' decorated forward, which is one code object.
+
+The cache of fake results does not pay: see specpass.graph.fakes.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from torch._dynamo.repro import after_dynamo
 RECOMPILE_LIMIT = 1024
 
 
-def raised_limit(**settings: Any) -> AbstractContextManager[None]:
-    """Inside, and in this thread alone, a code object may have 1,024 graphs; `settings` of Dynamo hold there too.
+def call_settings(**more: Any) -> AbstractContextManager[None]:
+    """Inside, and in this thread alone, a code object may have 1,024 graphs; `more` settings of Dynamo hold there too.
 
     A call that would be one more is an error, and does not run uncompiled. Each thread has settings of its own, which
     start as Dynamo's defaults: that is why this is entered around each call.
@@ -26,7 +28,7 @@ def raised_limit(**settings: Any) -> AbstractContextManager[None]:
     limits = {
         name: max(getattr(config, name), RECOMPILE_LIMIT) for name in ("recompile_limit", "accumulated_recompile_limit")
     }
-    return config.patch(fail_on_recompile_limit_hit=True, **limits, **settings)
+    return config.patch(fail_on_recompile_limit_hit=True, fake_tensor_cache_enabled=False, **limits, **more)
 
 
 def ensure_limit() -> None:
