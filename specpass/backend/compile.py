@@ -5,25 +5,22 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from specpass.backend import checks
 from specpass.backend.calls import Call
+from specpass.backend.captured import CapturedDraft
 from specpass.backend.facts import Traced
 from specpass.backend.pruned import Pruned
 from specpass.backend.settings import call_settings, ensure_limit
 from specpass.cache.budget import BudgetCache
 from specpass.cache.evict import Bound
-from specpass.cache.states import recurrent_layer
-from specpass.capture.devices import device_of, spread_over
-from specpass.capture.draft import capture_draft
+from specpass.capture.devices import spread_over
 from specpass.capture.dynamo import holds_cache_ops, restart_if_specialised, trace_aten
-from specpass.capture.model import untraceable
-from specpass.capture.rope import following, why_not_fixed
+from specpass.capture.rope import why_not_fixed
 from specpass.dialect.cache import ExtendKv, Fill, QuantizeKv
 from specpass.errors import (
     GeneratedError,
@@ -34,9 +31,6 @@ from specpass.errors import (
     UnsplicedGraphError,
 )
 from specpass.graph.edit import Editor, copy_module
-from specpass.kernels.cpu.build import Unbuilt
-from specpass.kernels.cpu.linear8 import rows8
-from specpass.lowering.eight_bits import eight_bits
 from specpass.lowering.fuse import FUSION
 from specpass.lowering.lower import lower, prepare
 from specpass.methods.base import DRAFTLESS, Method
@@ -109,7 +103,7 @@ class Backend:
         self.keep_stages = tuple(keep_stages)
         self.stages: dict[str, fx.GraphModule] = {}
         self.report = Report(method, lowering, getattr(draft, "config", None))
-        self._graphs: dict[Hashable, DraftGraphs] = {}  # by autocast's dtype
+        self.captured = None if draft is None else CapturedDraft(draft, method, self.draft_bits, self.report)
         self.speculate = 0  # tokens that the draft proposes at a time, through specpass.compile's door
         self.bound: Bound | None = None  # of generated tokens, in the caches that generate() makes
         self.dropped: str | None = None  # where what these caches drop stays, through the same door
@@ -118,7 +112,6 @@ class Backend:
         self.second_way = False  # whether calls go through specpass.compile's door, which knows another way
         self.ranks: Ranks | None = None  # that the target is spread over, through specpass.compile's door
         self.keep: Callable[[Pruned], None] | None = None  # told of each rewritten graph (see backend/kept.py)
-        self._uncaptured = ""  # why the draft has no graphs
         self.sizes: set[int] = set()  # of storage, that are constants of decode graphs
         self.__name__ = "specpass"
         prepare(lowering)
@@ -165,7 +158,8 @@ class Backend:
         self.check_cache(traced.cache)
         checks.check_weights(weight.device for weight in traced.weights.tensors.values())
         unjoined = self.second_way and self.draft is not None and bool(spread_over(self.draft))
-        if traced.embedding is not None and self.method.drafts and not self._graphs and not unjoined:
+        known = self.captured is not None and self.captured.known
+        if traced.embedding is not None and self.method.drafts and not known and not unjoined:
             by_text = self.eos_of_text is not None
             checks.check_pair(traced.cache.config, traced.embedding.device, self.draft, by_text=by_text)
         record = GraphRecord(traced.kind, trace_seconds=trace_seconds)
@@ -293,7 +287,7 @@ class Backend:
         return eos_ids(source)
 
     def draft_graphs(self, cache: BudgetCache, goes_on: bool = False, vocab: int | None = None) -> DraftGraphs:
-        """The draft's two graphs, captured once; once more where autocast changes what they compute.
+        """The draft's graphs for this cache.
 
         Args:
             goes_on: also those by which it goes on behind what it has read.
@@ -301,42 +295,15 @@ class Backend:
 
         Raises: Refusal: they cannot be had.
         """
-        if self._uncaptured:
-            raise Unspliced(self._uncaptured)
-        assert self.draft is not None
-        device = device_of(self.draft).type
-        how = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        goes_on = goes_on or self.speculate > 0 or cache.foresees
-        known = self._graphs.get(how)
-        if known is None or (goes_on and known.extend is None):
-            checks.check_draft(self.draft, self.method)  # train() may have been called since
-            start = time.perf_counter()
-            try:
-                self._graphs[how] = capture(self.draft, self.method, goes_on)
-            except Refusal as refusal:
-                self._uncaptured = f"the draft cannot be captured: {refusal}"
-                raise Unspliced(self._uncaptured) from refusal
-            if self.draft_bits:
-                self._copy_weights(self._graphs[how])
-            self.report.draft_seconds = time.perf_counter() - start
+        assert self.captured is not None
         method = cache.method
         return dataclasses.replace(
-            self._graphs[how],
+            self.captured.graphs(goes_on or self.speculate > 0 or cache.foresees),
             temperature=method.temperature,
             seed=method.seed,
             target_vocab=cache.config.vocab_size if vocab is None else vocab,
             futures=method.futures,
         )
-
-    def _copy_weights(self, graphs: DraftGraphs) -> None:
-        """Let the draft's steps read weights in 8 bits, where this machine can."""
-        library = rows8()
-        if isinstance(library, Unbuilt):
-            self.report.note(f"draft_bits=8: the draft's weights are read as they are: {library}")
-            return
-        steps = {id(gm): gm for gm in (graphs.step, graphs.extend, graphs.plain_step) if gm is not None}
-        size = eight_bits(steps.values(), [graphs.prefill], graphs.params)
-        self.report.note(f"the draft's steps read copies of its weights in 8 bits, {size / 2**20:,.0f} MiB")
 
     @property
     def why_not_foreseen(self) -> str:
@@ -366,25 +333,6 @@ class Backend:
                 f"the cache was made for {cache.method.key} and the backend for {self.method.key}: pass the same "
                 "method to both."
             )
-
-
-def capture(draft: Any, method: Method, goes_on: bool = False) -> DraftGraphs:
-    """The draft's graphs. Args: goes_on: see capture_draft.
-
-    Raises: Refusal: also where tracing itself fails, whatever it raises (foreign tensors, loops over values).
-    """
-    if recurrent_layer(draft.config):
-        raise Refusal("it has layers with a state")
-    if "dynamic" in following(draft):
-        raise Refusal("its rotary frequencies follow the length (rope_type 'dynamic')")
-    if untraceable(draft):
-        raise Refusal(untraceable(draft))
-    try:
-        return capture_draft(draft, method, goes_on)
-    except (Refusal, SpecpassError):
-        raise
-    except Exception as error:
-        raise Refusal(f"tracing failed ({type(error).__name__}: {str(error).splitlines()[0][:200]})") from error
 
 
 def with_lookahead_ids(method: Method, lookahead_ids: Any) -> Method:
