@@ -34,7 +34,7 @@ from specpass.benchmarks.peers import run as peers
 from specpass.benchmarks.quality.summary import summarise as by_method
 from specpass.benchmarks.quality.variants import FULL, Variant
 from specpass.benchmarks.tasks.prompts import Prompt
-from specpass.benchmarks.tasks.table import SEPARATING, TASKS, task_named
+from specpass.benchmarks.tasks.table import SEPARATING, TASKS, check_task
 from specpass.methods.base import Method, Scored
 
 KEY = ("method", "budget", "task", "length", "seed")
@@ -131,7 +131,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=common.RESULTS / "budgets.json")
     given = parser.parse_args()
     for name in given.tasks:
-        task_named(name)
+        check_task(name)
     if FULL not in given.engines:  # whose answers the oracle is told, and scores are measured by
         given.engines = (FULL, *given.engines)
     return given

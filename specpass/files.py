@@ -66,6 +66,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SPECPASS_CACHE") or platformdirs.user_cache_dir("specpass"))
 
 
+def datasets_dir() -> Path:
+    """The folder of data sets that benchmarks ask about, put there by the user."""
+    return cache_dir() / "datasets"
+
+
 def tiles_dir() -> Path:
     """The folder of tuned tiles."""
     return cache_dir() / "tune"

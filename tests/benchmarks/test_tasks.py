@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
 from cli_models import TEMPLATE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qa_files import write_data_sets
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from specpass.benchmarks.tasks import code as code_tasks
 from specpass.benchmarks.tasks import haystack, scoring
-from specpass.benchmarks.tasks.table import SEPARATING, TASKS, task_named
+from specpass.benchmarks.tasks.table import SEPARATING, TASKS, WITHOUT_DATA, check_task
 from specpass.errors import BenchmarkError
 
 RETRIEVAL = [name for name in TASKS if name != "code_completion"]
@@ -30,6 +32,15 @@ def word_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
 
 
 WORDS = word_tokenizer()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("cache")
+    write_data_sets(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECPASS_CACHE", str(folder))
+        yield
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -125,7 +136,12 @@ def test_a_length_that_cannot_be_is_refused(length: int, words: tuple[str, ...])
 
 def test_an_unknown_task_names_the_known_ones() -> None:
     with pytest.raises(BenchmarkError, match="vt"):
-        task_named("riddles")
+        check_task("riddles")
+
+
+def test_rulers_thirteen_tasks_are_all_there() -> None:
+    assert len([name for name in TASKS if not name.startswith("code_")]) == 13
+    assert set(TASKS) - set(WITHOUT_DATA) == {"qa_1", "qa_2"}
 
 
 def test_contained_is_a_share_without_case() -> None:

@@ -21,7 +21,7 @@ from specpass.benchmarks.quality.summary import summarise
 from specpass.benchmarks.quality.variants import FULL, GRID, ORACLE, Variant, variants
 from specpass.benchmarks.results import Store
 from specpass.benchmarks.tasks.prompts import Prompt
-from specpass.benchmarks.tasks.table import SEPARATING, TASKS, task_named
+from specpass.benchmarks.tasks.table import SEPARATING, TASKS, WITHOUT_DATA, check_task
 from specpass.errors import BenchmarkError, PeerError
 
 KEY = ("method", "budget", "task", "length", "seed")
@@ -50,10 +50,10 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """What to run. Raises: BenchmarkError: a method, task or length that there is not."""
+    """What to run. Raises: BenchmarkError: a method, task, data set or length that there is not."""
 
     methods: tuple[str, ...] = tuple(GRID)
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = WITHOUT_DATA
     lengths: tuple[int, ...] = (2048, 4096, 8192)
     seeds: int = 8
     budgets: tuple[int, ...] = (0, 1)  # which of a method's budgets in variants.GRID; the first alone at more lengths
@@ -61,7 +61,7 @@ class Grid:
     def __post_init__(self) -> None:
         variants(self.methods, self.budgets)
         for name in self.tasks:
-            task_named(name)
+            check_task(name)
         if not self.methods or not self.tasks or not self.lengths or self.seeds < 1 or min(self.lengths) < 1:
             raise BenchmarkError(
                 f"nothing to run: methods {self.methods}, tasks {self.tasks}, lengths {self.lengths}, "

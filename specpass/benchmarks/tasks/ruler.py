@@ -1,4 +1,4 @@
-"""Tasks of RULER (arXiv 2404.06654) that need no download: all but the two that ask about data sets.
+"""Tasks of RULER (arXiv 2404.06654) that need no download: all but the two that ask about data sets (qa.py).
 
 They are written from its description.
 Each function takes a random generator and a wished length and returns a writer: units of haystack -> question.

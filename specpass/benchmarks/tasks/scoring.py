@@ -12,6 +12,12 @@ def contained(answer: str, expected: Sequence[str]) -> float:
     return sum(text.lower() in said for text in expected) / len(expected)
 
 
+def any_contained(answer: str, expected: Sequence[str]) -> float:
+    """1 where the answer contains one of the expected texts, case ignored (RULER's string_match_part)."""
+    said = answer.lower()
+    return float(any(text.lower() in said for text in expected))
+
+
 def edit_similarity(answer: str, expected: Sequence[str]) -> float:
     """Similarity of the answer's first line of code with the expected line (LongBench's code_sim_score).
 

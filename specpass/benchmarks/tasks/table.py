@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 from specpass.benchmarks.tasks import code as code_tasks
-from specpass.benchmarks.tasks import ruler, scoring
+from specpass.benchmarks.tasks import qa, ruler, scoring
 from specpass.benchmarks.tasks.prompts import Prompt, Question, fit
 from specpass.errors import BenchmarkError
 
@@ -17,12 +17,16 @@ Writer = Callable[[int], Question | None]
 
 @dataclass(frozen=True)
 class Task:
-    """How prompts are written and answers scored; `new_tokens` is room for the whole answer."""
+    """How prompts are written and answers scored; `new_tokens` is room for the whole answer.
+
+    `source` is a data set that it asks about, which must have been put into its place.
+    """
 
     name: str
     writer: Callable[[Random, int], Writer]
     new_tokens: int
     score: Callable[[str, Sequence[str]], float] = scoring.contained
+    source: qa.Source | None = None
 
     def prompt(self, seed: int, length: int, tokenizer: Any) -> Prompt:
         """The longest prompt of at most `length` tokens. Raises: BenchmarkError: no prompt of this length."""
@@ -46,6 +50,10 @@ def _plain(make: Callable[..., Writer], **options: Any) -> Callable[[Random, int
     return lambda rng, length: make(rng, **options)
 
 
+def _asked(name: str, source: qa.Source) -> Task:
+    return Task(name, _plain(qa.question_of_documents, source=source), 32, scoring.any_contained, source)
+
+
 _UUIDS: dict[str, Any] = {"keys": ruler.uuid_text, "values": ruler.uuid_text, "kind": "uuids"}
 
 # Those that tell methods apart come first: each answer is longer than a token, and the question does not look like it.
@@ -65,13 +73,18 @@ TASKS = {
         Task("niah_single_3", _plain(ruler.niah, hay="prose", values=ruler.uuid_text, kind="uuids"), 48),
         Task("cwe", ruler.common_words, 56),
         Task("fwe", _plain(ruler.frequent_words), 40),
+        _asked("qa_1", qa.SQUAD),
+        _asked("qa_2", qa.HOTPOTQA),
     )
 }
 SEPARATING = tuple(TASKS)[:4]
+WITHOUT_DATA = tuple(name for name, task in TASKS.items() if task.source is None)
 
 
-def task_named(name: str) -> Task:
-    """Raises: BenchmarkError, naming the known ones."""
+def check_task(name: str) -> None:
+    """Raises: BenchmarkError: there is no such task, or not the data set that it asks about."""
     if name not in TASKS:
         raise BenchmarkError(f"{name!r} is not a task. Known: {', '.join(TASKS)}.")
-    return TASKS[name]
+    source = TASKS[name].source
+    if source is not None:
+        source.questions()
