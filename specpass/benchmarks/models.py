@@ -131,6 +131,8 @@ def answers(pair: Pair, variant: Variant, work: Iterable[tuple[Prompt, int]], fu
     try:
         for prompt, new_tokens in work:
             start, given = time.perf_counter(), {}
+            if prompt.agnostic:
+                given["past_key_values"] = read_context(model, method, prompt, new_tokens)
             if variant.method == ORACLE:
                 rows = told(full(prompt), model.generation_config.eos_token_id, pad)
                 given["past_key_values"] = specpass.BudgetCache(
@@ -143,6 +145,20 @@ def answers(pair: Pair, variant: Variant, work: Iterable[tuple[Prompt, int]], fu
             yield Answer(variant, prompt, tokens, time.perf_counter() - start)
     finally:
         specpass.restore(model)
+
+
+def read_context(model: Any, method: Any, prompt: Prompt, new_tokens: int) -> Any:
+    """A cache of the prompt's context alone, pruned before anything is asked."""
+    import torch
+
+    import specpass
+
+    ids = torch.tensor([prompt.ids[: prompt.seen]], device=model.device)
+    behind = len(prompt.ids) - prompt.seen + new_tokens
+    cache = specpass.BudgetCache(model.config, method, max_new_tokens=behind, prompt_length=prompt.seen)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, logits_to_keep=1)
+    return cache
 
 
 def told(answer: list[int], eos: Any, pad: int) -> list[list[int]]:

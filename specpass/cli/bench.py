@@ -86,8 +86,14 @@ def quality(
     tasks: Words = None,
     lengths: Annotated[str | None, typer.Option(help="Prompt tokens; all budgets at the first, one at more.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Prompts of each task and length.")] = None,
+    query_agnostic: Annotated[
+        bool,
+        typer.Option("--query-agnostic", help="Compressors see a prompt's context; what is asked of it comes behind."),
+    ] = False,
     minutes: Minutes = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file, bench/results/quality.json by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file, bench/results/quality.json by default, or quality_agnostic.json.")
+    ] = None,
     restart: Restart = False,
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
@@ -107,8 +113,10 @@ def quality(
         "lengths": lengths and _numbers("--lengths", lengths),
         "seeds": seeds,
     }
+    if query_agnostic:
+        given |= {"agnostic": True, "methods": given["methods"] or (runner.QUICK.methods if quick else runner.AGNOSTIC)}
     grid = _changed(runner.QUICK if quick else runner.Grid(), given)
-    out = out or _default("quality", quick)
+    out = out or _default("quality_agnostic" if query_agnostic else "quality", quick)
     pair = _pair(target, draft, dtype, device, lowering, revision, trust_remote_code)
     run = runner.Run(pair, grid, out, _limit(minutes, quick), restart)
     complete = run.run()

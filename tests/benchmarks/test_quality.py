@@ -460,6 +460,10 @@ with torch.no_grad():
         assert abs(worker.kept_slots(cache, masks) - budget) < 0.1
         tokens = worker.decode(model, cache, masks, first, 300, 6)
         assert tokens == worker.decode(model, other, other_masks, alone, 300, 6), budget
+    plain = model.generate(ids, max_new_tokens=6, do_sample=False)[0, 300:].tolist()
+    presses = [worker.make_press("kvpress_snapkv", 280, 280)]  # keeps all that it sees; 20 ids come behind
+    first, ((cache, masks),) = worker.prefill_together(model, ids[:, :280], presses)
+    assert worker.decode(model, cache, masks, first, 300, 6, ids[0, 280:].tolist()) == plain
 print("as kvpress runs it")
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 
@@ -64,6 +65,18 @@ def test_another_seed_is_another_question_and_its_answer_scores_0(name: str) -> 
     ours, other = (TASKS[name].prompt(seed, 900, WORDS) for seed in (1, 2))
     assert ours.digest != other.digest
     assert TASKS[name].score(" ".join(other.expected), ours.expected) < 0.2  # common words may be common to both
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_context_ends_where_the_question_begins(name: str) -> None:
+    begins = {"niah": "What", "code_retrieval": "What", "code_completion": "# file:", "qa": "Answer the question"}
+    for tokenizer in (WORDS, word_tokenizer(template=None)):
+        prompt = TASKS[name].prompt(4, 900, tokenizer)
+        asked = " ".join(prompt.text.split()[prompt.context :])
+        assert asked.startswith(begins.get(name, begins.get(name.split("_")[0], "Question:")))
+        assert prompt.context > 0.8 * len(prompt.ids) or name == "code_completion"
+        assert prompt.seen == len(prompt.ids)
+        assert dataclasses.replace(prompt, agnostic=True).seen == prompt.context
 
 
 @pytest.mark.parametrize("name", SEPARATING)

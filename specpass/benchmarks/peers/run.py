@@ -111,6 +111,7 @@ def answers(pair: Pair, work: Iterable[tuple[Prompt, int, list[Variant]]]) -> It
     jobs = [
         {
             "ids": prompt.ids,
+            "seen": prompt.seen,
             "new_tokens": new_tokens,
             "presses": [{"name": variant.method, "budget": variant.budget} for variant in chosen],
         }

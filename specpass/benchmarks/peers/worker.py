@@ -2,8 +2,9 @@
 
     python worker.py JOB.json
 
-JOB: {"what": "answer", "model": folder, "dtype": ..., "device": ..., "prompts": [{"ids": [...], "new_tokens": n,
-"presses": [{"name": "kvpress_snapkv", "budget": 64}, ...]}, ...]} prints a JSON line for each press of each prompt:
+JOB: {"what": "answer", "model": folder, "dtype": ..., "device": ..., "prompts": [{"ids": [...], "seen": n,
+"new_tokens": n, "presses": [{"name": "kvpress_snapkv", "budget": 64}, ...]}, ...]}: a press sees the first `seen` ids,
+and the others come behind what it keeps. Prints a JSON line for each press of each prompt:
 {"prompt": index, "press": index, "tokens": [...], "seconds": ..., "kept": mean slots per KV head and layer}.
 
 {"what": "speed", ..., "length": S, "batch": B, "budget": C, "steps": n, "prefills": n} prints one line; see `speed`.
@@ -16,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,22 @@ def prefill_kvzip(model: Any, ids: Any, budgets: list[int]) -> tuple[int, list[t
     return first, [(copy.deepcopy(cache), masks) for masks in found]
 
 
-def decode(model: Any, cache: Any, masks: list[Any], first: int, length: int, new_tokens: int) -> list[int]:
-    """Greedy tokens behind a pruned prompt of `length` tokens, positions counted as in the whole prompt."""
+def decode(
+    model: Any, cache: Any, masks: list[Any], first: int, length: int, new_tokens: int, behind: Sequence[int] = ()
+) -> list[int]:
+    """Greedy tokens behind a pruned prompt of `length` tokens, positions counted as in the whole prompt.
+
+    Args: first: the answer's first token, but where ids of the prompt come `behind` what the press saw.
+    """
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    tokens = [first]
     set_masks(model, masks)
+    if behind:
+        positions = torch.arange(length - len(behind), length, device=model.device)[None]
+        ids = torch.tensor([list(behind)], device=model.device)
+        logits = model(input_ids=ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits
+        first = int(logits[0, -1].argmax())
+    tokens = [first]
     while len(tokens) < new_tokens and tokens[-1] not in ends:
         position = torch.tensor([[length + len(tokens) - 1]], device=model.device)
         ids = torch.tensor([[tokens[-1]]], device=model.device)
@@ -148,8 +159,8 @@ def kept_slots(cache: Any, masks: list[Any]) -> float:
 def answer(model: Any, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One dict for each press of each prompt; budgets of KVzip share its scores, other presses share the prefill."""
     for number, prompt in enumerate(job["prompts"]):
-        ids = torch.tensor([prompt["ids"]], device=model.device)
-        length = ids.shape[1]
+        length, seen = len(prompt["ids"]), prompt["seen"]
+        ids = torch.tensor([prompt["ids"][:seen]], device=model.device)
         zips = [index for index, press in enumerate(prompt["presses"]) if press["name"] == "kvpress_kvzip"]
         others = [index for index in range(len(prompt["presses"])) if index not in zips]
         for indices in filter(None, (others, zips)):
@@ -157,12 +168,12 @@ def answer(model: Any, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             if indices is zips:
                 first, found = prefill_kvzip(model, ids, [press["budget"] for press in presses])
             else:
-                made = [make_press(press["name"], press["budget"], length) for press in presses]
+                made = [make_press(press["name"], press["budget"], seen) for press in presses]
                 first, found = prefill_together(model, ids, made)
             prefilled = time.perf_counter() - start
             for index, (cache, masks) in zip(indices, found, strict=True):
                 start, kept = time.perf_counter(), kept_slots(cache, masks)
-                tokens = decode(model, cache, masks, first, length, prompt["new_tokens"])
+                tokens = decode(model, cache, masks, first, length, prompt["new_tokens"], prompt["ids"][seen:])
                 seconds = prefilled + time.perf_counter() - start
                 yield {"prompt": number, "press": index, "tokens": tokens, "seconds": seconds, "kept": kept}
 

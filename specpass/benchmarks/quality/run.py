@@ -6,6 +6,7 @@ length; a rerun goes on where it stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator
@@ -48,20 +49,28 @@ class Cell(NamedTuple):
         return (self.variant.method, self.variant.budget, self.task, self.length, self.seed)
 
 
+AGNOSTIC = tuple(name for name in GRID if name != ORACLE)
+
+
 @dataclass(frozen=True)
 class Grid:
-    """What to run. Raises: BenchmarkError: a method, task, data set or length that there is not."""
+    """What to run; `agnostic`: compressors see a prompt's context, and what is asked of it comes behind.
+
+    Raises: BenchmarkError: a method, task, data set or length that there is not."""
 
     methods: tuple[str, ...] = tuple(GRID)
     tasks: tuple[str, ...] = WITHOUT_DATA
     lengths: tuple[int, ...] = (2048, 4096, 8192)
     seeds: int = 8
     budgets: tuple[int, ...] = (0, 1)  # which of a method's budgets in variants.GRID; the first alone at more lengths
+    agnostic: bool = False
 
     def __post_init__(self) -> None:
         variants(self.methods, self.budgets)
         for name in self.tasks:
             check_task(name)
+        if self.agnostic and ORACLE in self.methods:
+            raise BenchmarkError(f"{ORACLE} is told the answer, so it sees what is asked: leave it out of --methods.")
         if not self.methods or not self.tasks or not self.lengths or self.seeds < 1 or min(self.lengths) < 1:
             raise BenchmarkError(
                 f"nothing to run: methods {self.methods}, tasks {self.tasks}, lengths {self.lengths}, "
@@ -115,6 +124,7 @@ class Run:
             "window": WINDOW,
             "lookahead": LOOKAHEAD,
             "prompt_budget": PROMPT_BUDGET,
+            **({"compressors": "see the context, not the question"} if self.grid.agnostic else {}),
         }
         self.store = Store(self.out, settings, KEY, self.restart, summarise)
         self.store.parts |= {"notes": NOTES}
@@ -123,7 +133,8 @@ class Run:
     def prompt(self, task: str, length: int, seed: int) -> Prompt:
         key = (task, length, seed)
         if key not in self.prompts:
-            self.prompts[key] = TASKS[task].prompt(seed, length, self.tokenizer)
+            prompt = TASKS[task].prompt(seed, length, self.tokenizer)
+            self.prompts[key] = dataclasses.replace(prompt, agnostic=self.grid.agnostic)
         return self.prompts[key]
 
     def full_answer(self, prompt: Prompt) -> list[int]:

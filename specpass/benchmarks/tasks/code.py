@@ -107,7 +107,8 @@ def code_retrieval(rng: Random) -> Writer:
         if source is None:
             return None
         return Question(
-            f"Read this source code. I will ask about a number in it.\n\n{source}\n{fact.ask} Answer with the number.",
+            f"Read this source code. I will ask about a number in it.\n\n{source}\n",
+            f"{fact.ask} Answer with the number.",
             f"According to the source code above, the value of {fact.name} is"
             if "constant" in fact.ask
             else "According to the source code above, the default value is",
@@ -170,7 +171,8 @@ def code_completion(rng: Random) -> Writer:
         if source is None:
             return None
         return Question(
-            f"Please complete the code given below.\n\n{source}\n# file: {gap.file}\n{before}\n\nNext line of code:",
+            f"Please complete the code given below.\n\n{source}\n",
+            f"# file: {gap.file}\n{before}\n\nNext line of code:",
             "```python\n",
             (line,),
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,16 +15,24 @@ from specpass.errors import BenchmarkError
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What the user says, how the answer begins, and what belongs into it."""
+    """What the user says (a context, then what is asked of it), how the answer begins, and what belongs into it."""
 
-    user: str
+    context: str
+    ask: str
     prefix: str
     expected: tuple[str, ...]
+
+    @property
+    def user(self) -> str:
+        return self.context + self.ask
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A question as token ids, chat template and the answer's beginning included; `length` is what was wished for."""
+    """A question as token ids, chat template and the answer's beginning included; `length` is what was wished for.
+
+    `context` tokens stand in front of what is asked; they are all that a compressor sees where that is `agnostic`.
+    """
 
     task: str
     seed: int
@@ -30,6 +40,13 @@ class Prompt:
     text: str
     ids: tuple[int, ...]
     expected: tuple[str, ...]
+    context: int = 0
+    agnostic: bool = False
+
+    @property
+    def seen(self) -> int:
+        """Tokens that a compressor sees."""
+        return self.context if self.agnostic else len(self.ids)
 
     @property
     def digest(self) -> str:
@@ -51,8 +68,10 @@ def fit(task: str, seed: int, length: int, tokenizer: Any, write: Callable[[int]
         if question is None:
             return None
         text = render(tokenizer, question)
-        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return Prompt(task, seed, length, text, ids, question.expected)
+        return Prompt(task, seed, length, text, encoded(text), question.expected)
+
+    def encoded(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def fits(prompt: Prompt | None) -> bool:
         return prompt is not None and len(prompt.ids) <= length
@@ -74,7 +93,11 @@ def fit(task: str, seed: int, length: int, tokenizer: Any, write: Callable[[int]
             high = middle
     if at(low + 1) is None:
         raise BenchmarkError(f"there is too little text for a prompt of {task} with {length} tokens: lower --lengths.")
-    return best
+    question = write(low)
+    assert question is not None
+    before = encoded(best.text[: best.text.rindex(question.ask)])  # its last tokens may be others with the question
+    alike = itertools.takewhile(bool, map(operator.eq, before, best.ids))
+    return dataclasses.replace(best, context=sum(alike))
 
 
 def render(tokenizer: Any, question: Question) -> str:

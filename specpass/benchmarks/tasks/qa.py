@@ -114,7 +114,7 @@ def question_of_documents(rng: Random, source: Source) -> Callable[[int], Questi
             return None
         documents = sorted((*asked.own, *others[: count - 1]), key=place.__getitem__)
         context = "\n\n".join(f"Document {number}:\n{text}" for number, text in enumerate(documents, 1))
-        user = f"{ASK}\n\nThe following are given documents.\n\n{context}\n\n{ASK}\n\nQuestion: {asked.query}"
-        return Question(user, "Answer:", asked.answers)
+        given = f"{ASK}\n\nThe following are given documents.\n\n{context}\n\n"
+        return Question(given, f"{ASK}\n\nQuestion: {asked.query}", "Answer:", asked.answers)
 
     return write

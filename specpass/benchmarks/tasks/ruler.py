@@ -97,8 +97,8 @@ def niah(
         ask, every = ("What is", "") if len(expected) == 1 else ("What are", "all ")
         return Question(
             f"Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz "
-            f"you about the {kind} afterwards.\n" + "\n".join(lines) + f"\n{ask} {every}the special magic {what} for "
-            f"{query} mentioned in the provided text?",
+            f"you about the {kind} afterwards.\n" + "\n".join(lines) + "\n",
+            f"{ask} {every}the special magic {what} for {query} mentioned in the provided text?",
             f"The special magic {what} for {query} mentioned in the provided text {are}",
             expected,
         )
@@ -135,7 +135,7 @@ def variable_tracking(rng: Random) -> Writer:
 
     def write(count: int) -> Question:
         body = "\n".join(spread(lines, depths, [haystack.NOISE] * count))
-        return Question(f"{shot}{task}\n\n{body}\n{ask(value)}", prefix(value), tuple(names))
+        return Question(f"{shot}{task}\n\n{body}\n", ask(value), prefix(value), tuple(names))
 
     return write
 
@@ -159,7 +159,8 @@ def common_words(rng: Random, length: int) -> Writer:
         lines = " ".join(f"{number}. {word}" for number, word in enumerate(listed, 1))
         return Question(
             "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones "
-            f"that appear most often.\n{lines}\nQuestion: What are the {COMMON} most common words in the above list?",
+            f"that appear most often.\n{lines}\n",
+            f"Question: What are the {COMMON} most common words in the above list?",
             f"Answer: The top {COMMON} words that appear most often in the list are:",
             tuple(pool[:COMMON]),
         )
@@ -179,8 +180,9 @@ def frequent_words(rng: Random) -> Writer:
         Random(order).shuffle(text)
         return Question(
             "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
-            f"appeared coded words. {' '.join(text)}\nQuestion: Do not provide any explanation. Please ignore the dots "
-            "'....'. What are the three most frequently appeared words in the above coded text?",
+            f"appeared coded words. {' '.join(text)}\n",
+            "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most "
+            "frequently appeared words in the above coded text?",
             "Answer: According to the coded text above, the three most frequently appeared words are:",
             tuple(coded[:FREQUENT]),
         )
