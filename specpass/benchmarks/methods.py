@@ -26,7 +26,7 @@ def presets() -> tuple[str, ...]:
 
 
 @functools.cache
-def make(name: str, budget: int) -> Method:
+def make(name: str, budget: int | float) -> Method:
     """The method of a benchmark's name.
 
     Raises: BenchmarkError: it is no method of specpass; names the known ones.

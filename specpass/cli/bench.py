@@ -54,6 +54,15 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
         raise typer.BadParameter(f"{text!r}: expected numbers separated by commas.", param_hint=name) from None
 
 
+def _budgets(text: str) -> tuple[int | float, ...]:
+    try:
+        return tuple(int(word) if word.isdecimal() else float(word) for word in _words(text))
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r}: expected slots or ratios separated by commas, such as 256,0.1.", param_hint="--budgets"
+        ) from None
+
+
 def _changed(grid: Any, given: dict[str, Any]) -> Any:
     """The grid or plan with those of its fields that were given."""
     return dataclasses.replace(grid, **{name: value for name, value in given.items() if value is not None})
@@ -85,6 +94,9 @@ def quality(
     methods: Words = None,
     tasks: Words = None,
     lengths: Annotated[str | None, typer.Option(help="Prompt tokens; all budgets at the first, one at more.")] = None,
+    budgets: Annotated[
+        str | None, typer.Option(help="KV slots (SpecPC: tokens) or ratios of the prompt, for all methods and lengths.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Prompts of each task and length.")] = None,
     query_agnostic: Annotated[
         bool,
@@ -112,6 +124,7 @@ def quality(
         "tasks": tasks and _words(tasks),
         "lengths": lengths and _numbers("--lengths", lengths),
         "seeds": seeds,
+        "budgets": budgets and _budgets(budgets),
     }
     if query_agnostic:
         given |= {"agnostic": True, "methods": given["methods"] or (runner.QUICK.methods if quick else runner.AGNOSTIC)}

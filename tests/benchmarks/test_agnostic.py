@@ -36,7 +36,7 @@ def pair(folder: str) -> Pair:
 
 def test_a_budget_that_holds_the_context_answers_as_full_kv(pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "agnostic.json"
-    grid = Grid(METHODS, ("niah_multikey_2",), (240,), seeds=2, budgets=(0,), agnostic=True)
+    grid = Grid(METHODS, ("niah_multikey_2",), (240,), seeds=2, rounds=(0,), agnostic=True)
     assert Run(pair, grid, out, minutes=9).run()
     document = read_results(out)
     tokens = {(record["method"], record["seed"]): record["tokens"] for record in document["results"]}

@@ -28,7 +28,7 @@ from specpass.benchmarks.speed.child import Engine
 from specpass.benchmarks.speed.run import Config, Plan
 from specpass.benchmarks.tasks.prompts import Prompt
 from specpass.cli import bench as cli_bench
-from specpass.errors import BenchmarkError, PeerError
+from specpass.errors import BenchmarkError, BudgetError, PeerError
 from specpass.files import cache_dir
 
 runner = CliRunner()
@@ -48,7 +48,7 @@ def pair(folder: str) -> Pair:
 def file(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete result file of a small grid at the budget 64."""
     out = tmp_path_factory.mktemp("results") / "quality.json"
-    grid = Grid(METHODS, (TASK,), (320,), seeds=2, budgets=(1,))
+    grid = Grid(METHODS, (TASK,), (320,), seeds=2, rounds=(1,))
     assert Run(pair(folder), grid, out, minutes=9).run()
     return out
 
@@ -281,10 +281,46 @@ def test_the_grid_is_in_the_order_of_importance() -> None:
     assert len(keys) == len(set(keys))
 
 
-@pytest.mark.parametrize("wrong", [{"methods": ("h2o",)}, {"tasks": ("riddles",)}, {"lengths": ()}, {"seeds": 0}])
+def test_budgets_of_ones_own_are_those_of_every_method_and_length() -> None:
+    ours = ("specpass_speckv", "specpass_specpc", "kvpress_snapkv")
+    grid = Grid(("full", *ours), (TASK,), (100, 200), 1, budgets=(96, 0.5))
+    found = {(cell.variant.method, cell.variant.budget, cell.length) for stage in grid.stages() for cell in stage}
+    assert found == {(method, budget, length) for method in ours for budget in (96, 0.5) for length in (100, 200)} | {
+        ("full", None, 100),
+        ("full", None, 200),
+    }
+    assert all(cell.variant.work(2048, 40, 0.3) > 0 for stage in grid.stages() for cell in stage)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"methods": ("h2o",)},
+        {"tasks": ("riddles",)},
+        {"lengths": ()},
+        {"seeds": 0},
+        {"budgets": (8,)},  # no larger than the window
+        {"budgets": (1.5,)},
+        {"methods": ("kvpress_snapkv",), "budgets": (1.5,)},
+        {"methods": ("kvpress_snapkv",), "budgets": (0,)},
+    ],
+)
 def test_a_grid_that_cannot_be_run_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(BenchmarkError):
+    with pytest.raises((BenchmarkError, BudgetError)):
         Grid(**wrong)
+
+
+def test_budgets_are_read_from_the_command_line(folder: str, tmp_path: Path) -> None:
+    args = ["bench", "quality", "-t", folder, "-d", folder, "--dtype", "float32", "--lowering", "eager"]
+    args += ["--methods", "full,specpass_snapkv", "--tasks", TASK, "--lengths", "300", "--seeds", "1"]
+    args += ["--out", str(tmp_path / "own.json")]
+    result = runner.invoke(cli.app, [*args, "--budgets", "0.5"])
+    assert result.exit_code == 0, result.output
+    assert "| specpass_snapkv | 0.5 | 300 | 1 |" in result.stdout
+    for wrong, word in (("half", "256,0.1"), ("0.5,8", "window")):
+        result = runner.invoke(cli.app, [*args, "--budgets", wrong])
+        assert result.exit_code
+        assert word in result.output
 
 
 def test_the_oracle_is_told_the_answer_and_its_end() -> None:
@@ -418,7 +454,7 @@ def test_peers_answer_line_by_line_and_a_failure_leaves_them_out(
         next(answers)
 
     out = tmp_path / "peers.json"
-    grid = Grid(("kvpress_snapkv",), (TASK,), (300,), seeds=2, budgets=(1,))
+    grid = Grid(("kvpress_snapkv",), (TASK,), (300,), seeds=2, rounds=(1,))
     assert not Run(pair(folder), grid, out, minutes=9).run()
     document = read_results(out)
     assert [record["seed"] for record in document["results"]] == [0]

@@ -28,11 +28,17 @@ from transformers.utils import logging
 WINDOW = 32
 
 
-def make_press(name: str, budget: int, length: int) -> Any:
-    """The press that keeps `budget` of `length` slots: int(length * (1 - ratio)), KVzip on average over all heads."""
+def make_press(name: str, budget: int | float, length: int) -> Any:
+    """The press that keeps `budget` of `length` slots: int(length * (1 - ratio)), KVzip on average over all heads.
+
+    A float is the share that is kept.
+    """
     import kvpress
 
-    ratio = max(0.0, 1.0 - (budget + (0.0 if name == "kvpress_kvzip" else 0.5)) / length)
+    if isinstance(budget, float):
+        ratio = 1.0 - budget
+    else:
+        ratio = max(0.0, 1.0 - (budget + (0.0 if name == "kvpress_kvzip" else 0.5)) / length)
     if name == "kvpress_snapkv":
         return kvpress.SnapKVPress(compression_ratio=ratio, window_size=WINDOW)
     if name == "kvpress_adakv_snapkv":

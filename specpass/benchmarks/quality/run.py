@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ AGNOSTIC = tuple(name for name in GRID if name != ORACLE)
 
 @dataclass(frozen=True)
 class Grid:
-    """What to run; `agnostic`: compressors see a prompt's context, and what is asked of it comes behind.
+    """What to run. `agnostic`: compressors see a prompt's context, and what is asked of it comes behind.
 
     Raises: BenchmarkError: a method, task, data set or length that there is not."""
 
@@ -62,11 +62,12 @@ class Grid:
     tasks: tuple[str, ...] = WITHOUT_DATA
     lengths: tuple[int, ...] = (2048, 4096, 8192)
     seeds: int = 8
-    budgets: tuple[int, ...] = (0, 1)  # which of a method's budgets in variants.GRID; the first alone at more lengths
+    rounds: tuple[int, ...] = (0, 1)  # which of a method's budgets in variants.GRID; the first alone at more lengths
     agnostic: bool = False
+    budgets: tuple[int | float, ...] = ()  # of all methods and lengths, in the place of those
 
     def __post_init__(self) -> None:
-        variants(self.methods, self.budgets)
+        self.variants(self.methods)
         for name in self.tasks:
             check_task(name)
         if self.agnostic and ORACLE in self.methods:
@@ -77,6 +78,10 @@ class Grid:
                 f"{self.seeds} seeds; give at least one of each, lengths in tokens."
             )
 
+    def variants(self, methods: Iterable[str], longer: bool = False) -> list[Variant]:
+        """Args: longer: of prompts that are not of the first length."""
+        return variants(methods, self.rounds[:1] if longer else self.rounds, self.budgets)
+
     def stages(self) -> Iterator[list[Cell]]:
         """The grid in parts, the most important one first: the cells of each have one length."""
         methods = dict.fromkeys(self.methods)
@@ -84,9 +89,10 @@ class Grid:
             methods[FULL] = None  # whose answers it is told
         first, *longer = self.lengths
         separating = [name for name in SEPARATING if name in self.tasks] or list(self.tasks)
-        stages = [(variants(methods, self.budgets), first, separating)]
-        stages += [(variants(methods, self.budgets[:1]), length, separating) for length in longer]
-        stages.append((variants(methods, self.budgets[:1]), first, [t for t in self.tasks if t not in separating]))
+        fewer = self.variants(methods, longer=True)
+        stages = [(self.variants(methods), first, separating)]
+        stages += [(fewer, length, separating) for length in longer]
+        stages.append((fewer, first, [task for task in self.tasks if task not in separating]))
         for number, (chosen, length, tasks) in enumerate(stages):
             # what takes long is done for two seeds first, so that a run that is cut off has every method
             some = self.seeds if number == 0 else min(2, self.seeds)
@@ -99,7 +105,7 @@ QUICK = Grid(
     tasks=SEPARATING,
     lengths=(1024,),
     seeds=1,
-    budgets=(1,),
+    rounds=(1,),
 )
 
 

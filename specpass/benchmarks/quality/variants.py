@@ -13,7 +13,7 @@ from specpass.methods.base import Method
 FULL, DRAFT, ORACLE = "full", "draft", "specpass_oracle"  # an oracle sees the answer, whatever a prompt hides
 # method -> (budgets, the first being the one of longer prompts; None: no budget). KV slots of each KV head and layer;
 # prompt tokens for SpecPC. In order of importance: a run that is cut off has the first ones.
-GRID: dict[str, tuple[int | None, ...]] = {
+GRID: dict[str, tuple[int | float | None, ...]] = {
     FULL: (None,),
     DRAFT: (None,),
     "specpass_speckv": (256, 64),
@@ -30,7 +30,7 @@ GRID: dict[str, tuple[int | None, ...]] = {
     "kvpress_criticaladakv_snapkv": (256, 64),
     "kvpress_keydiff": (256, 64),
 }
-PRESETS: dict[str, tuple[int | None, ...]] = {
+PRESETS: dict[str, tuple[int | float | None, ...]] = {
     "specpass_best": (256, 64),
     "specpass_bestpc": (1024, 512),
     "specpass_bestkvpc": (256, 64),
@@ -40,10 +40,10 @@ BUDGETS = (256, 64)  # of a method that is not in the grid
 
 @dataclass(frozen=True)
 class Variant:
-    """A method at one budget."""
+    """A method at one budget: slots (prompt tokens for SpecPC), or a ratio of the prompt."""
 
     method: str
-    budget: int | None
+    budget: int | float | None
 
     @property
     def label(self) -> str:
@@ -77,7 +77,9 @@ class Variant:
             return total
         method = self.specpass_method()
         if method.prompt is not None:
-            total -= max(0, length - int(method.prompt.budget))
+            budget = method.prompt.budget
+            assert not isinstance(budget, str), "the prompt's is never chosen"
+            total -= max(0, length - (budget * length if isinstance(budget, float) else budget))
         return total + (drafted if method.needs_draft else 0)
 
 
@@ -86,15 +88,27 @@ def known() -> tuple[str, ...]:
     return tuple(dict.fromkeys([*GRID, *methods.names()]))
 
 
-def variants(names: Iterable[str], budgets: Sequence[int]) -> list[Variant]:
-    """Variants of these methods in the grid's order: all at the first of `budgets` (numbers in its lists), then on.
+def variants(names: Iterable[str], rounds: Sequence[int], budgets: Sequence[int | float] = ()) -> list[Variant]:
+    """Variants of these methods in the grid's order: all at the first of `rounds` (numbers in its lists), then on.
 
-    Raises: BenchmarkError: an unknown method, naming the known ones.
+    Args: budgets: in the place of the grid's, whatever `rounds` says.
+
+    Raises: BenchmarkError: an unknown method, naming the known ones; no budget. BudgetError: none of a method's.
     """
     chosen, there = list(names), (*known(), *PRESETS)
     for name in chosen:
         if name not in there:
             raise BenchmarkError(f"{name!r} is not a method of this benchmark. Known: {', '.join(there)}.")
     of = {name: (GRID | PRESETS).get(name, BUDGETS) for name in there if name in chosen}
-    rounds = [[Variant(name, own[min(index, len(own) - 1)]) for name, own in of.items()] for index in budgets]
-    return list(dict.fromkeys(variant for found in rounds for variant in found))
+    if budgets:
+        of |= {name: tuple(budgets) for name, own in of.items() if own != (None,)}
+        rounds = range(len(budgets))
+    every = [Variant(name, own[min(index, len(own) - 1)]) for index in rounds for name, own in of.items()]
+    found = list(dict.fromkeys(every))
+    for variant in found:
+        budget = variant.budget
+        if variant.is_peer and (not budget or budget < 0 or (isinstance(budget, float) and budget > 1)):
+            raise BenchmarkError(f"budget {budget}: expected a number of slots, or a ratio in (0, 1].")
+        if variant.method.startswith(methods.PREFIX):
+            variant.specpass_method()
+    return found
