@@ -16,7 +16,7 @@ from torch import Tensor
 
 import specpass
 from specpass import errors
-from specpass.backend import compile as compiling
+from specpass.backend import captured
 from specpass.benchmarks.coverage.tiny import tiny_model
 from specpass.interpret import masks
 
@@ -86,7 +86,7 @@ def draft() -> Any:
 def _captured_once() -> Iterator[None]:
     """A draft's graphs take seconds, and are the same whatever the target is."""
     known: dict[Any, Any] = {}
-    own = compiling.capture
+    own = captured.capture
 
     def capture(draft: Any, method: Any, goes_on: bool = False) -> Any:
         key = (draft, method.prompt, goes_on)
@@ -95,7 +95,7 @@ def _captured_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiling, "capture", capture)
+        patch.setattr(captured, "capture", capture)
         yield
 
 
