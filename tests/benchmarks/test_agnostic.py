@@ -21,7 +21,7 @@ from specpass.benchmarks.results import read_results
 from specpass.benchmarks.tasks.prompts import Prompt
 from specpass.errors import BenchmarkError
 
-METHODS = ("full", "specpass_speckv", "specpass_snapkv", "specpass_specpc", "specpass_speckvpc")
+METHODS = ("full", "specpass_speckv", "specpass_specpc")
 
 
 @pytest.fixture(scope="module")
