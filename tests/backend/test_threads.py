@@ -11,7 +11,7 @@ from support import compile_eager, run
 from tiny import prompt, tiny
 
 import specpass
-from specpass.backend import cold, limit
+from specpass.backend import cold, settings
 
 C, W = 24, 8
 METHOD = specpass.SnapKV(budget=C, window=W)
@@ -53,7 +53,7 @@ def test_a_thread_may_make_any_number_of_graphs() -> None:
 
 
 def test_a_limit_that_is_met_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limit, "RECOMPILE_LIMIT", 2)
+    monkeypatch.setattr(settings, "RECOMPILE_LIMIT", 2)
     model = compile_eager(tiny(layers=1), METHOD)
 
     def second(method: Any) -> None:
