@@ -125,10 +125,10 @@ def quality(
         "lengths": lengths and _numbers("--lengths", lengths),
         "seeds": seeds,
         "budgets": budgets and _budgets(budgets),
+        "agnostic": query_agnostic,
     }
-    if query_agnostic:
-        given |= {"agnostic": True, "methods": given["methods"] or (runner.QUICK.methods if quick else runner.AGNOSTIC)}
-    grid = _changed(runner.QUICK if quick else runner.Grid(), given)
+    whole = runner.Grid(runner.AGNOSTIC) if query_agnostic else runner.Grid()
+    grid = _changed(runner.QUICK if quick else whole, given)
     out = out or _default("quality_agnostic" if query_agnostic else "quality", quick)
     pair = _pair(target, draft, dtype, device, lowering, revision, trust_remote_code)
     run = runner.Run(pair, grid, out, _limit(minutes, quick), restart)

@@ -56,7 +56,8 @@ AGNOSTIC = tuple(name for name in GRID if name != ORACLE)
 class Grid:
     """What to run. `agnostic`: compressors see a prompt's context, and what is asked of it comes behind.
 
-    Raises: BenchmarkError: a method, task, data set or length that there is not."""
+    Raises: BenchmarkError: a method, task, data set or length that there is not.
+    """
 
     methods: tuple[str, ...] = tuple(GRID)
     tasks: tuple[str, ...] = WITHOUT_DATA

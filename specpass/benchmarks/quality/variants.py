@@ -10,7 +10,7 @@ from specpass.benchmarks.methods import LOOKAHEAD
 from specpass.errors import BenchmarkError
 from specpass.methods.base import Method
 
-FULL, DRAFT, ORACLE = "full", "draft", "specpass_oracle"  # an oracle sees the answer, whatever a prompt hides
+FULL, DRAFT, ORACLE = "full", "draft", "specpass_oracle"
 # method -> (budgets, the first being the one of longer prompts; None: no budget). KV slots of each KV head and layer;
 # prompt tokens for SpecPC. In order of importance: a run that is cut off has the first ones.
 GRID: dict[str, tuple[int | float | None, ...]] = {

@@ -104,9 +104,8 @@ def question_of_documents(rng: Random, source: Source) -> Callable[[int], Questi
     questions = source.questions()
     asked = rng.choice(questions)
     every = dict.fromkeys(document for each in questions for document in each.own)
-    near = [document for document in asked.near if document not in asked.own]
-    rest = sorted(every.keys() - set(asked.own) - set(near))
-    others = rng.sample(near, len(near)) + rng.sample(rest, len(rest))
+    rest = sorted(every.keys() - {*asked.own, *asked.near})
+    others = rng.sample(asked.near, len(asked.near)) + rng.sample(rest, len(rest))
     place = {document: rng.random() for document in (*asked.own, *others)}
 
     def write(count: int) -> Question | None:
